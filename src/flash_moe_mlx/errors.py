@@ -1,0 +1,63 @@
+"""The exception tree. Every error a user can meet says where, what must hold, what was found and what to do.
+
+    FlashMoEError
+    +-- CheckpointError            the files can't be used as a checkpoint
+    |   +-- MissingTensorError     a tensor, shard or file that must be there is not
+    |   +-- CorruptError           bytes or header contradict themselves
+    |   +-- UnsupportedModelError  a well-formed checkpoint of a kind this library doesn't serve
+    +-- MemoryLimitError           the memory limit can't hold what was asked for
+    +-- StoreError                 reading experts failed
+    |   +-- ShortReadError         a file ended before the record did
+    +-- ShapeError                 an array's shape breaks a kernel's contract
+    +-- RequestError               an argument of a call is not usable (also a ValueError)
+
+Messages follow ``[where] what must hold, got what. What to do.``
+"""
+
+
+class FlashMoEError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class CheckpointError(FlashMoEError):
+    """The directory can't be used as a checkpoint."""
+
+
+class MissingTensorError(CheckpointError):
+    """A tensor, shard or file that the checkpoint must have is absent."""
+
+
+class CorruptError(CheckpointError):
+    """A file's bytes or header contradict themselves or each other."""
+
+
+class UnsupportedModelError(CheckpointError):
+    """The checkpoint is well-formed but of a kind that this library does not serve."""
+
+
+class MemoryLimitError(FlashMoEError):
+    """The memory limit is too small for what was asked.
+
+    Attributes:
+        smallest_limit_bytes: The smallest limit that works, or None where it is not known.
+    """
+
+    def __init__(self, message: str, smallest_limit_bytes: int | None = None):
+        super().__init__(message)
+        self.smallest_limit_bytes = smallest_limit_bytes
+
+
+class StoreError(FlashMoEError):
+    """Reading expert records failed."""
+
+
+class ShortReadError(StoreError):
+    """A file ended before the record did."""
+
+
+class ShapeError(FlashMoEError):
+    """An array's shape breaks a kernel's contract."""
+
+
+class RequestError(FlashMoEError, ValueError):
+    """An argument of a call is not usable."""

@@ -1,0 +1,126 @@
+"""What one expert's bytes look like: an ordered list of named byte ranges with their quantisation.
+
+Everything that touches expert bytes (checkpoint, store, cache, kernels) speaks of a record in these
+terms and of nothing else. No MLX import, no file access.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from math import prod
+from types import MappingProxyType
+
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+PARTS = ("weight", "scales", "biases", "bias")
+
+PART_ALIGNMENT = 16
+"""Parts start on 16-byte boundaries, so that kernels may load 16 bytes at a time."""
+
+RECORD_ALIGNMENT = 512
+"""Records gathered from a stock checkpoint are padded to this; packed records carry their own padding."""
+
+DTYPE_BYTES = {
+    "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
+    "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
+}  # fmt: skip
+"""Bytes an element, by safetensors dtype name."""
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Affine quantisation ``w = q * scale + bias`` of one tensor: bits a weight, weights a group."""
+
+    bits: int
+    group_size: int
+    mode: str = "affine"
+
+
+@dataclass(frozen=True)
+class RecordPart:
+    """One named byte range of a record.
+
+    Attributes:
+        projection: "gate_proj", "up_proj" or "down_proj".
+        part: "weight", "scales", "biases" (of the quantisation) or "bias" (of the expert).
+        dtype: safetensors name: "U32" for packed weights, "BF16", "F16" or "F32".
+        shape: Shape of this expert's tensor: (out, in) or (out, in * bits / 32), (out, in / G), (out,).
+        offset: First byte, from the start of the record. A multiple of ``PART_ALIGNMENT``.
+    """
+
+    projection: str
+    part: str
+    dtype: str
+    shape: tuple[int, ...]
+    offset: int
+
+    @property
+    def name(self) -> str:
+        """ "gate_proj.weight" and so on."""
+        return f"{self.projection}.{self.part}"
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class RecordLayout:
+    """The parts of one expert's record, in the order of their offsets.
+
+    Attributes:
+        parts: Named byte ranges, ascending and disjoint.
+        quantizations: (projection, quantisation or None) for each projection present.
+        record_bytes: Bytes from one record to the next, padding included.
+    """
+
+    parts: tuple[RecordPart, ...]
+    quantizations: tuple[tuple[str, Quantization | None], ...]
+    record_bytes: int
+
+    @classmethod
+    def contiguous(
+        cls,
+        specs: Mapping[tuple[str, str], tuple[str, tuple[int, ...]]],
+        quantizations: Mapping[str, Quantization | None],
+        alignment: int = RECORD_ALIGNMENT,
+    ) -> "RecordLayout":
+        """Lay out parts one behind the other, projection by projection, each on its boundary.
+
+        Args:
+            specs: (projection, part) to (dtype, shape); those present.
+            quantizations: Quantisation of each projection.
+            alignment: The record's size is padded to a multiple of this.
+        """
+        parts, offset = [], 0
+        for projection in PROJECTIONS:
+            for part in PARTS:
+                if (projection, part) not in specs:
+                    continue
+                dtype, shape = specs[projection, part]
+                parts.append(RecordPart(projection, part, dtype, shape, offset))
+                offset += -(-parts[-1].nbytes // PART_ALIGNMENT) * PART_ALIGNMENT
+        return cls(tuple(parts), tuple(quantizations.items()), -(-offset // alignment) * alignment)
+
+    @cached_property
+    def by_name(self) -> Mapping[str, RecordPart]:
+        """Parts by "projection.part"."""
+        return MappingProxyType({part.name: part for part in self.parts})
+
+    def quantization(self, projection: str) -> Quantization | None:
+        """Quantisation of a projection; None where it is stored unquantised."""
+        return dict(self.quantizations)[projection]
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of the parts alone: what has to be read from disk for one expert."""
+        return sum(part.nbytes for part in self.parts)
+
+    @cached_property
+    def hidden_size(self) -> int:
+        """H: outputs of down_proj."""
+        return self.by_name["down_proj.weight"].shape[0]
+
+    @cached_property
+    def intermediate_size(self) -> int:
+        """I: outputs of up_proj."""
+        return self.by_name["up_proj.weight"].shape[0]
