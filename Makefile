@@ -1,0 +1,58 @@
+# Targets for people: demo, test, lint, bench, docs, clean. Everything is installed into .venv, by plain pip.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+
+# Plain mlx has no backend on Linux. For a GPU there: make BACKEND=cuda12 (or cuda13) demo, in a fresh .venv.
+ifeq ($(shell uname -s),Darwin)
+BACKEND ?=
+else
+BACKEND ?= cpu
+endif
+comma := ,
+DEV_EXTRAS := $(if $(BACKEND),$(BACKEND)$(comma))dev
+
+.PHONY: demo test lint format bench docs clean
+
+demo: $(VENV)/.installed
+	$(BIN)/python examples/demo.py
+
+# Tests that measure the machine's memory or time run alone, after the others.
+test: $(VENV)/.installed-dev
+	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not serial"
+	$(BIN)/python -m pytest -q -m serial
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/run.py
+
+docs: $(VENV)/.installed-dev
+	$(BIN)/python docs/generate_api.py
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# Stamps: a second run installs nothing, a changed pyproject.toml installs again.
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "$(PYTHON) must be Python 3.11 or newer, got $$($(PYTHON) -V). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --editable .$(if $(BACKEND),[$(BACKEND)])
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
+	$(PIP) install --editable ".[$(DEV_EXTRAS)]"
+	@touch $@ $(VENV)/.installed

@@ -1,0 +1,71 @@
+"""Run Mixture-of-Experts language models larger than memory on MLX: experts are streamed from SSD.
+
+from flash_moe_mlx import load, generate
+
+model, tokenizer = load("path/to/checkpoint", memory_limit="8GB")
+print(generate(model, tokenizer, "Explain mixture-of-experts in one line.", max_tokens=100))
+
+Importing the package is cheap: a name's module (and with it mlx, mlx_lm and transformers) is imported on
+the name's first use.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .errors import (
+        CheckpointError,
+        CorruptError,
+        FlashMoEError,
+        MemoryLimitError,
+        MissingTensorError,
+        RequestError,
+        ShapeError,
+        ShortReadError,
+        StoreError,
+        UnsupportedModelError,
+    )
+    from .generation import GenerationResponse, generate, stream_generate
+    from .loading import load, load_model
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "load",
+    "load_model",
+    "generate",
+    "stream_generate",
+    "GenerationResponse",
+    "FlashMoEError",
+    "CheckpointError",
+    "MissingTensorError",
+    "CorruptError",
+    "UnsupportedModelError",
+    "MemoryLimitError",
+    "StoreError",
+    "ShortReadError",
+    "ShapeError",
+    "RequestError",
+    "__version__",
+]
+
+_MODULES = {
+    "load": "loading",
+    "load_model": "loading",
+    "generate": "generation",
+    "stream_generate": "generation",
+    "GenerationResponse": "generation",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on its first use (PEP 562)."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
