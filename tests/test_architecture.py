@@ -18,8 +18,8 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A module imports only from those before it. The same list, with what each does, is in docs/architecture.md.
 ORDER = [
     "errors", "record", "machine", "config", "stats", "safetensors_header", "checkpoint", "trace", "budget",
-    "store", "bank", "cache", "pack", "verify", "ops", "moe", "models", "loading", "generation", "plan",
-    "server", "chat", "cli", "plot",
+    "store", "bank", "cache", "streaming", "pack", "verify", "ops", "moe", "models", "loading", "generation",
+    "plan", "server", "chat", "cli", "plot",
 ]  # fmt: skip
 
 MAX_LINES = 500
@@ -76,11 +76,7 @@ def import_faults(source: str, path: Path) -> list[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [
-        path
-        for path in python_files("src")
-        if path.parent != SRC or path.name not in ("__init__.py", "__main__.py")
-    ],
+    [path for path in python_files("src") if path.parent != SRC or path.name not in ("__init__.py", "__main__.py")],
     ids=lambda path: str(path.relative_to(SRC)),
 )
 def test_imports_run_one_way(path: Path):
@@ -155,18 +151,13 @@ def broad_handlers(source: str) -> list[int]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ExceptHandler):
             caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-            if any(
-                c is None or (isinstance(c, ast.Name) and c.id in ("Exception", "BaseException"))
-                for c in caught
-            ):
+            if any(c is None or (isinstance(c, ast.Name) and c.id in ("Exception", "BaseException")) for c in caught):
                 lines.append(node.lineno)
     return lines
 
 
 def test_no_broad_except():
-    assert {
-        str(path): lines for path in python_files("src") if (lines := broad_handlers(path.read_text()))
-    } == {}
+    assert {str(path): lines for path in python_files("src") if (lines := broad_handlers(path.read_text()))} == {}
     assert broad_handlers("try: f()\nexcept (OSError, Exception): pass") == [2]
     assert broad_handlers("try: f()\nexcept: pass") == [2]
 
@@ -194,9 +185,7 @@ def test_version_is_in_one_place():
     assert re.fullmatch(r"\d+\.\d+\.\d+(\.dev\d+)?", version)
     assert tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dynamic"] == ["version"]
     stated = re.compile(rf"""version\s*=\s*["']{re.escape(version)}["']""")
-    assert [
-        path for path in [*python_files("src"), ROOT / "pyproject.toml"] if stated.search(path.read_text())
-    ] == []
+    assert [path for path in [*python_files("src"), ROOT / "pyproject.toml"] if stated.search(path.read_text())] == []
     assignments = [path for path in python_files("src") if "__version__ =" in path.read_text()]
     assert assignments == [SRC / "__init__.py"]
 
