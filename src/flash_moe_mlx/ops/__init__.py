@@ -1,0 +1,22 @@
+"""The maths of a streamed MoE layer: each operation is a reference, a GPU kernel and one dispatcher.
+
+The model calls the dispatchers and nothing else, so a Mac or CUDA user runs the kernels by default.
+``FLASH_MOE_REFERENCE=1`` makes every dispatcher run its reference: the one debug switch.
+"""
+
+from flash_moe_mlx.ops.backend import backend, use_kernels
+from flash_moe_mlx.ops.dequant_matvec import dequant_matvec
+from flash_moe_mlx.ops.expert_ffn import expert_ffn
+from flash_moe_mlx.ops.gated_delta import conv1d_silu, gated_delta, gated_delta_conv_step
+from flash_moe_mlx.ops.moe_combine import moe_combine
+
+__all__ = [
+    "backend",
+    "conv1d_silu",
+    "dequant_matvec",
+    "expert_ffn",
+    "gated_delta",
+    "gated_delta_conv_step",
+    "moe_combine",
+    "use_kernels",
+]

@@ -1,0 +1,188 @@
+"""The gated delta rule of linear-attention layers, and the causal convolution in front of it."""
+
+import mlx.core as mx
+
+L2_EPS = 1e-6
+"""Added to the sum of squares of q and of k before the root, as transformers and mlx-lm do."""
+
+
+def conv1d_silu(
+    x: mx.array,
+    conv_state: mx.array,
+    weight: mx.array,
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Causal depthwise convolution of a few taps, with SiLU, continuing from a state.
+
+    Computes ``y[t] = silu(sum_j weight[:, j] * z[t + j])`` where z is the state followed by x.
+
+    Args:
+        x: Inputs. Shape (B, T, C).
+        conv_state: The last taps - 1 inputs before x, zeros at the start. Shape (B, taps - 1, C).
+        weight: Taps, oldest first. Shape (C, taps) or, as MLX stores it, (C, taps, 1).
+        mask: False where a token is padding: it counts as zero. Shape (B, T), or None.
+        lengths: Tokens of each row that count, where rows are padded on the right. Shape (B,), or None.
+
+    Returns:
+        (y, new state): (B, T, C) in the dtype of x, (B, taps - 1, C) in the dtype of conv_state. Sums are float32.
+    """
+    taps = weight.shape[1]
+    weight = weight.reshape(weight.shape[0], taps).astype(mx.float32)
+    if mask is not None:
+        x = mx.where(mask[..., None], x, mx.zeros((), x.dtype))
+    steps = x.shape[1]
+    padded = mx.concatenate([conv_state.astype(x.dtype), x], axis=1)
+    if lengths is None:
+        new_state = padded[:, steps:]
+    else:
+        ends = mx.clip(lengths, 0, steps)
+        positions = (ends[:, None] + mx.arange(taps - 1))[..., None]
+        new_state = mx.take_along_axis(padded, positions, axis=1)
+    padded = padded.astype(mx.float32)
+    total = weight[:, 0] * padded[:, :steps]
+    for tap in range(1, taps):
+        total = total + weight[:, tap] * padded[:, tap : tap + steps]
+    # A contiguous copy, so that a state kept in a cache does not keep the whole prompt alive.
+    return (total * mx.sigmoid(total)).astype(x.dtype), mx.contiguous(new_state.astype(conv_state.dtype))
+
+
+def gated_delta_reference(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """``gated_delta`` in plain MLX operations: one token after the other."""
+    dtype = q.dtype
+    batch, steps, k_heads, k_dim = q.shape
+    v_heads, v_dim = v.shape[2:]
+    q, k, v, a, b = (array.astype(mx.float32) for array in (q, k, v, a, b))
+    q = q * mx.rsqrt((q * q).sum(axis=-1, keepdims=True) + L2_EPS) * k_dim**-0.5
+    k = k * mx.rsqrt((k * k).sum(axis=-1, keepdims=True) + L2_EPS)
+    q = mx.repeat(q, v_heads // k_heads, axis=2)[..., None]
+    k = mx.repeat(k, v_heads // k_heads, axis=2)[..., None]
+    # softplus as logaddexp: exp would overflow for large arguments.
+    step_size = mx.logaddexp(a + dt_bias.astype(mx.float32), mx.zeros((), mx.float32))
+    decay = mx.exp(-mx.exp(A_log.astype(mx.float32)) * step_size)[..., None, None]
+    beta = mx.sigmoid(b)[..., None, None]
+    if state is None:
+        state = mx.zeros((batch, v_heads, v_dim, k_dim), mx.float32)
+    if mask is not None:
+        mask = mask[..., None, None, None]
+    outputs = []
+    for t in range(steps):
+        faded = state * decay[:, t]
+        delta = (v[:, t][..., None] - faded @ k[:, t]) * beta[:, t]
+        updated = faded + delta * k[:, t].swapaxes(-1, -2)
+        y = updated @ q[:, t]
+        if mask is not None:
+            updated = mx.where(mask[:, t], updated, state)
+            y = mx.where(mask[:, t], y, mx.zeros((), mx.float32))
+        state = updated
+        outputs.append(y.squeeze(-1))
+    return mx.stack(outputs, axis=1).astype(dtype), state
+
+
+def gated_delta(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None,
+    mask: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """Gated delta rule over T tokens, continuing from a state.
+
+    With ``q = q / |q| / sqrt(Dk)``, ``k = k / |k|``, ``g = exp(-exp(A_log) softplus(a + dt_bias))`` and
+    ``beta = sigmoid(b)``, for each token and head::
+
+        S <- g S;  S <- S + beta (v - S k) k^T;  y = S q
+
+    Args:
+        q: Queries, not normalised. Shape (B, T, Hk, Dk).
+        k: Keys, not normalised. Shape (B, T, Hk, Dk).
+        v: Values. Shape (B, T, Hv, Dv); value head h reads key head h // (Hv / Hk).
+        a: Input of the decay. Shape (B, T, Hv).
+        b: Logit of beta. Shape (B, T, Hv).
+        A_log: Shape (Hv,).
+        dt_bias: Shape (Hv,).
+        state: Shape (B, Hv, Dv, Dk), float32, or None for zeros.
+        mask: False where a token is padding: it leaves the state alone and its y is zero. Shape (B, T), or None.
+
+    Returns:
+        (y, new state): (B, T, Hv, Dv) in the dtype of q, (B, Hv, Dv, Dk) in float32. Everything is computed in float32.
+
+    Reference: Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464.
+    """
+    return gated_delta_reference(q, k, v, a, b, A_log, dt_bias, state, mask)
+
+
+def gated_delta_conv_step_reference(
+    qkv: mx.array,
+    conv_state: mx.array,
+    conv_weight: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    *,
+    k_heads: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """``gated_delta_conv_step`` in plain MLX operations."""
+    batch, v_heads, v_dim, k_dim = state.shape
+    mixed, new_conv_state = conv1d_silu(qkv, conv_state, conv_weight)
+    q, k, v = mx.split(mixed, [k_heads * k_dim, 2 * k_heads * k_dim], axis=-1)
+    y, new_state = gated_delta_reference(
+        q.reshape(batch, 1, k_heads, k_dim),
+        k.reshape(batch, 1, k_heads, k_dim),
+        v.reshape(batch, 1, v_heads, v_dim),
+        a,
+        b,
+        A_log,
+        dt_bias,
+        state,
+    )
+    return y, new_conv_state, new_state
+
+
+def gated_delta_conv_step(
+    qkv: mx.array,
+    conv_state: mx.array,
+    conv_weight: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    *,
+    k_heads: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """One decode step of a gated delta layer: ``conv1d_silu``, then ``gated_delta``, for one token.
+
+    Args:
+        qkv: Projections before the convolution: queries, keys, values. Shape (B, 1, 2 Hk Dk + Hv Dv).
+        conv_state: Shape (B, taps - 1, 2 Hk Dk + Hv Dv).
+        conv_weight: Shape (2 Hk Dk + Hv Dv, taps) or with a last axis of 1.
+        a: Shape (B, 1, Hv).
+        b: Shape (B, 1, Hv).
+        A_log: Shape (Hv,).
+        dt_bias: Shape (Hv,).
+        state: Shape (B, Hv, Dv, Dk), float32.
+        k_heads: Hk.
+
+    Returns:
+        (y, new conv_state, new state): (B, 1, Hv, Dv) in the dtype of qkv, and both states as they came.
+    """
+    return gated_delta_conv_step_reference(
+        qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, k_heads=k_heads
+    )

@@ -1,0 +1,59 @@
+"""The end of an MoE layer: routed outputs, shared expert and residual, added in one fixed order."""
+
+import mlx.core as mx
+
+
+def moe_combine_reference(
+    y: mx.array,
+    weights: mx.array,
+    shared: mx.array | None,
+    shared_gate: mx.array | None,
+    residual: mx.array | None,
+) -> mx.array:
+    """``moe_combine`` in plain MLX operations."""
+    y = y.astype(mx.float32)
+    weights = weights.astype(mx.float32)
+    total = weights[:, 0:1] * y[:, 0]
+    for k in range(1, y.shape[1]):
+        total = total + weights[:, k : k + 1] * y[:, k]
+    if shared is not None:
+        wide = shared.astype(mx.float32)
+        if shared_gate is not None:
+            wide = mx.sigmoid(shared_gate.astype(mx.float32)) * wide
+        total = total + wide
+    if residual is not None:
+        total = total + residual.astype(mx.float32)
+    return total.astype(output_dtype(y, shared, residual))
+
+
+def output_dtype(y: mx.array, shared: mx.array | None, residual: mx.array | None) -> mx.Dtype:
+    """dtype of the residual, else of the shared expert, else of y."""
+    for array in (residual, shared):
+        if array is not None:
+            return array.dtype
+    return y.dtype
+
+
+def moe_combine(
+    y: mx.array,
+    weights: mx.array,
+    shared: mx.array | None,
+    shared_gate: mx.array | None,
+    residual: mx.array | None,
+) -> mx.array:
+    """Combine the outputs of one layer's experts.
+
+    Computes ``sum_k weights[k] y[k] + sigmoid(shared_gate) shared + residual``. The sum runs over k = 0 to
+    K-1 one after the other in float32, so its bits depend on the router's order and on nothing else.
+
+    Args:
+        y: Per-expert outputs. Shape (T, K, H), float32.
+        weights: Router weights. Shape (T, K).
+        shared: Output of the shared expert, or None. Shape (T, H).
+        shared_gate: Logit of the shared expert's gate, or None for a gate of one. Shape (T, 1).
+        residual: What the layer adds its output to, or None. Shape (T, H).
+
+    Returns:
+        Shape (T, H), dtype of the residual, else of shared, else of y.
+    """
+    return moe_combine_reference(y, weights, shared, shared_gate, residual)
