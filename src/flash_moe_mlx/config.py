@@ -1,0 +1,202 @@
+"""What a model is (ModelConfig, from config.json) and how it is to be run (StreamingConfig, from load's arguments)."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from .errors import CorruptError, RequestError, UnsupportedModelError
+
+IO_MODES = ("auto", "mmap", "pread", "direct")
+DEFAULT_PREFILL_STEP_SIZE = 2048
+"""Tokens of prompt per forward pass where the caller names none: mlx_lm's own default."""
+
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
+_POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
+
+
+def parse_size(size: int | str) -> int:
+    """Bytes of a size given as a number or as text: ``8_000_000_000``, "8GB" (10^9) or "8GiB" (2^30).
+
+    Raises:
+        RequestError: If it is not a positive size.
+    """
+    if isinstance(size, int) and not isinstance(size, bool):
+        nbytes = size
+    elif isinstance(size, str) and (match := _SIZE.fullmatch(size)):
+        number, unit, binary = match.groups()
+        nbytes = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
+    else:
+        raise RequestError(f'[memory_limit] must be bytes or a text such as "8GB" or "7.5GiB", got {size!r}.')
+    if nbytes <= 0:
+        raise RequestError(f"[memory_limit] must be positive, got {size!r}.")
+    return nbytes
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Dimensions of a Qwen3.5-MoE text model, in config.json's own words.
+
+    ``layer_types`` names each layer's mixer, "linear_attention" (GatedDeltaNet) or "full_attention".
+    """
+
+    model_type: str
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    num_experts: int
+    num_experts_per_tok: int
+    moe_intermediate_size: int
+    shared_expert_intermediate_size: int
+    linear_num_key_heads: int
+    linear_num_value_heads: int
+    linear_key_head_dim: int
+    linear_value_head_dim: int
+    linear_conv_kernel_dim: int
+    layer_types: tuple[str, ...]
+    rms_norm_eps: float = 1e-6
+    tie_word_embeddings: bool = False
+    attention_bias: bool = False
+    max_position_embeddings: int = 32768
+    norm_topk_prob: bool = True
+    rope_parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> "ModelConfig":
+        """Read the text model's dimensions from a config.json, nested (``text_config``) or flat.
+
+        Raises:
+            CorruptError: If a dimension is missing or is not a positive number.
+            UnsupportedModelError: If the activation or a layer's type is unknown.
+        """
+        text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else config
+        layers = _positive(text, "num_hidden_layers")
+        interval = text.get("full_attention_interval", 4)
+        layer_types = text.get("layer_types") or [
+            "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)
+        ]
+        if len(layer_types) != layers:
+            raise CorruptError(
+                f"[config.json] layer_types must name {layers} layers, got {len(layer_types)}. Restore the file."
+            )
+        if unknown := sorted(set(layer_types) - {"full_attention", "linear_attention"}):
+            raise UnsupportedModelError(f"[config.json] layer types {unknown} are not served.")
+        if text.get("hidden_act", "silu") != "silu":
+            raise UnsupportedModelError(f"[config.json] hidden_act must be silu, got {text['hidden_act']!r}.")
+        names = (
+            "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts",
+            "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
+            "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
+        )  # fmt: skip
+        dimensions = {name: _positive(text, name) for name in names}
+        rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in text:
+                rope.setdefault(name, text[name])
+        result = cls(
+            model_type=str(text.get("model_type", config.get("model_type", ""))),
+            num_hidden_layers=layers,
+            head_dim=_positive(text, "head_dim", dimensions["hidden_size"] // dimensions["num_attention_heads"]),
+            linear_conv_kernel_dim=_positive(text, "linear_conv_kernel_dim", 4),
+            layer_types=tuple(layer_types),
+            rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
+            tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
+            attention_bias=bool(text.get("attention_bias", False)),
+            max_position_embeddings=_positive(text, "max_position_embeddings", 32768),
+            norm_topk_prob=bool(text.get("norm_topk_prob", True)),
+            rope_parameters=MappingProxyType(rope),
+            **dimensions,
+        )
+        result._check()
+        return result
+
+    def _check(self) -> None:
+        if self.num_experts_per_tok > self.num_experts:
+            raise CorruptError(
+                f"[config.json] num_experts_per_tok must be at most num_experts = {self.num_experts}, "
+                f"got {self.num_experts_per_tok}. Restore the file."
+            )
+        for heads, groups in (
+            ("num_attention_heads", "num_key_value_heads"),
+            ("linear_num_value_heads", "linear_num_key_heads"),
+        ):
+            if getattr(self, heads) % getattr(self, groups):
+                raise CorruptError(
+                    f"[config.json] {heads} must be a multiple of {groups}, got {getattr(self, heads)} and "
+                    f"{getattr(self, groups)}. Restore the file."
+                )
+
+    @property
+    def linear_key_dim(self) -> int:
+        """Width of all GatedDeltaNet keys of a token."""
+        return self.linear_num_key_heads * self.linear_key_head_dim
+
+    @property
+    def linear_value_dim(self) -> int:
+        """Width of all GatedDeltaNet values of a token."""
+        return self.linear_num_value_heads * self.linear_value_head_dim
+
+    @property
+    def linear_conv_dim(self) -> int:
+        """Channels of the causal convolution: queries, keys and values."""
+        return 2 * self.linear_key_dim + self.linear_value_dim
+
+
+def _positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
+    value = config.get(name)
+    value = default if value is None else value
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise CorruptError(f"[config.json] {name} must be a positive integer, got {value!r}. Restore the file.")
+    return value
+
+
+@dataclass(frozen=True)
+class StreamingConfig:
+    """How a model is to be run: load's arguments, checked.
+
+    Attributes:
+        memory_limit_bytes: The hard bound; None leaves the choice to the machine.
+        max_context: Tokens of KV cache and prompt that the bound must leave room for.
+        num_experts_per_tok: Overrides the router's K; fewer than the model's own is lossy.
+        io: How expert bytes are read: "auto", "mmap", "pread" or "direct".
+        prefill_step_size: Tokens a forward pass that scratch memory is set aside for.
+    """
+
+    memory_limit_bytes: int | None = None
+    max_context: int = 8192
+    num_experts_per_tok: int | None = None
+    io: str = "auto"
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
+
+    @classmethod
+    def from_arguments(
+        cls,
+        memory_limit: int | str | None,
+        max_context: int,
+        num_experts_per_tok: int | None,
+        io: str,
+    ) -> "StreamingConfig":
+        """Check load's arguments.
+
+        Raises:
+            RequestError: If one is not usable, saying which and why.
+        """
+        if not isinstance(max_context, int) or isinstance(max_context, bool) or max_context < 1:
+            raise RequestError(f"[max_context] must be a positive number of tokens, got {max_context!r}.")
+        if num_experts_per_tok is not None and (
+            not isinstance(num_experts_per_tok, int) or isinstance(num_experts_per_tok, bool) or num_experts_per_tok < 1
+        ):
+            raise RequestError(f"[num_experts_per_tok] must be at least 1, got {num_experts_per_tok!r}.")
+        if io not in IO_MODES:
+            raise RequestError(f"[io] must be one of {', '.join(IO_MODES)}, got {io!r}.")
+        return cls(
+            memory_limit_bytes=None if memory_limit is None else parse_size(memory_limit),
+            max_context=max_context,
+            num_experts_per_tok=num_experts_per_tok,
+            io=io,
+            prefill_step_size=min(DEFAULT_PREFILL_STEP_SIZE, max_context),
+        )

@@ -1,0 +1,266 @@
+"""generate() and stream_generate(): mlx_lm's signatures and fields, on a loop that suits eager streaming.
+
+mlx_lm computes token n+1 before it yields token n, which hides latency where evaluation is lazy. Reading a
+router's choice makes evaluation eager, so here a token is yielded before the next is computed.
+"""
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.generate import GenerationResponse as MlxGenerationResponse
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from .config import DEFAULT_PREFILL_STEP_SIZE
+from .errors import RequestError
+from .models.qwen3_5_moe import Model
+from .stats import GenerationStats
+
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass
+class GenerationResponse(MlxGenerationResponse):
+    """mlx_lm's response with the streaming figures of this generation so far.
+
+    Attributes:
+        streaming: Hit rate, bytes read and I/O wait since the generation began.
+    """
+
+    streaming: GenerationStats | None = None
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    *,
+    sampler: Sampler | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    max_kv_size: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    input_embeddings: mx.array | None = None,
+) -> Iterator[GenerationResponse]:
+    """Generate text, one response a token. Arguments as :func:`mlx_lm.stream_generate`.
+
+    Args:
+        model: From :func:`flash_moe_mlx.load`.
+        tokenizer: From :func:`flash_moe_mlx.load`, or any transformers tokenizer.
+        prompt: Text, or token ids.
+        max_tokens: Most tokens to generate; -1 goes on to an end token or to max_context.
+        sampler: From log-probabilities (1, vocabulary) to a token id (1,); greedy by default.
+        logits_processors: Functions of (tokens so far, logits) that return logits.
+        max_kv_size: Accepted for mlx_lm's sake: its rotating cache is not used by models that make their own.
+        prompt_cache: Caches of an earlier part of the conversation; advanced in place.
+        prefill_step_size: Prompt tokens a forward pass. Bits depend on it, never on the memory limit.
+        kv_bits: Quantise the KV cache to this many bits (lossy).
+        kv_group_size: Group size of a quantised KV cache.
+        quantized_kv_start: Tokens after which the KV cache is quantised.
+        prompt_progress_callback: Called with (prompt tokens processed, prompt tokens).
+        input_embeddings: Used in place of the prompt's own embeddings. Shape (L, H).
+
+    Yields:
+        Responses with mlx_lm's fields and ``.streaming``.
+
+    Raises:
+        RequestError: If the prompt is empty or longer than max_context, or max_tokens is 0.
+        MemoryLimitError: If the limit can't hold a forward pass of this size.
+        StoreError: If an expert can't be read.
+    """
+    if max_tokens == 0:
+        raise RequestError("[max_tokens] must not be 0. Use -1 for no limit.")
+    if not isinstance(prefill_step_size, int) or prefill_step_size < 1:
+        raise RequestError(f"[prefill_step_size] must be at least 1 token, got {prefill_step_size!r}.")
+    tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+    tokens = _encode(tokenizer, prompt)
+    caches = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
+    length = len(tokens) if input_embeddings is None else len(input_embeddings)
+    context = length + max(cache.size() for cache in caches)
+    limit = model.streaming.max_context
+    if length == 0:
+        raise RequestError("[prompt] must have at least one token, got none.")
+    if context > limit:
+        raise RequestError(
+            f"[prompt] must leave the context at most max_context = {limit} tokens, got {context}. Shorten it, or "
+            "load with a larger max_context."
+        )
+    # The last token needs no place in the cache: it is not fed back.
+    room = limit - context + 1
+    steps = _Steps(
+        model,
+        caches,
+        sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1)),
+        logits_processors or [],
+        lambda: maybe_quantize_kv_cache(caches, quantized_kv_start, kv_group_size, kv_bits),
+    )
+    return _stream(
+        steps,
+        tokenizer,
+        tokens,
+        input_embeddings,
+        room if max_tokens < 0 else min(max_tokens, room),
+        prefill_step_size,
+        prompt_progress_callback or (lambda *_: None),
+    )
+
+
+def generate(
+    model: Model,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Generate a complete answer. Arguments as :func:`mlx_lm.generate` and :func:`stream_generate`.
+
+    Args:
+        model: From :func:`flash_moe_mlx.load`.
+        tokenizer: From :func:`flash_moe_mlx.load`.
+        prompt: Text, or token ids.
+        verbose: Print the text as it comes, then the figures.
+        **kwargs: Passed to :func:`stream_generate`.
+
+    Returns:
+        The text.
+    """
+    text, response = "", None
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose and response is not None:
+        print(
+            f"\n{response.prompt_tokens} prompt tokens, {response.prompt_tps:.1f} tok/s; "
+            f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tok/s; "
+            f"hit rate {response.streaming.hit_rate:.1%}, {response.streaming.bytes_read / 1e6:.1f} MB read, "
+            f"peak memory {response.peak_memory:.3f} GB",
+            file=sys.stdout,
+        )
+    return text
+
+
+def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
+    if isinstance(prompt, str):
+        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        prompt = tokenizer.encode(prompt, add_special_tokens=special)
+    tokens = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.uint32)
+    if tokens.ndim != 1:
+        raise RequestError(f"[prompt] token ids must have shape (L,), got {tokens.shape}.")
+    return tokens
+
+
+class _Steps:
+    """Forward passes of one generation: prompt chunks, then one token at a time."""
+
+    def __init__(
+        self,
+        model: Model,
+        caches: list[Any],
+        sampler: Sampler,
+        processors: list[LogitsProcessor],
+        quantize_caches: Callable[[], None],
+    ):
+        self.model = model
+        self._caches = caches
+        self._sampler = sampler
+        self._processors = processors
+        self._quantize_caches = quantize_caches
+        self._seen: mx.array | None = None
+
+    def _note(self, tokens: mx.array) -> None:
+        if self._processors and len(tokens):
+            self._seen = tokens if self._seen is None else mx.concatenate([self._seen, tokens])
+
+    def prefill(self, tokens: mx.array, embeddings: mx.array | None) -> None:
+        """Advance the caches by a chunk of the prompt; no logits are computed."""
+        self.model(tokens[None], cache=self._caches, input_embeddings=_batched(embeddings))
+        self._note(tokens)
+        self._quantize_caches()
+        mx.eval([cache.state for cache in self._caches])
+        mx.clear_cache()
+
+    def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,)."""
+        logits = self.model(
+            tokens[None], cache=self._caches, input_embeddings=_batched(embeddings), logits_to_keep=1
+        )[:, -1, :]
+        self._note(tokens)
+        for processor in self._processors:
+            logits = processor(self._seen, logits)
+        self._quantize_caches()
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        token = self._sampler(logprobs)
+        mx.eval(token, logprobs)
+        return token, logprobs.squeeze(0)
+
+
+def _batched(embeddings: mx.array | None) -> mx.array | None:
+    return None if embeddings is None else embeddings[None]
+
+
+def _stream(
+    steps: _Steps,
+    tokenizer: TokenizerWrapper,
+    prompt: mx.array,
+    embeddings: mx.array | None,
+    max_tokens: int,
+    prefill_step_size: int,
+    progress: Callable[[int, int], None],
+) -> Iterator[GenerationResponse]:
+    before = steps.model.streaming.counters.copy()
+    detokenizer = tokenizer.detokenizer
+    length = len(prompt) if embeddings is None else len(embeddings)
+    started = time.perf_counter()
+    progress(0, length)
+    done = 0
+    # The last prompt token goes alone, as in mlx_lm: the chunks before it need no logits.
+    while length - done > 1:
+        size = min(prefill_step_size, length - done - 1)
+        steps.prefill(prompt[done : done + size], _part(embeddings, done, size))
+        done += size
+        progress(done, length)
+    token, logprobs = steps.next_token(prompt[done:], _part(embeddings, done, 1))
+    progress(length, length)
+    prompt_tps = length / (time.perf_counter() - started)
+
+    started = time.perf_counter()
+    for count in range(1, max_tokens + 1):
+        token_id = token.item()
+        ended = token_id in tokenizer.eos_token_ids
+        if not ended:
+            detokenizer.add_token(token_id)
+        last = ended or count == max_tokens
+        if last:
+            detokenizer.finalize()
+        yield GenerationResponse(
+            text=detokenizer.last_segment,
+            token=token_id,
+            logprobs=logprobs,
+            from_draft=False,
+            prompt_tokens=length,
+            prompt_tps=prompt_tps,
+            generation_tokens=count,
+            generation_tps=count / (time.perf_counter() - started),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=("stop" if ended else "length") if last else None,
+            streaming=GenerationStats.from_counters(steps.model.streaming.counters.since(before)),
+        )
+        if last:
+            return
+        token, logprobs = steps.next_token(token)
+
+
+def _part(embeddings: mx.array | None, start: int, size: int) -> mx.array | None:
+    return None if embeddings is None else embeddings[start : start + size]

@@ -1,0 +1,60 @@
+"""How much memory this process may use: physical memory, cgroup limits, Metal's recommended working set."""
+
+import os
+from pathlib import Path
+
+CGROUP_ROOT = Path("/sys/fs/cgroup")
+PROCESS_OVERHEAD_BYTES = 600_000_000
+"""Interpreter, libraries and tokenizer: they come on top of ``memory_limit`` (DESIGN, promise 2)."""
+
+SAFE_SHARE = 0.7
+"""Of the memory that may be used; the rest is for the page cache and for other programs."""
+
+
+def physical_memory_bytes() -> int:
+    """Installed memory of this machine in bytes."""
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def cgroup_limit_bytes(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """The smallest memory limit of this process's control group and its parents (v1 and v2), or None."""
+    try:
+        lines = membership.read_text().splitlines()
+    except OSError:
+        return None
+    limits = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            directory, name = root, "memory.max"
+        elif "memory" in controllers.split(","):
+            directory, name = root / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        parts = [part for part in path.split("/") if part]
+        for depth in range(len(parts) + 1):
+            limits += _read_limit(directory.joinpath(*parts[:depth]) / name)
+    return min(limits, default=None)
+
+
+def _read_limit(path: Path) -> list[int]:
+    try:
+        text = path.read_text().strip()
+    except OSError:
+        return []
+    # cgroup v1 writes "no limit" as a number near 2^63.
+    return [int(text)] if text.isdigit() and int(text) < 1 << 60 else []
+
+
+def default_memory_limit_bytes(recommended_working_set_bytes: int | None = None) -> int:
+    """A safe share of what this process may use, where the caller names no limit.
+
+    Args:
+        recommended_working_set_bytes: Metal's figure for this GPU, where there is one.
+    """
+    usable = min(
+        size
+        for size in (physical_memory_bytes(), cgroup_limit_bytes(), recommended_working_set_bytes)
+        if size is not None
+    )
+    return max(int(usable * SAFE_SHARE) - PROCESS_OVERHEAD_BYTES, 1)

@@ -1,0 +1,82 @@
+"""Layers that hold a checkpoint's tensors under its own names, quantised or not, and pick the right op."""
+
+from collections.abc import Callable
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..ops.dequant_matvec import dequant_matvec
+from ..record import Quantization
+
+MATVEC_ROWS = 8
+"""Up to this many rows go through dequant_matvec, beyond it through a matrix product."""
+
+QuantizationOf = Callable[[str], Quantization | None]
+"""Quantisation of the module at a path; None where it is stored unquantised."""
+
+
+class Linear(nn.Module):
+    """``y = x W^T + b``. W is (out, in), affine-quantised or not; the tensors are filled in by load_weights."""
+
+    def __init__(self, input_dims: int, output_dims: int, quantization: Quantization | None, bias: bool = False):
+        super().__init__()
+        self.quantization = quantization
+        if quantization is None:
+            self.weight = mx.zeros((output_dims, input_dims))
+        else:
+            groups = input_dims // quantization.group_size
+            self.weight = mx.zeros((output_dims, input_dims * quantization.bits // 32), mx.uint32)
+            self.scales = mx.zeros((output_dims, groups))
+            self.biases = mx.zeros((output_dims, groups))
+        if bias:
+            self.bias = mx.zeros((output_dims,))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Shapes (..., in) to (..., out), in the dtype of x."""
+        if self.quantization is None:
+            y = x @ self.weight.T
+        else:
+            bits, group_size = self.quantization.bits, self.quantization.group_size
+            rows = x.reshape(-1, x.shape[-1])
+            if rows.shape[0] <= MATVEC_ROWS:
+                y = dequant_matvec(rows, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
+            else:
+                y = mx.quantized_matmul(
+                    rows, self.weight, self.scales, self.biases, transpose=True, group_size=group_size, bits=bits
+                )
+            y = y.reshape(*x.shape[:-1], -1)
+        y = y.astype(x.dtype)
+        return y + self.bias if "bias" in self else y
+
+
+class Embedding(Linear):
+    """Token embeddings, quantised or not. Called on hidden states, it is the tied output projection."""
+
+    def __init__(self, vocab_size: int, hidden_size: int, quantization: Quantization | None):
+        super().__init__(hidden_size, vocab_size, quantization)
+
+    def embed(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
+        """Embeddings of token ids: shapes (...) to (..., H), in ``dtype``."""
+        if self.quantization is None:
+            return self.weight[tokens].astype(dtype)
+        # Scales first into dtype: dequantised in bfloat16, the embedding itself would be rounded.
+        return mx.dequantize(
+            self.weight[tokens],
+            self.scales[tokens].astype(dtype),
+            self.biases[tokens].astype(dtype),
+            group_size=self.quantization.group_size,
+            bits=self.quantization.bits,
+        )
+
+
+class SwiGLU(nn.Module):
+    """``W_d (silu(W_g x) * W_u x)``: the shared expert. Reference: Shazeer 2020, arXiv:2002.05202."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, path: str, quantization_of: QuantizationOf):
+        super().__init__()
+        self.gate_proj = Linear(hidden_size, intermediate_size, quantization_of(f"{path}.gate_proj"))
+        self.up_proj = Linear(hidden_size, intermediate_size, quantization_of(f"{path}.up_proj"))
+        self.down_proj = Linear(intermediate_size, hidden_size, quantization_of(f"{path}.down_proj"))
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.silu(self.gate_proj(x)) * self.up_proj(x))

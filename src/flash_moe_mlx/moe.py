@@ -1,0 +1,161 @@
+"""StreamingMoE: route, fetch, compute, combine. Asks the engine for experts; knows nothing of files.
+
+Results do not depend on what is in memory: an expert is always computed on all tokens that chose it in
+this forward pass, at once, whichever wave brings it, and outputs are combined in the router's order.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from .ops.expert_batch import expert_ffn_batch
+from .ops.expert_ffn import expert_ffn
+from .ops.moe_combine import moe_combine
+from .streaming import Wave
+
+MATVEC_TOKENS = 8
+"""Up to this many tokens, each (token, expert) pair is computed on its own; beyond it, tokens are
+grouped by expert. Chosen by the number of tokens alone, so that bits do not depend on the budget."""
+
+LAZY_ROWS = 512
+"""Rows of expert outputs that may wait for evaluation: bounds the scratch of a prefill."""
+
+
+class ExpertFetcher(Protocol):
+    """What routed experts come from: a StreamingEngine, or a shard of one on another host."""
+
+    def waves(self, layer: int, experts: np.ndarray) -> Iterator[Wave]: ...
+
+    def reading(self, output: mx.array) -> None: ...
+
+    def record(self, layer: int, experts: np.ndarray, weights: mx.array) -> None: ...
+
+
+class RoutedExperts:
+    """The routed experts of one layer. Holds no weights."""
+
+    def __init__(self, fetcher: ExpertFetcher, layer: int, hidden_size: int):
+        self._fetcher = fetcher
+        self._layer = layer
+        self._hidden_size = hidden_size
+
+    def record(self, ids: np.ndarray, weights: mx.array) -> None:
+        """Note the router's choice for a trace, ids and weights of shape (T, K)."""
+        self._fetcher.record(self._layer, ids, weights)
+
+    def __call__(self, x: mx.array, ids: np.ndarray) -> mx.array:
+        """Outputs of each token's experts.
+
+        Args:
+            x: Tokens. Shape (T, H).
+            ids: Expert ids in the router's order. Shape (T, K), host memory.
+
+        Returns:
+            Shape (T, K, H), float32.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        waves = self._fetcher.waves(self._layer, np.unique(ids))
+        compute = self._by_pair if len(ids) <= MATVEC_TOKENS else self._by_expert
+        y = compute(x, ids, waves)
+        self._fetcher.reading(y)
+        return y
+
+    def _by_pair(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave]) -> mx.array:
+        y = None
+        for wave in waves:
+            slots = _slot_table(wave.slots, ids)
+            if (slots >= 0).all():
+                return expert_ffn(x, wave.bank, mx.array(slots.astype(np.uint32)))
+            tokens, ranks = np.nonzero(slots >= 0)
+            part = expert_ffn(x[mx.array(tokens)], wave.bank, mx.array(slots[tokens, ranks].astype(np.uint32)[:, None]))
+            y = self._outputs(ids) if y is None else y
+            y[mx.array(tokens * ids.shape[1] + ranks)] = part[:, 0]
+            mx.eval(y)
+        return y.reshape(*ids.shape, self._hidden_size)
+
+    def _by_expert(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave]) -> mx.array:
+        order = np.argsort(ids, axis=None, kind="stable")
+        experts, starts = np.unique(ids.reshape(-1)[order], return_index=True)
+        pairs = dict(zip(experts.tolist(), np.split(order, starts[1:]), strict=True))
+        y = self._outputs(ids)
+        for wave in waves:
+            lazy_rows = 0
+            for expert, slot in wave.slots.items():
+                rows = pairs[expert]
+                y[mx.array(rows)] = expert_ffn_batch(x[mx.array(rows // ids.shape[1])], wave.bank, slot)
+                # A lazy graph over the whole wave would hold all its experts' activations at once.
+                lazy_rows += len(rows)
+                if lazy_rows >= LAZY_ROWS:
+                    mx.eval(y)
+                    lazy_rows = 0
+            mx.eval(y)
+        return y.reshape(*ids.shape, self._hidden_size)
+
+    def _outputs(self, ids: np.ndarray) -> mx.array:
+        return mx.zeros((ids.size, self._hidden_size), dtype=mx.float32)
+
+
+def _slot_table(slots: Mapping[int, int], ids: np.ndarray) -> np.ndarray:
+    """Slot of each id, -1 where it is not in the wave."""
+    return np.array([[slots.get(e, -1) for e in row] for row in ids.tolist()], dtype=np.int64)
+
+
+def route(logits: mx.array, k: int, normalise: bool) -> tuple[mx.array, mx.array]:
+    """Softmax over all experts, then the K most probable, most probable first.
+
+    Args:
+        logits: Shape (T, E).
+        k: Experts a token.
+        normalise: Divide the K weights by their sum.
+
+    Returns:
+        Ids (T, K) uint32 and weights (T, K) float32.
+    """
+    probabilities = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
+    ids = mx.argpartition(-probabilities, kth=k - 1, axis=-1)[:, :k]
+    weights = mx.take_along_axis(probabilities, ids, axis=-1)
+    order = mx.argsort(-weights, axis=-1)
+    ids, weights = mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(weights, order, axis=-1)
+    return ids, weights / weights.sum(axis=-1, keepdims=True) if normalise else weights
+
+
+class StreamingMoE(nn.Module):
+    """Sparse MoE block with streamed routed experts and a gated shared expert.
+
+    ``sum_k w_k expert_k(x) + sigmoid(g(x)) shared(x) + residual``. Reference: Qwen3.5-MoE in transformers.
+    """
+
+    def __init__(
+        self,
+        gate: nn.Module,
+        shared_expert: nn.Module,
+        shared_expert_gate: nn.Module,
+        num_experts_per_tok: int,
+        norm_topk_prob: bool,
+    ):
+        super().__init__()
+        self.gate = gate
+        self.shared_expert = shared_expert
+        self.shared_expert_gate = shared_expert_gate
+        self.num_experts_per_tok = num_experts_per_tok
+        self.norm_topk_prob = norm_topk_prob
+        self.routed: RoutedExperts | None = None
+
+    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
+        """Shapes (B, L, H) in and out, in the dtype of ``residual``."""
+        flat = x.reshape(-1, x.shape[-1])
+        ids, weights = route(self.gate(flat), self.num_experts_per_tok, self.norm_topk_prob)
+        # Two calls: the ids can then be waited for without the shared expert, which computes
+        # while Python looks at them and the misses are read.
+        mx.async_eval(ids, weights)
+        shared, shared_gate = self.shared_expert(flat), self.shared_expert_gate(flat)
+        mx.async_eval(shared, shared_gate)
+        host_ids = np.array(ids)
+        self.routed.record(host_ids, weights)
+        y = self.routed(flat, host_ids)
+        return moe_combine(y, weights, shared, shared_gate, residual.reshape(flat.shape)).reshape(residual.shape)

@@ -1,0 +1,117 @@
+"""Counters of the streaming engine and what they render to. Plain data: no MLX import."""
+
+from dataclasses import dataclass, fields
+from html import escape
+
+
+@dataclass
+class Counters:
+    """What the engine counts while it runs. Monotonic; differences of two copies describe the time between."""
+
+    tokens: int = 0
+    hits: int = 0
+    misses: int = 0
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+
+    def copy(self) -> "Counters":
+        return Counters(*(getattr(self, f.name) for f in fields(self)))
+
+    def since(self, earlier: "Counters") -> "Counters":
+        """Counts from ``earlier`` to now."""
+        return Counters(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the experts asked for that were in memory, 0 to 1; 0 before any was asked for."""
+        asked = self.hits + self.misses
+        return self.hits / asked if asked else 0.0
+
+
+@dataclass(frozen=True)
+class GenerationStats:
+    """Streaming figures of one generation so far, as each response carries them.
+
+    Attributes:
+        hit_rate: Share of the experts asked for that were in memory, 0 to 1.
+        bytes_read: Expert bytes read from storage (page cache included).
+        read_seconds: Time that the model waited for them.
+        hits: Experts found in memory, counted once a layer and forward pass.
+        misses: Experts that had to be read.
+    """
+
+    hit_rate: float
+    bytes_read: int
+    read_seconds: float
+    hits: int
+    misses: int
+
+    @classmethod
+    def from_counters(cls, counters: Counters) -> "GenerationStats":
+        return cls(counters.hit_rate, counters.bytes_read, counters.read_seconds, counters.hits, counters.misses)
+
+
+@dataclass(frozen=True)
+class StreamingStats:
+    """A running engine at one moment. Prints as a short table, and as HTML in a notebook.
+
+    Attributes:
+        tokens: Tokens that went through the model, prompt included.
+        hits, misses, hit_rate: Experts asked for, once a layer and forward pass.
+        bytes_read: Expert bytes read from storage (page cache included).
+        read_seconds: Time that the model waited for them.
+        memory_limit_bytes: The hard bound.
+        peak_memory_bytes: MLX's peak and the engine's own buffers.
+        dense_bytes: Weights kept in memory.
+        slot_bytes: Memory of the expert slots.
+        num_slots: Expert slots, all layers together.
+        num_experts: Experts of the checkpoint, all layers together.
+        io: How expert bytes are read.
+        lossy: What was asked for that changes results; empty by default.
+    """
+
+    tokens: int
+    hits: int
+    misses: int
+    hit_rate: float
+    bytes_read: int
+    read_seconds: float
+    memory_limit_bytes: int
+    peak_memory_bytes: int
+    dense_bytes: int
+    slot_bytes: int
+    num_slots: int
+    num_experts: int
+    io: str
+    lossy: tuple[str, ...] = ()
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) pairs in the order in which they are shown."""
+        rows = [
+            ("tokens", f"{self.tokens:,}"),
+            ("hit rate", f"{self.hit_rate:.1%} ({self.hits:,} of {self.hits + self.misses:,} experts)"),
+            ("bytes read", format_bytes(self.bytes_read)),
+            ("I/O wait", f"{self.read_seconds:.2f} s"),
+            ("peak memory", f"{format_bytes(self.peak_memory_bytes)} of {format_bytes(self.memory_limit_bytes)}"),
+            ("dense weights", format_bytes(self.dense_bytes)),
+            ("expert slots", f"{self.num_slots:,} of {self.num_experts:,} ({format_bytes(self.slot_bytes)})"),
+            ("I/O mode", self.io),
+        ]
+        return rows + [("lossy", choice) for choice in self.lossy]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows())
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
+
+    def _repr_html_(self) -> str:
+        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.rows())
+        return f"<table>{cells}</table>"
+
+
+def format_bytes(nbytes: float) -> str:
+    """A size for people, in powers of ten: "1.77 MB"."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(nbytes) < 1000:
+            return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"
+        nbytes /= 1000
+    return f"{nbytes:.2f} TB"

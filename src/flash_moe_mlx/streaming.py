@@ -1,0 +1,272 @@
+"""StreamingEngine: what ``model.streaming`` is. Owns store, slots, budget, counters and lock of one model."""
+
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+from .bank import ExpertBank
+from .budget import Budget, LayerExperts, ModelCosts, divide
+from .cache import ExpertCache
+from .config import StreamingConfig, parse_size
+from .errors import RequestError, StoreError
+from .record import RecordLayout
+from .stats import Counters, StreamingStats
+from .store import ExpertStore
+from .trace import DECODE, PREFILL, TraceRecorder
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Experts of one layer that are in memory together.
+
+    Attributes:
+        bank: The layer's slots.
+        slots: Slot of each expert of the wave, by expert.
+    """
+
+    bank: ExpertBank
+    slots: Mapping[int, int]
+
+
+class StreamingEngine:
+    """Streams the routed experts of one model under a hard memory limit.
+
+    A context manager: leaving it closes the engine. One forward pass runs at a time; a second thread waits.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        layouts: Mapping[int, RecordLayout],
+        num_experts: Mapping[int, int],
+        costs: ModelCosts,
+        config: StreamingConfig,
+        limit_bytes: int,
+        num_experts_per_tok: int,
+        lossy: Sequence[str] = (),
+    ):
+        """Divide the limit and allocate the slots; call after the dense weights are in memory."""
+        self._store = store
+        self._costs = costs
+        self._config = config
+        self._experts = {
+            layer: LayerExperts(layout.record_bytes, num_experts[layer]) for layer, layout in layouts.items()
+        }
+        self._k = num_experts_per_tok
+        self._lossy = tuple(lossy)
+        self._limit_bytes = limit_bytes
+        self._reserved = (1, config.prefill_step_size, config.max_context)
+        self._budget = self._divide(limit_bytes, *self._reserved)
+        self._counters = Counters()
+        self._counted_from = self._counters.copy()
+        self._unread: mx.array | None = None
+        self._recorder: TraceRecorder | None = None
+        self._closed = False
+        self.lock = threading.RLock()
+        self._cache = ExpertCache(store, layouts, self._budget.num_slots)
+        logger.info("%s expert slots of %s", self._cache.total_slots, sum(num_experts.values()))
+
+    def _divide(self, limit_bytes: int, batch: int, tokens: int, length: int) -> Budget:
+        return divide(
+            limit_bytes,
+            self._costs,
+            self._experts,
+            min_slots=self._k,
+            batch=batch,
+            tokens=tokens,
+            length=length,
+            io_buffer_bytes=self._store.buffer_bytes,
+        )
+
+    # What the model's forward pass calls, in this order, with the lock held.
+
+    @contextmanager
+    def forward_pass(self, batch: int, tokens: int, length: int) -> Iterator[None]:
+        """One forward pass of ``tokens`` new tokens a sequence, ending at ``length`` tokens of context.
+
+        Holds the lock, and makes room: a pass or a context larger than the reserved one takes its
+        memory from the expert slots.
+
+        Raises:
+            MemoryLimitError: If the limit can't hold it even with the fewest slots.
+            RequestError: If ``length`` exceeds max_context.
+            StoreError: If the engine is closed.
+        """
+        with self.lock:
+            if self._closed:
+                raise StoreError("[model.streaming] is closed. Load the model again.")
+            if length > self._config.max_context:
+                raise RequestError(
+                    f"[model.streaming] the context must be at most max_context = {self._config.max_context} tokens, "
+                    f"got {length}. Shorten the prompt or load with a larger max_context."
+                )
+            self._make_room(batch, tokens, length)
+            if self._recording:
+                self._recorder.begin(batch * tokens, PREFILL if tokens > 1 else DECODE)
+            yield
+            self._counters.tokens += batch * tokens
+
+    def _make_room(self, batch: int, tokens: int, length: int) -> None:
+        needed = self._costs.state_bytes(batch, length) + self._costs.scratch_bytes(batch, tokens, length)
+        if needed <= self._budget.state_bytes + self._budget.scratch_bytes:
+            return
+        # Never less than what load promised: a large batch now must not make a long prompt fail later.
+        reserved = max(
+            (self._reserved, (batch, tokens, length)),
+            key=lambda r: self._costs.state_bytes(r[0], r[2]) + self._costs.scratch_bytes(*r),
+        )
+        self._apply(self._divide(self._limit_bytes, *reserved))
+        self._reserved = reserved
+
+    def _apply(self, budget: Budget) -> None:
+        self._settle()
+        self._cache.resize(budget.num_slots)
+        self._budget = budget
+        logger.info("expert slots: %d (%d bytes)", self._cache.total_slots, budget.slot_bytes)
+
+    def waves(self, layer: int, experts: np.ndarray) -> Iterator[Wave]:
+        """Bring experts of a layer into memory, as many at a time as there are slots for.
+
+        Those present come first, so that the first wave evicts none that is wanted. The caller must
+        have evaluated what it computed from one wave before it asks for the next.
+
+        Args:
+            experts: Distinct expert ids, ascending.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        ids = [int(e) for e in experts]
+        ordered = [e for e in ids if self._cache.contains(layer, e)]
+        self._counters.hits += len(ordered)
+        self._counters.misses += len(ids) - len(ordered)
+        ordered += [e for e in ids if not self._cache.contains(layer, e)]
+        size = self._cache.num_slots(layer)
+        for start in range(0, len(ordered), size):
+            self._settle()
+            fetch = self._cache.acquire(layer, ordered[start : start + size])
+            started = time.perf_counter()
+            self._counters.bytes_read += fetch.wait()
+            if fetch.misses:
+                self._counters.read_seconds += time.perf_counter() - started
+            yield Wave(self._cache.bank(layer), fetch.slots)
+
+    def reading(self, output: mx.array) -> None:
+        """Say that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
+        self._unread = output
+
+    def _settle(self) -> None:
+        if self._unread is not None:
+            mx.eval(self._unread)
+            self._unread = None
+
+    @property
+    def _recording(self) -> bool:
+        return self._recorder is not None and not self._recorder.closed
+
+    def record(self, layer: int, experts: np.ndarray, weights: mx.array) -> None:
+        """Note a router's choice, ids and weights of shape (T, K), if a trace is being recorded."""
+        if self._recording:
+            self._recorder.record(layer, experts, np.array(weights.astype(mx.float32)))
+
+    # What users call.
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of context that the memory limit has room for."""
+        return self._config.max_context
+
+    @property
+    def counters(self) -> Counters:
+        """Running totals since load; never reset, so that differences always hold."""
+        return self._counters
+
+    def stats(self) -> StreamingStats:
+        """Counters and memory at this moment."""
+        counters, budget = self._counters.since(self._counted_from), self._budget
+        return StreamingStats(
+            tokens=counters.tokens,
+            hits=counters.hits,
+            misses=counters.misses,
+            hit_rate=counters.hit_rate,
+            bytes_read=counters.bytes_read,
+            read_seconds=counters.read_seconds,
+            memory_limit_bytes=budget.limit_bytes,
+            peak_memory_bytes=mx.get_peak_memory() + self._store.buffer_bytes,
+            dense_bytes=budget.dense_bytes,
+            slot_bytes=budget.slot_bytes,
+            num_slots=sum(budget.num_slots.values()),
+            num_experts=sum(e.num_experts for e in self._experts.values()),
+            io=self._store.io,
+            lossy=self._lossy,
+        )
+
+    def reset_stats(self) -> None:
+        """Set the counters and MLX's peak memory to zero. What is in memory stays."""
+        with self.lock:
+            self._counted_from = self._counters.copy()
+            mx.reset_peak_memory()
+
+    def trace(self, path: str | Path) -> TraceRecorder:
+        """Record routing until the returned recorder is closed (it is a context manager) or the engine is.
+
+        Example:
+            >>> with model.streaming.trace("routing.npz"):
+            ...     generate(model, tokenizer, "Hello")
+
+        Raises:
+            RequestError: If the directory does not exist.
+        """
+        with self.lock:
+            if self._recorder is not None:
+                self._recorder.close()
+            most = max(e.num_experts for e in self._experts.values())
+            self._recorder = TraceRecorder(path, sorted(self._experts), most)
+            return self._recorder
+
+    def resize(self, memory_limit: int | str) -> None:
+        """Change the memory limit of the running model. Waits for a forward pass under way.
+
+        Raises:
+            MemoryLimitError: If it can't hold; names the smallest limit that works, and nothing changes.
+            RequestError: If it is not a size.
+        """
+        limit_bytes = parse_size(memory_limit)
+        with self.lock:
+            budget = self._divide(limit_bytes, *self._reserved)
+            self._apply(budget)
+            self._limit_bytes = limit_bytes
+
+    def clear(self) -> None:
+        """Forget every expert in memory, so that the next ones are read again."""
+        with self.lock:
+            self._settle()
+            self._cache.clear()
+
+    def close(self) -> None:
+        """Release files, threads and slots. The model can't be used afterwards. Later calls do nothing."""
+        with self.lock:
+            if self._closed:
+                return
+            self._closed = True
+            if self._recorder is not None:
+                self._recorder.close()
+            self._settle()
+            self._store.close()
+            self._cache = ExpertCache(self._store, {}, {})
+            mx.clear_cache()
+
+    def __enter__(self) -> "StreamingEngine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
