@@ -5,9 +5,11 @@ import re
 from pathlib import Path
 
 import flash_moe_mlx
+from flash_moe_mlx.stats import GenerationStats, StreamingStats
 from flash_moe_mlx.streaming import StreamingEngine
 
 API = Path(__file__).with_name("api.md")
+ENGINE = ("stats", "reset_stats", "resize", "trace", "clear", "close")
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Note|Example):$")
 
 HEAD = """# API
@@ -18,22 +20,20 @@ itself; modules and names not listed here may change in any release.
 
 
 def prose(docstring: str | None) -> str:
-    """A Google-style docstring as Markdown: sections become lists."""
-    lines, section = [], None
-    for line in inspect.cleandoc(docstring or "").splitlines():
-        if match := SECTION.match(line):
-            section = match[1]
-            lines += [f"**{section}**", ""]
-        elif section and re.match(r"^    \S", line):
-            name, colon, rest = line.strip().partition(": ")
-            item = re.fullmatch(r"[\w*, .]+", name) and colon
-            lines.append(f"- `{name}`: {rest}" if item else line.strip())
-        elif section and line.startswith("     "):
-            lines.append("  " + line.strip())
+    """A Google-style docstring as Markdown: sections become lists, examples code."""
+    blocks = []
+    for block in inspect.cleandoc(docstring or "").split("\n\n"):
+        title, _, body = block.partition("\n")
+        if not SECTION.match(title):
+            blocks.append(block)
+        elif title == "Example:":
+            blocks.append("```python\n" + re.sub(r"^ *(>>>|\.\.\.) ?", "", body, flags=re.MULTILINE) + "\n```")
         else:
-            section = section if not line else None
-            lines.append(line)
-    return "\n".join(lines).replace("``", "`").strip()
+            items = re.sub(r"^    ([\w*, .]+): ", r"- `\1`: ", body, flags=re.MULTILINE)
+            items = re.sub(r"^ {8}", "  ", items, flags=re.MULTILINE)
+            blocks.append(f"**{title[:-1]}**\n\n" + re.sub(r"^ {4}", "", items, flags=re.MULTILINE))
+    text = re.sub(r":\w+:`([^`]+)`", r"`\1`", "\n\n".join(blocks))
+    return re.sub(r"(?<!`)``(?!`)", "`", text).strip()
 
 
 def signature(name: str, value: object) -> str:
@@ -42,6 +42,7 @@ def signature(name: str, value: object) -> str:
         text = str(inspect.signature(value))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return name
+    text = text.replace("(self, ", "(").replace("(self)", "()").replace("mlx.core.", "mx.")
     text = re.sub(r"\b(?:\w+\.)+(?=[A-Z]\w)", "", text)
     if len(name) + len(text) > 100:
         parameters, arrow, result = text[1:].partition(") -> ")
@@ -66,9 +67,8 @@ def render() -> str:
     pages = [HEAD.strip()]
     pages += [entry(name, value) for name, value in values.items() if name not in errors]
     pages.append("## model.streaming\n\n" + prose(inspect.getdoc(StreamingEngine)))
-    for name, member in vars(StreamingEngine).items():
-        if not name.startswith("_") and inspect.isfunction(member) and member.__doc__:
-            pages.append(entry(name, member, "###"))
+    pages += [entry(name, getattr(StreamingEngine, name), "###") for name in ENGINE]
+    pages += [f"## {value.__name__}\n\n" + prose(inspect.getdoc(value)) for value in (StreamingStats, GenerationStats)]
     pages.append("## Errors")
     pages += [entry(name, value, "###") for name, value in errors.items()]
     return "\n\n".join(pages) + "\n"

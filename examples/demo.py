@@ -46,8 +46,8 @@ def main() -> None:
     with model.streaming as streaming:
         start = streaming.stats()
         print(
-            f"{start.num_slots:,} of {start.num_experts:,} experts fit into "
-            f"{format_bytes(start.memory_limit_bytes)}; the others come from disk when the router picks them.\n"
+            f"{format_bytes(start.memory_limit_bytes)} have room for {start.num_slots:,} of {start.num_experts:,} "
+            "experts; what the router picks is read from disk.\n"
         )
         tokens, seconds = 0, 0.0
         for question, tools in REQUESTS:

@@ -73,6 +73,7 @@ def test_readme_example_prints_what_the_readme_says():
     assert done.stdout.strip() == output.strip()
 
 
+@pytest.mark.skipif(sys.version_info[:2] != (3, 11), reason="signatures print differently in each Python")
 def test_api_page_is_current():
     spec = importlib.util.spec_from_file_location("generate_api", ROOT / "docs" / "generate_api.py")
     generate_api = importlib.util.module_from_spec(spec)

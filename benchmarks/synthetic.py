@@ -1,0 +1,212 @@
+"""Synthetic Qwen3.5-MoE checkpoints in the stock MLX layout, at any dimensions, written layer by layer.
+
+Weights are random; their statistics keep activations finite and routing spread over the experts: zero mean,
+variance 1 / inputs, embeddings of unit variance. The same seed gives the same bytes.
+
+    python -m benchmarks.synthetic OUT --preset 35b --layers 8
+"""
+
+import argparse
+import json
+import struct
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Dimensions:
+    """What config.json's text_config says, and how weights are stored (``bits`` 0: bfloat16)."""
+
+    hidden_size: int = 2048
+    num_hidden_layers: int = 40
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 2
+    head_dim: int = 256
+    num_experts: int = 256
+    num_experts_per_tok: int = 8
+    moe_intermediate_size: int = 512
+    shared_expert_intermediate_size: int = 512
+    linear_num_key_heads: int = 16
+    linear_num_value_heads: int = 32
+    linear_key_head_dim: int = 128
+    linear_value_head_dim: int = 128
+    linear_conv_kernel_dim: int = 4
+    vocab_size: int = 248_320
+    full_attention_interval: int = 4
+
+
+PRESETS = {
+    "35b": Dimensions(),
+    "122b": Dimensions(
+        hidden_size=3072, num_hidden_layers=48, num_attention_heads=32, moe_intermediate_size=1024,
+        shared_expert_intermediate_size=1024, linear_num_value_heads=64,
+    ),
+    "397b": Dimensions(
+        hidden_size=4096, num_hidden_layers=60, num_attention_heads=32, num_experts=512, num_experts_per_tok=10,
+        moe_intermediate_size=1024, shared_expert_intermediate_size=1024, linear_num_value_heads=64,
+    ),
+}  # fmt: skip
+
+
+class _Writer:
+    """Tensors of one shard; their bytes are made when the shard is written."""
+
+    def __init__(self, rng: np.random.Generator, bits: int, group_size: int):
+        self.rng, self.bits, self.group_size = rng, bits, group_size
+        self.tensors: list[tuple[str, str, tuple[int, ...], object]] = []
+
+    def normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0, dtype: str = "BF16") -> None:
+        self.tensors.append((name, dtype, shape, (mean, std)))
+
+    def matrix(self, name: str, *shape: int, gain: float = 1.0) -> None:
+        """A weight of ``gain / sqrt(inputs)`` standard deviation, quantised if ``bits``."""
+        *rows, columns = shape
+        std = gain / np.sqrt(columns)
+        if not self.bits:
+            self.normal(f"{name}.weight", shape, std)
+            return
+        levels = 2**self.bits
+        scale = std / np.sqrt((levels**2 - 1) / 12)
+        groups = (*rows, columns // self.group_size)
+        self.tensors.append((f"{name}.weight", "U32", (*rows, columns * self.bits // 32), "bits"))
+        self.tensors.append((f"{name}.scales", "BF16", groups, float(scale)))
+        self.tensors.append((f"{name}.biases", "BF16", groups, float(-scale * (levels - 1) / 2)))
+
+    def write(self, path: Path) -> dict[str, int]:
+        header, offset = {"__metadata__": {"format": "mlx"}}, 0
+        for name, dtype, shape, _ in self.tensors:
+            size = int(np.prod(shape)) * {"U32": 4, "BF16": 2, "F32": 4}[dtype]
+            header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
+            offset += size
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(path, "wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            for _, dtype, shape, recipe in self.tensors:
+                for piece in self._pieces(dtype, int(np.prod(shape)), recipe):
+                    file.write(piece)
+        return {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
+
+    def _pieces(self, dtype: str, count: int, recipe: object) -> Iterator[bytes]:
+        if recipe == "bits":
+            while count > 0:
+                size = min(count, 1 << 22)
+                yield self.rng.integers(0, 2**32, size, dtype=np.uint32).tobytes()
+                count -= size
+        elif isinstance(recipe, float):
+            yield _bfloat16(np.full(count, recipe, np.float32))
+        else:
+            mean, std = recipe
+            while count > 0:
+                size = min(count, 1 << 22)
+                values = self.rng.standard_normal(size, dtype=np.float32) * np.float32(std) + np.float32(mean)
+                yield values.tobytes() if dtype == "F32" else _bfloat16(values)
+                count -= size
+
+
+def _bfloat16(values: np.ndarray) -> bytes:
+    bits = values.view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16).tobytes()
+
+
+def write_checkpoint(
+    directory: Path, dimensions: Dimensions, *, bits: int = 4, group_size: int = 64, seed: int = 0
+) -> Path:
+    """Write a checkpoint: one shard for the embeddings and one a layer.
+
+    Args:
+        directory: Created if need be.
+        dimensions: Of the model.
+        bits: Of all projections and experts; 0 stores bfloat16.
+        group_size: Weights that share a scale.
+        seed: Of the weights.
+
+    Returns:
+        The directory.
+    """
+    d = dimensions
+    directory.mkdir(parents=True, exist_ok=True)
+    shards = d.num_hidden_layers + 1
+    weight_map: dict[str, str] = {}
+    for shard in range(shards):
+        writer = _Writer(np.random.default_rng((seed, shard)), bits, group_size)
+        if shard == 0:
+            writer.matrix("language_model.model.embed_tokens", d.vocab_size, d.hidden_size, gain=np.sqrt(d.hidden_size))
+            writer.normal("language_model.model.norm.weight", (d.hidden_size,), 0.1, 1.0)
+            writer.matrix("language_model.lm_head", d.vocab_size, d.hidden_size)
+        else:
+            _layer(writer, d, shard - 1)
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        weight_map |= dict.fromkeys(writer.write(directory / name), name)
+    text = asdict(d) | {
+        "model_type": "qwen3_5_moe_text",
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "max_position_embeddings": 262_144,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 10_000_000.0, "partial_rotary_factor": 0.25},
+    }
+    config: dict[str, object] = {"model_type": "qwen3_5_moe", "text_config": text}
+    if bits:
+        config["quantization"] = {"bits": bits, "group_size": group_size}
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    (directory / "config.json").write_text(json.dumps(config, indent=1))
+    return directory
+
+
+def _layer(writer: _Writer, d: Dimensions, index: int) -> None:
+    path, hidden = f"language_model.model.layers.{index}", d.hidden_size
+    writer.normal(f"{path}.input_layernorm.weight", (hidden,), 0.1, 1.0)
+    writer.normal(f"{path}.post_attention_layernorm.weight", (hidden,), 0.1, 1.0)
+    if (index + 1) % d.full_attention_interval == 0:
+        name = f"{path}.self_attn"
+        writer.matrix(f"{name}.q_proj", 2 * d.num_attention_heads * d.head_dim, hidden)
+        writer.matrix(f"{name}.k_proj", d.num_key_value_heads * d.head_dim, hidden)
+        writer.matrix(f"{name}.v_proj", d.num_key_value_heads * d.head_dim, hidden)
+        writer.matrix(f"{name}.o_proj", hidden, d.num_attention_heads * d.head_dim)
+        writer.normal(f"{name}.q_norm.weight", (d.head_dim,), 0.1, 1.0)
+        writer.normal(f"{name}.k_norm.weight", (d.head_dim,), 0.1, 1.0)
+    else:
+        name, keys = f"{path}.linear_attn", d.linear_num_key_heads * d.linear_key_head_dim
+        values = d.linear_num_value_heads * d.linear_value_head_dim
+        writer.matrix(f"{name}.in_proj_qkv", 2 * keys + values, hidden)
+        writer.matrix(f"{name}.in_proj_z", values, hidden)
+        writer.matrix(f"{name}.in_proj_b", d.linear_num_value_heads, hidden)
+        writer.matrix(f"{name}.in_proj_a", d.linear_num_value_heads, hidden)
+        writer.matrix(f"{name}.out_proj", hidden, values)
+        writer.normal(f"{name}.conv1d.weight", (2 * keys + values, d.linear_conv_kernel_dim, 1), 0.5)
+        writer.normal(f"{name}.dt_bias", (d.linear_num_value_heads,), 0.1)
+        writer.normal(f"{name}.A_log", (d.linear_num_value_heads,), 0.5, dtype="F32")
+        writer.normal(f"{name}.norm.weight", (d.linear_value_head_dim,), 0.1, 1.0)
+    mlp, width = f"{path}.mlp", d.moe_intermediate_size
+    writer.matrix(f"{mlp}.gate", d.num_experts, hidden)
+    writer.matrix(f"{mlp}.shared_expert_gate", 1, hidden)
+    for name, rows, columns in (
+        ("gate_proj", d.shared_expert_intermediate_size, hidden),
+        ("up_proj", d.shared_expert_intermediate_size, hidden),
+        ("down_proj", hidden, d.shared_expert_intermediate_size),
+    ):
+        writer.matrix(f"{mlp}.shared_expert.{name}", rows, columns)
+    for name, rows, columns in (("gate_proj", width, hidden), ("up_proj", width, hidden), ("down_proj", hidden, width)):
+        writer.matrix(f"{mlp}.switch_mlp.{name}", d.num_experts, rows, columns)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--preset", choices=PRESETS, default="35b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--experts", type=int)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--seed", type=int, default=0)
+    a = parser.parse_args()
+    d = PRESETS[a.preset]
+    d = replace(d, num_hidden_layers=a.layers or d.num_hidden_layers, num_experts=a.experts or d.num_experts)
+    write_checkpoint(a.out, d, bits=a.bits, group_size=a.group_size, seed=a.seed)
+
+
+if __name__ == "__main__":
+    main()

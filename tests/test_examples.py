@@ -1,0 +1,57 @@
+"""The examples run as they stand, on the embedded model."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script: str, *arguments: str) -> str:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run(
+        [sys.executable, ROOT / script, *arguments],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo() -> str:
+    return run("examples/demo.py")
+
+
+def test_demo_streams_under_a_limit_that_holds_a_part_of_the_experts(demo: str):
+    slots, experts = re.search(r"room for ([\d,]+) of ([\d,]+) experts", demo).groups()
+    assert int(slots) < int(experts)
+    assert 0 < float(re.search(r"hit rate +([\d.]+)%", demo)[1]) < 100
+    assert float(re.search(r"read from disk +([\d.]+) [kM]B", demo)[1]) > 0
+    peak, limit = re.search(r"peak memory +([\d.]+) MB, limit ([\d.]+) MB", demo).groups()
+    assert float(peak) <= float(limit)
+
+
+def test_demo_answers_sensibly(demo: str):
+    assert "42" in demo
+    assert '<tool_call>{"name": "get_weather", "arguments": {"city": "Lisbon"}}</tool_call>' in demo
+
+
+def test_quickstart():
+    assert "42" in run("examples/quickstart.py")
+
+
+def test_benchmark_runs():
+    output = run("benchmarks/run.py", "--runs", "1", "--max-tokens", "4")
+    rows = [line.split("\t") for line in output.splitlines() if line[0].isdigit()]
+    assert [len(row) for row in rows] == [7, 7, 7]
+    limits, read = [int(row[0]) for row in rows], [int(row[3]) for row in rows]
+    assert limits == sorted(limits)
+    assert read == sorted(read, reverse=True)
