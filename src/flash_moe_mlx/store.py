@@ -164,6 +164,7 @@ class ExpertStore:
     """Experts' records of one checkpoint. A context manager; safe to use from several threads.
 
     Attributes:
+        checkpoint: What is read.
         io: "pread", "mmap" or "direct".
         num_threads: I/O threads.
     """
@@ -182,7 +183,7 @@ class ExpertStore:
             raise RequestError(f"[ExpertStore] num_threads must be at least 1, got {num_threads!r}. Try 8.")
         self.io = io
         self.num_threads = num_threads
-        self._checkpoint = checkpoint
+        self.checkpoint = checkpoint
         self._lock = threading.Lock()
         self._closed = False
         self._bytes_read = 0
@@ -220,7 +221,7 @@ class ExpertStore:
             ShortReadError: If the file has become too short.
             StoreError: If the file can't be mapped, or the store is closed.
         """
-        layout, ranges = self._checkpoint.layout(layer), self._checkpoint.ranges(layer, expert)
+        layout, ranges = self.checkpoint.layout(layer), self.checkpoint.ranges(layer, expert)
         self._check_open()
         views: dict[str, memoryview] = {}
         for part in layout.parts:
@@ -239,8 +240,8 @@ class ExpertStore:
             RequestError: If a layer, expert or buffer can't be used; then nothing is read.
             StoreError: If the store is closed.
         """
-        targets = [_writable_bytes(r, self._checkpoint.layout(r.layer).record_bytes) for r in requests]
-        ranges = [self._checkpoint.ranges(r.layer, r.expert) for r in requests]
+        targets = [writable_bytes(r, self.checkpoint.layout(r.layer).record_bytes) for r in requests]
+        ranges = [self.checkpoint.ranges(r.layer, r.expert) for r in requests]
         pending = PendingReads(requests, self._split(targets, ranges))
         with self._lock:
             self._check_open()
@@ -265,6 +266,13 @@ class ExpertStore:
     def read_into(self, requests: Sequence[ReadRequest]) -> int:
         """Read records into their buffers and wait for them. Returns bytes read; raises as `submit` and `wait`."""
         return self.submit(requests).wait()
+
+    def drain(self) -> None:
+        """Wait until no batch is under way: after an interrupt, when nobody holds one any more. Raises nothing."""
+        with self._lock:
+            under_way = tuple(self._under_way)
+        for pending in under_way:
+            pending._abandon()
 
     # --- what it has done and holds ---
 
@@ -394,7 +402,8 @@ class ExpertStore:
                 self._read_seconds += time.perf_counter() - self._busy_since
 
 
-def _writable_bytes(request: ReadRequest, nbytes: int) -> memoryview:
+def writable_bytes(request: ReadRequest, nbytes: int) -> memoryview:
+    """A request's buffer as plain bytes; RequestError if it is read-only, strided or has fewer than ``nbytes``."""
     view = memoryview(request.buffer)
     if view.readonly or not view.c_contiguous or view.nbytes < nbytes:
         got = "a read-only one" if view.readonly else f"{view.nbytes} bytes"
