@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
+# Twice quiet: errors only.
+PIP := $(BIN)/python -m pip --disable-pip-version-check -qq
 
 # Plain mlx has no backend on Linux. For a GPU there: make BACKEND=cuda12 (or cuda13) demo, in a fresh .venv.
 ifeq ($(shell uname -s),Darwin)
@@ -16,7 +17,7 @@ DEV_EXTRAS := $(if $(BACKEND),$(BACKEND)$(comma))dev
 .PHONY: demo test lint format bench docs clean
 
 demo: $(VENV)/.installed
-	$(BIN)/python examples/demo.py
+	@$(BIN)/python examples/demo.py
 
 # Tests that measure the machine's memory or time run alone, after the others.
 test: $(VENV)/.installed-dev
@@ -47,12 +48,14 @@ clean:
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) must be Python 3.11 or newer, got $$($(PYTHON) -V). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --editable .$(if $(BACKEND),[$(BACKEND)])
+	@echo "Installing into $(VENV), once; it takes about a minute."
+	@$(PIP) install --editable .$(if $(BACKEND),[$(BACKEND)])
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python
-	$(PIP) install --editable ".[$(DEV_EXTRAS)]"
+	@echo "Installing into $(VENV), tools for development included, once; it takes about two minutes."
+	@$(PIP) install --editable ".[$(DEV_EXTRAS)]"
 	@touch $@ $(VENV)/.installed
