@@ -8,11 +8,11 @@ from dataclasses import dataclass
 
 from ..config import ModelConfig
 from ..moe import LAZY_ROWS
-from .hybrid import MIXER_BLOCK
+from .hybrid import MAX_SCORE_BYTES, MIN_QUERY_BLOCK, MIXER_BLOCK
 
 _FLOAT32 = 4
 _KV_STEP = 256  # mlx_lm's KVCache grows by this many tokens
-_MARGIN = 16 << 20  # small arrays, graph nodes, allocator rounding
+_MARGIN = 8 << 20  # small arrays, graph nodes, allocator rounding
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,8 @@ class HybridCosts:
         block = min(tokens, MIXER_BLOCK)
         width = c.num_attention_heads * c.head_dim
         projections = batch * block * (8 * width + 4 * c.hidden_size) * self.activation_bytes
-        scores = 3 * batch * c.num_attention_heads * block * length * _FLOAT32
+        row = batch * c.num_attention_heads * length * _FLOAT32
+        scores = 3 * row * min(max(MAX_SCORE_BYTES // row, MIN_QUERY_BLOCK), block)
         # A growing cache is copied, and the product over grouped heads repeats keys or values.
         keys = 2 * batch * length * c.num_key_value_heads * c.head_dim * self.activation_bytes
         return projections + scores + 3 * keys

@@ -19,6 +19,11 @@ MIXER_BLOCK = 256
 """Tokens that a mixer takes at a time. A constant: it bounds the scratch of a long prompt (attention
 scores, projections) without making bits depend on the memory limit."""
 
+MAX_SCORE_BYTES = 16 << 20
+"""Attention scores, in float32, that may be alive at once; a query block is at least MIN_QUERY_BLOCK long."""
+
+MIN_QUERY_BLOCK = 16
+
 
 class GatedAttention(nn.Module):
     """Full attention whose output is gated by ``sigmoid`` of a second half of q_proj.
@@ -60,9 +65,38 @@ class GatedAttention(nn.Module):
         values = self.v_proj(x).reshape(batch, length, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset=cache.offset)
         keys, values = cache.update_and_fetch(self.rope(keys, offset=cache.offset), values)
-        y = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+        y = _attend(queries, keys, values, cache, self.scale, mask)
         y = y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return self.o_proj(y * mx.sigmoid(gate.reshape(batch, length, -1)))
+
+
+def _attend(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any) -> mx.array:
+    """Scaled dot-product attention in blocks of queries, so that few scores are alive at once.
+
+    MLX's fallback (the CPU; heads of 256 on GPUs) holds all scores of a call. The block depends on shapes
+    alone. Quantised caches go in one piece.
+    """
+    batch, heads, length, _ = queries.shape
+    block = max(MAX_SCORE_BYTES // (4 * batch * heads * cache.size()), MIN_QUERY_BLOCK)
+    if length <= block or hasattr(cache, "bits"):
+        return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
+    before = keys.shape[2] - length
+    blocks = []
+    for start in range(0, length, block):
+        end = min(start + block, length)
+        part = mask[..., start:end, : before + end] if isinstance(mask, mx.array) else mask
+        blocks.append(
+            scaled_dot_product_attention(
+                queries[:, :, start:end],
+                keys[:, :, : before + end],
+                values[:, :, : before + end],
+                cache=cache,
+                scale=scale,
+                mask=part,
+            )
+        )
+        mx.eval(blocks[-1])
+    return mx.concatenate(blocks, axis=2)
 
 
 class RMSNormGated(nn.Module):

@@ -1,0 +1,167 @@
+"""Slots in MLX memory and the cache over them, with a source that fills records with their expert's number."""
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flash_moe_mlx.bank import ExpertBank
+from flash_moe_mlx.cache import ExpertCache
+from flash_moe_mlx.errors import MemoryLimitError, ShapeError, StoreError
+from flash_moe_mlx.record import Quantization, RecordLayout
+from flash_moe_mlx.store import ReadRequest
+
+LAYOUT = RecordLayout.contiguous(
+    {
+        ("gate_proj", "weight"): ("U32", (3, 8)),
+        ("gate_proj", "scales"): ("BF16", (3, 1)),
+        ("gate_proj", "biases"): ("BF16", (3, 1)),
+        ("up_proj", "weight"): ("F16", (3, 64)),
+        ("down_proj", "weight"): ("F32", (64, 3)),
+    },
+    {"gate_proj": Quantization(4, 64), "up_proj": None, "down_proj": None},
+)
+
+
+class CountingSource:
+    """Fills a record with ``layer * 100 + expert`` bytes when waited for; can be told to fail."""
+
+    def __init__(self) -> None:
+        self.reads: list[tuple[int, int]] = []
+        self.fail_next: BaseException | None = None
+
+    def submit(self, requests: Sequence[ReadRequest]) -> "CountingSource":
+        self._requests = requests
+        return self
+
+    def wait(self) -> int:
+        if self.fail_next is not None:
+            error, self.fail_next = self.fail_next, None
+            raise error
+        for r in self._requests:
+            self.reads.append((r.layer, r.expert))
+            r.buffer[:] = bytes([r.layer * 100 + r.expert]) * len(r.buffer)
+        return sum(len(r.buffer) for r in self._requests)
+
+    def drain(self) -> None:
+        pass
+
+
+def make_cache(slots: int, layers: int = 1) -> tuple[ExpertCache, CountingSource]:
+    source = CountingSource()
+    return ExpertCache(source, dict.fromkeys(range(layers), LAYOUT), dict.fromkeys(range(layers), slots)), source
+
+
+def contents(cache: ExpertCache, layer: int, slot: int) -> int:
+    values = set(bytes(cache.bank(layer).slot(slot)))
+    assert len(values) == 1, "a slot holds parts of two records"
+    return values.pop()
+
+
+def test_parts_are_views_of_what_was_written_later() -> None:
+    bank = ExpertBank(LAYOUT, 5)
+    views = {part.name: bank.part(part.name) for part in LAYOUT.parts}
+    rng = np.random.default_rng(0)
+    expected = {}
+    for part in LAYOUT.parts:
+        kind = {"U32": np.uint32, "BF16": np.uint16, "F16": np.float16, "F32": np.float32}[part.dtype]
+        values = rng.integers(1, 200, part.shape).astype(kind)
+        expected[part.name] = values
+        bank.slot(3)[part.offset : part.offset + part.nbytes] = values.tobytes()
+    for part in LAYOUT.parts:
+        view = views[part.name]
+        assert view.shape == (5, *part.shape)
+        raw = view[3].view(mx.uint16) if part.dtype == "BF16" else view[3]
+        np.testing.assert_array_equal(np.array(raw), expected[part.name])
+        assert not np.array(view[2].astype(mx.float32)).any()
+
+
+def test_parts_start_on_their_boundaries() -> None:
+    assert all(part.offset % 16 == 0 for part in LAYOUT.parts)
+    assert LAYOUT.record_bytes % 512 == 0
+    assert LAYOUT.record_bytes >= LAYOUT.parts[-1].offset + LAYOUT.parts[-1].nbytes
+
+
+@pytest.mark.parametrize("slots", [0, 2**31])
+def test_impossible_banks(slots: int) -> None:
+    with pytest.raises(ShapeError):
+        ExpertBank(LAYOUT, slots)
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 6),
+    st.lists(st.tuples(st.integers(0, 1), st.sets(st.integers(0, 9), min_size=1, max_size=6)), max_size=40),
+)
+def test_behaves_as_lru_and_every_slot_holds_its_record(slots: int, requests: list[tuple[int, set[int]]]) -> None:
+    cache, source = make_cache(slots, layers=2)
+    model: dict[int, list[int]] = {0: [], 1: []}
+    for layer, wanted in requests:
+        experts = sorted(wanted)[:slots]
+        fetch = cache.acquire(layer, experts)
+        fetch.wait()
+        assert set(fetch.misses) == set(experts) - set(model[layer])
+        assert len(set(fetch.slots.values())) == len(experts)
+        for expert, slot in fetch.slots.items():
+            assert contents(cache, layer, slot) == layer * 100 + expert
+        # Least recently used first; hits move to the end in the order asked for, then the misses.
+        kept = [e for e in model[layer] if e not in experts]
+        hits = [e for e in experts if e in model[layer]]
+        misses = [e for e in experts if e not in model[layer]]
+        room = slots - len(experts)
+        model[layer] = kept[len(kept) - min(room, len(kept)) :] + hits + misses
+        assert list(cache.present(layer)) == model[layer]
+    assert len(source.reads) == len([1 for _ in source.reads])
+
+
+def test_more_experts_than_slots_is_an_error_that_changes_nothing() -> None:
+    cache, _ = make_cache(3)
+    cache.acquire(0, [1, 2]).wait()
+    with pytest.raises(MemoryLimitError, match="3 slots"):
+        cache.acquire(0, [1, 2, 3, 4])
+    assert cache.present(0) == (1, 2)
+
+
+@pytest.mark.parametrize("error", [StoreError("disk"), KeyboardInterrupt()])
+def test_a_record_counts_as_present_only_when_whole(error: BaseException) -> None:
+    cache, source = make_cache(2)
+    cache.acquire(0, [1, 2]).wait()
+    source.fail_next = error
+    fetch = cache.acquire(0, [3])
+    assert not cache.contains(0, 3)
+    with pytest.raises(type(error)):
+        fetch.wait()
+    assert cache.present(0) == (2,)
+    # No slot is lost: both are usable again, and hold what they say.
+    again = cache.acquire(0, [3, 4])
+    again.wait()
+    assert sorted(again.slots.values()) == [0, 1]
+    assert contents(cache, 0, again.slots[3]) == 3
+
+
+def test_a_fetch_that_nobody_waited_for_is_forgotten() -> None:
+    cache, _ = make_cache(2)
+    cache.acquire(0, [1, 2])
+    later = cache.acquire(0, [1, 3])
+    assert set(later.misses) == {1, 3}
+    later.wait()
+    assert set(cache.present(0)) == {1, 3}
+
+
+def test_resize_and_clear() -> None:
+    cache, source = make_cache(4, layers=2)
+    for layer in (0, 1):
+        cache.acquire(layer, [1, 2, 3]).wait()
+    cache.resize({0: 2, 1: 4})
+    assert cache.present(0) == ()
+    assert cache.present(1) == (1, 2, 3), "an unchanged layer keeps its experts"
+    assert cache.nbytes == 6 * LAYOUT.record_bytes
+    cache.acquire(0, [5, 6]).wait()
+    assert (cache.num_slots(0), cache.total_slots) == (2, 6)
+    cache.clear()
+    assert cache.present(1) == ()
+    cache.acquire(1, [1, 2, 3, 4]).wait()
+    assert source.reads[-4:] == [(1, 1), (1, 2), (1, 3), (1, 4)]

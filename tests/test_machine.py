@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from flash_moe_mlx import machine
+
+
+def write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def test_cgroup_v1_limit_of_a_parent_counts(tmp_path: Path) -> None:
+    write(tmp_path / "self", "5:cpu,cpuacct:/a\n4:memory:/a/b\n0::/ignored\n")
+    write(tmp_path / "cg/memory/memory.limit_in_bytes", str(2**63 - 4096))
+    write(tmp_path / "cg/memory/a/memory.limit_in_bytes", "4000000000\n")
+    write(tmp_path / "cg/memory/a/b/memory.limit_in_bytes", "8000000000\n")
+    assert machine.cgroup_limit_bytes(tmp_path / "cg", tmp_path / "self") == 4_000_000_000
+
+
+def test_cgroup_v2(tmp_path: Path) -> None:
+    write(tmp_path / "self", "0::/user.slice\n")
+    write(tmp_path / "cg/user.slice/memory.max", "max\n")
+    assert machine.cgroup_limit_bytes(tmp_path / "cg", tmp_path / "self") is None
+    write(tmp_path / "cg/memory.max", "3000000000\n")
+    assert machine.cgroup_limit_bytes(tmp_path / "cg", tmp_path / "self") == 3_000_000_000
+
+
+def test_no_cgroups(tmp_path: Path) -> None:
+    assert machine.cgroup_limit_bytes(tmp_path, tmp_path / "absent") is None
+
+
+def test_default_limit_is_a_share_of_the_smallest(monkeypatch) -> None:
+    monkeypatch.setattr(machine, "physical_memory_bytes", lambda: 64 * 10**9)
+    monkeypatch.setattr(machine, "cgroup_limit_bytes", lambda: None)
+    free = machine.default_memory_limit_bytes()
+    assert free < 0.7 * 64 * 10**9
+    assert machine.default_memory_limit_bytes(48 * 10**9) < 0.7 * 48 * 10**9 < free
+    monkeypatch.setattr(machine, "cgroup_limit_bytes", lambda: 10 * 10**9)
+    assert machine.default_memory_limit_bytes(48 * 10**9) < 0.7 * 10 * 10**9
