@@ -23,7 +23,7 @@ class Costs:
         return 10 * batch * tokens
 
 
-def smallest(experts: dict[int, LayerExperts], min_slots: int, costs: Costs = Costs()) -> int:  # noqa: B008
+def smallest(experts: dict[int, LayerExperts], min_slots: int, costs: Costs = Costs()) -> int:
     with pytest.raises(MemoryLimitError) as error:
         divide(1, costs, experts, min_slots=min_slots, batch=1, tokens=8, length=32)
     assert error.value.smallest_limit_bytes is not None
@@ -39,9 +39,7 @@ layers = st.dictionaries(
 
 
 @given(layers, st.integers(1, 10), st.integers(0, 2_000_000))
-def test_slots_fill_the_limit_and_never_exceed_it(
-    experts: dict[int, LayerExperts], min_slots: int, extra: int
-) -> None:
+def test_slots_fill_the_limit_and_never_exceed_it(experts: dict[int, LayerExperts], min_slots: int, extra: int) -> None:
     limit = smallest(experts, min_slots) + extra
     budget = divide(limit, Costs(), experts, min_slots=min_slots, batch=1, tokens=8, length=32)
     used = sum(budget.num_slots[layer] * e.record_bytes for layer, e in experts.items())
@@ -55,9 +53,7 @@ def test_slots_fill_the_limit_and_never_exceed_it(
 
 
 @given(layers, st.integers(1, 10))
-def test_the_smallest_limit_works_and_one_byte_less_does_not(
-    experts: dict[int, LayerExperts], min_slots: int
-) -> None:
+def test_the_smallest_limit_works_and_one_byte_less_does_not(experts: dict[int, LayerExperts], min_slots: int) -> None:
     limit = smallest(experts, min_slots)
     divide(limit, Costs(), experts, min_slots=min_slots, batch=1, tokens=8, length=32)
     with pytest.raises(MemoryLimitError):

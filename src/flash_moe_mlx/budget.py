@@ -14,10 +14,15 @@ _MAX_BUFFER_CACHE = 64 << 20
 class ModelCosts(Protocol):
     """Bytes that a model needs beside its expert slots; every model definition gives its own."""
 
-    dense_bytes: int
-    """Weights kept in memory, in the dtypes that they are loaded as."""
-    load_bytes: int
-    """Most that loading needs for a moment beyond the dense weights."""
+    @property
+    def dense_bytes(self) -> int:
+        """Weights kept in memory, in the dtypes that they are loaded as."""
+        ...
+
+    @property
+    def load_bytes(self) -> int:
+        """Most that loading needs for a moment beyond the dense weights."""
+        ...
 
     def state_bytes(self, batch: int, length: int) -> int:
         """KV caches and recurrent states of ``batch`` sequences of ``length`` tokens."""

@@ -7,7 +7,7 @@ router's choice makes evaluation eager, so here a token is yielded before the ne
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +33,7 @@ class GenerationResponse(MlxGenerationResponse):
         streaming: Hit rate, bytes read and I/O wait since the generation began.
     """
 
-    streaming: GenerationStats | None = None
+    streaming: GenerationStats = field(default_factory=GenerationStats)
 
 
 def stream_generate(
@@ -193,9 +193,9 @@ class _Steps:
 
     def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
         """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,)."""
-        logits = self.model(
-            tokens[None], cache=self._caches, input_embeddings=_batched(embeddings), logits_to_keep=1
-        )[:, -1, :]
+        logits = self.model(tokens[None], cache=self._caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
+            :, -1, :
+        ]
         self._note(tokens)
         for processor in self._processors:
             logits = processor(self._seen, logits)

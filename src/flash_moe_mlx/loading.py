@@ -104,7 +104,7 @@ def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"[load] {name} must be a local directory or a repository that the hub serves, got "
-            f"{type(error).__name__}: {str(error).splitlines()[0]} Check the name and the network, or pass a local path."
+            f"{type(error).__name__}: {str(error).splitlines()[0]} Check name and network, or pass a local path."
         ) from error
 
 

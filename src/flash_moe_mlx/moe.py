@@ -66,14 +66,13 @@ class RoutedExperts:
         return y
 
     def _by_pair(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave]) -> mx.array:
-        y = None
+        y = self._outputs(ids)
         for wave in waves:
             slots = _slot_table(wave.slots, ids)
             if (slots >= 0).all():
                 return expert_ffn(x, wave.bank, mx.array(slots.astype(np.uint32)))
             tokens, ranks = np.nonzero(slots >= 0)
             part = expert_ffn(x[mx.array(tokens)], wave.bank, mx.array(slots[tokens, ranks].astype(np.uint32)[:, None]))
-            y = self._outputs(ids) if y is None else y
             y[mx.array(tokens * ids.shape[1] + ranks)] = part[:, 0]
             mx.eval(y)
         return y.reshape(*ids.shape, self._hidden_size)
@@ -128,7 +127,12 @@ class StreamingMoE(nn.Module):
     """Sparse MoE block with streamed routed experts and a gated shared expert.
 
     ``sum_k w_k expert_k(x) + sigmoid(g(x)) shared(x) + residual``. Reference: Qwen3.5-MoE in transformers.
+
+    Attributes:
+        routed: The layer's experts; set when an engine is attached to the model.
     """
+
+    routed: RoutedExperts
 
     def __init__(
         self,
@@ -144,7 +148,6 @@ class StreamingMoE(nn.Module):
         self.shared_expert_gate = shared_expert_gate
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
-        self.routed: RoutedExperts | None = None
 
     def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
         """Shapes (B, L, H) in and out, in the dtype of ``residual``."""

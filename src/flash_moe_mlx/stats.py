@@ -40,11 +40,11 @@ class GenerationStats:
         misses: Experts that had to be read.
     """
 
-    hit_rate: float
-    bytes_read: int
-    read_seconds: float
-    hits: int
-    misses: int
+    hit_rate: float = 0.0
+    bytes_read: int = 0
+    read_seconds: float = 0.0
+    hits: int = 0
+    misses: int = 0
 
     @classmethod
     def from_counters(cls, counters: Counters) -> "GenerationStats":

@@ -110,7 +110,7 @@ class StreamingEngine:
                     f"got {length}. Shorten the prompt or load with a larger max_context."
                 )
             self._make_room(batch, tokens, length)
-            if self._recording:
+            if self._recorder is not None and not self._recorder.closed:
                 self._recorder.begin(batch * tokens, PREFILL if tokens > 1 else DECODE)
             yield
             self._counters.tokens += batch * tokens
@@ -169,13 +169,9 @@ class StreamingEngine:
             mx.eval(self._unread)
             self._unread = None
 
-    @property
-    def _recording(self) -> bool:
-        return self._recorder is not None and not self._recorder.closed
-
     def record(self, layer: int, experts: np.ndarray, weights: mx.array) -> None:
         """Note a router's choice, ids and weights of shape (T, K), if a trace is being recorded."""
-        if self._recording:
+        if self._recorder is not None and not self._recorder.closed:
             self._recorder.record(layer, experts, np.array(weights.astype(mx.float32)))
 
     # What users call.

@@ -79,9 +79,7 @@ class TextModel(nn.Module):
 
     def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf):
         super().__init__()
-        self.embed_tokens = Embedding(
-            config.vocab_size, config.hidden_size, quantization_of(f"{path}.embed_tokens")
-        )
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, quantization_of(f"{path}.embed_tokens"))
         self.layers = [
             DecoderLayer(config, i, f"{path}.layers.{i}", quantization_of) for i in range(config.num_hidden_layers)
         ]
@@ -107,7 +105,12 @@ class Model(nn.Module):
     """A Qwen3.5-MoE model whose routed experts are streamed by ``model.streaming``.
 
     Accepted by ``mlx_lm.generate``, ``mlx_lm.stream_generate`` and ``make_prompt_cache``.
+
+    Attributes:
+        streaming: The running engine; set by ``attach``.
     """
+
+    streaming: StreamingEngine
 
     def __init__(self, config: ModelConfig, quantization_of: QuantizationOf, dtype: mx.Dtype):
         """Build the model without weights; ``load_weights`` fills it.
@@ -122,7 +125,6 @@ class Model(nn.Module):
         self.model_type = config.model_type
         self.dtype = dtype
         self.language_model = LanguageModel(config, "language_model", quantization_of)
-        self.streaming: StreamingEngine | None = None
 
     def attach(self, engine: StreamingEngine) -> None:
         """Make ``engine`` the source of every layer's routed experts."""
