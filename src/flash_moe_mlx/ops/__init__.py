@@ -4,11 +4,11 @@ The model calls the dispatchers and nothing else, so a Mac or CUDA user runs the
 ``FLASH_MOE_REFERENCE=1`` makes every dispatcher run its reference: the one debug switch.
 """
 
-from flash_moe_mlx.ops.backend import backend, use_kernels
-from flash_moe_mlx.ops.dequant_matvec import dequant_matvec
-from flash_moe_mlx.ops.expert_ffn import expert_ffn
-from flash_moe_mlx.ops.gated_delta import conv1d_silu, gated_delta, gated_delta_conv_step
-from flash_moe_mlx.ops.moe_combine import moe_combine
+from .backend import backend, use_kernels
+from .dequant_matvec import dequant_matvec
+from .expert_ffn import expert_ffn
+from .gated_delta import conv1d_silu, gated_delta, gated_delta_conv_step
+from .moe_combine import moe_combine
 
 __all__ = [
     "backend",

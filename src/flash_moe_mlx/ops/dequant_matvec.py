@@ -1,6 +1,19 @@
 """Product of a few rows with a quantised matrix: the projections of one decode step."""
 
+from math import prod
+
 import mlx.core as mx
+
+from ..errors import ShapeError
+from . import kernel_source
+from .backend import use_kernels
+from .geometry import Geometry, choose_geometry, wide_loads
+
+MAX_ROWS = 8
+"""Rows of x up to which the kernel reads the weights fewer times than a matrix product would need to pay for."""
+
+X_ROWS = 4
+"""Rows of x that one threadgroup serves: more would not fit in threadgroup memory beside each other."""
 
 
 def dequant_matvec_reference(
@@ -19,13 +32,73 @@ def dequant_matvec_reference(
     return y.astype(x.dtype)
 
 
+def dequant_matvec_kernel(
+    x: mx.array,
+    weight: mx.array,
+    scales: mx.array,
+    biases: mx.array,
+    *,
+    bits: int,
+    group_size: int,
+    geometry: Geometry | None = None,
+) -> mx.array:
+    """``dequant_matvec`` on the GPU. Kernel: kernels/dequant_matvec.metal.
+
+    Args:
+        x: As for ``dequant_matvec``.
+        weight: Likewise.
+        scales: Likewise.
+        biases: Likewise.
+        bits: Likewise.
+        group_size: Likewise.
+        geometry: Spread over threads; chosen from the shapes where it is None.
+
+    Raises:
+        ShapeError: If the shapes or the quantisation are not what ``dequant_matvec`` describes.
+    """
+    columns = x.shape[-1]
+    outputs = weight.shape[0]
+    rows = prod(x.shape[:-1])
+    if weight.shape[1] * 32 != columns * bits or scales.shape != (outputs, columns // group_size):
+        raise ShapeError(
+            f"[dequant_matvec] weight must be (N, {columns} * {bits} / 32) and scales (N, {columns} / {group_size}), "
+            f"got {weight.shape} and {scales.shape}. Check bits and group_size against the checkpoint's config.json."
+        )
+    x_rows = rows if rows <= X_ROWS else -(-rows // -(-rows // X_ROWS))
+    if geometry is None:
+        geometry = choose_geometry(
+            "dequant_matvec", columns, [(bits, group_size)], rows=4 if x_rows == 1 else 2, x_rows=x_rows
+        )
+    template = [
+        ("X", x.dtype),
+        ("S", scales.dtype),
+        ("H", columns),
+        ("N", outputs),
+        ("M", rows),
+        ("X_ROWS", x_rows),
+        ("BITS", bits),
+        ("GROUP", group_size),
+        ("WIDE", wide_loads(columns, bits, geometry.chunk)),
+        *geometry.template,
+    ]
+    (y,) = kernel_source.launch(
+        "dequant_matvec",
+        [x, weight, scales, biases.astype(scales.dtype)],
+        [((*x.shape[:-1], outputs), x.dtype)],
+        template,
+        geometry.grid(-(-rows // x_rows), outputs),
+        geometry.threadgroup,
+    )
+    return y
+
+
 def dequant_matvec(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
 ) -> mx.array:
     """Multiply rows of x with an affine-quantised matrix.
 
     Computes ``y = x W^T`` with ``w = q * scale + bias``, as ``mx.quantized_matmul``, but with float32
-    sums whatever the dtype of x.
+    sums whatever the dtype of x. On a GPU, more than eight rows are ``mx.quantized_matmul``'s.
 
     Args:
         x: Rows. Shape (..., H), float32, bfloat16 or float16.
@@ -37,5 +110,14 @@ def dequant_matvec(
 
     Returns:
         Shape (..., N), dtype of x.
+
+    Raises:
+        ShapeError: If the shapes don't belong together, or the kernel doesn't know the quantisation.
     """
-    return dequant_matvec_reference(x, weight, scales, biases, bits=bits, group_size=group_size)
+    if not use_kernels():
+        return dequant_matvec_reference(x, weight, scales, biases, bits=bits, group_size=group_size)
+    if prod(x.shape[:-1]) > MAX_ROWS:
+        return mx.quantized_matmul(
+            x, weight, scales.astype(x.dtype), biases.astype(x.dtype), group_size=group_size, bits=bits
+        )
+    return dequant_matvec_kernel(x, weight, scales, biases, bits=bits, group_size=group_size)

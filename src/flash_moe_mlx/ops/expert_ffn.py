@@ -1,14 +1,21 @@
 """SwiGLU feed-forward of the routed experts, read from a bank of records."""
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-if TYPE_CHECKING:
-    from flash_moe_mlx.bank import ExpertBank
+from ..bank import MLX_DTYPES, ExpertBank
+from ..errors import ShapeError
+from ..record import PART_ALIGNMENT, RecordLayout
+from . import kernel_source
+from .backend import use_kernels
+from .geometry import Geometry, choose_geometry, wide_loads
+
+WORD_BYTES = 4
 
 
-def project_reference(x: mx.array, bank: "ExpertBank", projection: str, slots: mx.array) -> mx.array:
+def project_reference(x: mx.array, bank: ExpertBank, projection: str, slots: mx.array) -> mx.array:
     """Multiply one row for each (token, slot) pair with that slot's projection.
 
     Args:
@@ -50,7 +57,7 @@ def project_reference(x: mx.array, bank: "ExpertBank", projection: str, slots: m
     return y
 
 
-def expert_ffn_reference(x: mx.array, bank: "ExpertBank", slots: mx.array) -> mx.array:
+def expert_ffn_reference(x: mx.array, bank: ExpertBank, slots: mx.array) -> mx.array:
     """``expert_ffn`` in plain MLX operations."""
     rows = x.astype(mx.float32)[:, None, None, :]
     gate = project_reference(rows, bank, "gate_proj", slots)
@@ -58,7 +65,158 @@ def expert_ffn_reference(x: mx.array, bank: "ExpertBank", slots: mx.array) -> mx
     return project_reference(gate * mx.sigmoid(gate) * up, bank, "down_proj", slots).squeeze(2)
 
 
-def expert_ffn(x: mx.array, bank: "ExpertBank", slots: mx.array) -> mx.array:
+@dataclass(frozen=True)
+class ExpertPlan:
+    """What the two expert kernels need to know of a layout: made once, used by every step.
+
+    Attributes:
+        layout: The layout, held so that its id stays its own.
+        gate_up: Constants of kernels/expert_gate_up.metal, without X and K.
+        down: Constants of kernels/expert_down.metal.
+        gate_up_geometry: Spread of gate and up over threads.
+        down_geometry: Spread of down over threads.
+    """
+
+    layout: RecordLayout
+    gate_up: tuple[tuple[str, Any], ...]
+    down: tuple[tuple[str, Any], ...]
+    gate_up_geometry: Geometry
+    down_geometry: Geometry
+
+
+_plans: dict[int, ExpertPlan] = {}
+
+
+def is_quantized(layout: RecordLayout) -> bool:
+    """Tell whether all three projections are quantised, as the kernels need."""
+    return all(layout.quantization(projection) for projection in ("gate_proj", "up_proj", "down_proj"))
+
+
+def projection_template(layout: RecordLayout, projection: str, columns: int, chunk: int) -> list[tuple[str, Any]]:
+    """Where one projection lies in the record, in words, and how it is quantised."""
+    prefix = projection.removesuffix("_proj").upper()
+    quantization = layout.quantization(projection)
+    assert quantization is not None
+    parts = layout.by_name
+    scales, biases = parts[f"{projection}.scales"], parts[f"{projection}.biases"]
+    bias = parts.get(f"{projection}.bias")
+    if scales.dtype != biases.dtype:
+        raise ShapeError(
+            f"[expert_ffn] scales and biases of {projection} must have one dtype, got {scales.dtype} and "
+            f"{biases.dtype}. Set FLASH_MOE_REFERENCE=1 to run MLX's own operations."
+        )
+    offsets = {
+        "WEIGHT": parts[f"{projection}.weight"].offset,
+        "SCALES": scales.offset,
+        "BIASES": biases.offset,
+        "BIAS": bias.offset if bias else 0,
+    }
+    if any(offset % PART_ALIGNMENT for offset in (*offsets.values(), layout.record_bytes)):
+        raise ShapeError(
+            f"[expert_ffn] the record and its parts must start on {PART_ALIGNMENT}-byte boundaries, got offsets "
+            f"{offsets} in records of {layout.record_bytes} bytes. Pack the checkpoint again."
+        )
+    return [
+        (f"{prefix}_BITS", quantization.bits),
+        (f"{prefix}_GROUP", quantization.group_size),
+        (f"{prefix}_WIDE", wide_loads(columns, quantization.bits, chunk)),
+        (f"{prefix}_S", MLX_DTYPES[scales.dtype]),
+        (f"{prefix}_B", MLX_DTYPES[bias.dtype] if bias else mx.float32),
+        (f"{prefix}_HAS_BIAS", bias is not None),
+        *((f"{prefix}_{name}", offset // WORD_BYTES) for name, offset in offsets.items()),
+    ]
+
+
+def plan_experts(
+    layout: RecordLayout, gate_up_geometry: Geometry | None = None, down_geometry: Geometry | None = None
+) -> ExpertPlan:
+    """Constants of the expert kernels for a layout.
+
+    Args:
+        layout: Record whose three projections are quantised.
+        gate_up_geometry: Spread of gate and up; chosen from the shapes where it is None.
+        down_geometry: Spread of down, likewise.
+
+    Raises:
+        ShapeError: If the kernels can't read this layout.
+    """
+    hidden, width = layout.hidden_size, layout.intermediate_size
+    pairs = {}
+    for projection in ("gate_proj", "up_proj", "down_proj"):
+        quantization = layout.quantization(projection)
+        assert quantization is not None
+        pairs[projection] = (quantization.bits, quantization.group_size)
+    if gate_up_geometry is None:
+        gate_up_geometry = choose_geometry("expert_ffn", hidden, [pairs["gate_proj"], pairs["up_proj"]], rows=2)
+    if down_geometry is None:
+        down_geometry = choose_geometry("expert_ffn", width, [pairs["down_proj"]], rows=4)
+    shape = [("H", hidden), ("I", width), ("RECORD", layout.record_bytes // WORD_BYTES)]
+    return ExpertPlan(
+        layout,
+        (
+            *shape,
+            *projection_template(layout, "gate_proj", hidden, gate_up_geometry.chunk),
+            *projection_template(layout, "up_proj", hidden, gate_up_geometry.chunk),
+            *gate_up_geometry.template,
+        ),
+        (
+            *shape,
+            *projection_template(layout, "down_proj", width, down_geometry.chunk),
+            *down_geometry.template,
+        ),
+        gate_up_geometry,
+        down_geometry,
+    )
+
+
+def expert_ffn_kernel(x: mx.array, bank: ExpertBank, slots: mx.array, plan: ExpertPlan | None = None) -> mx.array:
+    """``expert_ffn`` on the GPU, for quantised records.
+
+    Kernels: kernels/expert_gate_up.metal, kernels/expert_down.metal.
+
+    Args:
+        x: As for ``expert_ffn``.
+        bank: Likewise.
+        slots: Likewise.
+        plan: Constants; made from the layout and remembered where it is None.
+
+    Raises:
+        ShapeError: If the kernels can't read this layout, or x is not as wide as the experts.
+    """
+    layout = bank.layout
+    if plan is None:
+        plan = _plans.get(id(layout))
+        if plan is None:
+            plan = _plans[id(layout)] = plan_experts(layout)
+    tokens, hidden = x.shape
+    experts = slots.shape[1]
+    if hidden != layout.hidden_size or slots.shape[0] != tokens:
+        raise ShapeError(
+            f"[expert_ffn] x must be (T, {layout.hidden_size}) and slots (T, K), got {x.shape} and {slots.shape}. "
+            "Pass the layer's own bank."
+        )
+    pairs = tokens * experts
+    slots = slots.astype(mx.uint32)
+    (h,) = kernel_source.launch(
+        "expert_gate_up",
+        [x, bank.array, slots],
+        [((pairs, layout.intermediate_size), mx.float32)],
+        [("X", x.dtype), ("K", experts), *plan.gate_up],
+        plan.gate_up_geometry.grid(pairs, layout.intermediate_size),
+        plan.gate_up_geometry.threadgroup,
+    )
+    (y,) = kernel_source.launch(
+        "expert_down",
+        [h, bank.array, slots],
+        [((tokens, experts, hidden), mx.float32)],
+        plan.down,
+        plan.down_geometry.grid(pairs, hidden),
+        plan.down_geometry.threadgroup,
+    )
+    return y
+
+
+def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array) -> mx.array:
     """SwiGLU feed-forward of the K routed experts of each token.
 
     Computes ``W_d (silu(W_g x) * W_u x)`` for each slot, plus the experts' own biases where the record
@@ -73,6 +231,12 @@ def expert_ffn(x: mx.array, bank: "ExpertBank", slots: mx.array) -> mx.array:
         Per-expert outputs, shape (T, K, H), float32. Sums are float32. Each (token, slot) pair is
         computed on its own: its bits depend on no other pair.
 
-    Cost: reads T * K records. Reference: Shazeer 2020, arXiv:2002.05202.
+    Raises:
+        ShapeError: If the kernels can't read this layout, or x is not as wide as the experts.
+
+    Cost: reads T * K records. Unquantised records run the reference on every backend.
+    Reference: Shazeer 2020, arXiv:2002.05202.
     """
+    if use_kernels() and is_quantized(bank.layout):
+        return expert_ffn_kernel(x, bank, slots)
     return expert_ffn_reference(x, bank, slots)

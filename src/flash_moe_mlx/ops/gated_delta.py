@@ -1,9 +1,25 @@
 """The gated delta rule of linear-attention layers, and the causal convolution in front of it."""
 
+from typing import Any
+
 import mlx.core as mx
+
+from . import kernel_source
+from .backend import use_kernels
 
 L2_EPS = 1e-6
 """Added to the sum of squares of q and of k before the root, as transformers and mlx-lm do."""
+
+SIMD_WIDTH = 32
+SIMD_GROUPS = 4
+LANES = 8
+"""Lanes that share a row of the state: fewer would shorten the reductions, more would spread the loads."""
+
+ROWS = 1
+"""Rows of the state that a lane holds."""
+
+STEPS = 16
+"""Tokens prepared at a time: 16 KiB of threadgroup memory for heads of 128."""
 
 
 def conv1d_silu(
@@ -89,6 +105,70 @@ def gated_delta_reference(
     return mx.stack(outputs, axis=1).astype(dtype), state
 
 
+def has_kernel(k_dim: int) -> bool:
+    """Tell whether the kernels know heads of this size."""
+    return k_dim % SIMD_WIDTH == 0 and k_dim <= 256
+
+
+def state_template(
+    k_heads: int, v_heads: int, k_dim: int, v_dim: int, lanes: int, rows: int, simd_groups: int
+) -> list[tuple[str, Any]]:
+    """Constants that both kernels have: heads, and how a head's state is spread over threads."""
+    # Pieces of a row are four floats a lane, so that many lanes must divide it.
+    while k_dim % (4 * lanes):
+        lanes //= 2
+    return [
+        ("HK", k_heads),
+        ("HV", v_heads),
+        ("DK", k_dim),
+        ("DV", v_dim),
+        ("LANES", lanes),
+        ("ROWS", rows),
+        ("SIMD_GROUPS", simd_groups),
+    ]
+
+
+def state_grid(template: list[tuple[str, Any]], batch: int) -> tuple[int, int, int]:
+    """Threads in all: a threadgroup for each head and each tile of its state's rows."""
+    constants = dict(template)
+    tile_rows = constants["SIMD_GROUPS"] * (SIMD_WIDTH // constants["LANES"]) * constants["ROWS"]
+    tiles = -(-constants["DV"] // tile_rows)
+    return (SIMD_WIDTH * batch * constants["HV"], constants["SIMD_GROUPS"] * tiles, 1)
+
+
+def gated_delta_kernel(
+    q: mx.array,
+    k: mx.array,
+    v: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array | None,
+    mask: mx.array | None = None,
+    *,
+    lanes: int = LANES,
+    rows: int = ROWS,
+    simd_groups: int = SIMD_GROUPS,
+) -> tuple[mx.array, mx.array]:
+    """``gated_delta`` on the GPU: all tokens in one launch. Kernel: kernels/gated_delta.metal."""
+    batch, steps, k_heads, k_dim = k.shape
+    v_heads, v_dim = v.shape[2:]
+    if state is None:
+        state = mx.zeros((batch, v_heads, v_dim, k_dim), mx.float32)
+    template = state_template(k_heads, v_heads, k_dim, v_dim, lanes, rows, simd_groups)
+    y, new_state = kernel_source.launch(
+        "gated_delta",
+        # Without a mask any array stands in: the kernel does not read it.
+        [q, k, v, a, b, A_log.astype(mx.float32), dt_bias.astype(mx.float32), state, state if mask is None else mask],
+        [((batch, steps, v_heads, v_dim), q.dtype), (state.shape, mx.float32)],
+        [("X", q.dtype), ("HAS_MASK", mask is not None), ("STEPS", STEPS), *template],
+        state_grid(template, batch),
+        (SIMD_WIDTH, simd_groups, 1),
+    )
+    return y, new_state
+
+
 def gated_delta(
     q: mx.array,
     k: mx.array,
@@ -123,6 +203,8 @@ def gated_delta(
 
     Reference: Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464.
     """
+    if use_kernels() and has_kernel(k.shape[3]):
+        return gated_delta_kernel(q, k, v, a, b, A_log, dt_bias, state, mask)
     return gated_delta_reference(q, k, v, a, b, A_log, dt_bias, state, mask)
 
 
@@ -155,6 +237,45 @@ def gated_delta_conv_step_reference(
     return y, new_conv_state, new_state
 
 
+def gated_delta_conv_step_kernel(
+    qkv: mx.array,
+    conv_state: mx.array,
+    conv_weight: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    *,
+    k_heads: int,
+    lanes: int = LANES,
+    rows: int = ROWS,
+    simd_groups: int = SIMD_GROUPS,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """``gated_delta_conv_step`` on the GPU, in one launch. Kernel: kernels/gated_delta_conv_step.metal."""
+    batch, v_heads, v_dim, k_dim = state.shape
+    template = state_template(k_heads, v_heads, k_dim, v_dim, lanes, rows, simd_groups)
+    taps = conv_weight.shape[1]
+    y, new_conv_state, new_state = kernel_source.launch(
+        "gated_delta_conv_step",
+        [
+            qkv,
+            conv_state.astype(qkv.dtype),
+            conv_weight,
+            a,
+            b,
+            A_log.astype(mx.float32),
+            dt_bias.astype(mx.float32),
+            state,
+        ],
+        [((batch, 1, v_heads, v_dim), qkv.dtype), (conv_state.shape, qkv.dtype), (state.shape, mx.float32)],
+        [("X", qkv.dtype), ("TAPS", taps), *template],
+        state_grid(template, batch),
+        (SIMD_WIDTH, simd_groups, 1),
+    )
+    return y, new_conv_state.astype(conv_state.dtype), new_state
+
+
 def gated_delta_conv_step(
     qkv: mx.array,
     conv_state: mx.array,
@@ -183,6 +304,6 @@ def gated_delta_conv_step(
     Returns:
         (y, new conv_state, new state): (B, 1, Hv, Dv) in the dtype of qkv, and both states as they came.
     """
-    return gated_delta_conv_step_reference(
-        qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, k_heads=k_heads
-    )
+    if use_kernels() and has_kernel(state.shape[3]):
+        return gated_delta_conv_step_kernel(qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, k_heads=k_heads)
+    return gated_delta_conv_step_reference(qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, k_heads=k_heads)

@@ -2,6 +2,11 @@
 
 import mlx.core as mx
 
+from . import kernel_source
+from .backend import use_kernels
+
+THREADS = 64
+
 
 def moe_combine_reference(
     y: mx.array,
@@ -34,6 +39,37 @@ def output_dtype(y: mx.array, shared: mx.array | None, residual: mx.array | None
     return y.dtype
 
 
+def moe_combine_kernel(
+    y: mx.array,
+    weights: mx.array,
+    shared: mx.array | None,
+    shared_gate: mx.array | None,
+    residual: mx.array | None,
+) -> mx.array:
+    """``moe_combine`` on the GPU, for H a multiple of 4. Kernel: kernels/moe_combine.metal."""
+    tokens, experts, hidden = y.shape
+    dtype = output_dtype(y, shared, residual)
+    template = [
+        ("OUT", dtype),
+        ("H", hidden),
+        ("K", experts),
+        ("HAS_SHARED", shared is not None),
+        ("HAS_GATE", shared is not None and shared_gate is not None),
+        ("HAS_RESIDUAL", residual is not None),
+    ]
+    # The kernel has all five inputs; what is absent is compiled out, so any array stands in.
+    inputs = [weights if array is None else array for array in (shared, shared_gate, residual)]
+    (out,) = kernel_source.launch(
+        "moe_combine",
+        [y, weights, *inputs],
+        [((tokens, hidden), dtype)],
+        template,
+        (-(-hidden // (4 * THREADS)) * THREADS, tokens, 1),
+        (THREADS, 1, 1),
+    )
+    return out
+
+
 def moe_combine(
     y: mx.array,
     weights: mx.array,
@@ -56,4 +92,6 @@ def moe_combine(
     Returns:
         Shape (T, H), dtype of the residual, else of shared, else of y.
     """
+    if use_kernels() and y.dtype == mx.float32 and y.shape[2] % 4 == 0:
+        return moe_combine_kernel(y, weights, shared, shared_gate, residual)
     return moe_combine_reference(y, weights, shared, shared_gate, residual)

@@ -1,0 +1,203 @@
+"""Runs a Metal kernel body, unmodified, on the CPU: compiled as C++ for OpenCL, with SIMD groups of 32.
+
+``launch`` takes the arguments of ``kernel_source.launch``, so a test that puts it in its place runs the
+real wrapper, with its real grid and constants, on the real body. Needs the Intel OpenCL CPU runtime
+(PyPI: pyopencl intel-opencl-rt intel-cmplr-lib-rt tbb), which also runs on AMD processors.
+"""
+
+import ctypes
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flash_moe_mlx.ops import kernel_source
+
+HERE = Path(__file__).resolve().parent
+C_TYPES = {
+    mx.float32: "float", mx.bfloat16: "bfloat16_t", mx.float16: "float16_t", mx.uint32: "uint32_t",
+    mx.int32: "int32_t", mx.bool_: "uchar", mx.uint8: "uchar",
+}  # fmt: skip
+MAX_CONSTANT_ELEMENTS = 8
+"""MLX passes inputs of fewer elements in Metal's constant address space."""
+
+SIMD_ORDERS = {
+    "ascending": "(group)",
+    "descending": "(get_num_sub_groups() - 1u - (group))",
+    "rotated": "(((group) + 1u) % get_num_sub_groups())",
+}
+"""Expressions that number the SIMD groups; the runtime executes them in its own fixed order."""
+
+POSITIONS = {"threadgroup_position_in_grid": "get_group_id", "thread_position_in_grid": "get_global_id"}
+OPTIONS = ["-cl-std=CLC++2021", "-cl-fp32-correctly-rounded-divide-sqrt"]
+
+
+class BuildError(Exception):
+    """The compiler refused a body."""
+
+
+@cache
+def opencl() -> Any:
+    """Import pyopencl with the Intel CPU runtime of this environment; None where it is not installed.
+
+    The runtime's libraries lie in the environment's lib folder, which the loader does not search. They are
+    loaded here by path first, so that no LD_LIBRARY_PATH has to be set before Python starts.
+    """
+    folder = Path(sys.prefix) / "lib"
+    runtime = folder / "libintelocl.so"
+    if not runtime.exists():
+        return None
+    for pattern in ("libtbb.so.12", "libtbbmalloc.so.2", "libimf.so", "libintlc.so.5", "libirng.so", "libsvml.so"):
+        if (folder / pattern).exists():
+            ctypes.CDLL(str(folder / pattern), mode=ctypes.RTLD_GLOBAL)
+    vendors = tempfile.mkdtemp(prefix="opencl-vendors-")
+    (Path(vendors) / "intel-cpu.icd").write_text(f"{runtime}\n")
+    os.environ["OCL_ICD_VENDORS"] = vendors
+    try:
+        import pyopencl
+    except ImportError:
+        return None
+    return pyopencl
+
+
+@cache
+def context() -> Any:
+    """A context of the CPU device."""
+    cl = opencl()
+    platform = next(p for p in cl.get_platforms() if "Intel" in p.name)
+    return cl.Context(platform.get_devices())
+
+
+@cache
+def queue() -> Any:
+    """A command queue of the CPU device."""
+    return opencl().CommandQueue(context())
+
+
+def to_numpy(array: mx.array) -> np.ndarray:
+    """Bytes of an array, with bfloat16 as uint16."""
+    array = mx.contiguous(array)
+    return np.array(array.view(mx.uint16) if array.dtype == mx.bfloat16 else array, order="C")
+
+
+def from_numpy(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    made = mx.array(array)
+    return made.view(mx.bfloat16) if dtype == mx.bfloat16 else made
+
+
+def numpy_dtype(dtype: mx.Dtype) -> np.dtype:
+    return to_numpy(mx.zeros((1,), dtype)).dtype
+
+
+def constants(template: Sequence[tuple[str, Any]]) -> str:
+    """Template arguments as declarations in front of the body."""
+    lines = []
+    for name, value in template:
+        if isinstance(value, bool):
+            lines.append(f"constexpr bool {name} = {str(value).lower()};")
+        elif isinstance(value, int):
+            lines.append(f"constexpr int {name} = {value};")
+        else:
+            lines.append(f"typedef {C_TYPES[value]} {name};")
+    return "\n".join(lines) + "\n"
+
+
+def source(
+    name: str,
+    inputs: Sequence[mx.array],
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    template: Sequence[tuple[str, Any]],
+    order: str,
+    edit: Any = None,
+) -> str:
+    """Complete OpenCL source of a kernel, with the signature that MLX would give it on Metal."""
+    kernel = kernel_source.read_kernel(name)
+    helpers, body = kernel.helpers, kernel.body
+    if edit is not None:
+        helpers, body = edit(helpers, body)
+    arguments = []
+    for argument, array in zip(kernel.inputs, inputs, strict=True):
+        space = "constant" if array.size < MAX_CONSTANT_ELEMENTS else "device"
+        arguments.append(f"const {space} {C_TYPES[array.dtype]}* {argument}")
+        if f"{argument}_shape" in body:
+            arguments.append(f"const constant int* {argument}_shape")
+    for argument, (_, dtype) in zip(kernel.outputs, outputs, strict=True):
+        arguments.append(f"device {C_TYPES[dtype]}* {argument}")
+    positions = "".join(
+        f"fm_uint3 {attribute} = {{(uint){call}(0), (uint){call}(1), (uint){call}(2)}};\n"
+        for attribute, call in POSITIONS.items()
+    )
+    dialect = (HERE / "dialect_opencl.h").read_text()
+    return (
+        f"#define SIMD_ORDER(group) {SIMD_ORDERS[order]}\n{dialect}{helpers}"
+        f"__attribute__((intel_reqd_sub_group_size(32))) kernel void {name}({', '.join(arguments)}) {{\n"
+        f"{positions}{constants(template)}{body}}}\n"
+    )
+
+
+@cache
+def build(text: str) -> Any:
+    """Compile a complete source.
+
+    Raises:
+        BuildError: With the compiler's messages.
+    """
+    cl = opencl()
+    try:
+        return cl.Program(context(), text).build(options=OPTIONS)
+    except cl.RuntimeError as error:
+        raise BuildError(str(error)) from error
+
+
+def launch(
+    name: str,
+    inputs: Sequence[mx.array],
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    template: Sequence[tuple[str, Any]],
+    grid: tuple[int, int, int],
+    threadgroup: tuple[int, int, int],
+    *,
+    order: str = "ascending",
+    edit: Any = None,
+) -> list[mx.array]:
+    """Run a kernel. Outputs are NaN before.
+
+    Args:
+        name: As for ``kernel_source.launch``, like the next five.
+        inputs: Arrays in the order of the signature.
+        outputs: (shape, dtype) of each output.
+        template: Constants and types.
+        grid: Threads in all.
+        threadgroup: Threads a threadgroup.
+        order: Which of SIMD_ORDERS numbers the SIMD groups.
+        edit: Makes a mutant: (helpers, body) -> (helpers, body).
+
+    Raises:
+        BuildError: If the body does not compile.
+    """
+    cl = opencl()
+    program = build(source(name, inputs, outputs, template, order, edit))
+    make = cl.mem_flags.COPY_HOST_PTR
+    arguments = []
+    body = kernel_source.read_kernel(name).body
+    for argument, array in zip(kernel_source.read_kernel(name).inputs, inputs, strict=True):
+        arguments.append(cl.Buffer(context(), make, hostbuf=to_numpy(array)))
+        if f"{argument}_shape" in body:
+            arguments.append(cl.Buffer(context(), make, hostbuf=np.array(array.shape, np.int32)))
+    results = []
+    for shape, dtype in outputs:
+        poison = np.full(shape, 0xFF, np.uint8).repeat(dtype.size).view(numpy_dtype(dtype)).reshape(shape)
+        results.append((poison, dtype))
+        arguments.append(cl.Buffer(context(), make, hostbuf=poison))
+    rounded = tuple(-(-size // block) * block for size, block in zip(grid, threadgroup, strict=True))
+    getattr(program, name)(queue(), rounded, threadgroup, *arguments)
+    for (result, _), buffer in zip(results, arguments[-len(results) :], strict=True):
+        cl.enqueue_copy(queue(), result, buffer)
+    queue().finish()
+    return [from_numpy(result, dtype) for result, dtype in results]
