@@ -21,7 +21,7 @@ demo: $(VENV)/.installed
 
 # Tests that measure the machine's memory or time run alone, after the others.
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not serial"
+	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not serial"
 	$(BIN)/python -m pytest -q -m serial
 
 lint: $(VENV)/.installed-dev

@@ -32,7 +32,8 @@ print("torch" in sys.modules)
 print(generate(model, tokenizer, prompt, max_tokens=30))
 """
 
-pytestmark = pytest.mark.slow
+# One worker of pytest-xdist: the tests share what they build and install.
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
 
 
 def run(*command: str | Path, cwd: Path) -> str:
