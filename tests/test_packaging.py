@@ -23,12 +23,17 @@ from importlib.resources import files
 from pathlib import Path
 import flash_moe_mlx
 from flash_moe_mlx import generate, load
+from flash_moe_mlx.ops.kernel_source import kernel_folder, read_kernel
 
 model, tokenizer = load(files("flash_moe_mlx") / "demo", memory_limit="64MB", max_context=256)
 prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is 17 + 25?"}], add_generation_prompt=True)
 print(Path(flash_moe_mlx.__file__).parent)
 print(flash_moe_mlx.__version__)
 print("torch" in sys.modules)
+for kernel in kernel_folder().iterdir():
+    if kernel.name.endswith(".metal"):
+        read_kernel(kernel.name.removesuffix(".metal"))
+print(kernel_folder())
 print(generate(model, tokenizer, prompt, max_tokens=30))
 """
 
@@ -120,25 +125,27 @@ def install(python: Path, *arguments: str | Path) -> None:
     run(python, "-m", "pip", "install", "--quiet", "--quiet", *arguments, cwd=python.parent)
 
 
-def check_generates(python: Path, elsewhere: Path) -> Path:
-    """Generates with the installed package. Returns the folder that it was imported from."""
-    folder, version, torch, text = run(python, "-I", "-c", GENERATE, cwd=elsewhere).split("\n", 3)
+def check_generates(python: Path, elsewhere: Path) -> tuple[Path, Path]:
+    """Generates with the installed package. Returns where it and its kernels were found."""
+    folder, version, torch, kernels, text = run(python, "-I", "-c", GENERATE, cwd=elsewhere).split("\n", 4)
     assert version == flash_moe_mlx.__version__
     assert torch == "False"
     assert "42" in text
-    return Path(folder)
+    return Path(folder), Path(kernels)
 
 
 def test_installed_wheel_generates(python: Path, distributions: tuple[Path, Path], tmp_path: Path):
     install(python, f"{distributions[1]}{EXTRA}")
-    package = check_generates(python, tmp_path)
+    package, kernels = check_generates(python, tmp_path)
     assert package.is_relative_to(python.parent.parent)
-    assert sources(package / "kernels") == sources(ROOT / "kernels")
+    assert kernels == package / "kernels"
+    assert sources(kernels) == sources(ROOT / "kernels")
     run(python, "-m", "pip", "check", cwd=tmp_path)
 
 
 def test_editable_install_generates(python: Path, source_tree: Path, tmp_path: Path):
     # Into the same environment, in the wheel's place: its dependencies are the same.
     install(python, "--editable", f"{source_tree}{EXTRA}")
-    package = check_generates(python, tmp_path)
+    package, kernels = check_generates(python, tmp_path)
     assert package == source_tree / "src" / "flash_moe_mlx"
+    assert kernels == source_tree / "kernels"
