@@ -133,16 +133,21 @@ class PendingReads:
             self._running -= 1
             ended = not self._running and not self._unclaimed
         if ended:
-            self._on_end(self)
-            self._finished.set()
+            self._end()
 
     def _drop(self) -> None:
         """Give up what no thread has begun."""
         with self._lock:
             self._abandoned = True
             self._unclaimed.clear()
-            self._running += 1
-        self._release()
+            ended = not self._running
+        if ended:
+            self._end()
+
+    def _end(self) -> None:
+        """Safe to call again: an interrupt may have come in between."""
+        self._on_end(self)
+        self._finished.set()
 
     def _abandon(self) -> None:
         while not self._finished.is_set():
@@ -293,9 +298,7 @@ class ExpertStore:
 
     def close(self) -> None:
         """End the threads, close and unmap the files. Reads not yet begun fail; may be called again."""
-        with self._lock:
-            if self._closed:
-                return
+        with self._lock:  # every step may be taken again, so that what an interrupt cut short can be finished
             self._closed = True
             under_way = tuple(self._under_way)
         for pending in under_way:

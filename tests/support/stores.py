@@ -6,11 +6,15 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
+
+import pytest
+import safetensors
 
 from flash_moe_mlx.checkpoint import Checkpoint
 from flash_moe_mlx.errors import StoreError
-from flash_moe_mlx.store import ReadRequest, writable_bytes
+from flash_moe_mlx.store import ExpertStore, ReadRequest, writable_bytes
 
 POISON = 0xA5
 """What `FaultyStore` fills buffers with until their bytes come: code that looks too early sees it."""
@@ -209,3 +213,63 @@ class FaultyPreadv:
         finally:
             with self._lock:
                 self.running -= 1
+
+
+def expected_parts(checkpoint: Checkpoint) -> dict[tuple[int, int], dict[str, bytes]]:
+    """Every part of every expert as safetensors itself reads the files."""
+    stored: dict[str, Any] = {}
+    for path in checkpoint.directory.glob("*.safetensors"):
+        stored |= dict(safetensors.deserialize(path.read_bytes()))
+    result: dict[tuple[int, int], dict[str, bytes]] = {}
+
+    def put(layer: int, expert: int, part: str, data: bytes) -> None:
+        result.setdefault((layer, expert), {})[part] = bytes(data)
+
+    for name, tensor in stored.items():
+        words, data = name.split("."), bytes(tensor["data"])
+        if "layers" not in words or words[0] == "mtp":
+            continue
+        layer = int(words[words.index("layers") + 1])
+        share = len(data) // max(1, tensor["shape"][0])
+        if "switch_mlp" in words:
+            for expert in range(tensor["shape"][0]):
+                put(layer, expert, ".".join(words[-2:]), data[expert * share : (expert + 1) * share])
+        elif words[-1] == "gate_up_proj":
+            for expert in range(tensor["shape"][0]):
+                both = data[expert * share : (expert + 1) * share]
+                put(layer, expert, "gate_proj.weight", both[: share // 2])
+                put(layer, expert, "up_proj.weight", both[share // 2 :])
+        elif words[-2:] == ["experts", "down_proj"]:
+            for expert in range(tensor["shape"][0]):
+                put(layer, expert, "down_proj.weight", data[expert * share : (expert + 1) * share])
+        elif "experts" in words:
+            put(layer, int(words[-3]), ".".join(words[-2:]), data)
+    return result
+
+
+def request_for(checkpoint: Checkpoint, layer: int, expert: int, fill: int = 0) -> ReadRequest:
+    """A request with a buffer of its own."""
+    size = checkpoint.layout(layer).record_bytes
+    return ReadRequest(layer, expert, memoryview(bytearray([fill]) * size))
+
+
+def parts_of(checkpoint: Checkpoint, request: ReadRequest) -> dict[str, bytes]:
+    """What a request's buffer holds, by part."""
+    parts = checkpoint.layout(request.layer).parts
+    return {part.name: bytes(request.buffer[part.offset : part.offset + part.nbytes]) for part in parts}
+
+
+def direct_io_possible(directory: Path) -> bool:
+    path = directory / "config.json"
+    try:
+        os.close(os.open(path, os.O_RDONLY | getattr(os, "O_DIRECT", 0)))
+    except OSError:
+        return False
+    return True
+
+
+def make_store(checkpoint: Checkpoint, io: str, **options: Any) -> ExpertStore:
+    """An `ExpertStore`; the test is skipped where ``io`` is not possible."""
+    if io == "direct" and not direct_io_possible(checkpoint.directory):
+        pytest.skip("the temporary folder's file system refuses O_DIRECT")
+    return ExpertStore(checkpoint, io=io, **options)
