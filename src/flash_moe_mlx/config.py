@@ -36,9 +36,10 @@ def parse_size(size: int | str) -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of a Qwen3.5-MoE text model, in config.json's own words.
+    """Dimensions of a Qwen3.5-MoE or Qwen3-Next text model, in config.json's own words.
 
-    ``layer_types`` names each layer's mixer, "linear_attention" (GatedDeltaNet) or "full_attention".
+    ``layer_types`` names each layer's mixer, "linear_attention" (GatedDeltaNet) or "full_attention";
+    ``dense_layers`` are those without experts, of width ``intermediate_size``.
     """
 
     model_type: str
@@ -63,6 +64,8 @@ class ModelConfig:
     attention_bias: bool = False
     max_position_embeddings: int = 32768
     norm_topk_prob: bool = True
+    intermediate_size: int = 0
+    dense_layers: tuple[int, ...] = ()
     rope_parameters: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
 
     @classmethod
@@ -93,6 +96,8 @@ class ModelConfig:
             "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
         )  # fmt: skip
         dimensions = {name: _positive(text, name) for name in names}
+        step, mlp_only = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or ()
+        dense_layers = tuple(i for i in range(layers) if i in mlp_only or (i + 1) % step)
         rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in text:
@@ -108,6 +113,8 @@ class ModelConfig:
             attention_bias=bool(text.get("attention_bias", False)),
             max_position_embeddings=_positive(text, "max_position_embeddings", 32768),
             norm_topk_prob=bool(text.get("norm_topk_prob", True)),
+            intermediate_size=_positive(text, "intermediate_size") if dense_layers else 0,
+            dense_layers=dense_layers,
             rope_parameters=MappingProxyType(rope),
             **dimensions,
         )

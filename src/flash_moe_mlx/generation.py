@@ -18,7 +18,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import DEFAULT_PREFILL_STEP_SIZE
 from .errors import RequestError
-from .models.qwen3_5_moe import Model
 from .stats import GenerationStats
 
 Sampler = Callable[[mx.array], mx.array]
@@ -37,7 +36,7 @@ class GenerationResponse(MlxGenerationResponse):
 
 
 def stream_generate(
-    model: Model,
+    model: Any,
     tokenizer: Any,
     prompt: str | mx.array | list[int],
     max_tokens: int = 256,
@@ -117,7 +116,7 @@ def stream_generate(
 
 
 def generate(
-    model: Model,
+    model: Any,
     tokenizer: Any,
     prompt: str | mx.array | list[int],
     verbose: bool = False,
@@ -166,7 +165,7 @@ class _Steps:
 
     def __init__(
         self,
-        model: Model,
+        model: Any,
         caches: list[Any],
         sampler: Sampler,
         processors: list[LogitsProcessor],

@@ -2,8 +2,7 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from math import prod
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +17,17 @@ from mlx_lm.utils import load_config as load_mlx_lm_config
 
 from .budget import LayerExperts, divide
 from .checkpoint import Checkpoint
-from .config import ModelConfig, StreamingConfig
-from .errors import CheckpointError, CorruptError, MissingTensorError, RequestError, UnsupportedModelError
+from .config import StreamingConfig
+from .errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
 from .machine import default_memory_limit_bytes
-from .models.costs import HybridCosts
-from .models.qwen3_5_moe import Model, sanitize
+from .models.family import MLX_DTYPES, Family
+from .models.registry import prepare_family
 from .ops.backend import backend
-from .quantization import mlx_name
-from .record import DTYPE_BYTES, Quantization
 from .store import ExpertStore
 from .streaming import StreamingEngine
 
 logger = logging.getLogger(__name__)
 
-MODEL_TYPES = ("qwen3_5_moe", "qwen3_5_moe_text")
-
-_FLOAT_DTYPES = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 _SMALL_BUFFER_CACHE = 4 << 20
 
 
@@ -47,7 +41,7 @@ def load(
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     return_config: bool = False,
-) -> tuple[Model, TokenizerWrapper] | tuple[Model, TokenizerWrapper, dict[str, Any]]:
+) -> tuple[Any, TokenizerWrapper] | tuple[Any, TokenizerWrapper, dict[str, Any]]:
     """Load a model whose routed experts are streamed from disk, and its tokenizer.
 
     Args:
@@ -85,7 +79,7 @@ def load_model(
     num_experts_per_tok: int | None = None,
     io: str = "auto",
     revision: str | None = None,
-) -> Model:
+) -> Any:
     """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
     streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
     return _prepare(_resolve(path, revision), streaming).load()
@@ -125,99 +119,53 @@ class _Prepared:
     """A checkpoint whose headers, dimensions and budget were found good; no weight was read."""
 
     checkpoint: Checkpoint
-    config: ModelConfig
+    family: Family
     streaming: StreamingConfig
     limit_bytes: int
-    costs: HybridCosts
-    model: Model
     store: ExpertStore
-    names: Mapping[str, str]
-    lossy: tuple[str, ...]
 
-    def load(self) -> Model:
-        layers = self.checkpoint.moe_layers
+    def load(self) -> Any:
+        model, checkpoint = self.family.model, self.checkpoint
         try:
             # Freed buffers would pile up behind the limit's back while tensors are converted.
             mx.set_cache_limit(min(mx.set_cache_limit(_SMALL_BUFFER_CACHE), _SMALL_BUFFER_CACHE))
             self._load_dense()
             engine = StreamingEngine(
                 self.store,
-                {layer: self.checkpoint.layout(layer) for layer in layers},
-                {layer: self.checkpoint.num_experts(layer) for layer in layers},
-                self.costs,
+                {layer: checkpoint.layout(layer) for layer in checkpoint.moe_layers},
+                {layer: checkpoint.num_experts(layer) for layer in checkpoint.moe_layers},
+                self.family.costs,
                 self.streaming,
                 self.limit_bytes,
-                self.config.num_experts_per_tok,
-                self.lossy,
+                self.family.num_experts_per_tok,
+                self.family.lossy,
             )
         except BaseException:
             self.store.close()
             raise
-        self.model.attach(engine)
-        self.model.eval()
-        return self.model
+        model.attach(engine)
+        model.eval()
+        return model
 
     def _load_dense(self) -> None:
         """Read the dense tensors, one at a time, into their dtypes. Expert tensors are never evaluated."""
-        tensors = self.checkpoint.dense
+        family, tensors = self.family, self.checkpoint.dense
         by_file: dict[Path, list[str]] = {}
-        for name in self.names:
+        for name in family.names:
             by_file.setdefault(tensors[name].path, []).append(name)
-        hub_layout = _has_hub_layout(self.checkpoint)
-        expected = dict(tree_flatten(self.model.parameters()))
         for path, names in sorted(by_file.items()):
             lazy = mx.load(str(path))
             for name in names:
-                canonical = self.names[name]
-                value = sanitize({canonical: lazy.pop(name)}, self.config, hub_layout)[canonical]
-                value = value.astype(self._dtype(name, value.dtype))
-                if value.shape != expected[canonical].shape:
-                    raise CorruptError(
-                        f"[{path.name}] {name} must have shape {expected[canonical].shape}, got {value.shape}."
-                    )
+                own, value = family.names[name], lazy.pop(name)
+                value = family.transform(own, value).astype(family.loaded_dtype(own, value.dtype))
                 mx.eval(value)
-                self.model.load_weights([(canonical, value)], strict=False)
-
-    def _dtype(self, name: str, stored: mx.Dtype) -> mx.Dtype:
-        return _loaded_dtype(name, stored, self.model.dtype)
-
-
-def _loaded_dtype(name: str, stored: mx.Dtype, activations: mx.Dtype) -> mx.Dtype:
-    """dtype in which a dense tensor is kept: the activations', but quantised parts and A_log as they are."""
-    if name.endswith((".scales", ".biases", "A_log")) or not mx.issubdtype(stored, mx.floating):
-        return mx.float32 if name.endswith("A_log") else stored
-    return activations
-
-
-def _has_hub_layout(checkpoint: Checkpoint) -> bool:
-    """Whether dense tensors are as the hub stores them; mlx_lm tells by the convolution's layout too."""
-    for name, info in checkpoint.dense.items():
-        if name.endswith("conv1d.weight"):
-            return info.shape[-1] != 1
-    return checkpoint.format.startswith("hf")
+                family.model.load_weights([(own, value)], strict=False)
 
 
 def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:
     checkpoint = Checkpoint.open(directory)
-    model_type = checkpoint.config.get("model_type")
-    if model_type not in MODEL_TYPES:
-        raise UnsupportedModelError(
-            f"[config.json] model_type must be one of {', '.join(MODEL_TYPES)}, got {model_type!r}. "
-            "If the model fits in memory, mlx-lm may serve it."
-        )
-    config, lossy = _with_experts_per_tok(ModelConfig.from_dict(checkpoint.config), streaming.num_experts_per_tok)
-    names = {name: mlx_name(name) for name in checkpoint.dense}
-    if config.tie_word_embeddings:
-        names = {name: canonical for name, canonical in names.items() if canonical != "language_model.lm_head.weight"}
-    stored_modules = {canonical.rpartition(".")[0]: name.rpartition(".")[0] for name, canonical in names.items()}
-
-    def quantization_of(path: str) -> Quantization | None:
-        return checkpoint.quantization(stored_modules.get(path, path))
-
-    dtype = _activation_dtype(checkpoint)
-    model = Model(config, quantization_of, dtype)
-    _check_names(model, names, directory)
-    costs = _costs(checkpoint, config, names, dtype)
+    family = prepare_family(checkpoint, streaming, _activation_dtype(checkpoint))
+    _check_tensors(family, checkpoint)
     limit_bytes = streaming.memory_limit_bytes
     if limit_bytes is None:
         limit_bytes = default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
@@ -225,12 +173,12 @@ def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:
     try:
         divide(
             limit_bytes,
-            costs,
+            family.costs,
             {
                 layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
                 for layer in checkpoint.moe_layers
             },
-            min_slots=config.num_experts_per_tok,
+            min_slots=family.num_experts_per_tok,
             batch=1,
             tokens=streaming.prefill_step_size,
             length=streaming.max_context,
@@ -239,19 +187,7 @@ def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:
     except BaseException:
         store.close()
         raise
-    return _Prepared(checkpoint, config, streaming, limit_bytes, costs, model, store, names, lossy)
-
-
-def _with_experts_per_tok(config: ModelConfig, k: int | None) -> tuple[ModelConfig, tuple[str, ...]]:
-    if k is None or k == config.num_experts_per_tok:
-        return config, ()
-    if k > config.num_experts:
-        raise RequestError(
-            f"[num_experts_per_tok] must be at most {config.num_experts}, the experts of a layer, got {k}."
-        )
-    return replace(config, num_experts_per_tok=k), (
-        f"num_experts_per_tok={k} where the model was trained with {config.num_experts_per_tok}",
-    )
+    return _Prepared(checkpoint, family, streaming, limit_bytes, store)
 
 
 def _activation_dtype(checkpoint: Checkpoint) -> mx.Dtype:
@@ -259,40 +195,30 @@ def _activation_dtype(checkpoint: Checkpoint) -> mx.Dtype:
     if backend() == "cpu":
         return mx.float32
     for name, info in checkpoint.dense.items():
-        if name.endswith("input_layernorm.weight"):
-            return _FLOAT_DTYPES.get(info.dtype, mx.float32)
+        if name.endswith("norm.weight"):
+            return MLX_DTYPES.get(info.dtype, mx.float32)
     return mx.float32
 
 
-def _check_names(model: Model, names: Mapping[str, str], directory: Path) -> None:
-    expected = {name for name, _ in tree_flatten(model.parameters())}
-    present = set(names.values())
-    if missing := sorted(expected - present):
+def _check_tensors(family: Family, checkpoint: Checkpoint) -> None:
+    """Names and shapes of the dense tensors, from headers alone."""
+    where = checkpoint.directory.name
+    expected = {name: value.shape for name, value in tree_flatten(family.model.parameters())}
+    stored = {own: name for name, own in family.names.items()}
+    if missing := sorted(expected.keys() - stored.keys()):
         raise MissingTensorError(
-            f"[{directory.name}] must have {missing[0]} and {len(missing) - 1} more tensors, got neither. "
-            "Download the checkpoint again."
+            f"[{where}] must have {missing[0]}, got {len(missing)} tensors absent. Download the checkpoint again."
         )
-    if unknown := sorted(present - expected):
+    if unknown := sorted(stored.keys() - expected.keys()):
         raise UnsupportedModelError(
-            f"[{directory.name}] must have only tensors that the model knows, got {unknown[0]} and "
+            f"[{where}] must have only tensors that the model knows, got {stored[unknown[0]]} and "
             f"{len(unknown) - 1} more. The checkpoint is of another architecture than config.json says."
         )
-
-
-def _costs(checkpoint: Checkpoint, config: ModelConfig, names: Mapping[str, str], dtype: mx.Dtype) -> HybridCosts:
-    dense, load, matvec = 0, 0, 0
-    for name in names:
-        info = checkpoint.dense[name]
-        stored = _FLOAT_DTYPES.get(info.dtype, mx.uint32)
-        kept = prod(info.shape) * _loaded_dtype(name, stored, dtype).size
-        dense += kept
-        load = max(load, info.nbytes + kept if stored != _loaded_dtype(name, stored, dtype) else 0)
-        if name.endswith(".scales"):
-            matvec = max(matvec, 2 * prod(info.shape) * mx.float32.size)
-    expert = 0
-    for layer in checkpoint.moe_layers:
-        for part in checkpoint.layout(layer).parts:
-            quantization = checkpoint.layout(layer).quantization(part.projection)
-            values = prod(part.shape) * (32 // quantization.bits if part.dtype == "U32" and quantization else 1)
-            expert = max(expert, 2 * values * DTYPE_BYTES["F32"])
-    return HybridCosts(dense, load, config, dtype.size, matvec, expert)
+    for own, name in stored.items():
+        # The shape alone is computed: the value is lazy and dropped.
+        shape = family.transform(own, mx.zeros(checkpoint.dense[name].shape)).shape
+        if shape != expected[own]:
+            raise CorruptError(
+                f"[{where}] {name} must have shape {expected[own]} by config.json, got {shape}. "
+                "Download the checkpoint again."
+            )

@@ -1,178 +1,259 @@
-"""Token mixers of the Qwen3.5 and Qwen3-Next family: gated full attention and GatedDeltaNet.
+"""The decoder that Qwen3.5-MoE and Qwen3-Next share: layers of mixer and MoE, caches, logits, the hub's layout."""
 
-Weight names are the checkpoints' own. Caches are mlx_lm's: KVCache for attention, ArraysCache with
-[convolution window, recurrent state] for GatedDeltaNet; their batched forms work too.
-"""
-
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.base import create_attention_mask, create_ssm_mask, scaled_dot_product_attention
-from mlx_lm.models.rope_utils import initialize_rope
+from mlx_lm.models.cache import ArraysCache, KVCache
 
-from ..config import ModelConfig
-from ..ops.gated_delta import conv1d_silu, gated_delta
-from .layers import Linear, QuantizationOf
+from ..checkpoint import Checkpoint
+from ..config import ModelConfig, StreamingConfig
+from ..errors import RequestError
+from ..moe import RoutedExperts, StreamingMoE
+from ..record import DTYPE_BYTES, Quantization
+from ..streaming import StreamingEngine
+from .costs import HybridCosts
+from .family import MLX_DTYPES, Family, dense_costs
+from .layers import Embedding, Linear, QuantizationOf, SwiGLU
+from .mixers import GatedAttention, GatedDeltaNet, mix
 
-MIXER_BLOCK = 256
-"""Tokens that a mixer takes at a time. A constant: it bounds the scratch of a long prompt (attention
-scores, projections) without making bits depend on the memory limit."""
+_SHIFTED_NORMS = (
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    "model.norm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+)
 
-MAX_SCORE_BYTES = 16 << 20
-"""Attention scores, in float32, that may be alive at once; a query block is at least MIN_QUERY_BLOCK long."""
-
-MIN_QUERY_BLOCK = 16
+DeltaNet = Callable[[ModelConfig, str, QuantizationOf], GatedDeltaNet]
 
 
-class GatedAttention(nn.Module):
-    """Full attention whose output is gated by ``sigmoid`` of a second half of q_proj.
+class DecoderLayer(nn.Module):
+    """``h = x + mixer(norm(x))``, then ``h + moe(norm(h))``, or a dense SwiGLU where the layer has no experts."""
 
-    Queries and keys are RMS-normalised a head; rotary embedding covers part of each head.
-    """
-
-    def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf):
+    def __init__(self, config: ModelConfig, index: int, path: str, quantization_of: QuantizationOf, delta: DeltaNet):
         super().__init__()
-        self.num_heads = config.num_attention_heads
-        self.num_kv_heads = config.num_key_value_heads
-        self.scale = config.head_dim**-0.5
-        width, kv_width = config.head_dim * self.num_heads, config.head_dim * self.num_kv_heads
-        for name, inputs, outputs in (
-            ("q_proj", config.hidden_size, 2 * width),
-            ("k_proj", config.hidden_size, kv_width),
-            ("v_proj", config.hidden_size, kv_width),
-            ("o_proj", width, config.hidden_size),
-        ):
-            quantization = quantization_of(f"{path}.{name}")
-            setattr(self, name, Linear(inputs, outputs, quantization, bias=config.attention_bias))
-        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
-        rope = dict(config.rope_parameters)
-        self.rope = initialize_rope(
-            int(config.head_dim * rope.get("partial_rotary_factor", 0.25)),
-            base=float(rope.get("rope_theta", 10_000.0)),
-            traditional=False,
-            scaling_config=rope or None,
-            max_position_embeddings=config.max_position_embeddings,
-        )
+        self.is_linear = config.layer_types[index] == "linear_attention"
+        if self.is_linear:
+            self.linear_attn = delta(config, f"{path}.linear_attn", quantization_of)
+        else:
+            self.self_attn = GatedAttention(config, f"{path}.self_attn", quantization_of)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        mlp = f"{path}.mlp"
+        if index in config.dense_layers:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, mlp, quantization_of)
+        else:
+            self.mlp = StreamingMoE(
+                gate=Linear(config.hidden_size, config.num_experts, quantization_of(f"{mlp}.gate")),
+                shared_expert=SwiGLU(
+                    config.hidden_size, config.shared_expert_intermediate_size, f"{mlp}.shared_expert", quantization_of
+                ),
+                shared_expert_gate=Linear(config.hidden_size, 1, quantization_of(f"{mlp}.shared_expert_gate")),
+                num_experts_per_tok=config.num_experts_per_tok,
+                norm_topk_prob=config.norm_topk_prob,
+            )
 
     def __call__(self, x: mx.array, cache: Any) -> mx.array:
-        """Shapes (B, L, H) in and out; the cache is advanced by L."""
-        batch, length, _ = x.shape
-        mask = create_attention_mask(x, cache)
-        queries, gate = mx.split(self.q_proj(x).reshape(batch, length, self.num_heads, -1), 2, axis=-1)
-        keys = self.k_norm(self.k_proj(x).reshape(batch, length, self.num_kv_heads, -1)).transpose(0, 2, 1, 3)
-        values = self.v_proj(x).reshape(batch, length, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
-        queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset=cache.offset)
-        keys, values = cache.update_and_fetch(self.rope(keys, offset=cache.offset), values)
-        y = _attend(queries, keys, values, cache, self.scale, mask)
-        y = y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
-        return self.o_proj(y * mx.sigmoid(gate.reshape(batch, length, -1)))
+        h = mix(self.linear_attn if self.is_linear else self.self_attn, self.input_layernorm, x, cache)
+        normed = self.post_attention_layernorm(h)
+        return self.mlp(normed, h) if isinstance(self.mlp, StreamingMoE) else h + self.mlp(normed)
 
 
-def _attend(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any) -> mx.array:
-    """Scaled dot-product attention in blocks of queries, so that few scores are alive at once.
+class TextModel(nn.Module):
+    """Embeddings, decoder layers and the last norm."""
 
-    MLX's fallback (the CPU; heads of 256 on GPUs) holds all scores of a call. The block depends on shapes
-    alone. Quantised caches go in one piece.
-    """
-    batch, heads, length, _ = queries.shape
-    block = max(MAX_SCORE_BYTES // (4 * batch * heads * cache.size()), MIN_QUERY_BLOCK)
-    if length <= block or hasattr(cache, "bits"):
-        return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
-    before = keys.shape[2] - length
-    blocks = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        part = mask[..., start:end, : before + end] if isinstance(mask, mx.array) else mask
-        blocks.append(
-            scaled_dot_product_attention(
-                queries[:, :, start:end],
-                keys[:, :, : before + end],
-                values[:, :, : before + end],
-                cache=cache,
-                scale=scale,
-                mask=part,
-            )
-        )
-        mx.eval(blocks[-1])
-    return mx.concatenate(blocks, axis=2)
-
-
-class RMSNormGated(nn.Module):
-    """``rms_norm(x) * silu(gate)``, product and SiLU in float32."""
-
-    def __init__(self, dims: int, eps: float):
+    def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf, delta: DeltaNet):
         super().__init__()
-        self.weight = mx.ones(dims)
-        self.eps = eps
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, quantization_of(f"{path}.embed_tokens"))
+        self.layers = [
+            DecoderLayer(config, i, f"{path}.layers.{i}", quantization_of, delta)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        y = mx.fast.rms_norm(x, self.weight, self.eps).astype(mx.float32)
-        return (nn.silu(gate.astype(mx.float32)) * y).astype(x.dtype)
-
-
-class DepthwiseConv(nn.Module):
-    """Holder of a causal depthwise convolution's weight, shape (channels, kernel, 1)."""
-
-    def __init__(self, channels: int, kernel_size: int):
-        super().__init__()
-        self.weight = mx.zeros((channels, kernel_size, 1))
+    def __call__(self, hidden: mx.array, cache: list[Any]) -> mx.array:
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            hidden = layer(hidden, layer_cache)
+        return hidden
 
 
-class GatedDeltaNet(nn.Module):
-    """Linear attention by the gated delta rule, behind a short causal convolution.
+class HybridModel(nn.Module):
+    """A model whose routed experts are streamed by ``model.streaming``. Subclasses say where its parts are.
 
-    Subclasses say how a token's projections are stored. Reference: Yang et al. 2024, arXiv:2412.06464.
+    Accepted by ``mlx_lm.generate``, ``mlx_lm.stream_generate`` and ``make_prompt_cache``.
+
+    Attributes:
+        streaming: The running engine; set by ``attach``.
     """
 
-    def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf):
+    streaming: StreamingEngine
+
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype):
         super().__init__()
         self.config = config
-        self.conv1d = DepthwiseConv(config.linear_conv_dim, config.linear_conv_kernel_dim)
-        self.dt_bias = mx.ones(config.linear_num_value_heads)
-        self.A_log = mx.zeros(config.linear_num_value_heads)
-        self.norm = RMSNormGated(config.linear_value_head_dim, config.rms_norm_eps)
-        self.out_proj = Linear(config.linear_value_dim, config.hidden_size, quantization_of(f"{path}.out_proj"))
+        self.model_type = config.model_type
+        self.dtype = dtype
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Projections of (B, L, H): qkv (B, L, C), z (B, L, Hv * Dv), b and a (B, L, Hv)."""
+    @property
+    def text_model(self) -> TextModel:
         raise NotImplementedError
 
-    def __call__(self, x: mx.array, cache: Any) -> mx.array:
-        """Shapes (B, L, H) in and out; the cache is advanced by L."""
-        config, (batch, length, _) = self.config, x.shape
-        mask = create_ssm_mask(x, cache)
-        qkv, z, b, a = self.project(x)
-        window = cache[0]
-        if window is None:
-            window = mx.zeros((batch, config.linear_conv_kernel_dim - 1, config.linear_conv_dim), qkv.dtype)
-        qkv, cache[0] = conv1d_silu(qkv, window, self.conv1d.weight, mask, cache.lengths)
-        q, k, v = mx.split(qkv, [config.linear_key_dim, 2 * config.linear_key_dim], axis=-1)
-        y, cache[1] = gated_delta(
-            q.reshape(batch, length, config.linear_num_key_heads, -1),
-            k.reshape(batch, length, config.linear_num_key_heads, -1),
-            v.reshape(batch, length, config.linear_num_value_heads, -1),
-            a,
-            b,
-            self.A_log,
-            self.dt_bias,
-            cache[1],
-            mask,
+    @property
+    def output_projection(self) -> Linear:
+        raise NotImplementedError
+
+    def attach(self, engine: StreamingEngine) -> None:
+        """Make ``engine`` the source of every layer's routed experts."""
+        self.streaming = engine
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer.mlp, StreamingMoE):
+                layer.mlp.routed = RoutedExperts(engine, index, self.config.hidden_size)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.text_model.layers
+
+    def make_cache(self) -> list[Any]:
+        """Empty caches of one sequence, one a layer: mlx_lm's ArraysCache or KVCache."""
+        return [ArraysCache(size=2) if layer.is_linear else KVCache() for layer in self.layers]
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+        logits_to_keep: int | None = None,
+    ) -> mx.array:
+        """Logits of the next token at each position.
+
+        Args:
+            inputs: Token ids. Shape (B, L).
+            cache: One cache a layer, advanced by L; None starts from an empty context.
+            input_embeddings: Used in place of the tokens' own. Shape (B, L, H).
+            logits_to_keep: Only this many last positions; None keeps all L.
+
+        Returns:
+            Shape (B, L or logits_to_keep, vocabulary). The output projection is lazy where it can be:
+            logits that nobody evaluates cost nothing on a GPU.
+
+        Raises:
+            MemoryLimitError: If the limit can't hold a pass of this size.
+            RequestError: If the context exceeds max_context.
+            StoreError: If an expert can't be read.
+        """
+        text = self.text_model
+        cache = self.make_cache() if cache is None else cache
+        hidden = text.embed_tokens.embed(inputs, self.dtype) if input_embeddings is None else input_embeddings
+        batch, tokens = hidden.shape[:2]
+        length = tokens + max(c.size() for c in cache)
+        with self.streaming.forward_pass(batch, tokens, length):
+            hidden = text(hidden.astype(self.dtype), cache)
+            # Started here, under the lock: it reads slots, which the next pass may overwrite.
+            mx.async_eval(hidden)
+            self.streaming.reading(hidden)
+        hidden = text.norm(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])
+        return self.output_projection(hidden)
+
+
+def prepare_hybrid(
+    checkpoint: Checkpoint,
+    streaming: StreamingConfig,
+    dtype: mx.Dtype,
+    build: Callable[[ModelConfig, QuantizationOf, mx.Dtype], HybridModel],
+    canonical_name: Callable[[str], str],
+) -> Family:
+    """What loading needs to know of a hybrid model. No weight is read.
+
+    Args:
+        checkpoint: Opened.
+        streaming: load's arguments.
+        dtype: Of activations.
+        build: Makes the model without weights.
+        canonical_name: The model's own name of a stored dense tensor.
+
+    Raises:
+        CheckpointError: If config.json does not describe such a model.
+        RequestError: If num_experts_per_tok is more than there are experts.
+    """
+    config, lossy = _with_experts_per_tok(ModelConfig.from_dict(checkpoint.config), streaming.num_experts_per_tok)
+    names = {name: canonical_name(name) for name in checkpoint.dense}
+    if config.tie_word_embeddings:
+        names = {name: own for name, own in names.items() if not own.endswith("lm_head.weight")}
+    stored_modules = {own.rpartition(".")[0]: name.rpartition(".")[0] for name, own in names.items()}
+
+    def quantization_of(path: str) -> Quantization | None:
+        return checkpoint.quantization(stored_modules.get(path, path))
+
+    hub_layout = _has_hub_layout(checkpoint)
+
+    def transform(name: str, value: mx.array) -> mx.array:
+        if hub_layout and name.endswith("conv1d.weight"):
+            return value.moveaxis(2, 1)
+        # The hub stores these norms minus one; the sum is taken in float32, as transformers does.
+        return value.astype(mx.float32) + 1.0 if hub_layout and name.endswith(_SHIFTED_NORMS) else value
+
+    def loaded_dtype(name: str, stored: mx.Dtype) -> mx.Dtype:
+        if name.endswith("A_log"):
+            return mx.float32
+        if name.endswith((".scales", ".biases")) or not mx.issubdtype(stored, mx.floating):
+            return stored
+        return dtype
+
+    dense_bytes, load_bytes = dense_costs(checkpoint, names, loaded_dtype)
+    return Family(
+        model=build(config, quantization_of, dtype),
+        names=names,
+        transform=transform,
+        loaded_dtype=loaded_dtype,
+        costs=HybridCosts(
+            dense_bytes=dense_bytes,
+            load_bytes=load_bytes,
+            config=config,
+            activation_bytes=dtype.size,
+            matvec_bytes=_largest_scales(checkpoint, names),
+            expert_bytes=_largest_projection(checkpoint),
+        ),
+        num_experts_per_tok=config.num_experts_per_tok,
+        lossy=lossy,
+    )
+
+
+def _with_experts_per_tok(config: ModelConfig, k: int | None) -> tuple[ModelConfig, tuple[str, ...]]:
+    if k is None or k == config.num_experts_per_tok:
+        return config, ()
+    if k > config.num_experts:
+        raise RequestError(
+            f"[num_experts_per_tok] must be at most {config.num_experts}, the experts of a layer, got {k}."
         )
-        cache.advance(length)
-        y = self.norm(y, z.reshape(batch, length, config.linear_num_value_heads, -1))
-        return self.out_proj(y.reshape(batch, length, -1))
+    note = f"num_experts_per_tok={k} where the model was trained with {config.num_experts_per_tok}"
+    return replace(config, num_experts_per_tok=k), (note,)
 
 
-def mix(mixer: nn.Module, norm: nn.Module, x: mx.array, cache: Any) -> mx.array:
-    """``x + mixer(norm(x))`` over (B, L, H), MIXER_BLOCK tokens at a time."""
-    length = x.shape[1]
-    if length <= MIXER_BLOCK:
-        return x + mixer(norm(x), cache)
-    blocks = []
-    for start in range(0, length, MIXER_BLOCK):
-        block = x[:, start : start + MIXER_BLOCK]
-        blocks.append(block + mixer(norm(block), cache))
-        mx.eval(blocks[-1])
-    return mx.concatenate(blocks, axis=1)
+def _has_hub_layout(checkpoint: Checkpoint) -> bool:
+    """Whether dense tensors are as the hub stores them; mlx_lm tells by the convolution's layout too."""
+    for name, info in checkpoint.dense.items():
+        if name.endswith("conv1d.weight"):
+            return info.shape[-1] != 1
+    return checkpoint.format.startswith("hf")
+
+
+def _largest_scales(checkpoint: Checkpoint, names: Mapping[str, str]) -> int:
+    """Bytes of the largest dense matrix's scales and biases in float32, which the reference products make."""
+    scales = (prod(checkpoint.dense[name].shape) for name in names if name.endswith(".scales"))
+    return 2 * MLX_DTYPES["F32"].size * max(scales, default=0)
+
+
+def _largest_projection(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest expert projection, dequantised to float32, with its source in between."""
+    largest = 0
+    for layer in checkpoint.moe_layers:
+        layout = checkpoint.layout(layer)
+        for part in layout.parts:
+            quantization = layout.quantization(part.projection)
+            packed = 32 // quantization.bits if quantization and part.dtype == "U32" else 1
+            largest = max(largest, 2 * prod(part.shape) * packed * DTYPE_BYTES["F32"])
+    return largest

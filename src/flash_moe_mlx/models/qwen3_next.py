@@ -1,0 +1,62 @@
+"""Qwen3-Next: as Qwen3.5-MoE, with the GatedDeltaNet projections fused by key head.
+
+Module and weight names are those of MLX checkpoints (``model.layers...``). Reference: mlx_lm's ``qwen3_next`` and
+transformers' ``Qwen3NextForCausalLM``.
+"""
+
+import mlx.core as mx
+
+from ..checkpoint import Checkpoint
+from ..config import ModelConfig, StreamingConfig
+from .family import Family
+from .hybrid import HybridModel, TextModel, prepare_hybrid
+from .layers import Linear, QuantizationOf
+from .mixers import GatedDeltaNet
+
+
+class FusedGatedDeltaNet(GatedDeltaNet):
+    """GatedDeltaNet with two projections, each laid out key head by key head: (q, k, v, z) and (b, a)."""
+
+    def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf):
+        super().__init__(config, path, quantization_of)
+        self.in_proj_qkvz = Linear(
+            config.hidden_size,
+            config.linear_conv_dim + config.linear_value_dim,
+            quantization_of(f"{path}.in_proj_qkvz"),
+        )
+        self.in_proj_ba = Linear(
+            config.hidden_size, 2 * config.linear_num_value_heads, quantization_of(f"{path}.in_proj_ba")
+        )
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
+        config, (batch, length, _) = self.config, x.shape
+        heads, width = config.linear_num_key_heads, config.linear_key_head_dim
+        values = config.linear_value_dim // heads
+        by_head = self.in_proj_qkvz(x).reshape(batch, length, heads, -1)
+        q, k, v, z = mx.split(by_head, [width, 2 * width, 2 * width + values], axis=-1)
+        b, a = mx.split(self.in_proj_ba(x).reshape(batch, length, heads, -1), 2, axis=-1)
+        qkv = mx.concatenate([part.reshape(batch, length, -1) for part in (q, k, v)], axis=-1)
+        return qkv, z.reshape(batch, length, -1), b.reshape(batch, length, -1), a.reshape(batch, length, -1)
+
+
+class Model(HybridModel):
+    """Qwen3-Next, its text model under ``model``; multi-token-prediction tensors are skipped."""
+
+    def __init__(self, config: ModelConfig, quantization_of: QuantizationOf, dtype: mx.Dtype):
+        super().__init__(config, dtype)
+        self.model = TextModel(config, "model", quantization_of, FusedGatedDeltaNet)
+        if not config.tie_word_embeddings:
+            self.lm_head = Linear(config.hidden_size, config.vocab_size, quantization_of("lm_head"))
+
+    @property
+    def text_model(self) -> TextModel:
+        return self.model
+
+    @property
+    def output_projection(self) -> Linear:
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+
+def prepare(checkpoint: Checkpoint, streaming: StreamingConfig, dtype: mx.Dtype) -> Family:
+    """See :func:`prepare_hybrid`."""
+    return prepare_hybrid(checkpoint, streaming, dtype, Model, lambda name: name)
