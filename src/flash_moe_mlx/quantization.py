@@ -83,6 +83,10 @@ class QuantizationSettings:
         if weight is None:
             raise MissingTensorError(f"[{name}] must have a weight, got scales or biases alone. {_AGAIN}")
         if scales is None and biases is None:
+            if weight.dtype == "U32":
+                raise MissingTensorError(
+                    f"[{name}] must have scales and biases to its packed weights, got none. {_AGAIN}"
+                )
             if stated and override is not None:
                 raise CorruptError(f"[{name}] must have scales, as config.json says, got none. {_AGAIN}")
             return None

@@ -166,7 +166,7 @@ def load_json(data: bytes, where: str, advice: str = _AGAIN) -> Any:
         problem = f"{error.reason} at byte {error.start}"
         raise CorruptError(f"[{where}] must be UTF-8, got {problem}. {advice}") from error
     except ValueError as error:  # JSONDecodeError, or an integer of more digits than Python converts
-        raise CorruptError(f"[{where}] must be valid JSON, got: {brief(error, 200)}. {advice}") from error
+        raise CorruptError(f"[{where}] must be valid JSON, got ({brief(error, 200)}). {advice}") from error
     except RecursionError:
         raise CorruptError(f"[{where}] must be valid JSON, got one nested too deeply. {advice}") from None
     except MemoryError:
