@@ -421,9 +421,7 @@ def test_dtypes_of_experts(tmp_path: Path):
         del tensors[f"{STEM}.up_proj.scales"], tensors[f"{STEM}.up_proj.biases"]
 
     rewrite(tmp_path / "u32", drop)
-    refused(
-        tmp_path / "u32", MissingTensorError, r"layer 0 up_proj\] must have scales and biases to its packed weights"
-    )
+    refused(tmp_path / "u32", MissingTensorError, r"layer 0 up_proj\] must have scales and biases to")
 
 
 def test_expert_bias(tmp_path: Path):

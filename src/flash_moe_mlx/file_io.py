@@ -106,7 +106,8 @@ def read_aligned(fd: int, buffer: mmap.mmap, target: memoryview, offset: int) ->
     done = 0
     with memoryview(buffer) as view:
         while done < wanted:
-            # After a read that ended inside a block, that block is read again: only the file's end ends there for good.
+            # A direct read ends inside a block only where the file ends. Should one have been cut there all the same,
+            # that block is read again, and no more of it means that the file has no more.
             begin = done - done % DIRECT_ALIGNMENT
             try:
                 with view[begin:length] as rest:
