@@ -8,7 +8,7 @@
 //          32/LANES x ROWS outputs for X_ROWS rows of x, LANES lanes an output, a chunk of weights a lane at a time
 // Traffic  N H (bits + 32/G) / 8 bytes of weights for each X_ROWS rows of x; x from threadgroup memory
 // Fused    dequantisation; each weight is unpacked once for X_ROWS rows
-// Assumes  H % CHUNK == 0, H % G == 0, rows of 16-byte multiples where WIDE; f32 sums
+// Assumes  H % CHUNK == 0, H % G == 0, rows of 16-byte multiples where WIDTH is 4; f32 sums
 #include "quantized.h"
 // --- body ---
 constexpr int PITCH = TILE / CHUNK * FM_STRIDE(CHUNK);
@@ -34,7 +34,7 @@ for (int m = 0; m < X_ROWS; m++) {
 FmRows<BITS, GROUP, CHUNK, ROWS, S> next;
 uint chunk = lane % LANES;
 if (chunk < H / CHUNK) {
-  fm_load_rows<BITS, GROUP, CHUNK, ROWS, S, H, WIDE>(next, weight, scales, biases, first_row, N - 1, chunk);
+  fm_load_rows<BITS, GROUP, CHUNK, ROWS, S, H, WIDTH>(next, weight, scales, biases, first_row, N - 1, chunk);
 }
 
 for (uint tile = 0; tile < H; tile += TILE) {
@@ -45,16 +45,15 @@ for (uint tile = 0; tile < H; tile += TILE) {
 #pragma unroll
   for (int m = 0; m < X_ROWS; m++) {
     const device X* row_of_x = x + size_t(metal::min(first_x + m, uint(M - 1))) * H + tile;
-    for (uint part = simd_group; part < width / 32; part += SIMD_GROUPS) {
-      fm_stage<CHUNK, SCALED_BITS>(staged + m * PITCH, part, lane, float(row_of_x[part * 32 + lane]));
-    }
+    fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged + m * PITCH, row_of_x, width, simd_group, lane);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+#pragma unroll 1
   for (; chunk < (tile + width) / CHUNK; chunk += LANES) {
     const FmRows<BITS, GROUP, CHUNK, ROWS, S> rows = next;
     if (chunk + LANES < H / CHUNK) {
-      fm_load_rows<BITS, GROUP, CHUNK, ROWS, S, H, WIDE>(
+      fm_load_rows<BITS, GROUP, CHUNK, ROWS, S, H, WIDTH>(
           next, weight, scales, biases, first_row, N - 1, chunk + LANES);
     }
     const threadgroup float* chunk_of_x = staged + (chunk - tile / CHUNK) * FM_STRIDE(CHUNK);

@@ -23,6 +23,14 @@ FM_FN uint fm_linear_thread() {
 
 FM_FN float fm_float(uint32_t bits) { return __uint_as_float(bits); }
 
+// The bits of word under mask, or-ed into base. nvcc makes two instructions of (word & mask) | base where
+// both are constants, and one of this.
+FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) {
+  uint32_t out;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "r"(mask), "r"(base));
+  return out;
+}
+
 namespace metal {
 FM_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 FM_FN float exp(float a) { return ::expf(a); }

@@ -36,7 +36,7 @@ for (int r = 0; r < ROWS; r++) {
 FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> next;
 uint chunk = lane % LANES;
 if (chunk < I / CHUNK) {
-  fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDE>(
+  fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
       next, words, scales, biases, first_row, H - 1, chunk);
 }
 
@@ -45,15 +45,14 @@ for (uint tile = 0; tile < I; tile += TILE) {
   if (tile > 0) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  for (uint part = simd_group; part < width / 32; part += SIMD_GROUPS) {
-    fm_stage<CHUNK, SCALED_BITS>(staged, part, lane, row_of_h[tile + part * 32 + lane]);
-  }
+  fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_h + tile, width, simd_group, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+#pragma unroll 1
   for (; chunk < (tile + width) / CHUNK; chunk += LANES) {
     const FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> rows = next;
     if (chunk + LANES < I / CHUNK) {
-      fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDE>(
+      fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
           next, words, scales, biases, first_row, H - 1, chunk + LANES);
     }
     const threadgroup float* chunk_of_h = staged + (chunk - tile / CHUNK) * FM_STRIDE(CHUNK);

@@ -42,9 +42,9 @@ FmRows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S> gate_next;
 FmRows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S> up_next;
 uint chunk = lane % LANES;
 if (chunk < H / CHUNK) {
-  fm_load_rows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S, H, GATE_WIDE>(
+  fm_load_rows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S, H, GATE_WIDTH>(
       gate_next, gate_words, gate_scales, gate_biases, first_row, I - 1, chunk);
-  fm_load_rows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S, H, UP_WIDE>(
+  fm_load_rows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S, H, UP_WIDTH>(
       up_next, up_words, up_scales, up_biases, first_row, I - 1, chunk);
 }
 
@@ -53,18 +53,17 @@ for (uint tile = 0; tile < H; tile += TILE) {
   if (tile > 0) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  for (uint part = simd_group; part < width / 32; part += SIMD_GROUPS) {
-    fm_stage<CHUNK, SCALED_BITS>(staged, part, lane, float(row_of_x[tile + part * 32 + lane]));
-  }
+  fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_x + tile, width, simd_group, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
+#pragma unroll 1
   for (; chunk < (tile + width) / CHUNK; chunk += LANES) {
     const FmRows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S> gate_rows = gate_next;
     const FmRows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S> up_rows = up_next;
     if (chunk + LANES < H / CHUNK) {
-      fm_load_rows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S, H, GATE_WIDE>(
+      fm_load_rows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S, H, GATE_WIDTH>(
           gate_next, gate_words, gate_scales, gate_biases, first_row, I - 1, chunk + LANES);
-      fm_load_rows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S, H, UP_WIDE>(
+      fm_load_rows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S, H, UP_WIDTH>(
           up_next, up_words, up_scales, up_biases, first_row, I - 1, chunk + LANES);
     }
     const threadgroup float* chunk_of_x = staged + (chunk - tile / CHUNK) * FM_STRIDE(CHUNK);

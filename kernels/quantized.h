@@ -22,8 +22,8 @@ struct FmRows {
   S biases[ROWS][CHUNK / 32];
 };
 
-// Loads chunk number `chunk` of ROWS consecutive rows. Rows past the last repeat the last.
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S, int COLUMNS, bool WIDE>
+// Loads chunk number `chunk` of ROWS consecutive rows, WIDTH words at a time. Rows past the last repeat it.
+template <int BITS, int GROUP, int CHUNK, int ROWS, typename S, int COLUMNS, int WIDTH>
 FM_FN void fm_load_rows(
     thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
     const device uint32_t* weights,
@@ -37,7 +37,7 @@ FM_FN void fm_load_rows(
   for (int r = 0; r < ROWS; r++) {
     const uint row = metal::min(first_row + r, last_row);
     const device uint32_t* source = weights + size_t(row) * (COLUMNS / 32 * BITS) + chunk * WORDS;
-    if (WIDE) {
+    if (WIDTH == 4) {
 #pragma unroll
       for (int i = 0; i < WORDS / 4; i++) {
         const uint4 four = ((const device uint4*)source)[i];
@@ -45,6 +45,13 @@ FM_FN void fm_load_rows(
         rows.words[r][4 * i + 1] = four.y;
         rows.words[r][4 * i + 2] = four.z;
         rows.words[r][4 * i + 3] = four.w;
+      }
+    } else if (WIDTH == 2) {
+#pragma unroll
+      for (int i = 0; i < WORDS / 2; i++) {
+        const uint2 two = ((const device uint2*)source)[i];
+        rows.words[r][2 * i] = two.x;
+        rows.words[r][2 * i + 1] = two.y;
       }
     } else {
 #pragma unroll
@@ -69,17 +76,11 @@ FM_FN void fm_unpack(const thread uint32_t (&words)[WORDS], int first, thread fl
 #pragma unroll
   for (int j = 0; j < 8; j++) {
     const int bit = (first + j) * BITS;
-    uint32_t field;
-    if (SCALED) {
-      field = (words[bit / 32] >> (bit & 16)) & (mask << (bit & 15));
-    } else {
-      field = words[bit / 32] >> (bit & 31);
-      if ((bit & 31) + BITS > 32) {
-        field |= words[bit / 32 + 1] << (32 - (bit & 31));
-      }
-      field &= mask;
+    uint32_t word = words[bit / 32] >> (SCALED ? bit & 16 : bit & 31);
+    if (!SCALED && (bit & 31) + BITS > 32) {
+      word |= words[bit / 32 + 1] << (32 - (bit & 31));
     }
-    w[j] = fm_float(field | 0x4b000000u) - 8388608.0f;
+    w[j] = fm_float(fm_insert(word, SCALED ? mask << (bit & 15) : mask, 0x4b000000u)) - 8388608.0f;
   }
 }
 
@@ -125,23 +126,6 @@ FM_FN void fm_fold(
   }
 }
 
-// One SIMD group stages 32 values of x, one a lane: scaled for its position, and their sum.
-template <int CHUNK, int SCALED_BITS>
-FM_FN void fm_stage(threadgroup float* staged, uint part, uint lane, float value) {
-  threadgroup float* chunk = staged + part * 32 / CHUNK * FM_STRIDE(CHUNK);
-  const uint offset = part * 32 % CHUNK;
-  const float sum = simd_sum(value);
-  float scaled = value;
-  if (SCALED_BITS > 0) {
-    const uint position = lane % (SCALED_BITS > 0 ? 16 / SCALED_BITS : 1);
-    scaled = value * fm_float((127u - uint(SCALED_BITS) * position) << 23);
-  }
-  chunk[offset + lane] = scaled;
-  if (lane == 0) {
-    chunk[CHUNK + offset / 32] = sum;
-  }
-}
-
 // Sum over LANES neighbouring lanes (a power of two), in every one of them.
 template <int LANES>
 FM_FN float fm_lane_sum(float value) {
@@ -150,4 +134,49 @@ FM_FN float fm_lane_sum(float value) {
     value += simd_shuffle_xor(value, ushort(mask));
   }
   return value;
+}
+
+// A lane stages values index .. index + 3 of x (index is a multiple of 4): scaled for their positions,
+// and eight lanes' sum. All lanes of the SIMD group call it; those past the end have inside = false.
+template <int CHUNK, int SCALED_BITS>
+FM_FN void fm_stage(threadgroup float* staged, uint index, bool inside, float4 value) {
+  const float sum = fm_lane_sum<8>((value.x + value.y) + (value.z + value.w));
+  if (SCALED_BITS > 0) {
+    const uint positions = 16 / (SCALED_BITS > 0 ? SCALED_BITS : 16);
+    value.x *= fm_float((127u - SCALED_BITS * (index % positions)) << 23);
+    value.y *= fm_float((127u - SCALED_BITS * ((index + 1) % positions)) << 23);
+    value.z *= fm_float((127u - SCALED_BITS * ((index + 2) % positions)) << 23);
+    value.w *= fm_float((127u - SCALED_BITS * ((index + 3) % positions)) << 23);
+  }
+  threadgroup float* chunk = staged + index / CHUNK * FM_STRIDE(CHUNK);
+  const uint offset = index % CHUNK;
+  if (inside) {
+    *(threadgroup float4*)(chunk + offset) = value;
+    if (offset % 32 == 0) {
+      chunk[CHUNK + offset / 32] = sum;
+    }
+  }
+}
+
+// A threadgroup of SIMD_GROUPS stages width <= TILE values of x. All loads are under way before the first use.
+template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
+FM_FN void fm_stage_tile(
+    threadgroup float* staged, const device X* x, uint width, uint simd_group, uint lane) {
+  constexpr int STEP = SIMD_GROUPS * 128;
+  constexpr int STEPS = (TILE + STEP - 1) / STEP;
+  float4 values[STEPS];
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) {
+    const uint index = i * STEP + simd_group * 128 + lane * 4;
+    const device X* source = x + (index < width ? index : 0);
+    values[i].x = float(source[0]);
+    values[i].y = float(source[1]);
+    values[i].z = float(source[2]);
+    values[i].w = float(source[3]);
+  }
+#pragma unroll
+  for (int i = 0; i < STEPS; i++) {
+    const uint index = i * STEP + simd_group * 128 + lane * 4;
+    fm_stage<CHUNK, SCALED_BITS>(staged, index, index < width, values[i]);
+  }
 }

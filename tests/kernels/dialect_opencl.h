@@ -47,6 +47,7 @@ struct fm_uint3 {
 #define thread_index_in_threadgroup (simdgroup_index_in_threadgroup * 32u + get_sub_group_local_id())
 
 inline float fm_float(uint bits) { return as_float(bits); }
+inline uint fm_insert(uint word, uint mask, uint base) { return (word & mask) | base; }
 
 namespace metal {
 inline float fma(float a, float b, float c) { return ::fma(a, b, c); }

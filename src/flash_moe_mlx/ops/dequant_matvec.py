@@ -7,7 +7,7 @@ import mlx.core as mx
 from ..errors import ShapeError
 from . import kernel_source
 from .backend import use_kernels
-from .geometry import Geometry, choose_geometry, wide_loads
+from .geometry import Geometry, choose_geometry, load_width
 
 MAX_ROWS = 8
 """Rows of x up to which the kernel reads the weights fewer times than a matrix product would need to pay for."""
@@ -78,7 +78,7 @@ def dequant_matvec_kernel(
         ("X_ROWS", x_rows),
         ("BITS", bits),
         ("GROUP", group_size),
-        ("WIDE", wide_loads(columns, bits, geometry.chunk)),
+        ("WIDTH", load_width(columns, bits, geometry.chunk)),
         *geometry.template,
     ]
     (y,) = kernel_source.launch(

@@ -3,9 +3,12 @@
 import mlx.core as mx
 
 from ..bank import ExpertBank
+from .expert_ffn import Activation, swiglu
 
 
-def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int) -> mx.array:
+def expert_ffn_batch(
+    x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None
+) -> mx.array:
     """Feed-forward of the expert in one slot.
 
     Computes ``W_d (silu(W_g x) * W_u x)``, plus the expert's own biases where the record has them.
@@ -14,6 +17,7 @@ def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int) -> mx.array:
         x: Tokens that chose this expert. Shape (M, H).
         bank: Slots of one layer.
         slot: Where the expert's record is.
+        activation: In place of SwiGLU, for models with another one.
 
     Returns:
         Shape (M, H), float32. Sums are float32.
@@ -23,7 +27,7 @@ def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int) -> mx.array:
     x = x.astype(mx.float32)
     gate = _project(x, bank, "gate_proj", slot)
     up = _project(x, bank, "up_proj", slot)
-    return _project(gate * mx.sigmoid(gate) * up, bank, "down_proj", slot)
+    return _project((activation or swiglu)(up, gate), bank, "down_proj", slot)
 
 
 def _project(x: mx.array, bank: ExpertBank, projection: str, slot: int) -> mx.array:

@@ -1,5 +1,6 @@
 """SwiGLU feed-forward of the routed experts, read from a bank of records."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +11,17 @@ from ..errors import ShapeError
 from ..record import PART_ALIGNMENT, RecordLayout
 from . import kernel_source
 from .backend import use_kernels
-from .geometry import Geometry, choose_geometry, wide_loads
+from .geometry import Geometry, choose_geometry, load_width
 
 WORD_BYTES = 4
+
+Activation = Callable[[mx.array, mx.array], mx.array]
+"""(up, gate) to the input of the down projection, element by element."""
+
+
+def swiglu(up: mx.array, gate: mx.array) -> mx.array:
+    """``silu(gate) * up``: what the kernels compute."""
+    return gate * mx.sigmoid(gate) * up
 
 
 def project_reference(x: mx.array, bank: ExpertBank, projection: str, slots: mx.array) -> mx.array:
@@ -57,12 +66,14 @@ def project_reference(x: mx.array, bank: ExpertBank, projection: str, slots: mx.
     return y
 
 
-def expert_ffn_reference(x: mx.array, bank: ExpertBank, slots: mx.array) -> mx.array:
+def expert_ffn_reference(
+    x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation = swiglu
+) -> mx.array:
     """``expert_ffn`` in plain MLX operations."""
     rows = x.astype(mx.float32)[:, None, None, :]
     gate = project_reference(rows, bank, "gate_proj", slots)
     up = project_reference(rows, bank, "up_proj", slots)
-    return project_reference(gate * mx.sigmoid(gate) * up, bank, "down_proj", slots).squeeze(2)
+    return project_reference(activation(up, gate), bank, "down_proj", slots).squeeze(2)
 
 
 @dataclass(frozen=True)
@@ -119,7 +130,7 @@ def projection_template(layout: RecordLayout, projection: str, columns: int, chu
     return [
         (f"{prefix}_BITS", quantization.bits),
         (f"{prefix}_GROUP", quantization.group_size),
-        (f"{prefix}_WIDE", wide_loads(columns, quantization.bits, chunk)),
+        (f"{prefix}_WIDTH", load_width(columns, quantization.bits, chunk)),
         (f"{prefix}_S", MLX_DTYPES[scales.dtype]),
         (f"{prefix}_B", MLX_DTYPES[bias.dtype] if bias else mx.float32),
         (f"{prefix}_HAS_BIAS", bias is not None),
@@ -216,7 +227,9 @@ def expert_ffn_kernel(x: mx.array, bank: ExpertBank, slots: mx.array, plan: Expe
     return y
 
 
-def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array) -> mx.array:
+def expert_ffn(
+    x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None
+) -> mx.array:
     """SwiGLU feed-forward of the K routed experts of each token.
 
     Computes ``W_d (silu(W_g x) * W_u x)`` for each slot, plus the experts' own biases where the record
@@ -226,6 +239,7 @@ def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array) -> mx.array:
         x: Hidden states. Shape (T, H), float32, bfloat16 or float16.
         bank: Slots of one layer.
         slots: Slot of each token's routed experts. Shape (T, K), uint32.
+        activation: In place of SwiGLU, for models with another one; runs the reference.
 
     Returns:
         Per-expert outputs, shape (T, K, H), float32. Sums are float32. Each (token, slot) pair is
@@ -237,6 +251,8 @@ def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array) -> mx.array:
     Cost: reads T * K records. Unquantised records run the reference on every backend.
     Reference: Shazeer 2020, arXiv:2002.05202.
     """
+    if activation is not None:
+        return expert_ffn_reference(x, bank, slots, activation)
     if use_kernels() and is_quantized(bank.layout):
         return expert_ffn_kernel(x, bank, slots)
     return expert_ffn_reference(x, bank, slots)

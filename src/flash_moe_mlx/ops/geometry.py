@@ -109,6 +109,7 @@ def choose_geometry(
     )
 
 
-def wide_loads(columns: int, bits: int, chunk: int) -> bool:
-    """Tell whether a lane may load its chunk 16 bytes at a time: whole and aligned in every row."""
-    return chunk * bits // 8 % 16 == 0 and columns * bits // 8 % 16 == 0
+def load_width(columns: int, bits: int, chunk: int) -> int:
+    """Words that a lane may load at a time, so that every load of every row is aligned: 4, 2 or 1."""
+    chunk_words, row_words = chunk * bits // 32, columns * bits // 32
+    return next(width for width in (4, 2, 1) if chunk_words % width == 0 and row_words % width == 0)

@@ -1,0 +1,46 @@
+"""MLX arrays as memory: numpy views and addresses of what MLX holds, and results handed back to MLX."""
+
+import mlx.core as mx
+import numpy as np
+
+from .vector_ir import BF16, F16, F32
+
+KINDS = {mx.bfloat16: BF16, mx.float16: F16, mx.float32: F32}
+RECORD_KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
+
+_ALIGNMENT = 64
+_COPIED_BYTES = 1 << 18
+"""Up to here a copy of a result costs less than evaluating an array to write it into."""
+
+
+def view(array: mx.array, dtype: type) -> np.ndarray:
+    """Memory of an array, flat, as ``dtype``; evaluated if need be. The view keeps the array alive.
+
+    ``mx.array.view`` would cost an evaluation. Cost: under a microsecond when evaluated and contiguous.
+    """
+    try:
+        return np.frombuffer(array, dtype)  # type: ignore[call-overload, no-any-return]
+    except (BufferError, ValueError):  # strided, or empty
+        if array.size == 0:
+            return np.empty(0, dtype)
+        return np.frombuffer(mx.contiguous(array), dtype)  # type: ignore[call-overload, no-any-return]
+
+
+def floats(array: mx.array) -> np.ndarray:
+    """An array of any shape as contiguous float32 in numpy, without a copy where it is that already."""
+    if array.dtype != mx.float32:
+        array = array.astype(mx.float32)
+    return view(array, np.float32).reshape(array.shape)
+
+
+def empty(*shape: int) -> np.ndarray:
+    """Uninitialised float32 on a cache line's boundary: an unaligned 64-byte load touches two lines."""
+    size = 4 * int(np.prod(shape))
+    raw = np.empty(size + _ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % _ALIGNMENT
+    return raw[start : start + size].view(np.float32).reshape(shape)
+
+
+def address(array: np.ndarray) -> int:
+    """Address of an array's first byte."""
+    return array.ctypes.data

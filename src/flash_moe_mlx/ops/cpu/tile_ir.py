@@ -1,0 +1,166 @@
+"""Vector code of matrix products: weights are unpacked into a tile that stays in the cache, then multiplied.
+
+A tile is (k, NR) float32: k weights of NR rows of the matrix, so that NR outputs are computed side by side.
+Each output is one chain of fused multiply-adds over k: its bits do not depend on how many rows x has.
+"""
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .vector_ir import BF16, F16, F32, LANES, Emitter
+
+NR = 64
+"""Outputs a tile."""
+
+MR = 4
+"""Rows of x that are multiplied at once: MR * NR / 16 sums stay in registers."""
+
+PACK_BLOCK = 32
+"""Weights that are unpacked at once: the smallest group."""
+
+_I1, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VI1, _VI32, _VF32 = ir.VectorType(_I1, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+
+
+def _gather(emit: Emitter, rows: list[ir.Value], offset: ir.Value) -> ir.Value:
+    """One word of each of 16 rows."""
+    vector = ir.Constant(_VI32, ir.Undefined)
+    for lane, row in enumerate(rows):
+        vector = emit.builder.insert_element(vector, emit.load(_I32, emit.builder.add(row, offset)), _I32(lane))
+    return vector
+
+
+def _affine_values(emit: Emitter, words: list[ir.Value], bits: int) -> list[ir.Value]:
+    """The PACK_BLOCK weights of 16 rows, as floats."""
+    builder = emit.builder
+
+    def constant(value: int) -> ir.Value:
+        return ir.Constant(_VI32, [value] * LANES)
+
+    values = []
+    for index in range(PACK_BLOCK):
+        word, shift = divmod(index * bits, 32)
+        field = builder.lshr(words[word], constant(shift)) if shift else words[word]
+        if shift + bits > 32:
+            field = builder.or_(field, builder.shl(words[word + 1], constant(32 - shift)))
+        values.append(builder.uitofp(builder.and_(field, constant((1 << bits) - 1)), _VF32))
+    return values
+
+
+def _dense_values(emit: Emitter, words: list[ir.Value], kind: int) -> list[ir.Value]:
+    builder = emit.builder
+    if kind == F32:
+        return [builder.bitcast(word, _VF32) for word in words]
+    sixteen, high_half = ir.Constant(_VI32, [16] * LANES), ir.Constant(_VI32, [0xFFFF0000] * LANES)
+    values = []
+    for word in words:
+        if kind == BF16:
+            low, high = builder.shl(word, sixteen), builder.and_(word, high_half)
+            values += [builder.bitcast(low, _VF32), builder.bitcast(high, _VF32)]
+        else:
+            low = builder.and_(word, ir.Constant(_VI32, [0xFFFF] * LANES))
+            values += [emit.half(low), emit.half(builder.lshr(word, sixteen))]
+    return values
+
+
+def make_unpack(bits: int, kind: int, group_size: int) -> Callable[..., None]:
+    """Build ``unpack(weights, row_bytes, last, first_block, blocks, scales, biases, tile)``.
+
+    Unpacks ``blocks`` blocks of 32 weights, from ``first_block`` on, of the 16 rows from address ``weights`` on into
+    16 columns of the tile. Rows past ``last`` repeat it. ``scales`` and ``biases`` are float32 of shape
+    (groups, NR), at this column. All arguments are int64. bits is 0 for rows stored unquantised as ``kind``.
+    """
+    words_a_block = bits if bits else {BF16: 16, F16: 16, F32: 32}[kind]
+
+    @intrinsic
+    def unpack(typing_context, weights, row_bytes, last, first_block, blocks, scales, biases, tile):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            emit = Emitter(builder)
+            weights, row_bytes, last, first_block, blocks, scales, biases, tile = arguments
+            rows = []
+            for lane in range(LANES):
+                row = builder.select(builder.icmp_signed("<", _I64(lane), last), _I64(lane), last)
+                rows.append(builder.add(weights, builder.mul(row, row_bytes)))
+            with cgutils.for_range(builder, blocks) as loop:
+                block = builder.add(loop.index, first_block)
+                base = emit.scaled(block, words_a_block * 4)
+                words = [_gather(emit, rows, emit.offset(base, word * 4)) for word in range(words_a_block)]
+                if bits:
+                    group = builder.udiv(block, _I64(group_size // PACK_BLOCK))
+                    at = emit.scaled(group, NR * 4)
+                    scale, bias = (emit.load(_VF32, builder.add(part, at), align=4) for part in (scales, biases))
+                    values = [emit.fma(value, scale, bias) for value in _affine_values(emit, words, bits)]
+                else:
+                    values = _dense_values(emit, words, kind)
+                out = emit.offset(tile, emit.scaled(loop.index, PACK_BLOCK * NR * 4))
+                for index, value in enumerate(values):
+                    emit.store(value, emit.offset(out, index * NR * 4))
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return unpack
+
+
+def make_multiply(rows: int) -> Callable[..., None]:
+    """Build ``multiply(x, x_stride, tile, count, y, y_stride, outputs, start)``.
+
+    Adds ``x[:rows, :count] @ tile[:count]`` to y, of which the first ``outputs`` columns exist. ``start`` is 0 to add to
+    y, -1 to start from zero, else the address of NR float32 to start from. Strides are in bytes; all int64.
+    """
+    vectors = NR // LANES
+
+    @intrinsic
+    def multiply(typing_context, x, x_stride, tile, count, y, y_stride, outputs, start):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            emit = Emitter(builder)
+            x, x_stride, tile, count, y, y_stride, outputs, start = arguments
+            masks = []
+            for vector in range(vectors):
+                lanes = ir.Constant(_VI32, [vector * LANES + lane for lane in range(LANES)])
+                masks.append(builder.icmp_signed("<", lanes, emit.splat(builder.trunc(outputs, _I32))))
+            zero = ir.Constant(_VF32, [0.0] * LANES)
+            sums = [[emit.variable(zero) for _ in range(vectors)] for _ in range(rows)]
+            targets = [builder.add(y, builder.mul(_I64(row), y_stride)) for row in range(rows)]
+
+            def each(action: Callable[[int, int], None]) -> None:
+                for row in range(rows):
+                    for vector in range(vectors):
+                        action(row, vector)
+
+            def load_y(row: int, vector: int) -> None:
+                address = emit.offset(targets[row], vector * LANES * 4)
+                builder.store(emit.masked_load(address, masks[vector]), sums[row][vector])
+
+            def load_start(row: int, vector: int) -> None:
+                value = emit.load(_VF32, emit.offset(start, vector * LANES * 4), align=4)
+                builder.store(value, sums[row][vector])
+
+            with builder.if_then(builder.icmp_signed("==", start, _I64(0))):
+                each(load_y)
+            with builder.if_then(builder.icmp_signed(">", start, _I64(0))):
+                each(load_start)
+            with cgutils.for_range(builder, count) as loop:
+                column = emit.offset(tile, emit.scaled(loop.index, NR * 4))
+                weights = [emit.load(_VF32, emit.offset(column, v * LANES * 4), align=4) for v in range(vectors)]
+                at = emit.scaled(loop.index, 4)
+                for row in range(rows):
+                    value = emit.load(_F32, builder.add(builder.add(x, builder.mul(_I64(row), x_stride)), at), align=4)
+                    factor = emit.splat(value)
+                    for vector in range(vectors):
+                        total = sums[row][vector]
+                        builder.store(emit.fma(factor, weights[vector], builder.load(total)), total)
+
+            def store_y(row: int, vector: int) -> None:
+                address = emit.offset(targets[row], vector * LANES * 4)
+                emit.masked_store(builder.load(sums[row][vector]), address, masks[vector])
+
+            each(store_y)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), generate
+
+    return multiply

@@ -1,0 +1,279 @@
+"""Vector code for the hot loops, written as LLVM IR: 16 lanes, explicit fused multiply-adds.
+
+LLVM's own vectoriser sums each group of weights to a scalar, which costs as much as the products. Here a
+row keeps 16 partial sums to its end. Every order of operations is written down, so bits do not depend on how
+many rows, tokens or threads there are. LLVM splits the vectors to what the processor has.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+LANES = 16
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VI32, _VF32 = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+
+
+AFFINE_BITS = (2, 3, 4, 5, 6, 8)
+BF16, F16, F32 = 0, 1, 2
+"""Codes of the floating-point formats that kernels read as they are stored."""
+
+FLOAT_BYTES = (2, 2, 4)
+DENSE_FIELDS = 4
+"""Vectors of 16 weights that a step takes of an unquantised row."""
+
+
+def lane_weights(bits: int) -> int:
+    """Consecutive weights of a row that one lane takes in a step: a word's worth, or of 3, 6 and 5 bits 3 or 5 bytes."""
+    return {2: 16, 3: 8, 4: 8, 5: 8, 6: 4, 8: 4}[bits]
+
+
+def field_shifts(bits: int) -> list[int]:
+    """Where each of a lane's weights begins in the 32-bit word it is taken from."""
+    if bits == 5:
+        return [0, 5, 10, 15, 4, 9, 14, 19]
+    return [bits * field for field in range(lane_weights(bits))]
+
+
+def field_scales(bits: int) -> list[float]:
+    """What x is multiplied with in advance, a field: weights are masked in place, not shifted (exact: powers of 2)."""
+    return [1.0 if _is_top(bits, shift) else 2.0**-shift for shift in field_shifts(bits)]
+
+
+def _is_top(bits: int, shift: int) -> bool:
+    return shift + bits == 32
+
+
+class Emitter:
+    """Shorthands around one IRBuilder."""
+
+    def __init__(self, builder: ir.IRBuilder):
+        self.builder = builder
+
+    def load(self, type_: ir.Type, address: ir.Value, align: int = 1) -> ir.Value:
+        pointer = self.builder.inttoptr(address, ir.PointerType())
+        return self.builder.load(pointer, align=align, typ=type_)
+
+    def store(self, value: ir.Value, address: ir.Value, align: int = 4) -> None:
+        self.builder.store(value, self.builder.inttoptr(address, ir.PointerType()), align=align)
+
+    def masked_load(self, address: ir.Value, mask: ir.Value) -> ir.Value:
+        """16 floats, zero where the mask is false."""
+        arguments = [self.builder.inttoptr(address, ir.PointerType()), _I32(4), mask, ir.Constant(_VF32, [0.0] * LANES)]
+        return self._masked(_VF32, "llvm.masked.load.v16f32.p0", arguments)
+
+    def masked_store(self, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
+        """Store 16 floats where the mask is true."""
+        arguments = [value, self.builder.inttoptr(address, ir.PointerType()), _I32(4), mask]
+        self._masked(ir.VoidType(), "llvm.masked.store.v16f32.p0", arguments)
+
+    def _masked(self, result: ir.Type, name: str, arguments: list[ir.Value]) -> ir.Value:
+        type_ = ir.FunctionType(result, [argument.type for argument in arguments])
+        return self.builder.call(cgutils.get_or_insert_function(self.builder.module, type_, name), arguments)
+
+    def offset(self, address: ir.Value, *terms: ir.Value | int) -> ir.Value:
+        for term in terms:
+            address = self.builder.add(address, _I64(term) if isinstance(term, int) else term)
+        return address
+
+    def scaled(self, index: ir.Value, factor: int) -> ir.Value:
+        return self.builder.mul(index, _I64(factor))
+
+    def splat(self, scalar: ir.Value) -> ir.Value:
+        vector = ir.VectorType(scalar.type, LANES)
+        first = self.builder.insert_element(ir.Constant(vector, ir.Undefined), scalar, _I32(0))
+        return self.builder.shuffle_vector(first, first, ir.Constant(_VI32, [0] * LANES))
+
+    def fma(self, a: ir.Value, b: ir.Value, c: ir.Value) -> ir.Value:
+        name = "llvm.fma.v16f32" if isinstance(a.type, ir.VectorType) else "llvm.fma.f32"
+        function = cgutils.get_or_insert_function(self.builder.module, ir.FunctionType(a.type, [a.type] * 3), name)
+        return self.builder.call(function, [a, b, c])
+
+    def shuffle(self, vector: ir.Value, indices: list[int]) -> ir.Value:
+        mask = ir.Constant(ir.VectorType(_I32, len(indices)), indices)
+        return self.builder.shuffle_vector(vector, vector, mask)
+
+    def sum(self, vector: ir.Value) -> ir.Value:
+        """Sum of all lanes, by halves."""
+        width = LANES
+        while width > 1:
+            width //= 2
+            low, high = self.shuffle(vector, list(range(width))), self.shuffle(vector, list(range(width, 2 * width)))
+            vector = self.builder.fadd(low, high)
+        return self.builder.extract_element(vector, _I32(0))
+
+    def variable(self, value: ir.Value) -> ir.Value:
+        pointer = cgutils.alloca_once(self.builder, value.type)
+        self.builder.store(value, pointer)
+        return pointer
+
+    def field(self, word: ir.Value, bits: int, shift: int) -> ir.Value:
+        """A weight as float, times 2**shift unless it is the word's top field."""
+        vector = word.type
+        if _is_top(bits, shift):
+            word = self.builder.lshr(word, ir.Constant(vector, [shift] * LANES))
+        else:
+            word = self.builder.and_(word, ir.Constant(vector, [((1 << bits) - 1) << shift] * LANES))
+        return self.builder.uitofp(word, _VF32)
+
+    def floats(self, word: ir.Value, kind: int) -> ir.Value:
+        """Vector of stored numbers (i16 or i32 lanes) as float32."""
+        width = word.type.count
+        if kind == F32:
+            return self.builder.bitcast(word, ir.VectorType(_F32, width))
+        integers = ir.VectorType(_I32, width)
+        wide = self.builder.zext(word, integers)
+        if kind == BF16:
+            shifted = self.builder.shl(wide, ir.Constant(integers, [16] * width))
+            return self.builder.bitcast(shifted, ir.VectorType(_F32, width))
+        return self.half(wide)
+
+    def half(self, wide: ir.Value) -> ir.Value:
+        """Float16 in the low half of i32 lanes as float32. Integer arithmetic: not every processor has the instruction."""
+        width = wide.type.count
+
+        def constant(value: int) -> ir.Value:
+            return ir.Constant(wide.type, [value] * width)
+
+        builder, floats = self.builder, ir.VectorType(_F32, width)
+        magnitude = builder.shl(builder.and_(wide, constant(0x7FFF)), constant(13))
+        # Times 2**112 moves the exponent's bias from 15 to 127, subnormals included.
+        scaled = builder.fmul(builder.bitcast(magnitude, floats), ir.Constant(floats, [2.0**112] * width))
+        special = builder.icmp_unsigned(">=", magnitude, constant(0x7C00 << 13))
+        infinite = builder.or_(magnitude, constant(0x7F800000))
+        bits = builder.select(special, infinite, builder.bitcast(scaled, wide.type))
+        sign = builder.shl(builder.and_(wide, constant(0x8000)), constant(16))
+        return builder.bitcast(builder.or_(bits, sign), floats)
+
+    def words(self, address: ir.Value, bits: int) -> list[ir.Value]:
+        """The 16 lanes' words of one step, one for each field."""
+        if bits in (2, 4, 8):
+            return [self.load(_VI32, address)] * lane_weights(bits)
+        stride = 5 if bits == 5 else 3
+        raw = self.load(ir.VectorType(_I8, stride * LANES), address)
+        parts = []
+        for first in (0, 2) if bits == 5 else (0,):
+            indices = [stride * lane + first + min(byte, 2) for lane in range(LANES) for byte in range(4)]
+            parts += [self.builder.bitcast(self.shuffle(raw, indices), _VI32)] * 4
+        return parts if bits != 3 else parts * 2
+
+
+def _signature(argument_count: int, result: types.Type) -> Any:
+    return result(*[types.int64] * argument_count)
+
+
+def make_quantized_dot(bits: int, group_size: int) -> Callable[..., float]:
+    """Build ``dot(weights, x, scales, steps)``: sum of ``q * scale * x`` over whole steps of one row.
+
+    All arguments are int64: addresses of packed bytes, of x as ``prepare`` orders it and of the row's float32
+    scales, and the number of steps of 16 lanes.
+    """
+    step = LANES * lane_weights(bits)
+    groups, steps_a_group = step // group_size, group_size // step
+
+    @intrinsic
+    def quantized_dot(typing_context, weights, x, scales, steps):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            emit = Emitter(builder)
+            weights, x, scales, steps = arguments
+            total = emit.variable(ir.Constant(_VF32, [0.0] * LANES))
+            with cgutils.for_range(builder, steps) as loop:
+                index = loop.index
+                words = emit.words(emit.offset(weights, emit.scaled(index, step * bits // 8)), bits)
+                base = emit.offset(x, emit.scaled(index, step * 4))
+                dot = ir.Constant(_VF32, [0.0] * LANES)
+                for field, (word, shift) in enumerate(zip(words, field_shifts(bits), strict=True)):
+                    values = emit.load(_VF32, emit.offset(base, field * LANES * 4), align=4)
+                    dot = emit.fma(emit.field(word, bits, shift), values, dot)
+                if groups >= 1:
+                    few = emit.load(ir.VectorType(_F32, groups), emit.offset(scales, emit.scaled(index, groups * 4)))
+                    scale = emit.shuffle(few, [lane * groups // LANES for lane in range(LANES)])
+                else:
+                    group = builder.udiv(index, _I64(steps_a_group))
+                    scale = emit.splat(emit.load(_F32, emit.offset(scales, emit.scaled(group, 4))))
+                builder.store(emit.fma(dot, scale, builder.load(total)), total)
+            return emit.sum(builder.load(total))
+
+        return _signature(4, types.float32), generate
+
+    return quantized_dot
+
+
+def make_dense_dot(kind: int) -> Callable[..., float]:
+    """Build ``dot(weights, x, scales, steps)`` for rows stored as BF16, F16 or F32; x is in its own order, scales unused."""
+    word = _I32 if kind == F32 else _I16
+    stride = LANES * FLOAT_BYTES[kind]
+
+    @intrinsic
+    def dense_dot(typing_context, weights, x, scales, steps):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            emit = Emitter(builder)
+            weights, x, _, steps = arguments
+            totals = [emit.variable(ir.Constant(_VF32, [0.0] * LANES)) for _ in range(DENSE_FIELDS)]
+            with cgutils.for_range(builder, steps) as loop:
+                row = emit.offset(weights, emit.scaled(loop.index, DENSE_FIELDS * stride))
+                base = emit.offset(x, emit.scaled(loop.index, DENSE_FIELDS * LANES * 4))
+                for field, total in enumerate(totals):
+                    stored = emit.load(ir.VectorType(word, LANES), emit.offset(row, field * stride))
+                    values = emit.load(_VF32, emit.offset(base, field * LANES * 4), align=4)
+                    builder.store(emit.fma(emit.floats(stored, kind), values, builder.load(total)), total)
+            low, high = (builder.fadd(builder.load(totals[i]), builder.load(totals[i + 1])) for i in (0, 2))
+            return emit.sum(builder.fadd(low, high))
+
+        return _signature(4, types.float32), generate
+
+    return dense_dot
+
+
+def _make_load(kind: int) -> Callable[[int], float]:
+    word = _I32 if kind == F32 else _I16
+
+    @intrinsic
+    def load(typing_context, address):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            emit = Emitter(builder)
+            stored = builder.bitcast(emit.load(word, arguments[0]), ir.VectorType(word, 1))
+            return builder.extract_element(emit.floats(stored, kind), _I32(0))
+
+        return _signature(1, types.float32), generate
+
+    return load
+
+
+load_bf16, load_f16, load_f32 = (_make_load(kind) for kind in (BF16, F16, F32))
+
+
+@intrinsic
+def load_u8(typing_context, address):  # type: ignore[no-untyped-def]
+    """``load_u8(address)``: one byte as int64."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.zext(Emitter(builder).load(_I8, arguments[0]), _I64)
+
+    return _signature(1, types.int64), generate
+
+
+@intrinsic
+def store_f32(typing_context, address, value):  # type: ignore[no-untyped-def]
+    """``store_f32(address, value)``."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        Emitter(builder).store(arguments[1], arguments[0])
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.float32), generate
+
+
+@intrinsic
+def take_next(typing_context, counter):  # type: ignore[no-untyped-def]
+    """``take_next(address)``: the int64 there, which is one more afterwards. Atomic: threads draw tasks with it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(arguments[0], ir.PointerType())
+        return builder.atomic_rmw("add", pointer, _I64(1), "monotonic")
+
+    return _signature(1, types.int64), generate
