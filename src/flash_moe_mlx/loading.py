@@ -20,7 +20,7 @@ from .checkpoint import Checkpoint
 from .config import StreamingConfig
 from .errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
 from .machine import default_memory_limit_bytes
-from .models.family import MLX_DTYPES, Family
+from .models.family import Family
 from .models.registry import prepare_family
 from .ops.backend import backend
 from .store import ExpertStore
@@ -148,24 +148,19 @@ class _Prepared:
         return model
 
     def _load_dense(self) -> None:
-        """Read the dense tensors, one at a time, into their dtypes. Expert tensors are never evaluated."""
-        family, tensors = self.family, self.checkpoint.dense
-        by_file: dict[Path, list[str]] = {}
-        for name in family.names:
-            by_file.setdefault(tensors[name].path, []).append(name)
-        for path, names in sorted(by_file.items()):
-            lazy = mx.load(str(path))
-            for name in names:
-                own, value = family.names[name], lazy.pop(name)
-                value = family.transform(own, value).astype(family.loaded_dtype(own, value.dtype))
-                mx.eval(value)
-                family.model.load_weights([(own, value)], strict=False)
+        """Read and convert the dense tensors, one at a time. Expert tensors are never evaluated."""
+        weights = self.family.weights
+        for name in list(weights):
+            value = weights.pop(name)
+            mx.eval(value)
+            self.family.model.load_weights([(name, value)], strict=False)
 
 
 def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:
     checkpoint = Checkpoint.open(directory)
-    family = prepare_family(checkpoint, streaming, _activation_dtype(checkpoint))
-    _check_tensors(family, checkpoint)
+    stored = _lazy_dense(checkpoint)
+    family = prepare_family(checkpoint, stored, streaming, _activation_dtype(stored))
+    _check_tensors(family, directory.name)
     limit_bytes = streaming.memory_limit_bytes
     if limit_bytes is None:
         limit_bytes = default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
@@ -190,35 +185,37 @@ def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:
     return _Prepared(checkpoint, family, streaming, limit_bytes, store)
 
 
-def _activation_dtype(checkpoint: Checkpoint) -> mx.Dtype:
+def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """The dense tensors by stored name, lazy: MLX reads headers here, and each tensor when it is evaluated."""
+    stored: dict[str, mx.array] = {}
+    for path in sorted({info.path for info in checkpoint.dense.values()}):
+        stored |= {name: value for name, value in mx.load(str(path)).items() if name in checkpoint.dense}
+    return stored
+
+
+def _activation_dtype(stored: Mapping[str, mx.array]) -> mx.Dtype:
     """float32 on the CPU, where MLX accumulates bfloat16 in bfloat16; else the checkpoint's own."""
     if backend() == "cpu":
         return mx.float32
-    for name, info in checkpoint.dense.items():
-        if name.endswith("norm.weight"):
-            return MLX_DTYPES.get(info.dtype, mx.float32)
-    return mx.float32
+    return next((value.dtype for name, value in stored.items() if name.endswith("norm.weight")), mx.float32)
 
 
-def _check_tensors(family: Family, checkpoint: Checkpoint) -> None:
-    """Names and shapes of the dense tensors, from headers alone."""
-    where = checkpoint.directory.name
+def _check_tensors(family: Family, where: str) -> None:
+    """Names and shapes of the dense weights against the model's; both are lazy."""
     expected = {name: value.shape for name, value in tree_flatten(family.model.parameters())}
-    stored = {own: name for name, own in family.names.items()}
-    if missing := sorted(expected.keys() - stored.keys()):
+    present = {name: value.shape for name, value in family.weights.items()}
+    if missing := sorted(expected.keys() - present.keys()):
         raise MissingTensorError(
             f"[{where}] must have {missing[0]}, got {len(missing)} tensors absent. Download the checkpoint again."
         )
-    if unknown := sorted(stored.keys() - expected.keys()):
+    if unknown := sorted(present.keys() - expected.keys()):
         raise UnsupportedModelError(
-            f"[{where}] must have only tensors that the model knows, got {stored[unknown[0]]} and "
-            f"{len(unknown) - 1} more. The checkpoint is of another architecture than config.json says."
+            f"[{where}] must have only tensors that the model knows, got {unknown[0]} and {len(unknown) - 1} more. "
+            "The checkpoint is of another architecture than config.json says."
         )
-    for own, name in stored.items():
-        # The shape alone is computed: the value is lazy and dropped.
-        shape = family.transform(own, mx.zeros(checkpoint.dense[name].shape)).shape
-        if shape != expected[own]:
+    for name, shape in present.items():
+        if shape != expected[name]:
             raise CorruptError(
-                f"[{where}] {name} must have shape {expected[own]} by config.json, got {shape}. "
+                f"[{where}] {name} must have shape {expected[name]} by config.json, got {shape}. "
                 "Download the checkpoint again."
             )

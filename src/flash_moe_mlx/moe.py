@@ -12,7 +12,7 @@ import mlx.nn as nn
 import numpy as np
 
 from .ops.expert_batch import expert_ffn_batch
-from .ops.expert_ffn import expert_ffn
+from .ops.expert_ffn import Activation, expert_ffn
 from .ops.moe_combine import moe_combine
 from .streaming import Wave
 
@@ -37,10 +37,12 @@ class ExpertFetcher(Protocol):
 class RoutedExperts:
     """The routed experts of one layer. Holds no weights."""
 
-    def __init__(self, fetcher: ExpertFetcher, layer: int, hidden_size: int):
+    def __init__(self, fetcher: ExpertFetcher, layer: int, hidden_size: int, activation: Activation | None = None):
+        """Args: where experts come from, the layer, H, and what is between up and down; None is SwiGLU."""
         self._fetcher = fetcher
         self._layer = layer
         self._hidden_size = hidden_size
+        self._activation = activation
 
     def record(self, ids: np.ndarray, weights: mx.array) -> None:
         """Note the router's choice for a trace, ids and weights of shape (T, K)."""
@@ -70,9 +72,10 @@ class RoutedExperts:
         for wave in waves:
             slots = _slot_table(wave.slots, ids)
             if (slots >= 0).all():
-                return expert_ffn(x, wave.bank, mx.array(slots.astype(np.uint32)))
+                return expert_ffn(x, wave.bank, mx.array(slots.astype(np.uint32)), self._activation)
             tokens, ranks = np.nonzero(slots >= 0)
-            part = expert_ffn(x[mx.array(tokens)], wave.bank, mx.array(slots[tokens, ranks].astype(np.uint32)[:, None]))
+            pairs = mx.array(slots[tokens, ranks].astype(np.uint32)[:, None])
+            part = expert_ffn(x[mx.array(tokens)], wave.bank, pairs, self._activation)
             y[mx.array(tokens * ids.shape[1] + ranks)] = part[:, 0]
             mx.eval(y)
         return y.reshape(*ids.shape, self._hidden_size)
@@ -86,7 +89,8 @@ class RoutedExperts:
             lazy_rows = 0
             for expert, slot in wave.slots.items():
                 rows = pairs[expert]
-                y[mx.array(rows)] = expert_ffn_batch(x[mx.array(rows // ids.shape[1])], wave.bank, slot)
+                tokens = x[mx.array(rows // ids.shape[1])]
+                y[mx.array(rows)] = expert_ffn_batch(tokens, wave.bank, slot, self._activation)
                 # A lazy graph over the whole wave would hold all its experts' activations at once.
                 lazy_rows += len(rows)
                 if lazy_rows >= LAZY_ROWS:

@@ -58,6 +58,7 @@ class StreamingEngine:
         self._store = store
         self._costs = costs
         self._config = config
+        self._layouts = dict(layouts)
         self._experts = {
             layer: LayerExperts(layout.record_bytes, num_experts[layer]) for layer, layout in layouts.items()
         }
@@ -113,6 +114,9 @@ class StreamingEngine:
             if self._recorder is not None and not self._recorder.closed:
                 self._recorder.begin(batch * tokens, PREFILL if tokens > 1 else DECODE)
             yield
+            if self._unread is not None:
+                # Begun here, on the thread whose stream it was built for; whoever overwrites slots waits for it.
+                mx.async_eval(self._unread)
             self._counters.tokens += batch * tokens
 
     def _make_room(self, batch: int, tokens: int, length: int) -> None:
@@ -132,6 +136,10 @@ class StreamingEngine:
         self._cache.resize(budget.num_slots)
         self._budget = budget
         logger.info("expert slots: %d (%d bytes)", self._cache.total_slots, budget.slot_bytes)
+
+    def hidden_size(self, layer: int) -> int:
+        """H of a layer's experts."""
+        return self._layouts[layer].hidden_size
 
     def waves(self, layer: int, experts: np.ndarray) -> Iterator[Wave]:
         """Bring experts of a layer into memory, as many at a time as there are slots for.

@@ -1,16 +1,15 @@
-"""What loading needs to know of a model type: its module without weights, its tensors' names and dtypes, its costs."""
+"""What loading needs to know of a model: its module without weights, the weights it will be given, its costs."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any
 
 import mlx.core as mx
 
 from ..budget import ModelCosts
-from ..checkpoint import Checkpoint
 
-MLX_DTYPES = {"F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16, "U32": mx.uint32}
+DtypeOf = Callable[[str, mx.array], mx.Dtype]
+"""(parameter name, value as stored) to the dtype that it is kept in."""
 
 
 @dataclass(frozen=True)
@@ -19,32 +18,29 @@ class Family:
 
     Attributes:
         model: The module, its parameters lazy; has ``attach(engine)``.
-        names: Stored name to parameter name of every dense tensor that is loaded.
-        transform: (parameter name, stored value) to the value in the model's layout.
-        loaded_dtype: (parameter name, stored dtype) to the dtype that it is kept in.
+        weights: Dense weights by parameter name, lazy, in the dtypes that they are kept in.
         costs: Bytes beside the expert slots.
         num_experts_per_tok: K.
         lossy: What was asked for that changes results.
     """
 
     model: Any
-    names: Mapping[str, str]
-    transform: Callable[[str, mx.array], mx.array]
-    loaded_dtype: Callable[[str, mx.Dtype], mx.Dtype]
+    weights: dict[str, mx.array]
     costs: ModelCosts
     num_experts_per_tok: int
     lossy: tuple[str, ...] = ()
 
 
-def dense_costs(
-    checkpoint: Checkpoint, names: Mapping[str, str], loaded_dtype: Callable[[str, mx.Dtype], mx.Dtype]
-) -> tuple[int, int]:
-    """Bytes of the dense tensors as they are kept, and the most that converting one needs beside them."""
-    dense, load = 0, 0
-    for name, own in names.items():
-        info = checkpoint.dense[name]
-        stored = MLX_DTYPES.get(info.dtype, mx.float32)
-        kept = prod(info.shape) * loaded_dtype(own, stored).size
-        dense += kept
-        load = max(load, info.nbytes if loaded_dtype(own, stored) != stored else 0)
-    return dense, load
+def convert(weights: Mapping[str, mx.array], dtype_of: DtypeOf) -> dict[str, mx.array]:
+    """The same weights, lazily in the dtypes that they are to be kept in."""
+    return {name: value.astype(dtype_of(name, value)) for name, value in weights.items()}
+
+
+def dense_bytes(weights: Mapping[str, mx.array]) -> int:
+    """Bytes of the dense weights as they are kept."""
+    return sum(value.nbytes for value in weights.values())
+
+
+def load_bytes(stored: Mapping[str, mx.array]) -> int:
+    """Most that converting one tensor needs beside the result: the largest as stored."""
+    return max((value.nbytes for value in stored.values()), default=0)

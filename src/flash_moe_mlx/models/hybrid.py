@@ -16,7 +16,7 @@ from ..moe import RoutedExperts, StreamingMoE
 from ..record import DTYPE_BYTES, Quantization
 from ..streaming import StreamingEngine
 from .costs import HybridCosts
-from .family import MLX_DTYPES, Family, dense_costs
+from .family import Family, convert, dense_bytes, load_bytes
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .mixers import GatedAttention, GatedDeltaNet, mix
 
@@ -152,15 +152,13 @@ class HybridModel(nn.Module):
         length = tokens + max(c.size() for c in cache)
         with self.streaming.forward_pass(batch, tokens, length):
             hidden = text(hidden.astype(self.dtype), cache)
-            # Started here, under the lock: it reads slots, which the next pass may overwrite.
-            mx.async_eval(hidden)
-            self.streaming.reading(hidden)
         hidden = text.norm(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])
         return self.output_projection(hidden)
 
 
 def prepare_hybrid(
     checkpoint: Checkpoint,
+    stored: Mapping[str, mx.array],
     streaming: StreamingConfig,
     dtype: mx.Dtype,
     build: Callable[[ModelConfig, QuantizationOf, mx.Dtype], HybridModel],
@@ -170,6 +168,7 @@ def prepare_hybrid(
 
     Args:
         checkpoint: Opened.
+        stored: The checkpoint's dense tensors, lazy, by stored name.
         streaming: load's arguments.
         dtype: Of activations.
         build: Makes the model without weights.
@@ -180,46 +179,45 @@ def prepare_hybrid(
         RequestError: If num_experts_per_tok is more than there are experts.
     """
     config, lossy = _with_experts_per_tok(ModelConfig.from_dict(checkpoint.config), streaming.num_experts_per_tok)
-    names = {name: canonical_name(name) for name in checkpoint.dense}
+    names = {canonical_name(name): name for name in stored}
     if config.tie_word_embeddings:
-        names = {name: own for name, own in names.items() if not own.endswith("lm_head.weight")}
-    stored_modules = {own.rpartition(".")[0]: name.rpartition(".")[0] for name, own in names.items()}
+        names = {own: name for own, name in names.items() if not own.endswith("lm_head.weight")}
+    modules = {own.rpartition(".")[0]: name.rpartition(".")[0] for own, name in names.items()}
 
     def quantization_of(path: str) -> Quantization | None:
-        return checkpoint.quantization(stored_modules.get(path, path))
+        return checkpoint.quantization(modules.get(path, path))
 
     hub_layout = _has_hub_layout(checkpoint)
-
-    def transform(name: str, value: mx.array) -> mx.array:
-        if hub_layout and name.endswith("conv1d.weight"):
-            return value.moveaxis(2, 1)
-        # The hub stores these norms minus one; the sum is taken in float32, as transformers does.
-        return value.astype(mx.float32) + 1.0 if hub_layout and name.endswith(_SHIFTED_NORMS) else value
-
-    def loaded_dtype(name: str, stored: mx.Dtype) -> mx.Dtype:
-        if name.endswith("A_log"):
-            return mx.float32
-        if name.endswith((".scales", ".biases")) or not mx.issubdtype(stored, mx.floating):
-            return stored
-        return dtype
-
-    dense_bytes, load_bytes = dense_costs(checkpoint, names, loaded_dtype)
+    weights = {own: _from_hub(own, stored[name]) if hub_layout else stored[name] for own, name in names.items()}
+    weights = convert(weights, lambda name, value: _kept_dtype(name, value.dtype, dtype))
     return Family(
         model=build(config, quantization_of, dtype),
-        names=names,
-        transform=transform,
-        loaded_dtype=loaded_dtype,
+        weights=weights,
         costs=HybridCosts(
-            dense_bytes=dense_bytes,
-            load_bytes=load_bytes,
+            dense_bytes=dense_bytes(weights),
+            load_bytes=load_bytes(stored),
             config=config,
             activation_bytes=dtype.size,
-            matvec_bytes=_largest_scales(checkpoint, names),
+            matvec_bytes=_largest_scales(weights),
             expert_bytes=_largest_projection(checkpoint),
         ),
         num_experts_per_tok=config.num_experts_per_tok,
         lossy=lossy,
     )
+
+
+def _from_hub(name: str, value: mx.array) -> mx.array:
+    if name.endswith("conv1d.weight"):
+        return value.moveaxis(2, 1)
+    # The hub stores these norms minus one; the sum is taken in float32, as transformers does.
+    return value.astype(mx.float32) + 1.0 if name.endswith(_SHIFTED_NORMS) else value
+
+
+def _kept_dtype(name: str, stored: mx.Dtype, activations: mx.Dtype) -> mx.Dtype:
+    if name.endswith("A_log"):
+        return mx.float32
+    quantised = name.endswith((".scales", ".biases")) or not mx.issubdtype(stored, mx.floating)
+    return stored if quantised else activations
 
 
 def _with_experts_per_tok(config: ModelConfig, k: int | None) -> tuple[ModelConfig, tuple[str, ...]]:
@@ -241,10 +239,10 @@ def _has_hub_layout(checkpoint: Checkpoint) -> bool:
     return checkpoint.format.startswith("hf")
 
 
-def _largest_scales(checkpoint: Checkpoint, names: Mapping[str, str]) -> int:
+def _largest_scales(weights: Mapping[str, mx.array]) -> int:
     """Bytes of the largest dense matrix's scales and biases in float32, which the reference products make."""
-    scales = (prod(checkpoint.dense[name].shape) for name in names if name.endswith(".scales"))
-    return 2 * MLX_DTYPES["F32"].size * max(scales, default=0)
+    sizes = (value.size for name, value in weights.items() if name.endswith(".scales"))
+    return 2 * mx.float32.size * max(sizes, default=0)
 
 
 def _largest_projection(checkpoint: Checkpoint) -> int:

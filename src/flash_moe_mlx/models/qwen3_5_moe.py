@@ -4,6 +4,8 @@ Module and weight names are those of MLX checkpoints (``language_model.model.lay
 transformers' ``Qwen3_5MoeForCausalLM``; shapes and caches follow mlx_lm's ``qwen3_5_moe``.
 """
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -59,6 +61,8 @@ class Model(HybridModel):
         return self.text_model.embed_tokens if self.config.tie_word_embeddings else self.language_model.lm_head
 
 
-def prepare(checkpoint: Checkpoint, streaming: StreamingConfig, dtype: mx.Dtype) -> Family:
+def prepare(
+    checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
+) -> Family:
     """See :func:`prepare_hybrid`."""
-    return prepare_hybrid(checkpoint, streaming, dtype, Model, mlx_name)
+    return prepare_hybrid(checkpoint, stored, streaming, dtype, Model, mlx_name)

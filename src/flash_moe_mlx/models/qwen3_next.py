@@ -4,6 +4,8 @@ Module and weight names are those of MLX checkpoints (``model.layers...``). Refe
 transformers' ``Qwen3NextForCausalLM``.
 """
 
+from collections.abc import Mapping
+
 import mlx.core as mx
 
 from ..checkpoint import Checkpoint
@@ -57,6 +59,8 @@ class Model(HybridModel):
         return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
 
-def prepare(checkpoint: Checkpoint, streaming: StreamingConfig, dtype: mx.Dtype) -> Family:
+def prepare(
+    checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
+) -> Family:
     """See :func:`prepare_hybrid`."""
-    return prepare_hybrid(checkpoint, streaming, dtype, Model, lambda name: name)
+    return prepare_hybrid(checkpoint, stored, streaming, dtype, Model, lambda name: name)

@@ -1,33 +1,38 @@
 """Which definition serves a model type."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
 from ..checkpoint import Checkpoint
 from ..config import StreamingConfig
-from ..errors import UnsupportedModelError
-from . import qwen3_5_moe, qwen3_next
+from . import qwen3_5_moe, qwen3_next, switch_glu
 from .family import Family
 
-_FAMILIES: dict[str, Callable[[Checkpoint, StreamingConfig, mx.Dtype], Family]] = {
+Prepare = Callable[[Checkpoint, Mapping[str, mx.array], StreamingConfig, mx.Dtype], Family]
+
+_FAMILIES: dict[str, Prepare] = {
     "qwen3_5_moe": qwen3_5_moe.prepare,
     "qwen3_5_moe_text": qwen3_5_moe.prepare,
     "qwen3_next": qwen3_next.prepare,
 }
 
 
-def prepare_family(checkpoint: Checkpoint, streaming: StreamingConfig, dtype: mx.Dtype) -> Family:
-    """The definition that serves a checkpoint's model_type.
+def prepare_family(
+    checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
+) -> Family:
+    """The definition that serves a checkpoint's model_type: our own, or mlx-lm's with its experts streamed.
+
+    Args:
+        checkpoint: Opened.
+        stored: Its dense tensors, lazy, by stored name.
+        streaming: load's arguments.
+        dtype: Of activations.
 
     Raises:
-        UnsupportedModelError: If there is none.
+        CheckpointError: If the files don't describe such a model, or nobody knows the model type.
+        RequestError: If num_experts_per_tok can't be had.
     """
     model_type = checkpoint.config.get("model_type")
-    prepare = _FAMILIES.get(model_type) if isinstance(model_type, str) else None
-    if prepare is None:
-        raise UnsupportedModelError(
-            f"[config.json] model_type must be one of {', '.join(_FAMILIES)}, got {model_type!r}. "
-            "If the model fits in memory, mlx-lm may serve it."
-        )
-    return prepare(checkpoint, streaming, dtype)
+    prepare = _FAMILIES.get(model_type, switch_glu.prepare) if isinstance(model_type, str) else switch_glu.prepare
+    return prepare(checkpoint, stored, streaming, dtype)
