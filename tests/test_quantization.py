@@ -130,8 +130,8 @@ def test_other_methods(config: dict[str, Any], message: str):
 @pytest.mark.parametrize(
     "section",
     ["4bit", 4, [], True, {}, {"bits": 4}, {"bits": "4", "group_size": 64}, {"bits": True, "group_size": 64},
-     {"bits": 4.0, "group_size": 64}, {"bits": None, "group_size": None},
-     {"bits": 4, "group_size": 64, "x": {"bits": []}}],
+     {"bits": 4.0, "group_size": 64}, {"bits": 4, "group_size": 64, "x": {"bits": []}},
+     {"group_size": 64, "x": {"group_size": 64}}],
     ids=str,
 )  # fmt: skip
 def test_nonsense(section: object):
@@ -146,6 +146,16 @@ def test_sections_that_are_fine():
     both = {"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {"quant_method": "fp8"}}
     assert QuantizationSettings(both).default == Quantization(4, 64)  # MLX's own section is the one that counts
     assert QuantizationSettings({"text_config": "text", "quantization_config": None}).default is None
+
+
+def test_null_is_the_modes_own_size():
+    """What `mlx_lm.convert --quant-predicate mixed_3_6` writes; mlx takes None for 64."""
+    section = {"bits": 4, "group_size": 32, "x": {"bits": 3, "group_size": None, "mode": "affine"}}
+    assert resolve(stored(256, 3, 64), section) == Quantization(3, 64)
+    packed, scales, _ = mx.quantize(mx.zeros((8, 256)), bits=3, group_size=None)
+    assert (packed.shape[1], scales.shape[1]) == (256 * 3 // 32, 256 // 64)
+    packed, *_ = mx.quantize(mx.zeros((8, 256)), bits=None, group_size=None)
+    assert packed.shape[1] == 256 * 4 // 32
 
 
 def test_errors_are_checkpoint_errors():

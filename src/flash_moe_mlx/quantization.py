@@ -20,6 +20,7 @@ FLOAT_DTYPES = ("F16", "BF16", "F32")
 BITS = (2, 3, 4, 5, 6, 8)
 GROUP_SIZES = (32, 64, 128)
 
+_AFFINE_DEFAULTS = {"bits": 4, "group_size": 64}  # mlx.core.quantize's
 _ADVICE = 'Use an unquantised checkpoint, or one that "mlx_lm.convert" made with its default mode, affine.'
 _AGAIN = "Download the checkpoint again, or convert it again."
 
@@ -166,7 +167,9 @@ def _entry(path: str, entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> 
         raise UnsupportedModelError(
             f"[config.json] quantization of {brief(path)} must be affine, got {brief(mode)}. {_ADVICE}"
         )
-    bits, group_size = (entry.get(key, defaults.get(key)) for key in ("bits", "group_size"))
+    # mlx_lm.convert's mixed recipes write a null group size, and mean the mode's own, not the section's.
+    own = {key: _AFFINE_DEFAULTS[key] if entry[key] is None else entry[key] for key in _AFFINE_DEFAULTS if key in entry}
+    bits, group_size = (own.get(key, defaults.get(key)) for key in ("bits", "group_size"))
     if type(bits) is not int or type(group_size) is not int:
         raise CorruptError(
             f"[config.json] quantization of {brief(path)} must give bits and group_size, got {brief(bits)} and "
