@@ -137,6 +137,14 @@ class StoreTests:
             assert all(pool.map(work, range(24)))
         assert store.bytes_read == 24 * 4 * checkpoint.layout(0).payload_bytes
 
+    def test_drain(self, checkpoint: Checkpoint, store: Any):
+        store.drain()  # nothing under way
+        store.submit([request_for(checkpoint, 0, 0) for _ in range(3)])
+        store.drain()
+        request = request_for(checkpoint, 0, 0)
+        store.read_into([request])
+        assert parts_of(checkpoint, request) == expected_parts(checkpoint)[0, 0]
+
     def test_close(self, checkpoint: Checkpoint):
         store = self.make(checkpoint)
         store.read_into([request_for(checkpoint, 0, 0)])

@@ -150,6 +150,19 @@ def test_truncated_file(large: Checkpoint, tmp_path: Path, io: str):
             store.read_into([request_for(checkpoint, 0, expert)])
 
 
+def test_file_that_changed_since_its_header_was_read(large: Checkpoint, tmp_path: Path):
+    checkpoint = copy_of(large, tmp_path)
+    (path,) = checkpoint.expert_files
+    size = path.stat().st_size
+    os.truncate(path, size + 1)
+    with pytest.raises(StoreError, match=f"must have {size} bytes.*another one now; open the checkpoint again"):
+        ExpertStore(checkpoint)
+    os.truncate(path, size - 1)
+    with pytest.raises(ShortReadError, match=f"got {size - 1}. The file is truncated"):
+        ExpertStore(checkpoint)
+    assert not io_threads()
+
+
 @every_io
 def test_vanished_file(large: Checkpoint, tmp_path: Path, io: str):
     checkpoint = copy_of(large, tmp_path)
@@ -210,6 +223,8 @@ def test_interrupt_waits_for_running_reads(large: Checkpoint, faults: Any):
             assert calls <= 4  # of 18: what had not begun was dropped
             assert pending.done()
             assert not all(pending.completed)
+            with pytest.raises(StoreError, match="given up by close"):
+                pending.wait()
             for request in requests:
                 request.buffer[:] = bytes(len(request.buffer))
             time.sleep(0.4)
@@ -243,6 +258,22 @@ def test_interrupt_while_submitting(large: Checkpoint, faults: Any, monkeypatch:
         assert preadv.calls == calls
 
 
+def test_drain_waits_for_what_nobody_holds(large: Checkpoint, faults: Any):
+    preadv = faults(lambda number, offset, nbytes: time.sleep(0.05))
+    with ExpertStore(large, num_threads=2) as store:
+        request = request_for(large, 0, 0)
+        store.submit([request])
+        while not preadv.calls:
+            time.sleep(0.001)
+        store.drain()
+        assert preadv.running == 0
+        assert preadv.calls < 6  # what had not begun is dropped
+        request.buffer[:] = bytes(len(request.buffer))
+        time.sleep(0.1)
+        assert not any(request.buffer)
+        assert store.read_into([request]) == large.layout(0).payload_bytes
+
+
 def test_close_while_reads_are_under_way(large: Checkpoint, faults: Any):
     entered = threading.Event()
 
@@ -257,7 +288,7 @@ def test_close_while_reads_are_under_way(large: Checkpoint, faults: Any):
     store.close()
     assert preadv.running == 0
     assert pending.done()
-    with pytest.raises(StoreError, match="must stay open until its reads end"):
+    with pytest.raises(StoreError, match=r"must be read to its end, got one given up by close\(\)"):
         pending.wait()
 
 
@@ -296,7 +327,7 @@ def test_close_leaves_nothing_behind(large: Checkpoint, io: str):
         assert path not in open_descriptors()
     store = make_store(large, io, num_threads=3)
     store.view(0, 0)
-    with pytest.warns(ResourceWarning):  # noqa: PT031
+    with pytest.warns(ResourceWarning):
         del store  # not closed: a warning, but no leak
         gc.collect()
     assert path not in open_descriptors()

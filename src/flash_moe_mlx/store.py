@@ -105,7 +105,10 @@ class PendingReads:
         if not all(self.completed):
             for future in self._futures:
                 future.result()  # raises what is a fault of this library
-            raise StoreError("[ExpertStore] must stay open until its reads end, got close(). Open a new store.")
+            raise StoreError(
+                "[ExpertStore] a batch must be read to its end, got one given up by close() or an interrupt. "
+                "Submit it again."
+            )
         return self._bytes_read
 
     def done(self) -> bool:
@@ -179,8 +182,9 @@ class ExpertStore:
 
         Raises:
             RequestError: If ``io`` or ``num_threads`` can't be used.
-            ShortReadError: If a file is shorter than its header says.
-            StoreError: If a file can't be opened (for ``io="direct"`` also: not past the page cache).
+            ShortReadError: If a file is shorter than its header said.
+            StoreError: If a file can't be opened (for ``io="direct"`` also: not past the page cache), or is another
+                than the one whose header was read.
         """
         if io not in IO_MODES:
             raise RequestError(f"[ExpertStore] io must be one of {', '.join(IO_MODES)}, got {io!r}. Use one of them.")
@@ -199,8 +203,12 @@ class ExpertStore:
         self._buffers: queue.SimpleQueue[mmap.mmap] = queue.SimpleQueue()
         opened = False
         try:
+            sizes: dict[Path, int] = {}
+            for info in checkpoint.tensors.values():
+                sizes[info.path] = max(sizes.get(info.path, 0), info.offset + info.nbytes)
             for path in checkpoint.expert_files:
                 self._files[path] = ReadOnlyFile(path, direct=io == "direct")
+                _check_size(self._files[path], sizes[path])
             opened = True
         finally:
             if not opened:
@@ -415,6 +423,15 @@ def writable_bytes(request: ReadRequest, nbytes: int) -> memoryview:
             "Pass a memoryview of a slot."
         )
     return view.cast("B") if view.format != "B" or view.ndim != 1 else view
+
+
+def _check_size(file: ReadOnlyFile, expected: int) -> None:
+    if (size := file.size()) != expected:
+        kind, what = (ShortReadError, "truncated") if size < expected else (StoreError, "another one now")
+        raise kind(
+            f"[ExpertStore] {file.path.name} must have {expected} bytes, as when its header was read, got {size}. "
+            f"The file is {what}; open the checkpoint again, or download it again."
+        )
 
 
 def _short(

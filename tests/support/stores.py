@@ -4,7 +4,7 @@ import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,9 @@ class InMemoryStore:
     def read_into(self, requests: Sequence[ReadRequest]) -> int:
         return self.submit(requests).wait()
 
+    def drain(self) -> None:
+        """Nothing is ever under way."""
+
     def close(self) -> None:
         self._closed = True
 
@@ -137,6 +140,7 @@ class FaultyStore:
         self.delay = delay
         self.fault = fault
         self._pool = ThreadPoolExecutor(4, thread_name_prefix="faulty-store")
+        self._batches: list[Future[int]] = []
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
@@ -156,10 +160,16 @@ class FaultyStore:
             for r in self.checkpoint.ranges(request.layer, request.expert):
                 target[r.record_offset : r.record_offset + r.nbytes] = bytes([POISON]) * r.nbytes
         completed = [False] * len(requests)
-        return _ReadsOf(self._pool.submit(self._run, tuple(requests), completed), completed)
+        batch = self._pool.submit(self._run, tuple(requests), completed)
+        self._batches = [other for other in self._batches if not other.done()] + [batch]
+        return _ReadsOf(batch, completed)
 
     def read_into(self, requests: Sequence[ReadRequest]) -> int:
         return self.submit(requests).wait()
+
+    def drain(self) -> None:
+        wait(self._batches)
+        self.inner.drain()
 
     def close(self) -> None:
         self._pool.shutdown(wait=True)
