@@ -128,7 +128,7 @@ class _Prepared:
         model, checkpoint = self.family.model, self.checkpoint
         try:
             # Freed buffers would pile up behind the limit's back while tensors are converted.
-            mx.set_cache_limit(min(mx.set_cache_limit(_SMALL_BUFFER_CACHE), _SMALL_BUFFER_CACHE))
+            mx.set_cache_limit(_SMALL_BUFFER_CACHE)
             self._load_dense()
             engine = StreamingEngine(
                 self.store,

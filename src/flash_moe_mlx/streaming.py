@@ -12,7 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from .bank import ExpertBank
-from .budget import Budget, LayerExperts, ModelCosts, divide
+from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
 from .cache import ExpertCache
 from .config import StreamingConfig, parse_size
 from .errors import RequestError, StoreError
@@ -74,6 +74,8 @@ class StreamingEngine:
         self._closed = False
         self.lock = threading.RLock()
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
+        # Process-wide: with two models the later one's share holds, which is within the sum of both.
+        mx.set_cache_limit(buffer_cache_bytes(self._budget.scratch_bytes))
         logger.info("%s expert slots of %s", self._cache.total_slots, sum(num_experts.values()))
 
     def _divide(self, limit_bytes: int, batch: int, tokens: int, length: int) -> Budget:
