@@ -72,7 +72,7 @@ def test_threads_share_one_record_and_small_reads_share_one_thread(large: Checkp
         store.read_into([request_for(large, 0, 0)])
     assert len(names) == 4
     assert all(name.startswith("flash-moe-io") for name in names)
-    assert preadv.calls == 6
+    assert 6 <= preadv.calls <= 8
     names.clear()
     tiny = Checkpoint.open(make_checkpoint(tmp_path, bits=4))
     with ExpertStore(tiny, num_threads=4) as store:

@@ -20,6 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import NamedTuple
 
 from .checkpoint import ByteRange, Checkpoint
 from .errors import RequestError, ShortReadError, StoreError
@@ -27,11 +28,14 @@ from .file_io import DIRECT_ALIGNMENT, ReadOnlyFile, read_aligned, read_fully
 
 IO_MODES = ("mmap", "pread", "direct")
 
-MIN_PIECE_BYTES = 256 * 1024
-"""Below this, what a thread gets to do at once costs less than handing it out (about 20 us)."""
+MIN_JOB_BYTES = 256 * 1024
+"""What a thread is given at once, at least: less costs less than handing it out (about 20 us)."""
+
+MAX_JOB_BYTES = 2 * 1024 * 1024
+"""What a thread is given at once, at most: of a batch that is larger, who is done first takes more."""
 
 MAX_PIECE_BYTES = 1024 * 1024
-"""A record is read by several threads at once in pieces of at most this."""
+"""Bytes of one system call, at most. It also bounds the buffers of direct reads, and what an interrupt waits for."""
 
 _DIRECT_BUFFER_BYTES = MAX_PIECE_BYTES + 2 * DIRECT_ALIGNMENT  # a piece, and what alignment adds at both ends
 
@@ -51,11 +55,10 @@ class ReadRequest:
     buffer: memoryview
 
 
-@dataclass(frozen=True, slots=True)
-class _Piece:
+class _Piece(NamedTuple):
     """A part of one range of one request: ``target`` is to hold the file's bytes from ``offset``."""
 
-    index: int
+    request: int
     file: ReadOnlyFile
     offset: int
     target: memoryview
@@ -70,7 +73,7 @@ class PendingReads:
         self._open_pieces = [0] * len(self._requests)  # of each request: those not read yet
         for job in jobs:
             for piece in job:
-                self._open_pieces[piece.index] += 1
+                self._open_pieces[piece.request] += 1
         self._errors: dict[int, StoreError] = {}  # the first of each request
         self._lock = threading.Lock()
         self._unclaimed = set(range(len(self._jobs)))  # jobs that no thread has begun
@@ -160,12 +163,12 @@ class PendingReads:
 
     def _piece_read(self, piece: _Piece) -> None:
         with self._lock:
-            self._open_pieces[piece.index] -= 1
+            self._open_pieces[piece.request] -= 1
             self._bytes_read += len(piece.target)
 
     def _piece_failed(self, piece: _Piece, error: StoreError) -> None:
         with self._lock:
-            self._errors.setdefault(piece.index, error)
+            self._errors.setdefault(piece.request, error)
 
 
 class ExpertStore:
@@ -337,21 +340,20 @@ class ExpertStore:
     def _split(self, targets: Sequence[memoryview], ranges: Sequence[Sequence[ByteRange]]) -> list[list[_Piece]]:
         """Jobs of about equal size: small reads share one, large ones are spread over several."""
         total = sum(r.nbytes for of_one in ranges for r in of_one)
-        limit = min(max(-(-total // self.num_threads), MIN_PIECE_BYTES), MAX_PIECE_BYTES)
+        limit = min(max(-(-total // self.num_threads), MIN_JOB_BYTES), MAX_JOB_BYTES)
         jobs: list[list[_Piece]] = []
         room = 0
         for index, (target, of_one) in enumerate(zip(targets, ranges, strict=True)):
             for r in of_one:
-                done = 0
-                while done < r.nbytes:
+                file, to_file = self._files[r.path], r.file_offset - r.record_offset
+                begin, end = r.record_offset, r.record_offset + r.nbytes
+                while begin < end:
                     if room == 0:
                         jobs.append([])
                         room = limit
-                    size = min(room, r.nbytes - done)
-                    begin = r.record_offset + done
-                    piece = _Piece(index, self._files[r.path], r.file_offset + done, target[begin : begin + size])
-                    jobs[-1].append(piece)
-                    done += size
+                    size = min(room, end - begin, MAX_PIECE_BYTES)
+                    jobs[-1].append(_Piece(index, file, begin + to_file, target[begin : begin + size]))
+                    begin += size
                     room -= size
         return jobs
 
@@ -373,7 +375,7 @@ class ExpertStore:
         for piece in job:
             if pending._abandoned:
                 return
-            request = pending._requests[piece.index]
+            request = pending._requests[piece.request]
             try:
                 got = self._read(piece)
                 if got < len(piece.target):
