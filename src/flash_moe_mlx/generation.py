@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import DEFAULT_PREFILL_STEP_SIZE
 from .errors import RequestError
+from .models.caches import context_length
 from .stats import GenerationStats
 
 Sampler = Callable[[mx.array], mx.array]
@@ -62,7 +63,8 @@ def stream_generate(
         sampler: From log-probabilities (1, vocabulary) to a token id (1,); greedy by default.
         logits_processors: Functions of (tokens so far, logits) that return logits.
         max_kv_size: Accepted for mlx_lm's sake: its rotating cache is not used by models that make their own.
-        prompt_cache: Caches of an earlier part of the conversation; advanced in place.
+        prompt_cache: Caches of an earlier part of the conversation; advanced in place. When generation ends, they
+            hold the prompt and every token yielded, as after mlx_lm's loop; closed early, all but the last.
         prefill_step_size: Prompt tokens a forward pass. Bits depend on it, never on the memory limit.
         kv_bits: Quantise the KV cache to this many bits (lossy).
         kv_group_size: Group size of a quantised KV cache.
@@ -86,7 +88,7 @@ def stream_generate(
     tokens = _encode(tokenizer, prompt)
     caches = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     length = len(tokens) if input_embeddings is None else len(input_embeddings)
-    context = length + max(cache.size() for cache in caches)
+    context = length + context_length(caches)
     limit = model.streaming.max_context
     if length == 0:
         raise RequestError("[prompt] must have at least one token, got none.")
@@ -112,6 +114,7 @@ def stream_generate(
         room if max_tokens < 0 else min(max_tokens, room),
         prefill_step_size,
         prompt_progress_callback or (lambda *_: None),
+        room if prompt_cache is not None else 0,
     )
 
 
@@ -217,6 +220,7 @@ def _stream(
     max_tokens: int,
     prefill_step_size: int,
     progress: Callable[[int, int], None],
+    room_to_keep: int,
 ) -> Iterator[GenerationResponse]:
     before = steps.model.streaming.counters.copy()
     detokenizer = tokenizer.detokenizer
@@ -243,6 +247,9 @@ def _stream(
         last = ended or count == max_tokens
         if last:
             detokenizer.finalize()
+            # A conversation goes on from the caller's caches: the last token belongs there, an end token too.
+            if count < room_to_keep:
+                steps.prefill(token, None)
         yield GenerationResponse(
             text=detokenizer.last_segment,
             token=token_id,

@@ -15,6 +15,7 @@ from ..errors import RequestError
 from ..moe import RoutedExperts, StreamingMoE
 from ..record import DTYPE_BYTES, Quantization
 from ..streaming import StreamingEngine
+from .caches import context_length
 from .costs import HybridCosts
 from .family import Family, convert, dense_bytes, load_bytes
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
@@ -149,7 +150,7 @@ class HybridModel(nn.Module):
         cache = self.make_cache() if cache is None else cache
         hidden = text.embed_tokens.embed(inputs, self.dtype) if input_embeddings is None else input_embeddings
         batch, tokens = hidden.shape[:2]
-        length = tokens + max(c.size() for c in cache)
+        length = tokens + context_length(cache)
         with self.streaming.forward_pass(batch, tokens, length):
             hidden = text(hidden.astype(self.dtype), cache)
         hidden = text.norm(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])

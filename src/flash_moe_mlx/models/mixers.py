@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 from mlx_lm.models.base import create_attention_mask, create_ssm_mask, scaled_dot_product_attention
 from mlx_lm.models.rope_utils import initialize_rope
 
@@ -74,13 +75,14 @@ def _attend(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, sca
     """Scaled dot-product attention in blocks of queries, so that few scores are alive at once.
 
     MLX's fallback (the CPU; heads of 256 on GPUs) holds all scores of a call. The block depends on shapes
-    alone. Quantised caches go in one piece.
+    alone. Keys and values are arrays (B, heads, context, head_dim), or a quantised cache's lists of such.
     """
     batch, heads, length, _ = queries.shape
-    block = max(MAX_SCORE_BYTES // (4 * batch * heads * cache.size()), MIN_QUERY_BLOCK)
-    if length <= block or hasattr(cache, "bits"):
+    context = (keys if isinstance(keys, mx.array) else keys[0]).shape[2]
+    block = max(MAX_SCORE_BYTES // (4 * batch * heads * context), MIN_QUERY_BLOCK)
+    if length <= block:
         return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
-    before = keys.shape[2] - length
+    before = context - length
     blocks = []
     for start in range(0, length, block):
         end = min(start + block, length)
@@ -88,8 +90,8 @@ def _attend(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, sca
         blocks.append(
             scaled_dot_product_attention(
                 queries[:, :, start:end],
-                keys[:, :, : before + end],
-                values[:, :, : before + end],
+                tree_map(lambda array, end=before + end: array[:, :, :end], keys),
+                tree_map(lambda array, end=before + end: array[:, :, :end], values),
                 cache=cache,
                 scale=scale,
                 mask=part,

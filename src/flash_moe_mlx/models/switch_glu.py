@@ -22,6 +22,7 @@ from ..errors import CorruptError, MissingTensorError, RequestError, Unsupported
 from ..moe import LAZY_ROWS, RoutedExperts
 from ..ops.backend import backend
 from ..streaming import StreamingEngine
+from .caches import context_length
 from .family import Family, convert, dense_bytes, load_bytes
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -80,7 +81,7 @@ class StreamingModel:
         cache = make_prompt_cache(self) if cache is None else cache
         extra = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
         batch, tokens = (inputs if input_embeddings is None else input_embeddings).shape[:2]
-        with self.streaming.forward_pass(batch, tokens, tokens + max(c.size() for c in cache)):
+        with self.streaming.forward_pass(batch, tokens, tokens + context_length(cache)):
             logits = super().__call__(inputs, cache=cache, **extra)  # type: ignore[misc]
         return logits if logits_to_keep is None else logits[:, -logits_to_keep:]
 
