@@ -9,6 +9,7 @@ import pytest
 
 from flash_moe_mlx.errors import MemoryLimitError
 from flash_moe_mlx.loading import load_model
+from flash_moe_mlx.models import mixers
 
 from .support.numerics import RELATIVE_RMS, assert_close
 
@@ -62,6 +63,12 @@ def test_matches_stored_logits_in_parts(stored: Any):
         result = model(mx.array(ids[None, start : start + size]), cache=cache)[0]
         assert_close(f"tokens {start} to {start + size}", logits[start : start + size], result, TOLERANCE)
         start += size
+
+
+def test_matches_stored_logits_with_attention_in_blocks(stored: Any, monkeypatch: pytest.MonkeyPatch):
+    model, ids, logits = stored
+    monkeypatch.setattr(mixers, "MAX_SCORE_BYTES", 1)  # blocks of 16 queries
+    assert_close("264 tokens", logits, model(mx.array(ids[None]))[0], TOLERANCE)
 
 
 def test_matches_stored_logits_from_a_few_slots(stored: Any):
