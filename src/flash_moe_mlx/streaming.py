@@ -105,8 +105,7 @@ class StreamingEngine:
             StoreError: If the engine is closed.
         """
         with self.lock:
-            if self._closed:
-                raise StoreError("[model.streaming] is closed. Load the model again.")
+            self._check_open()
             if length > self._config.max_context:
                 raise RequestError(
                     f"[model.streaming] the context must be at most max_context = {self._config.max_context} tokens, "
@@ -120,6 +119,10 @@ class StreamingEngine:
                 # Begun here, on the thread whose stream it was built for; whoever overwrites slots waits for it.
                 mx.async_eval(self._unread)
             self._counters.tokens += batch * tokens
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError("[model.streaming] must be open, got a closed one. Load the model again.")
 
     def _make_room(self, batch: int, tokens: int, length: int) -> None:
         needed = self._costs.state_bytes(batch, length) + self._costs.scratch_bytes(batch, tokens, length)
@@ -231,8 +234,10 @@ class StreamingEngine:
 
         Raises:
             RequestError: If the directory does not exist.
+            StoreError: If the engine is closed.
         """
         with self.lock:
+            self._check_open()
             if self._recorder is not None:
                 self._recorder.close()
             most = max(e.num_experts for e in self._experts.values())
@@ -245,9 +250,11 @@ class StreamingEngine:
         Raises:
             MemoryLimitError: If it can't hold; names the smallest limit that works, and nothing changes.
             RequestError: If it is not a size.
+            StoreError: If the engine is closed.
         """
         limit_bytes = parse_size(memory_limit)
         with self.lock:
+            self._check_open()
             budget = self._divide(limit_bytes, *self._reserved)
             self._apply(budget)
             self._limit_bytes = limit_bytes
