@@ -1,8 +1,11 @@
 """Tiny checkpoints as mlx-lm itself converts them, with a real tokenizer; and ways to load and ask them."""
 
+import gc
 import json
+import os
+import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -102,3 +105,13 @@ def greedy(model: Any, prompt: list[int], count: int, cache: list[Any] | None = 
         tokens.append(int(logits.argmax()))
         logits = np.array(model(mx.array([[tokens[-1]]]), cache=cache)[0, -1])
     return tokens, lead
+
+
+def held() -> tuple[set[threading.Thread], set[str]]:
+    """Threads, and what files are open (Linux): to be the same before and after."""
+    gc.collect()
+    files = set()
+    for number in os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else ():
+        with suppress(OSError):  # the listing's own
+            files.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+    return set(threading.enumerate()), files
