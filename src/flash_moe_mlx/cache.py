@@ -61,9 +61,11 @@ class LayerSlots:
         self.present: OrderedDict[int, int] = OrderedDict()
         self.free = list(range(num_slots))[::-1]
         self.filling: dict[int, int] = {}
+        self.unsettled = False
 
     def claim(self, experts: Sequence[int]) -> dict[int, int]:
         """Mark experts as just used; give each absent one a slot, evicting the least recently used others."""
+        self.unsettled = True
         wanted = set(experts)
         for expert in experts:
             if expert in self.present:
@@ -74,17 +76,25 @@ class LayerSlots:
                     victim = next(e for e in self.present if e not in wanted)
                     self.free.append(self.present.pop(victim))
                 self.filling[expert] = self.free.pop()
+        self.unsettled = bool(self.filling)
         return {e: self.present[e] if e in self.present else self.filling[e] for e in experts}
 
     def publish(self) -> None:
         """Records that were being read are whole."""
         self.present.update(self.filling)
         self.filling.clear()
+        self.unsettled = False
 
     def release(self) -> None:
-        """Give up slots whose records never arrived."""
-        self.free.extend(self.filling.values())
+        """Give up slots whose records never arrived.
+
+        An interrupt may have come between any two steps of `claim` and `publish`, with a slot in no list or in two:
+        what holds an expert is what `present` says, and every other slot is free.
+        """
         self.filling.clear()
+        held = set(self.present.values())
+        self.free = [slot for slot in range(self.bank.num_slots)[::-1] if slot not in held]
+        self.unsettled = False
 
 
 class ExpertCache:
@@ -137,7 +147,7 @@ class ExpertCache:
             MemoryLimitError: If they are more than the layer has slots.
         """
         slots = self._layers[layer]
-        if slots.filling:  # an earlier fetch was interrupted or failed
+        if slots.unsettled:  # an earlier fetch was interrupted or failed
             self._source.drain()
             slots.release()
         if len(experts) > slots.bank.num_slots:
@@ -154,12 +164,16 @@ class ExpertCache:
         return Fetch(assigned, misses, slots, reads)
 
     def resize(self, num_slots: Mapping[int, int]) -> None:
-        """Change the layers' shares. Banks whose share changes start empty."""
+        """Change the layers' shares. Banks whose share changes start empty. Cut short, it may be called again."""
         self._source.drain()
-        changed = [layer for layer, slots in num_slots.items() if self.num_slots(layer) != slots]
+        changed = [
+            layer
+            for layer, slots in num_slots.items()
+            if layer not in self._layers or self.num_slots(layer) != slots
+        ]
         # Free before allocating: the sum must never exceed the larger of the two budgets.
         for layer in changed:
-            del self._layers[layer]
+            self._layers.pop(layer, None)
         for layer in changed:
             self._layers[layer] = LayerSlots(self._layouts[layer], num_slots[layer])
 
@@ -167,6 +181,6 @@ class ExpertCache:
         """Forget every expert; the banks stay."""
         self._source.drain()
         for slots in self._layers.values():
-            slots.release()
-            slots.free.extend(slots.present.values())
+            slots.unsettled = True
             slots.present.clear()
+            slots.release()

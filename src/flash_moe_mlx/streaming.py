@@ -23,6 +23,8 @@ from .trace import DECODE, PREFILL, TraceRecorder
 
 logger = logging.getLogger(__name__)
 
+_BEGUN = -1  # in place of a thread's identifier: any thread may wait for it
+
 
 @dataclass(frozen=True)
 class Wave:
@@ -69,11 +71,12 @@ class StreamingEngine:
         self._budget = self._divide(limit_bytes, *self._reserved)
         self._counters = Counters()
         self._counted_from = self._counters.copy()
-        self._unread: mx.array | None = None
+        self._unread: tuple[mx.array, int] | None = None
         self._recorder: TraceRecorder | None = None
         self._closed = False
         self.lock = threading.RLock()
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
+        self._applied = self._budget
         # Process-wide: with two models the later one's share holds, which is within the sum of both.
         mx.set_cache_limit(buffer_cache_bytes(self._budget.scratch_bytes))
         logger.info("%s expert slots of %s", self._cache.total_slots, sum(num_experts.values()))
@@ -111,13 +114,15 @@ class StreamingEngine:
                     f"[model.streaming] the context must be at most max_context = {self._config.max_context} tokens, "
                     f"got {length}. Shorten the prompt or load with a larger max_context."
                 )
+            if self._applied is not self._budget:
+                self._apply(self._budget)
             self._make_room(batch, tokens, length)
             if self._recorder is not None and not self._recorder.closed:
                 self._recorder.begin(batch * tokens, PREFILL if tokens > 1 else DECODE)
-            yield
-            if self._unread is not None:
-                # Begun here, on the thread whose stream it was built for; whoever overwrites slots waits for it.
-                mx.async_eval(self._unread)
+            try:
+                yield
+            finally:
+                self._begin_unread()
             self._counters.tokens += batch * tokens
 
     def _check_open(self) -> None:
@@ -138,8 +143,10 @@ class StreamingEngine:
 
     def _apply(self, budget: Budget) -> None:
         self._settle()
-        self._cache.resize(budget.num_slots)
+        # Known before it is done: what an interrupt cuts short, the next pass finishes.
         self._budget = budget
+        self._cache.resize(budget.num_slots)
+        self._applied = budget
         logger.info("expert slots: %d (%d bytes)", self._cache.total_slots, budget.slot_bytes)
 
     def hidden_size(self, layer: int) -> int:
@@ -175,11 +182,21 @@ class StreamingEngine:
 
     def reading(self, output: mx.array) -> None:
         """Say that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
-        self._unread = output
+        self._unread = (output, threading.get_ident())
+
+    def _begin_unread(self) -> None:
+        """Evaluate it on the thread whose stream it was built for; whoever overwrites slots waits for it."""
+        if self._unread is not None:
+            output, _ = self._unread
+            mx.async_eval(output)
+            self._unread = (output, _BEGUN)
 
     def _settle(self) -> None:
         if self._unread is not None:
-            mx.eval(self._unread)
+            output, thread = self._unread
+            # One that an interrupt kept from being begun can't be evaluated on any other thread: it is forgotten.
+            if thread in (_BEGUN, threading.get_ident()):
+                mx.eval(output)
             self._unread = None
 
     def record(self, layer: int, experts: np.ndarray, weights: mx.array) -> None:
@@ -267,9 +284,7 @@ class StreamingEngine:
 
     def close(self) -> None:
         """Release files, threads and slots. The model can't be used afterwards. Later calls do nothing."""
-        with self.lock:
-            if self._closed:
-                return
+        with self.lock:  # every step may be taken again, so that what an interrupt cut short can be finished
             self._closed = True
             if self._recorder is not None:
                 self._recorder.close()
