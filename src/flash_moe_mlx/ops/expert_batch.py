@@ -27,7 +27,8 @@ def expert_ffn_batch(
     x = x.astype(mx.float32)
     gate = _project(x, bank, "gate_proj", slot)
     up = _project(x, bank, "up_proj", slot)
-    return _project((activation or swiglu)(up, gate), bank, "down_proj", slot)
+    # Not "or": an nn.Module without parameters is an empty dict, hence false.
+    return _project((swiglu if activation is None else activation)(up, gate), bank, "down_proj", slot)
 
 
 def _project(x: mx.array, bank: ExpertBank, projection: str, slot: int) -> mx.array:
