@@ -5,11 +5,13 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..ops.cpu import use_cpu_kernels
+from ..ops.dense_matmul import dense_matmul
 from ..ops.dequant_matvec import dequant_matvec
 from ..record import Quantization
 
 MATVEC_ROWS = 8
-"""Up to this many rows go through dequant_matvec, beyond it through a matrix product."""
+"""Up to this many rows go through dequant_matvec, beyond it through a matrix product; on the CPU all do."""
 
 QuantizationOf = Callable[[str], Quantization | None]
 """Quantisation of the module at a path; None where it is stored unquantised."""
@@ -34,11 +36,11 @@ class Linear(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         """Shapes (..., in) to (..., out), in the dtype of x."""
         if self.quantization is None:
-            y = x @ self.weight.T
+            y = dense_matmul(x, self.weight)
         else:
             bits, group_size = self.quantization.bits, self.quantization.group_size
             rows = x.reshape(-1, x.shape[-1])
-            if rows.shape[0] <= MATVEC_ROWS:
+            if rows.shape[0] <= MATVEC_ROWS or use_cpu_kernels():
                 y = dequant_matvec(rows, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
             else:
                 y = mx.quantized_matmul(

@@ -7,6 +7,7 @@ import mlx.core as mx
 from ..errors import ShapeError
 from . import kernel_source
 from .backend import use_kernels
+from .cpu import use_cpu_kernels
 from .geometry import Geometry, choose_geometry, load_width
 
 MAX_ROWS = 8
@@ -32,6 +33,11 @@ def dequant_matvec_reference(
     return y.astype(x.dtype)
 
 
+def has_kernel(weight: mx.array, scales: mx.array) -> bool:
+    """Tell whether the kernel takes this matrix: one of a few elements would be passed another way."""
+    return min(weight.size, scales.size) >= kernel_source.MIN_DEVICE_ELEMENTS
+
+
 def dequant_matvec_kernel(
     x: mx.array,
     weight: mx.array,
@@ -54,8 +60,13 @@ def dequant_matvec_kernel(
         geometry: Spread over threads; chosen from the shapes where it is None.
 
     Raises:
-        ShapeError: If the shapes or the quantisation are not what ``dequant_matvec`` describes.
+        ShapeError: If the shapes or the quantisation are not what ``dequant_matvec`` describes, or the matrix is tiny.
     """
+    if not has_kernel(weight, scales):
+        raise ShapeError(
+            f"[dequant_matvec] weight and scales must have at least {kernel_source.MIN_DEVICE_ELEMENTS} elements, got "
+            f"{weight.shape} and {scales.shape}. Call dequant_matvec, which runs MLX's own operation on them."
+        )
     columns = x.shape[-1]
     outputs = weight.shape[0]
     rows = prod(x.shape[:-1])
@@ -114,7 +125,11 @@ def dequant_matvec(
     Raises:
         ShapeError: If the shapes don't belong together, or the kernel doesn't know the quantisation.
     """
-    if not use_kernels():
+    if use_cpu_kernels():
+        from .cpu.matmul import quantized_matmul
+
+        return quantized_matmul(x, weight, scales, biases, bits=bits, group_size=group_size)
+    if not (use_kernels() and has_kernel(weight, scales)):
         return dequant_matvec_reference(x, weight, scales, biases, bits=bits, group_size=group_size)
     if prod(x.shape[:-1]) > MAX_ROWS:
         return mx.quantized_matmul(

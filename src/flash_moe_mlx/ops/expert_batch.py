@@ -3,6 +3,7 @@
 import mlx.core as mx
 
 from ..bank import ExpertBank
+from .cpu import use_cpu_kernels
 from .expert_ffn import Activation, swiglu
 
 
@@ -24,6 +25,17 @@ def expert_ffn_batch(
 
     Cost: reads one record. Reference: Shazeer 2020, arXiv:2002.05202.
     """
+    if use_cpu_kernels():
+        from .cpu import experts
+
+        return experts.expert_ffn_batch(x, bank, slot, activation)
+    return expert_ffn_batch_reference(x, bank, slot, activation)
+
+
+def expert_ffn_batch_reference(
+    x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None
+) -> mx.array:
+    """``expert_ffn_batch`` in plain MLX operations."""
     x = x.astype(mx.float32)
     gate = _project(x, bank, "gate_proj", slot)
     up = _project(x, bank, "up_proj", slot)

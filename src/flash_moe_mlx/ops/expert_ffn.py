@@ -11,6 +11,7 @@ from ..errors import ShapeError
 from ..record import PART_ALIGNMENT, RecordLayout
 from . import kernel_source
 from .backend import use_kernels
+from .cpu import use_cpu_kernels
 from .geometry import Geometry, choose_geometry, load_width
 
 WORD_BYTES = 4
@@ -251,6 +252,10 @@ def expert_ffn(
     Cost: reads T * K records. Unquantised records run the reference on every backend.
     Reference: Shazeer 2020, arXiv:2002.05202.
     """
+    if use_cpu_kernels():
+        from .cpu import experts
+
+        return experts.expert_ffn(x, bank, slots, activation)
     if activation is not None:
         return expert_ffn_reference(x, bank, slots, activation)
     if use_kernels() and is_quantized(bank.layout):

@@ -44,3 +44,14 @@ def empty(*shape: int) -> np.ndarray:
 def address(array: np.ndarray) -> int:
     """Address of an array's first byte."""
     return array.ctypes.data
+
+
+def result(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
+    """An array that a kernel wrote, as an MLX array."""
+    if array.nbytes > _COPIED_BYTES:
+        target = mx.zeros(array.shape, mx.float32)
+        mx.eval(target)
+        np.copyto(view(target, np.float32).reshape(array.shape), array)
+    else:
+        target = mx.array(array)
+    return target if dtype == mx.float32 else target.astype(dtype)

@@ -23,5 +23,98 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
     scale = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    # x - x is 0, or NaN where x is NaN or infinite: min and max would have lost a NaN.
     return np.float32(1.0) / (np.float32(1.0) + p * scale)
+
+
+@serial
+def swiglu(gate, up):  # type: ignore[no-untyped-def]
+    """``gate = silu(gate) * up`` in place. Shapes (n,), float32."""
+    for i in range(len(gate)):
+        gate[i] = gate[i] * sigmoid(gate[i]) * up[i]
+
+
+@serial
+def read_floats(source, count, kind, target):  # type: ignore[no-untyped-def]
+    """Read ``count`` numbers stored as ``kind`` at address ``source`` into float32 at address ``target``."""
+    if kind == BF16:
+        for i in range(count):
+            store_f32(target + 4 * i, load_bf16(source + 2 * i))
+    elif kind == F16:
+        for i in range(count):
+            store_f32(target + 4 * i, load_f16(source + 2 * i))
+    else:
+        for i in range(count):
+            store_f32(target + 4 * i, load_f32(source + 4 * i))
+
+
+@serial
+def read_float(source, index, kind):  # type: ignore[no-untyped-def]
+    """The number ``index`` of those stored as ``kind`` at address ``source``."""
+    if kind == BF16:
+        return load_bf16(source + 2 * index)
+    if kind == F16:
+        return load_f16(source + 2 * index)
+    return load_f32(source + 4 * index)
+
+
+@serial
+def dot(a, b, count):  # type: ignore[no-untyped-def]
+    """Sum of products of float32 at two addresses."""
+    total = np.float32(0.0)
+    for i in range(count):
+        total += load_f32(a + 4 * i) * load_f32(b + 4 * i)
+    return total
+
+
+@serial
+def affine_tail(weights, bits, group_size, first, count, x, scales):  # type: ignore[no-untyped-def]
+    """Sum of ``q * scale * x`` over weights ``first`` to ``count`` of a row: what is left of whole steps."""
+    total = np.float32(0.0)
+    last_byte = (count * bits - 1) // 8
+    for i in range(first, count):
+        byte, shift = i * bits // 8, i * bits % 8
+        word = load_u8(weights + byte)
+        if byte < last_byte:
+            word |= load_u8(weights + byte + 1) << 8
+        q = np.float32((word >> shift) & ((1 << bits) - 1))
+        total += q * load_f32(scales + 4 * (i // group_size)) * load_f32(x + 4 * i)
+    return total
+
+
+@serial
+def dense_tail(weights, kind, first, count, x):  # type: ignore[no-untyped-def]
+    """Sum of ``w * x`` over weights ``first`` to ``count`` of an unquantised row."""
+    total = np.float32(0.0)
+    for i in range(first, count):
+        total += read_float(weights, i, kind) * load_f32(x + 4 * i)
+    return total
+
+
+@serial
+def prepare(x, lane_weights, factors, group_size, ordered, sums):  # type: ignore[no-untyped-def]
+    """Order rows of x as the dot products read them, and sum them a group.
+
+    Args:
+        x: Shape (T, inputs), float32.
+        lane_weights: Consecutive weights a lane takes in a step; 0 leaves the order alone.
+        factors: What each of a lane's values is multiplied with. Shape (lane_weights,), float32.
+        group_size: Values that are summed.
+        ordered: Result, shape (T, inputs): (step, field, lane) for whole steps, then what is left as it was.
+        sums: Result, shape (T, groups).
+    """
+    inputs = x.shape[1]
+    step = LANES * lane_weights
+    whole = inputs // step * step if step else 0
+    for t in range(x.shape[0]):
+        for start in range(0, whole, max(step, 1)):
+            for field in range(lane_weights):
+                for lane in range(LANES):
+                    value = x[t, start + lane * lane_weights + field] * factors[field]
+                    ordered[t, start + field * LANES + lane] = value
+        for i in range(whole, inputs):
+            ordered[t, i] = x[t, i]
+        for group in range(sums.shape[1]):
+            total = np.float32(0.0)
+            for i in range(group * group_size, (group + 1) * group_size):
+                total += x[t, i]
+            sums[t, group] = total

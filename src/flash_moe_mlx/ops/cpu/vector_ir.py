@@ -28,7 +28,7 @@ DENSE_FIELDS = 4
 
 
 def lane_weights(bits: int) -> int:
-    """Consecutive weights of a row that one lane takes in a step: a word's worth, or of 3, 6 and 5 bits 3 or 5 bytes."""
+    """Consecutive weights of a row that one lane takes in a step: a word's, or those of 3 or 5 bytes."""
     return {2: 16, 3: 8, 4: 8, 5: 8, 6: 4, 8: 4}[bits]
 
 
@@ -133,7 +133,7 @@ class Emitter:
         return self.half(wide)
 
     def half(self, wide: ir.Value) -> ir.Value:
-        """Float16 in the low half of i32 lanes as float32. Integer arithmetic: not every processor has the instruction."""
+        """Float16 in the low half of i32 lanes as float32, by integer arithmetic: not every processor converts."""
         width = wide.type.count
 
         def constant(value: int) -> ir.Value:
@@ -204,7 +204,7 @@ def make_quantized_dot(bits: int, group_size: int) -> Callable[..., float]:
 
 
 def make_dense_dot(kind: int) -> Callable[..., float]:
-    """Build ``dot(weights, x, scales, steps)`` for rows stored as BF16, F16 or F32; x is in its own order, scales unused."""
+    """Build ``dot(weights, x, scales, steps)`` for rows stored as ``kind``; x is in its own order, scales unused."""
     word = _I32 if kind == F32 else _I16
     stride = LANES * FLOAT_BYTES[kind]
 
@@ -269,11 +269,22 @@ def store_f32(typing_context, address, value):  # type: ignore[no-untyped-def]
 
 
 @intrinsic
-def take_next(typing_context, counter):  # type: ignore[no-untyped-def]
-    """``take_next(address)``: the int64 there, which is one more afterwards. Atomic: threads draw tasks with it."""
+def add_one(typing_context, address):  # type: ignore[no-untyped-def]
+    """``add_one(address)``: the int64 there, which is one more afterwards. Atomic: threads draw tasks with it."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.inttoptr(arguments[0], ir.PointerType())
-        return builder.atomic_rmw("add", pointer, _I64(1), "monotonic")
+        return builder.atomic_rmw("add", pointer, _I64(1), "acq_rel")
+
+    return _signature(1, types.int64), generate
+
+
+@intrinsic
+def load_i64(typing_context, address):  # type: ignore[no-untyped-def]
+    """``load_i64(address)``, atomic: sees what other threads finished."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(arguments[0], ir.PointerType())
+        return builder.load_atomic(pointer, "acquire", 8, typ=_I64)
 
     return _signature(1, types.int64), generate

@@ -1,0 +1,196 @@
+"""SwiGLU feed-forward of routed experts, straight on the bytes of their records."""
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from ...bank import ExpertBank
+from ...record import PARTS, RecordLayout
+from ..expert_ffn import Activation
+from .arrays import RECORD_KINDS, address, empty, floats, result, view
+from .elementwise import swiglu
+from .kernels import affine, dense
+from .matmul import Matrices, block_products, row_products
+
+BLOCK_ROWS = 256
+"""Rows of (token, expert) pairs that a prefill computes at once: bounds its scratch. Bits don't depend on it."""
+
+FEW_ROWS = 4
+"""Experts with up to this many rows are multiplied row by row: unpacking their weights would cost more."""
+
+
+def scratch_bytes(layout: RecordLayout) -> int:
+    """Memory that a prefill's experts take beside x and their outputs."""
+    return 4 * BLOCK_ROWS * (2 * layout.hidden_size + 3 * layout.intermediate_size)
+
+
+def part_addresses(layout: RecordLayout, records: np.ndarray) -> dict[str, np.ndarray]:
+    """Address of each part of each record, from the records' own addresses, shape (P,), int64."""
+    return {part.name: records + part.offset for part in layout.parts}
+
+
+def bank_addresses(bank: ExpertBank, slots: np.ndarray) -> dict[str, np.ndarray]:
+    """Address of each part of the records in ``slots``, shape (P,)."""
+    base = address(view(bank.array, np.uint8))
+    return part_addresses(bank.layout, base + slots.astype(np.int64) * bank.layout.record_bytes)
+
+
+def matrices(layout: RecordLayout, projection: str, addresses: Mapping[str, np.ndarray]) -> Matrices:
+    """One projection of P experts."""
+    quantization = layout.quantization(projection)
+    names = [f"{projection}.{part}" for part in PARTS]
+    weights, scales, biases, bias = (addresses.get(name) for name in names)
+    kind = layout.by_name[names[0] if quantization is None else names[1]].dtype
+    if weights is None:
+        raise KeyError(names[0])
+    return Matrices(
+        dense(RECORD_KINDS[kind]) if quantization is None else affine(quantization.bits, quantization.group_size),
+        RECORD_KINDS[kind],
+        layout.by_name[names[0]].shape[0],
+        weights,
+        None if quantization is None else scales,
+        None if quantization is None else biases,
+        bias,
+        0 if bias is None else RECORD_KINDS[layout.by_name[names[3]].dtype],
+    )
+
+
+def pairs_ffn(
+    x: np.ndarray,
+    x_rows: np.ndarray,
+    layout: RecordLayout,
+    addresses: Mapping[str, np.ndarray],
+    y: np.ndarray,
+    activation: Activation | None = None,
+) -> None:
+    """Feed-forward of P (token, expert) pairs, each on its own.
+
+    Args:
+        x: Tokens. Shape (T, H), contiguous float32.
+        x_rows: Token of each pair. Shape (P,).
+        layout: Of the records.
+        addresses: Address of each part for each pair; the caller keeps their memory alive.
+        y: Result, shape (P, H), contiguous float32. Bits of a pair depend on no other.
+        activation: Of (up, gate) as MLX arrays, in place of SwiGLU.
+    """
+    count = len(x_rows)
+    pairs, h = np.arange(count), empty(2 * count, layout.intermediate_size)
+    gate, up = (matrices(layout, projection, addresses) for projection in ("gate_proj", "up_proj"))
+    both = gate.followed_by(up)
+    if both is not None:
+        row_products(x, both, np.arange(2 * count), h, np.tile(x_rows, 2))
+    else:
+        row_products(x, gate, pairs, h[:count], x_rows)
+        row_products(x, up, pairs, h[count:], x_rows)
+    row_products(_activated(h[:count], h[count:], activation), matrices(layout, "down_proj", addresses), pairs, y, pairs)
+
+
+def blocks_ffn(
+    x: np.ndarray,
+    rows: np.ndarray,
+    layout: RecordLayout,
+    addresses: Mapping[str, np.ndarray],
+    y: np.ndarray,
+    activation: Activation | None = None,
+) -> None:
+    """Feed-forward of P experts, each on rows of its own: ``rows[p]`` of them, one expert's behind the other's.
+
+    x and y have shape (R, H), contiguous float32; addresses is of the P experts.
+    """
+    count, experts, starts = len(x), np.arange(len(rows)), np.cumsum(rows) - rows
+    h = empty(2 * count, layout.intermediate_size)
+    gate, up = (matrices(layout, projection, addresses) for projection in ("gate_proj", "up_proj"))
+    both = gate.followed_by(up)
+    if both is not None:
+        twice = np.concatenate([starts, starts + count])
+        block_products(x, both, np.arange(2 * len(rows)), h, np.tile(starts, 2), twice, np.tile(rows, 2))
+    else:
+        block_products(x, gate, experts, h[:count], starts, starts, rows)
+        block_products(x, up, experts, h[count:], starts, starts, rows)
+    down = matrices(layout, "down_proj", addresses)
+    block_products(_activated(h[:count], h[count:], activation), down, experts, y, starts, starts, rows)
+
+
+def _activated(gate: np.ndarray, up: np.ndarray, activation: Activation | None) -> np.ndarray:
+    if activation is not None:
+        return floats(activation(mx.array(up), mx.array(gate)))
+    swiglu(gate.reshape(-1), up.reshape(-1))
+    return gate
+
+
+def expert_ffn(
+    x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None
+) -> mx.array:
+    """As ``ops.expert_ffn``."""
+    table = np.array(slots)
+    tokens, k = table.shape
+    y = empty(tokens * k, bank.layout.hidden_size)
+    addresses = bank_addresses(bank, table.reshape(-1))
+    pairs_ffn(floats(x), np.repeat(np.arange(tokens), k), bank.layout, addresses, y, activation)
+    return result(y.reshape(tokens, k, -1), mx.float32)
+
+
+def expert_ffn_batch(
+    x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None
+) -> mx.array:
+    """As ``ops.expert_ffn_batch``."""
+    rows = floats(x)
+    y = empty(len(rows), bank.layout.hidden_size)
+    grouped_ffn(rows, bank, [slot], [np.arange(len(rows))], 1, y, activation)
+    return result(y, mx.float32)
+
+
+def grouped_ffn(
+    x: np.ndarray,
+    bank: ExpertBank,
+    slots: Sequence[int],
+    pairs: Sequence[np.ndarray],
+    k: int,
+    y: np.ndarray,
+    activation: Activation | None = None,
+) -> None:
+    """Feed-forward of a wave of experts, each on all tokens that chose it.
+
+    Args:
+        x: Tokens. Shape (T, H), contiguous float32.
+        bank: Slots of one layer.
+        slots: Slot of each expert of the wave.
+        pairs: For each of them, its (token, rank) pairs as ``token * k + rank``.
+        k: Experts a token.
+        y: Result, shape (T * k, H), contiguous float32; only these pairs are written.
+        activation: In place of SwiGLU.
+
+    A row's bits depend on how many rows its expert has, and on nothing else. Scratch: ``scratch_bytes``.
+    """
+    layout = bank.layout
+    for few in (True, False):
+        chosen = [(slot, own) for slot, own in zip(slots, pairs, strict=True) if (len(own) <= FEW_ROWS) == few]
+        for block in _blocks(chosen):
+            indices = np.concatenate([own for _, own in block])
+            rows = np.array([len(own) for _, own in block])
+            addresses = bank_addresses(bank, np.array([slot for slot, _ in block]))
+            out = empty(len(indices), layout.hidden_size)
+            if few:
+                each = {name: np.repeat(part, rows) for name, part in addresses.items()}
+                pairs_ffn(x, indices // k, layout, each, out, activation)
+            else:
+                own_x = empty(len(indices), layout.hidden_size)
+                np.take(x, indices // k, axis=0, out=own_x)
+                blocks_ffn(own_x, rows, layout, addresses, out, activation)
+            y[indices] = out
+
+
+def _blocks(chosen: Sequence[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
+    """Cut (slot, pairs) into blocks of at most BLOCK_ROWS pairs."""
+    block: list[tuple[int, np.ndarray]] = []
+    room = BLOCK_ROWS
+    for slot, own in chosen:
+        while len(own):
+            block.append((slot, own[:room]))
+            own, room = own[room:], room - len(block[-1][1])
+            if room == 0:
+                yield block
+                block, room = [], BLOCK_ROWS
+    if block:
+        yield block

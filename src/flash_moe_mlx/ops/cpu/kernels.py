@@ -1,0 +1,208 @@
+"""The two parallel kernels of stored matrices: rows of x one at a time (decode), and tiles (prefill).
+
+Both take jobs: addresses of one matrix and of what it is multiplied with, so that the same code runs on MLX
+arrays, on slots of a bank and on mapped files. Each is compiled once a format, when first used.
+"""
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .elementwise import affine_tail, dense_tail, dot, read_float, read_floats
+from .jit import compiled
+from .tile_ir import MR, NR, PACK_BLOCK, make_multiply, make_unpack
+from .vector_ir import (
+    DENSE_FIELDS,
+    FLOAT_BYTES,
+    LANES,
+    add_one,
+    field_scales,
+    lane_weights,
+    make_dense_dot,
+    make_quantized_dot,
+    store_f32,
+)
+
+WEIGHTS, SCALES, BIASES, BIAS, X, SUMS, Y, ROWS = range(8)
+COLUMNS = 8
+"""Columns of a job: addresses, and rows of x. BIAS is 0 where there is none; tiles need no SUMS, rows no ROWS."""
+
+TASK_ROWS = 16
+"""Rows of a matrix that a thread draws at once: 16 to 64 KiB of weights."""
+
+TILE_K = 256
+"""Weights of a row that are unpacked at once: a tile is 64 KiB and stays in the second-level cache."""
+
+
+class Format(NamedTuple):
+    """How a matrix is stored: ``bits`` in groups of ``group_size``, or with bits 0 unquantised as ``kind``."""
+
+    bits: int
+    group_size: int
+    kind: int
+
+    @property
+    def name(self) -> str:
+        return f"q{self.bits}g{self.group_size}" if self.bits else f"dense{self.kind}"
+
+    def row_bytes(self, inputs: int) -> int:
+        """Bytes of one row of the packed weights."""
+        return inputs * self.bits // 8 if self.bits else inputs * FLOAT_BYTES[self.kind]
+
+    def groups(self, inputs: int) -> int:
+        """Groups of a row; 0 where it is unquantised."""
+        return inputs // self.group_size if self.bits else 0
+
+    @property
+    def lane_weights(self) -> int:
+        """As ``prepare`` takes it."""
+        return lane_weights(self.bits) if self.bits else 0
+
+    @property
+    def factors(self) -> np.ndarray:
+        """As ``prepare`` takes it."""
+        return np.array(field_scales(self.bits) if self.bits else [1.0], np.float32)
+
+
+def affine(bits: int, group_size: int) -> Format:
+    """Format of affine-quantised matrices."""
+    return Format(bits, group_size, 0)
+
+
+def dense(kind: int) -> Format:
+    """Format of unquantised matrices."""
+    return Format(0, 0, kind)
+
+
+# Names that `compiled` binds a format's values to.
+BITS = GROUP_SIZE = KIND = STEP = ROW_STEP = 0
+row_dot: Any = None
+unpack: Any = None
+multiply: Any = None
+multiply_one: Any = None
+
+
+def _matvec(jobs, outputs, inputs, row_bytes, scale_kind, bias_kind, state):  # type: ignore[no-untyped-def]
+    groups = inputs // GROUP_SIZE if BITS else 0
+    scale_bytes = 4 if scale_kind == 2 else 2
+    steps = inputs // STEP
+    next_task = state.ctypes.data
+    tasks = (outputs + TASK_ROWS - 1) // TASK_ROWS * len(jobs)
+    table = np.empty((2, TASK_ROWS * groups + 1), np.float32)
+    scales, biases = table[0].ctypes.data, table[1].ctypes.data
+    while True:
+        task = add_one(next_task)
+        if task >= tasks:
+            break
+        job, first = task % len(jobs), task // len(jobs) * TASK_ROWS
+        count = min(TASK_ROWS, outputs - first)
+        x = jobs[job, X]
+        if BITS:
+            read_floats(jobs[job, SCALES] + first * groups * scale_bytes, count * groups, scale_kind, scales)
+            read_floats(jobs[job, BIASES] + first * groups * scale_bytes, count * groups, scale_kind, biases)
+        for row in range(count):
+            weights = jobs[job, WEIGHTS] + (first + row) * row_bytes
+            row_scales = scales + 4 * row * groups
+            total = row_dot(weights, x, row_scales, steps)
+            if BITS:
+                total += dot(biases + 4 * row * groups, jobs[job, SUMS], groups)
+                if steps * STEP < inputs:
+                    total += affine_tail(weights, BITS, GROUP_SIZE, steps * STEP, inputs, x, row_scales)
+            elif steps * STEP < inputs:
+                total += dense_tail(weights, KIND, steps * STEP, inputs, x)
+            if jobs[job, BIAS]:
+                total += read_float(jobs[job, BIAS], first + row, bias_kind)
+            store_f32(jobs[job, Y] + 4 * (first + row), total)
+        add_one(next_task + 8)
+    table[0, 0] = np.float32(0.0)  # keeps it alive: the loop has its address alone
+    return tasks
+
+
+def _tiles(jobs, outputs, inputs, row_bytes, scale_kind, bias_kind, state):  # type: ignore[no-untyped-def]
+    groups = inputs // GROUP_SIZE if BITS else 0
+    columns = (outputs + NR - 1) // NR
+    next_task = state.ctypes.data
+    tasks = columns * len(jobs)
+    tile = np.empty(TILE_K * NR + 16, np.float32)
+    tile_address = (tile.ctypes.data + 63) // 64 * 64
+    table = np.empty((2 * groups + 1, NR), np.float32)
+    start = table[2 * groups].ctypes.data
+    while True:
+        task = add_one(next_task)
+        if task >= tasks:
+            break
+        job, first = task // columns, task % columns * NR
+        count = min(NR, outputs - first)
+        for column in range(NR):
+            row = first + min(column, count - 1)
+            for group in range(groups):
+                at = row * groups + group
+                table[group, column] = read_float(jobs[job, SCALES], at, scale_kind)
+                table[groups + group, column] = read_float(jobs[job, BIASES], at, scale_kind)
+            table[2 * groups, column] = np.float32(0.0)
+            if jobs[job, BIAS]:
+                table[2 * groups, column] = read_float(jobs[job, BIAS], row, bias_kind)
+        y = jobs[job, Y] + 4 * first
+        for k in range(0, inputs, TILE_K):
+            depth = min(TILE_K, inputs - k)
+            for column in range(0, NR, LANES):
+                row = min(column, count - 1)
+                unpack(
+                    jobs[job, WEIGHTS] + (first + row) * row_bytes,
+                    row_bytes,
+                    count - 1 - row,
+                    k // PACK_BLOCK,
+                    depth // PACK_BLOCK,
+                    table.ctypes.data + 4 * column,
+                    table.ctypes.data + 4 * (groups * NR + column),
+                    tile_address + 4 * column,
+                )
+            rows = jobs[job, ROWS]
+            begin = start if k == 0 else 0
+            for row in range(0, rows - MR + 1, MR):
+                x = jobs[job, X] + 4 * (row * inputs + k)
+                multiply(
+                    x, 4 * inputs, tile_address, depth, y + 4 * row * outputs, 4 * outputs, count, begin
+                )
+            for row in range(rows // MR * MR, rows):
+                x = jobs[job, X] + 4 * (row * inputs + k)
+                multiply_one(
+                    x, 4 * inputs, tile_address, depth, y + 4 * row * outputs, 4 * outputs, count, begin
+                )
+        add_one(next_task + 8)
+    tile[0] = np.float32(0.0)  # keeps it alive: the loop has its address alone
+    return tasks
+
+
+@cache
+def matvec_kernel(format_: Format) -> Callable[..., int]:
+    """``kernel(jobs, outputs, inputs, row_bytes, scale_kind, bias_kind, state)``: a row of x a job.
+
+    Writes (outputs,) float32 to each job's Y from x that ``prepare`` ordered. jobs has shape (P, 8), int64.
+    """
+    bits, group_size, kind = format_
+    step = LANES * (lane_weights(bits) if bits else DENSE_FIELDS)
+    bindings = {
+        "BITS": bits,
+        "GROUP_SIZE": group_size,
+        "KIND": kind,
+        "STEP": step,
+        "row_dot": make_quantized_dot(bits, group_size) if bits else make_dense_dot(kind),
+    }
+    return compiled(_matvec, format_.name, bindings)
+
+
+@cache
+def tiles_kernel(format_: Format) -> Callable[..., int]:
+    """``kernel`` as of ``matvec_kernel`` for ROWS rows of x a job, in their own order: writes (ROWS, outputs)."""
+    bits, group_size, kind = format_
+    bindings = {
+        "BITS": bits,
+        "GROUP_SIZE": group_size,
+        "unpack": make_unpack(bits, kind, group_size),
+        "multiply": make_multiply(MR),
+        "multiply_one": make_multiply(1),
+    }
+    return compiled(_tiles, format_.name, bindings)

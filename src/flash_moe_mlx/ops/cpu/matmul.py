@@ -1,0 +1,182 @@
+"""Products of rows with stored matrices: many matrices at once, or one MLX array."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from .arrays import KINDS, address, empty, floats, result, view
+from .elementwise import prepare
+from .kernels import (
+    BIAS,
+    BIASES,
+    COLUMNS,
+    ROWS,
+    SCALES,
+    SUMS,
+    WEIGHTS,
+    Format,
+    X,
+    Y,
+    affine,
+    dense,
+    matvec_kernel,
+    tiles_kernel,
+)
+from .threads import run
+from .tile_ir import PACK_BLOCK
+
+MATVEC_ROWS = 8
+"""Up to this many rows are multiplied one by one; beyond it, weights are unpacked once for all of them."""
+
+
+@dataclass(frozen=True)
+class Matrices:
+    """P matrices of one shape and format, as addresses: in MLX arrays, slots of a bank or mapped files.
+
+    The owner keeps the memory alive for as long as a product runs.
+
+    Attributes:
+        format: How weights are stored.
+        kind: Of scales and biases: BF16, F16 or F32.
+        outputs: Rows of each matrix.
+        weights: Address of each matrix's first byte. Shape (P,), int64.
+        scales: Likewise, or None where unquantised.
+        biases: Likewise.
+        bias: Addresses of vectors that are added to the outputs, or None.
+        bias_kind: Of ``bias``.
+    """
+
+    format: Format
+    kind: int
+    outputs: int
+    weights: np.ndarray
+    scales: np.ndarray | None = None
+    biases: np.ndarray | None = None
+    bias: np.ndarray | None = None
+    bias_kind: int = 0
+
+    def followed_by(self, other: "Matrices") -> "Matrices | None":
+        """These matrices and then the other ones, or None where shapes or formats differ."""
+
+        def described(matrices: Matrices) -> tuple[object, ...]:
+            bias_kind = None if matrices.bias is None else matrices.bias_kind
+            return matrices.format, matrices.kind, matrices.outputs, bias_kind
+
+        if described(self) != described(other):
+            return None
+        parts = ((getattr(self, name), getattr(other, name)) for name in ("weights", "scales", "biases", "bias"))
+        joined = (None if a is None or b is None else np.concatenate([a, b]) for a, b in parts)
+        return Matrices(self.format, self.kind, self.outputs, *joined, bias_kind=self.bias_kind)  # type: ignore[arg-type]
+
+    def jobs(self, index: np.ndarray) -> np.ndarray:
+        """Jobs of the matrices at ``index``, without x and y."""
+        jobs = np.zeros((len(index), COLUMNS), np.int64)
+        parts = ((WEIGHTS, self.weights), (SCALES, self.scales), (BIASES, self.biases), (BIAS, self.bias))
+        for column, part in parts:
+            if part is not None:
+                jobs[:, column] = part[index]
+        return jobs
+
+
+def row_products(x: np.ndarray, matrices: Matrices, index: np.ndarray, y: np.ndarray, x_rows: np.ndarray) -> None:
+    """``y[i] = W[index[i]] x[x_rows[i]]``: one row each, the path of decode.
+
+    Args:
+        x: Shape (T, inputs), contiguous float32.
+        matrices: Matrices.
+        index: Matrix of each product. Shape (P,).
+        y: Result, shape (P, outputs), contiguous float32.
+        x_rows: Row of x of each product. Shape (P,).
+
+    Bits of a product depend on no other.
+    """
+    form, inputs = matrices.format, x.shape[1]
+    jobs = matrices.jobs(index)
+    if form.bits:
+        ordered, sums = empty(*x.shape), empty(len(x), form.groups(inputs))
+        prepare(x, form.lane_weights, form.factors, form.group_size, ordered, sums)
+        jobs[:, SUMS] = address(sums) + x_rows * sums.strides[0]
+        x = ordered
+    jobs[:, X] = address(x) + x_rows * x.strides[0]
+    jobs[:, Y] = address(y) + np.arange(len(index)) * y.strides[0]
+    scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.kind, matrices.bias_kind)
+    run(matvec_kernel(form), jobs, *scalars)
+
+
+def block_products(
+    x: np.ndarray,
+    matrices: Matrices,
+    index: np.ndarray,
+    y: np.ndarray,
+    x_starts: np.ndarray,
+    y_starts: np.ndarray,
+    rows: np.ndarray,
+) -> None:
+    """``y[t : t + r] = x[s : s + r] W^T`` for each (s, t, r) of x_starts, y_starts and rows: the path of prefill.
+
+    Args:
+        x: Shape (R, inputs), contiguous float32.
+        matrices: Matrices.
+        index: Matrix of each product. Shape (P,).
+        y: Result, shape (Q, outputs), contiguous float32.
+        x_starts: First row of x of each product. Shape (P,).
+        y_starts: First row of y.
+        rows: Number of rows.
+
+    Bits of a row depend on no other row.
+    """
+    form, inputs = matrices.format, x.shape[1]
+    jobs = matrices.jobs(index)
+    jobs[:, X] = address(x) + x_starts * x.strides[0]
+    jobs[:, Y] = address(y) + y_starts * y.strides[0]
+    jobs[:, ROWS] = rows
+    scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.kind, matrices.bias_kind)
+    run(tiles_kernel(form), jobs, *scalars)
+
+
+def _product(x: mx.array, matrices: Matrices) -> mx.array:
+    rows = floats(x).reshape(-1, x.shape[-1])
+    y = empty(len(rows), matrices.outputs)
+    if len(rows) <= MATVEC_ROWS:
+        row_products(rows, matrices, np.zeros(len(rows), np.int64), y, np.arange(len(rows)))
+    else:
+        one = np.zeros(1, np.int64)
+        block_products(rows, matrices, one, y, one, one, np.array([len(rows)]))
+    return result(y.reshape(*x.shape[:-1], -1), x.dtype)
+
+
+def quantized_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
+) -> mx.array:
+    """``x W^T`` of an affine-quantised matrix, for any number of rows; as ``ops.dequant_matvec``.
+
+    Args:
+        x: Shape (..., inputs).
+        weight: Shape (outputs, inputs * bits / 32), uint32.
+        scales: Shape (outputs, inputs / group_size), float32, bfloat16 or float16: read as they are.
+        biases: As scales.
+        bits: 2, 3, 4, 5, 6 or 8.
+        group_size: 32, 64 or 128.
+
+    Returns:
+        Shape (..., outputs), dtype of x. Sums are float32. The bits of a row depend on no other row, but on
+        whether there are more than MATVEC_ROWS.
+    """
+    memory = [view(part, np.uint8) for part in (weight, scales, biases)]
+    addresses = [np.array([address(part)]) for part in memory]
+    return _product(x, Matrices(affine(bits, group_size), KINDS[scales.dtype], weight.shape[0], *addresses))
+
+
+def takes_dense(weight: mx.array) -> bool:
+    """Tell whether ``dense_matmul`` takes this matrix: its rows are unpacked in blocks."""
+    return weight.shape[1] % PACK_BLOCK == 0 and weight.dtype in KINDS
+
+
+def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """``x W^T`` of an unquantised matrix (outputs, inputs) that ``takes_dense``; x is (..., inputs).
+
+    Result in the dtype of x; sums are float32.
+    """
+    kind, memory = KINDS[weight.dtype], view(weight, np.uint8)
+    return _product(x, Matrices(dense(kind), kind, weight.shape[0], np.array([address(memory)])))

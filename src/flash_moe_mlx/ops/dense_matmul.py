@@ -1,0 +1,23 @@
+"""Product with an unquantised matrix: MLX's own, but on the CPU, where that is 15 to 30 times too slow."""
+
+import mlx.core as mx
+
+from .cpu import use_cpu_kernels
+
+
+def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
+    """``y = x W^T``.
+
+    Args:
+        x: Shape (..., H), float32, bfloat16 or float16.
+        weight: Shape (N, H), float32, bfloat16 or float16.
+
+    Returns:
+        Shape (..., N), dtype of x.
+    """
+    if use_cpu_kernels():
+        from .cpu import matmul
+
+        if matmul.takes_dense(weight):
+            return matmul.dense_matmul(x, weight)
+    return (x @ weight.T).astype(x.dtype)
