@@ -1,6 +1,7 @@
 """The routed experts' tensors of one layer, in each of the layouts in which they are stored, as parts of a record.
 
-- "mlx": ``layers.N. ... .switch_mlp.{gate,up,down}_proj.{weight,scales,biases,bias}``, experts stacked [E, ...].
+- "mlx": ``layers.N. ... .switch_mlp.{gate,up,down}_proj.{weight,scales,biases,bias}``, experts stacked [E, ...];
+  some of mlx-lm's models say ``experts`` or ``switch_glu`` in place of ``switch_mlp``.
 - "hf-fused": ``layers.N. ... .experts.gate_up_proj`` [E, 2I, H], gate above up, and ``experts.down_proj`` [E, H, I].
 - "hf-per-expert": ``layers.N. ... .experts.E.{gate,up,down}_proj.weight``, one tensor an expert.
 """
@@ -16,6 +17,7 @@ from .record import PARTS, PROJECTIONS, Quantization
 from .safetensors_header import TensorInfo, brief, some
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,5})\Z")  # one spelling a number, and none that is slow to convert
+_STACKED = ("switch_mlp", "switch_glu", "experts")
 _AGAIN = "Download the checkpoint again."
 
 
@@ -68,11 +70,11 @@ def parse_name(name: str) -> ExpertTensor | None:
     except ValueError:
         return None
     rest = words[position + 2 :]
-    if not {"experts", "switch_mlp"} & set(rest) or not _NUMBER.match(words[position + 1]):
+    if not set(_STACKED) & set(rest) or not _NUMBER.match(words[position + 1]):
         return None
     layer = int(words[position + 1])
     match rest:
-        case [*_, "switch_mlp", projection, part] if projection in PROJECTIONS and part in PARTS:
+        case [*_, module, projection, part] if module in _STACKED and projection in PROJECTIONS and part in PARTS:
             return ExpertTensor("mlx", layer, None, projection, part)
         case [*_, "experts", ("gate_up_proj" | "down_proj") as projection]:
             return ExpertTensor("hf-fused", layer, None, projection, "weight")
@@ -185,7 +187,7 @@ def resolve(where: str, found: Found, parts: Parts, settings: QuantizationSettin
             f"{rows['up_proj']}. {_AGAIN}"
         )
     example = _example(found)
-    if ".switch_mlp." in example:
+    if (key := parse_name(example)) and key.format == "mlx":
         stem = example.rsplit(".", 2)[0]
     else:  # what mlx-lm turns it into, and config.json would speak of
         stem = example.rpartition(".experts.")[0] + ".switch_mlp"

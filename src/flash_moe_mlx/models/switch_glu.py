@@ -67,7 +67,8 @@ class StreamingModel:
         self.streaming = engine
         for _, module in self.named_modules():  # type: ignore[attr-defined]
             if isinstance(module, StreamingSwitchGLU):
-                activation = None if isinstance(module.activation, SwiGLU) else module.activation
+                # A subclass may compute something else.
+                activation = None if type(module.activation) is SwiGLU else module.activation
                 module.routed = RoutedExperts(engine, module.layer, engine.hidden_size(module.layer), activation)
 
     def __call__(
