@@ -167,9 +167,7 @@ class ExpertCache:
         """Change the layers' shares. Banks whose share changes start empty. Cut short, it may be called again."""
         self._source.drain()
         changed = [
-            layer
-            for layer, slots in num_slots.items()
-            if layer not in self._layers or self.num_slots(layer) != slots
+            layer for layer, slots in num_slots.items() if layer not in self._layers or self.num_slots(layer) != slots
         ]
         # Free before allocating: the sum must never exceed the larger of the two budgets.
         for layer in changed:

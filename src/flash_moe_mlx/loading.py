@@ -16,6 +16,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from mlx_lm.utils import load_config as load_mlx_lm_config
 
 from .budget import LayerExperts, divide
+from .buffer_cache import BufferCacheShare
 from .checkpoint import Checkpoint
 from .config import StreamingConfig
 from .errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
@@ -126,9 +127,9 @@ class _Prepared:
 
     def load(self) -> Any:
         model, checkpoint = self.family.model, self.checkpoint
+        # Freed buffers would pile up behind the limit's back while tensors are converted.
+        buffer_cache = BufferCacheShare(_SMALL_BUFFER_CACHE)
         try:
-            # Freed buffers would pile up behind the limit's back while tensors are converted.
-            mx.set_cache_limit(_SMALL_BUFFER_CACHE)
             self._load_dense()
             engine = StreamingEngine(
                 self.store,
@@ -143,6 +144,8 @@ class _Prepared:
         except BaseException:
             self.store.close()
             raise
+        finally:
+            buffer_cache.close()
         model.attach(engine)
         model.eval()
         return model

@@ -13,6 +13,7 @@ import numpy as np
 
 from .bank import ExpertBank
 from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
+from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache
 from .config import StreamingConfig, parse_size
 from .errors import RequestError, StoreError
@@ -77,8 +78,7 @@ class StreamingEngine:
         self.lock = threading.RLock()
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
         self._applied = self._budget
-        # Process-wide: with two models the later one's share holds, which is within the sum of both.
-        mx.set_cache_limit(buffer_cache_bytes(self._budget.scratch_bytes))
+        self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes))
         logger.info("%s expert slots of %s", self._cache.total_slots, sum(num_experts.values()))
 
     def _divide(self, limit_bytes: int, batch: int, tokens: int, length: int) -> Budget:
@@ -292,6 +292,7 @@ class StreamingEngine:
             self._store.close()
             self._cache = ExpertCache(self._store, {}, {})
             mx.clear_cache()
+            self._buffer_cache.close()
 
     def __enter__(self) -> "StreamingEngine":
         return self
