@@ -103,6 +103,8 @@ def test_neighbours_are_one_range(tmp_path: Path):
 def test_other_models_names(tmp_path: Path, name: str, layer: int):
     tensors = {name.format(f"{p}_proj"): mx.zeros((2, 64, 64)) for p in ("gate", "up", "down")}
     tensors |= {"model.layers.0.mlp.gate.weight": mx.zeros((2, 64)), "model.embed_tokens.weight": mx.zeros((8, 64))}
+    skipped = ("mtp.fc", "language_model.mtp.layers.0.mlp.experts.gate_up_proj", "vision_tower.layers.0.experts.x")
+    tensors |= {name: mx.zeros((2, 64)) for name in skipped}
     checkpoint = Checkpoint.open(write_checkpoint(tmp_path, {"model_type": "mixtral", "num_hidden_layers": 8}, tensors))
     assert checkpoint.moe_layers == (layer,)
     assert set(checkpoint.dense) == {"model.layers.0.mlp.gate.weight", "model.embed_tokens.weight"}
@@ -370,6 +372,12 @@ def test_fused_shapes_that_do_not_fit(tmp_path: Path):
     ]
     rewrite(tmp_path, lambda tensors: tensors.update({n: tensors[n].swapaxes(1, 2) for n in names}))
     refused(tmp_path, CorruptError, r"gate_up_proj \[E, 2I, H\]")
+    odd = {
+        "layers.0.mlp.experts.gate_up_proj": mx.zeros((2, 7, 8)),
+        "layers.0.mlp.experts.down_proj": mx.zeros((2, 8, 3)),
+    }
+    write_checkpoint(tmp_path / "odd", {"model_type": "x"}, odd)
+    refused(tmp_path / "odd", CorruptError, r"gate_up_proj \[E, 2I, H\]")
 
 
 def test_experts_that_differ(tmp_path: Path):

@@ -172,6 +172,8 @@ def test_layout_of_the_data(tmp_path: Path):
     path = tmp_path / "a.safetensors"
     with pytest.raises(CorruptError, match=r"truncated by 5 bytes\. Download the file again"):
         read_header(write_raw(path, TWO, bytes(7)))
+    with pytest.raises(CorruptError, match=r"must ascend, got \[8, 0\]"):
+        read_header(write_raw(path, {"a": entry("U8", [8], 8, 0)}, bytes(8)))
     with pytest.raises(CorruptError, match="1 bytes more"):
         read_header(write_raw(path, TWO, bytes(13)))
     with pytest.raises(CorruptError, match=r"'b' at byte 4 where 8 was due \(overlap"):
