@@ -70,6 +70,11 @@ def test_an_entry_that_contradicts_the_tensors():
     assert resolve(stored(256, 8, 64), {**base, "x": {"bits": 8}}) == Quantization(8, 64)  # the rest from the default
     with pytest.raises(CorruptError, match="must have 192 inputs"):
         resolve(tensors, base, 192)
+    # A width that is only likely gives way to an entry that fits the shapes, and no other.
+    entry = {**base, "x": {"bits": 8, "group_size": 32}}
+    assert resolve(tensors, entry, 256, exact=False) == Quantization(8, 32)
+    with pytest.raises(CorruptError, match="must be 8 bits in groups of 64"):
+        resolve(tensors, {**base, "x": {"bits": 8, "group_size": 64}}, 256, exact=False)
 
 
 def test_tensors_that_do_not_belong_together():

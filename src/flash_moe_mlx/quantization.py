@@ -71,7 +71,8 @@ class QuantizationSettings:
             path: Of the module in mlx-lm's naming, as config.json has it.
             tensors: Its "weight", and "scales" and "biases" where it has them.
             in_features: Width of its input, or None where it is not known.
-            exact: Whether ``in_features`` is certain; otherwise it is dropped where shapes contradict it.
+            exact: Whether ``in_features`` is certain; otherwise config.json's entry goes before it, and it is dropped
+                where shapes contradict it.
 
         Raises:
             MissingTensorError: If scales or biases are absent.
@@ -109,7 +110,8 @@ class QuantizationSettings:
                     f"[{name}] must have {in_features} inputs, got weight {weight.shape} and scales "
                     f"{scales.shape}. {_AGAIN}"
                 )
-            candidates = fits or candidates
+            if exact:
+                candidates = fits
         if override is not None:
             if override not in candidates:
                 raise CorruptError(
@@ -117,6 +119,8 @@ class QuantizationSettings:
                     f"scales {scales.shape}, which is {' or '.join(map(_text, candidates))}. {_AGAIN}"
                 )
             return override
+        if in_features is not None:
+            candidates = fits or candidates
         if self.default in candidates:
             return self.default
         same_group = [q for q in candidates if self.default and q.group_size == self.default.group_size]
