@@ -1,6 +1,6 @@
 // dialect_opencl.h: the dialect's names in C++ for OpenCL, so that clang checks Metal's address spaces
 // and the Intel CPU runtime runs the bodies with sub-groups of 32. Used by tests only.
-// The generator adds: #define SIMD_ORDER(group) ..., which permutes the SIMD groups of a threadgroup.
+// The generator adds the argument simd_order, which permutes the SIMD groups of a threadgroup.
 
 #pragma OPENCL EXTENSION cl_khr_fp16 : enable
 
@@ -42,7 +42,12 @@ inline void fm_poison(__local uint* words, uint count) {
 struct fm_uint3 {
   uint x, y, z;
 };
-#define simdgroup_index_in_threadgroup (SIMD_ORDER(get_sub_group_id()))
+inline uint fm_simd_group(uint order) {
+  const uint group = get_sub_group_id();
+  const uint count = get_num_sub_groups();
+  return order == 0 ? group : order == 1 ? count - 1u - group : (group + 1u) % count;
+}
+#define simdgroup_index_in_threadgroup (fm_simd_group(simd_order))
 #define thread_index_in_simdgroup (get_sub_group_local_id())
 #define thread_index_in_threadgroup (simdgroup_index_in_threadgroup * 32u + get_sub_group_local_id())
 

@@ -9,6 +9,7 @@ import ctypes
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -27,15 +28,11 @@ C_TYPES = {
 MAX_CONSTANT_ELEMENTS = 8
 """MLX passes inputs of fewer elements in Metal's constant address space."""
 
-SIMD_ORDERS = {
-    "ascending": "(group)",
-    "descending": "(get_num_sub_groups() - 1u - (group))",
-    "rotated": "(((group) + 1u) % get_num_sub_groups())",
-}
-"""Expressions that number the SIMD groups; the runtime executes them in its own fixed order."""
+SIMD_ORDERS = {"ascending": 0, "descending": 1, "rotated": 2}
+"""How the SIMD groups are numbered; the runtime executes them in its own fixed order."""
 
 POSITIONS = {"threadgroup_position_in_grid": "get_group_id", "thread_position_in_grid": "get_global_id"}
-OPTIONS = ["-cl-std=CLC++2021", "-cl-fp32-correctly-rounded-divide-sqrt"]
+OPTIONS = ["-cl-std=CLC++2021", "-cl-opt-disable", "-cl-fp32-correctly-rounded-divide-sqrt"]
 
 
 class BuildError(Exception):
@@ -113,7 +110,6 @@ def source(
     inputs: Sequence[mx.array],
     outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
     template: Sequence[tuple[str, Any]],
-    order: str,
     edit: Any = None,
 ) -> str:
     """Complete OpenCL source of a kernel, with the signature that MLX would give it on Metal."""
@@ -129,13 +125,14 @@ def source(
             arguments.append(f"const constant int* {argument}_shape")
     for argument, (_, dtype) in zip(kernel.outputs, outputs, strict=True):
         arguments.append(f"device {C_TYPES[dtype]}* {argument}")
+    arguments.append("uint simd_order")
     positions = "".join(
         f"fm_uint3 {attribute} = {{(uint){call}(0), (uint){call}(1), (uint){call}(2)}};\n"
         for attribute, call in POSITIONS.items()
     )
     dialect = (HERE / "dialect_opencl.h").read_text()
     return (
-        f"#define SIMD_ORDER(group) {SIMD_ORDERS[order]}\n{dialect}{helpers}"
+        f"{dialect}{helpers}"
         f"__attribute__((intel_reqd_sub_group_size(32))) kernel void {name}({', '.join(arguments)}) {{\n"
         f"{positions}{constants(template)}{body}}}\n"
     )
@@ -150,7 +147,9 @@ def build(text: str) -> Any:
     """
     cl = opencl()
     try:
-        return cl.Program(context(), text).build(options=OPTIONS)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pyopencl warns whenever the compiler prints that it is done
+            return cl.Program(context(), text).build(options=OPTIONS)
     except cl.RuntimeError as error:
         raise BuildError(str(error)) from error
 
@@ -182,7 +181,7 @@ def launch(
         BuildError: If the body does not compile.
     """
     cl = opencl()
-    program = build(source(name, inputs, outputs, template, order, edit))
+    program = build(source(name, inputs, outputs, template, edit))
     make = cl.mem_flags.COPY_HOST_PTR
     arguments = []
     body = kernel_source.read_kernel(name).body
@@ -196,7 +195,7 @@ def launch(
         results.append((poison, dtype))
         arguments.append(cl.Buffer(context(), make, hostbuf=poison))
     rounded = tuple(-(-size // block) * block for size, block in zip(grid, threadgroup, strict=True))
-    getattr(program, name)(queue(), rounded, threadgroup, *arguments)
+    cl.Kernel(program, name)(queue(), rounded, threadgroup, *arguments, np.uint32(SIMD_ORDERS[order]))
     for (result, _), buffer in zip(results, arguments[-len(results) :], strict=True):
         cl.enqueue_copy(queue(), result, buffer)
     queue().finish()

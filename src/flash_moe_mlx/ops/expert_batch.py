@@ -7,9 +7,7 @@ from .cpu import use_cpu_kernels
 from .expert_ffn import Activation, swiglu
 
 
-def expert_ffn_batch(
-    x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None
-) -> mx.array:
+def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None) -> mx.array:
     """Feed-forward of the expert in one slot.
 
     Computes ``W_d (silu(W_g x) * W_u x)``, plus the expert's own biases where the record has them.

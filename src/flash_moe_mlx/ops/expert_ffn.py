@@ -67,9 +67,7 @@ def project_reference(x: mx.array, bank: ExpertBank, projection: str, slots: mx.
     return y
 
 
-def expert_ffn_reference(
-    x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation = swiglu
-) -> mx.array:
+def expert_ffn_reference(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation = swiglu) -> mx.array:
     """``expert_ffn`` in plain MLX operations."""
     rows = x.astype(mx.float32)[:, None, None, :]
     gate = project_reference(rows, bank, "gate_proj", slots)
@@ -228,9 +226,7 @@ def expert_ffn_kernel(x: mx.array, bank: ExpertBank, slots: mx.array, plan: Expe
     return y
 
 
-def expert_ffn(
-    x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None
-) -> mx.array:
+def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None) -> mx.array:
     """SwiGLU feed-forward of the K routed experts of each token.
 
     Computes ``W_d (silu(W_g x) * W_u x)`` for each slot, plus the experts' own biases where the record

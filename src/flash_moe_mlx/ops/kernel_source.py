@@ -17,6 +17,9 @@ import mlx.core as mx
 
 from ..errors import FlashMoEError
 
+MIN_DEVICE_ELEMENTS = 8
+"""MLX passes smaller inputs in Metal's constant address space; bodies take pointers into device memory only."""
+
 BODY_MARKER = "// --- body ---"
 DIALECTS = {"metal": "dialect_metal.h", "cuda": "dialect_cuda.h"}
 

@@ -92,6 +92,6 @@ def moe_combine(
     Returns:
         Shape (T, H), dtype of the residual, else of shared, else of y.
     """
-    if use_kernels() and y.dtype == mx.float32 and y.shape[2] % 4 == 0:
+    if use_kernels() and y.dtype == mx.float32 and y.shape[2] % 4 == 0 and y.size >= kernel_source.MIN_DEVICE_ELEMENTS:
         return moe_combine_kernel(y, weights, shared, shared_gate, residual)
     return moe_combine_reference(y, weights, shared, shared_gate, residual)

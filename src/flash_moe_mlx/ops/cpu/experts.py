@@ -83,7 +83,9 @@ def pairs_ffn(
     else:
         row_products(x, gate, pairs, h[:count], x_rows)
         row_products(x, up, pairs, h[count:], x_rows)
-    row_products(_activated(h[:count], h[count:], activation), matrices(layout, "down_proj", addresses), pairs, y, pairs)
+    row_products(
+        _activated(h[:count], h[count:], activation), matrices(layout, "down_proj", addresses), pairs, y, pairs
+    )
 
 
 def blocks_ffn(
@@ -119,9 +121,7 @@ def _activated(gate: np.ndarray, up: np.ndarray, activation: Activation | None) 
     return gate
 
 
-def expert_ffn(
-    x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None
-) -> mx.array:
+def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None) -> mx.array:
     """As ``ops.expert_ffn``."""
     table = np.array(slots)
     tokens, k = table.shape
@@ -131,9 +131,7 @@ def expert_ffn(
     return result(y.reshape(tokens, k, -1), mx.float32)
 
 
-def expert_ffn_batch(
-    x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None
-) -> mx.array:
+def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None) -> mx.array:
     """As ``ops.expert_ffn_batch``."""
     rows = floats(x)
     y = empty(len(rows), bank.layout.hidden_size)

@@ -163,14 +163,10 @@ def _tiles(jobs, outputs, inputs, row_bytes, scale_kind, bias_kind, state):  # t
             begin = start if k == 0 else 0
             for row in range(0, rows - MR + 1, MR):
                 x = jobs[job, X] + 4 * (row * inputs + k)
-                multiply(
-                    x, 4 * inputs, tile_address, depth, y + 4 * row * outputs, 4 * outputs, count, begin
-                )
+                multiply(x, 4 * inputs, tile_address, depth, y + 4 * row * outputs, 4 * outputs, count, begin)
             for row in range(rows // MR * MR, rows):
                 x = jobs[job, X] + 4 * (row * inputs + k)
-                multiply_one(
-                    x, 4 * inputs, tile_address, depth, y + 4 * row * outputs, 4 * outputs, count, begin
-                )
+                multiply_one(x, 4 * inputs, tile_address, depth, y + 4 * row * outputs, 4 * outputs, count, begin)
         add_one(next_task + 8)
     tile[0] = np.float32(0.0)  # keeps it alive: the loop has its address alone
     return tasks

@@ -1,0 +1,85 @@
+"""Timing: two sides in turn, inputs rotated, against the device's own copy bandwidth."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+
+import mlx.core as mx
+
+Work = Callable[[], list[mx.array]]
+"""Builds the graph of ``calls`` calls on rotating inputs; returns what has to be evaluated."""
+
+
+@dataclass
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: What was computed.
+        ours_us: Median microseconds a call.
+        theirs_us: The same of the other side; None where there is none.
+        nbytes: Bytes a call must read and write once.
+        relative_rms: Difference of the two sides' results.
+        spread: Smallest and largest of our medians' samples.
+    """
+
+    name: str
+    ours_us: float
+    theirs_us: float | None
+    nbytes: int
+    relative_rms: float | None = None
+    spread: tuple[float, float] = (0.0, 0.0)
+    notes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def gigabytes_per_second(self) -> float:
+        return self.nbytes / self.ours_us / 1e3
+
+
+def sample(work: Work, calls: int) -> float:
+    """Microseconds a call of one evaluation, its graph built before."""
+    outputs = work()
+    mx.synchronize()
+    start = time.perf_counter()
+    mx.eval(outputs)
+    mx.synchronize()
+    return (time.perf_counter() - start) / calls * 1e6
+
+
+def alternate(sides: list[Work], calls: int, samples: int) -> list[list[float]]:
+    """Samples of each side, taken in turn after one warm-up of each."""
+    for side in sides:
+        sample(side, calls)
+    taken: list[list[float]] = [[] for _ in sides]
+    for _ in range(samples):
+        for times, side in zip(taken, sides, strict=True):
+            times.append(sample(side, calls))
+    return taken
+
+
+def compare(
+    name: str, ours: Work, theirs: Work | None, calls: int, nbytes: int, samples: int, relative_rms: float | None = None
+) -> Row:
+    """Time two sides of the same work."""
+    sides = [ours] if theirs is None else [ours, theirs]
+    taken = alternate(sides, calls, samples)
+    other = None if theirs is None else median(taken[1])
+    return Row(name, median(taken[0]), other, nbytes, relative_rms, (min(taken[0]), max(taken[0])))
+
+
+def relative_rms(result: mx.array, reference: mx.array) -> float:
+    result, reference = result.astype(mx.float32), reference.astype(mx.float32)
+    return float(mx.sqrt(((result - reference) ** 2).sum() / (reference**2).sum()))
+
+
+def copy_bandwidth(nbytes: int, samples: int = 7) -> float:
+    """GB/s of an elementwise pass over a large array, bytes read plus bytes written."""
+    array = mx.zeros((nbytes // 4,), mx.uint32)
+    mx.eval(array)
+
+    def work() -> list[mx.array]:
+        return [array + 1]
+
+    sample(work, 1)
+    return 2 * nbytes / min(sample(work, 1) for _ in range(samples)) / 1e3

@@ -1,0 +1,95 @@
+"""Which implementation a dispatcher runs."""
+
+from importlib import import_module
+
+import mlx.core as mx
+import pytest
+
+from flash_moe_mlx.ops import dequant_matvec, expert_ffn, gated_delta, gated_delta_conv_step, kernel_source, moe_combine
+from flash_moe_mlx.ops.backend import backend, use_kernels
+
+from .oracle import make_bank
+
+
+@pytest.fixture
+def gpu_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pretend that there is a GPU; returns the names of the kernels that were launched."""
+    names: list[str] = []
+
+    def launch(name, inputs, outputs, template, grid, threadgroup):
+        names.append(name)
+        return [mx.zeros(shape, dtype) for shape, dtype in outputs]
+
+    monkeypatch.setattr(kernel_source, "launch", launch)
+    # The package has a function of the module's name.
+    monkeypatch.setattr(import_module("flash_moe_mlx.ops.backend"), "backend", lambda: "metal")
+    return names
+
+
+def run_all() -> None:
+    bank, _ = make_bank(64, 64, 2, (4, 4, 4), (64, 64, 64))
+    y = expert_ffn(mx.zeros((1, 64)), bank, mx.zeros((1, 2), mx.uint32))
+    moe_combine(y, mx.zeros((1, 2)), None, None, None)
+    packed = mx.quantize(mx.zeros((8, 64)), group_size=64, bits=4)
+    dequant_matvec(mx.zeros((1, 64)), *packed, bits=4, group_size=64)
+    q, v, a = mx.zeros((1, 2, 1, 32)), mx.zeros((1, 2, 1, 32)), mx.zeros((1, 2, 1))
+    one, state = mx.zeros((1,)), mx.zeros((1, 1, 32, 32))
+    gated_delta(q, q, v, a, a, one, one, state)
+    qkv, conv = mx.zeros((1, 1, 96)), mx.zeros((1, 3, 96))
+    gated_delta_conv_step(qkv, conv, mx.zeros((96, 4)), a[:, :1], a[:, :1], one, one, state, k_heads=1)
+
+
+ALL = ["expert_gate_up", "expert_down", "moe_combine", "dequant_matvec", "gated_delta", "gated_delta_conv_step"]
+
+
+def test_a_gpu_runs_the_kernels(gpu_launches):
+    run_all()
+    assert gpu_launches == ALL
+
+
+def test_the_switch_runs_the_references(gpu_launches, monkeypatch):
+    monkeypatch.setenv("FLASH_MOE_REFERENCE", "1")
+    run_all()
+    assert gpu_launches == []
+    monkeypatch.setenv("FLASH_MOE_REFERENCE", "0")
+    run_all()
+    assert gpu_launches == ALL
+
+
+def test_the_cpu_launches_nothing(monkeypatch):
+    monkeypatch.setattr(kernel_source, "launch", None)
+    with mx.stream(mx.cpu):
+        run_all()
+
+
+def test_what_the_kernels_do_not_know_runs_the_reference(gpu_launches):
+    bank, _ = make_bank(64, 64, 2, (4, 4, 0), (64, 64, 0))
+    expert_ffn(mx.zeros((1, 64)), bank, mx.zeros((1, 2), mx.uint32))
+    q, a, one = mx.zeros((1, 1, 1, 24)), mx.zeros((1, 1, 1)), mx.zeros((1,))
+    gated_delta(q, q, q, a, a, one, one, None)
+    moe_combine(mx.zeros((1, 2, 6)), mx.zeros((1, 2)), None, None, None)
+    assert gpu_launches == []
+
+
+def test_many_rows_are_a_matrix_product(gpu_launches):
+    packed = mx.quantize(mx.random.normal((8, 64)), group_size=64, bits=4)
+    y = dequant_matvec(mx.random.normal((9, 64)), *packed, bits=4, group_size=64)
+    assert y.shape == (9, 8)
+    assert gpu_launches == []
+
+
+def test_backend_names_the_default_device():
+    with mx.stream(mx.cpu):
+        assert backend() == "cpu"
+        assert not use_kernels()
+    if mx.metal.is_available() or (hasattr(mx, "cuda") and mx.cuda.is_available()):
+        with mx.stream(mx.gpu):
+            assert backend() in ("metal", "cuda")
+            assert use_kernels()
+
+
+@pytest.mark.gpu
+def test_dispatchers_run_on_the_gpu():
+    with mx.stream(mx.gpu):
+        run_all()
+        mx.synchronize()
