@@ -1,6 +1,7 @@
 """load(): from a path or a repository to a model that streams its experts, under a memory limit from the first byte."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from .streaming import StreamingEngine
 logger = logging.getLogger(__name__)
 
 _SMALL_BUFFER_CACHE = 4 << 20
+_HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]  # of httpx or, since huggingface-hub 2, of httpx2
 
 
 def load(
@@ -66,8 +68,12 @@ def load(
     """
     streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
     prepared = _prepare(_resolve(path_or_repo, revision), streaming)
-    config = load_mlx_lm_config(prepared.checkpoint.directory)
-    tokenizer = _load_tokenizer(prepared.checkpoint.directory, config, tokenizer_config)
+    try:
+        config = load_mlx_lm_config(prepared.checkpoint.directory)
+        tokenizer = _load_tokenizer(prepared.checkpoint.directory, config, tokenizer_config)
+    except BaseException:
+        prepared.store.close()
+        raise
     model = prepared.load()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
@@ -87,19 +93,19 @@ def load_model(
 
 
 def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
-    path = Path(path_or_repo).expanduser()
-    if path.exists():
-        return path
-    name = str(path_or_repo)
+    name = os.fspath(path_or_repo)
+    # os.path's: they answer for a name that is no path at all too, where Path's raise.
+    if os.path.exists(path := os.path.expanduser(name)):
+        return Path(path)
     if isinstance(path_or_repo, Path) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"[load] {name} must be a directory or a hub repository, got neither. Check the path.")
     try:
         return Path(snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
-    # OSError covers the network's own errors and "not in the local cache".
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
+    # OSError covers "not in the local cache", HTTPError what goes wrong between here and the hub.
+    except (_HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"[load] {name} must be a local directory or a repository that the hub serves, got "
-            f"{type(error).__name__}: {str(error).splitlines()[0]} Check name and network, or pass a local path."
+            f"[load] {name} must be a local directory or a repository that the hub serves, got {_brief(error)} "
+            "Check name and network, or pass a local path."
         ) from error
 
 
@@ -107,12 +113,25 @@ def _load_tokenizer(directory: Path, config: Mapping[str, Any], extra: dict[str,
     text = config.get("text_config") or {}
     eos = config.get("eos_token_id") or text.get("eos_token_id")
     try:
-        return load_tokenizer(directory, extra, eos_token_ids=eos)
-    except (OSError, ValueError) as error:
+        tokenizer = load_tokenizer(directory, extra, eos_token_ids=eos)
+    # What transformers and mlx_lm raise for files that are JSON and no tokenizer.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
         raise CheckpointError(
-            f"[{directory}] must hold a tokenizer that transformers can load, got {type(error).__name__}: "
-            f"{str(error).splitlines()[0]} Download the tokenizer files, or use load_model."
+            f"[{directory.name}] must hold a tokenizer that transformers can load, got {_brief(error)} "
+            "Download the tokenizer files, or use load_model."
         ) from error
+    # Without files transformers makes one up that knows its special tokens and nothing else.
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"[{directory.name}] must hold a tokenizer with a vocabulary, got {tokenizer.vocab_size} tokens. "
+            "Download tokenizer.json or the files it stands for, or use load_model."
+        )
+    return tokenizer
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
 
 
 @dataclass(frozen=True)
