@@ -3,10 +3,14 @@
 import gc
 import os
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
@@ -126,6 +130,64 @@ def test_an_interrupt_in_a_real_wait(loaded: Loaded, expected: dict[int, list[in
     assert reads.calls > 40
     assert reads.running == 0
     assert run(loaded) == expected[17]
+
+
+def interrupted_at(instruction: int, call: Callable[[], object]) -> bool:
+    """Call with a KeyboardInterrupt before the given bytecode instruction of cache.py, streaming.py and moe.py."""
+    count = 0
+
+    def local(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if event == "opcode":
+            count += 1
+            if count == instruction:
+                raise KeyboardInterrupt
+        return local
+
+    def begin(frame: FrameType, event: str, argument: object) -> Any:
+        if not frame.f_code.co_filename.endswith(("/cache.py", "/streaming.py", "/moe.py")):
+            return None
+        frame.f_trace_opcodes = True
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(begin)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def is_free(lock: Any) -> bool:
+    """Whether another thread could take it."""
+    free: list[bool] = []
+
+    def take() -> None:
+        free.append(lock.acquire(blocking=False))
+        if free[0]:
+            lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return free[0]
+
+
+def test_an_interrupt_between_any_two_instructions(loaded: Loaded):
+    """Ctrl-C comes where it likes: the steps after it are right, and another thread gets its turn."""
+    model, _ = loaded
+    steps = [mx.array([[token]]) for token in PROMPT[:3]]
+    right = [np.array(model(step)) for step in steps]
+    instruction = 1
+    while interrupted_at(instruction, lambda: mx.eval(model(steps[0]))):
+        assert is_free(model.streaming.lock), f"locked by an interrupt at instruction {instruction}"
+        for step, logits in zip(steps[1:], right[1:], strict=True):
+            assert np.array_equal(np.array(model(step)), logits), f"wrong after an interrupt at {instruction}"
+        instruction += 89
+    assert instruction > 1000
 
 
 def test_a_generator_closed_early(loaded: Loaded, expected: dict[int, list[int]]):
