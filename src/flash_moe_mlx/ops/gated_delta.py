@@ -6,6 +6,7 @@ import mlx.core as mx
 
 from . import kernel_source
 from .backend import use_kernels
+from .cpu import use_cpu_kernels
 
 L2_EPS = 1e-6
 """Added to the sum of squares of q and of k before the root, as transformers and mlx-lm do."""
@@ -43,6 +44,21 @@ def conv1d_silu(
     Returns:
         (y, new state): (B, T, C) in the dtype of x, (B, taps - 1, C) in the dtype of conv_state. Sums are float32.
     """
+    if use_cpu_kernels():
+        from .cpu import delta
+
+        return delta.conv1d_silu(x, conv_state, weight, mask, lengths)
+    return conv1d_silu_reference(x, conv_state, weight, mask, lengths)
+
+
+def conv1d_silu_reference(
+    x: mx.array,
+    conv_state: mx.array,
+    weight: mx.array,
+    mask: mx.array | None = None,
+    lengths: mx.array | None = None,
+) -> tuple[mx.array, mx.array]:
+    """``conv1d_silu`` in plain MLX operations."""
     taps = weight.shape[1]
     weight = weight.reshape(weight.shape[0], taps).astype(mx.float32)
     if mask is not None:
@@ -203,6 +219,10 @@ def gated_delta(
 
     Reference: Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464.
     """
+    if use_cpu_kernels():
+        from .cpu import delta
+
+        return delta.gated_delta(q, k, v, a, b, A_log, dt_bias, state, mask)
     if use_kernels() and has_kernel(k.shape[3]):
         return gated_delta_kernel(q, k, v, a, b, A_log, dt_bias, state, mask)
     return gated_delta_reference(q, k, v, a, b, A_log, dt_bias, state, mask)
@@ -222,7 +242,7 @@ def gated_delta_conv_step_reference(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """``gated_delta_conv_step`` in plain MLX operations."""
     batch, v_heads, v_dim, k_dim = state.shape
-    mixed, new_conv_state = conv1d_silu(qkv, conv_state, conv_weight)
+    mixed, new_conv_state = conv1d_silu_reference(qkv, conv_state, conv_weight)
     q, k, v = mx.split(mixed, [k_heads * k_dim, 2 * k_heads * k_dim], axis=-1)
     y, new_state = gated_delta_reference(
         q.reshape(batch, 1, k_heads, k_dim),
@@ -304,6 +324,10 @@ def gated_delta_conv_step(
     Returns:
         (y, new conv_state, new state): (B, 1, Hv, Dv) in the dtype of qkv, and both states as they came.
     """
+    if use_cpu_kernels():
+        from .cpu import delta
+
+        return delta.gated_delta_conv_step(qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, k_heads)
     if use_kernels() and has_kernel(state.shape[3]):
         return gated_delta_conv_step_kernel(qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, k_heads=k_heads)
     return gated_delta_conv_step_reference(qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state, k_heads=k_heads)

@@ -10,7 +10,7 @@ from .arrays import address, empty, floats, result, view
 from .elementwise import sigmoid
 from .jit import VECTORISED, compiled, serial
 from .threads import run
-from .vector_ir import add_one, load_f32, store_f32
+from .vector_ir import add_one, load_f32
 
 STATE_ROWS = 16
 """Rows of a head's state that a thread draws at once."""
@@ -49,7 +49,7 @@ def _normalise(q, k, heads, dims, ratio, a, b, a_log, dt_bias, keys, gates):  # 
                     z = a[row, t, value_head] + dt_bias[value_head]
                     softplus = max(z, np.float32(0.0)) + math.log1p(math.exp(-abs(z)))
                     gates[row, t, value_head, 0] = math.exp(-math.exp(a_log[value_head]) * softplus)
-                    gates[row, t, value_head, 1] = np.float32(1.0) / (np.float32(1.0) + math.exp(-b[row, t, value_head]))
+                    gates[row, t, value_head, 1] = 1.0 / (1.0 + math.exp(-b[row, t, value_head]))
                     gates[row, t, value_head, 2] = qk * q_scale * k_scale
 
 
@@ -210,3 +210,23 @@ def conv1d_silu(
         if mask is not None:
             new_state[n, old:][~kept[n, start:end]] = 0.0
     return result(y, x.dtype), mx.array(new_state).astype(conv_state.dtype)
+
+
+def gated_delta_conv_step(
+    qkv: mx.array,
+    conv_state: mx.array,
+    conv_weight: mx.array,
+    a: mx.array,
+    b: mx.array,
+    A_log: mx.array,
+    dt_bias: mx.array,
+    state: mx.array,
+    k_heads: int,
+) -> tuple[mx.array, mx.array, mx.array]:
+    """As ``ops.gated_delta_conv_step``."""
+    batch, v_heads, v_dim, k_dim = state.shape
+    mixed, new_conv_state = conv1d_silu(qkv, conv_state, conv_weight)
+    q, k, v = mx.split(mixed, [k_heads * k_dim, 2 * k_heads * k_dim], axis=-1)
+    q, k = q.reshape(batch, 1, k_heads, k_dim), k.reshape(batch, 1, k_heads, k_dim)
+    y, new_state = gated_delta(q, k, v.reshape(batch, 1, v_heads, v_dim), a, b, A_log, dt_bias, state)
+    return y, new_conv_state, new_state

@@ -76,7 +76,9 @@ def make_unpack(bits: int, kind: int, group_size: int) -> Callable[..., None]:
     words_a_block = bits if bits else {BF16: 16, F16: 16, F32: 32}[kind]
 
     @intrinsic
-    def unpack(typing_context, weights, row_bytes, last, first_block, blocks, scales, biases, tile):  # type: ignore[no-untyped-def]
+    def unpack(  # type: ignore[no-untyped-def]
+        typing_context, weights, row_bytes, last, first_block, blocks, scales, biases, tile
+    ):
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
             weights, row_bytes, last, first_block, blocks, scales, biases, tile = arguments
