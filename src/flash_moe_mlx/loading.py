@@ -3,6 +3,7 @@
 import logging
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -68,12 +69,11 @@ def load(
     """
     streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
     prepared = _prepare(_resolve(path_or_repo, revision), streaming)
-    try:
+    with ExitStack() as undo:
+        undo.callback(prepared.store.close)
         config = load_mlx_lm_config(prepared.checkpoint.directory)
         tokenizer = _load_tokenizer(prepared.checkpoint.directory, config, tokenizer_config)
-    except BaseException:
-        prepared.store.close()
-        raise
+        undo.pop_all()
     model = prepared.load()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
@@ -147,8 +147,8 @@ class _Prepared:
     def load(self) -> Any:
         model, checkpoint = self.family.model, self.checkpoint
         # Freed buffers would pile up behind the limit's back while tensors are converted.
-        buffer_cache = BufferCacheShare(_SMALL_BUFFER_CACHE)
-        try:
+        with ExitStack() as undo, BufferCacheShare(_SMALL_BUFFER_CACHE):
+            undo.callback(self.store.close)
             self._load_dense()
             engine = StreamingEngine(
                 self.store,
@@ -160,11 +160,7 @@ class _Prepared:
                 self.family.num_experts_per_tok,
                 self.family.lossy,
             )
-        except BaseException:
-            self.store.close()
-            raise
-        finally:
-            buffer_cache.close()
+            undo.pop_all()
         model.attach(engine)
         model.eval()
         return model
@@ -187,7 +183,8 @@ def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:
     if limit_bytes is None:
         limit_bytes = default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
     store = ExpertStore(checkpoint, io="pread" if streaming.io == "auto" else streaming.io)
-    try:
+    with ExitStack() as undo:
+        undo.callback(store.close)
         divide(
             limit_bytes,
             family.costs,
@@ -201,9 +198,7 @@ def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:
             length=streaming.max_context,
             io_buffer_bytes=store.buffer_bytes,
         )
-    except BaseException:
-        store.close()
-        raise
+        undo.pop_all()
     return _Prepared(checkpoint, family, streaming, limit_bytes, store)
 
 
