@@ -19,8 +19,11 @@ LANES = 8
 ROWS = 1
 """Rows of the state that a lane holds."""
 
-STEPS = 16
-"""Tokens prepared at a time: 16 KiB of threadgroup memory for heads of 128."""
+STAGED_VALUES = 2048
+"""Values of q (and of k) prepared at a time: 16 KiB of threadgroup memory in all."""
+
+MAX_STEPS = 16
+"""Tokens prepared at a time, as far as STAGED_VALUES allows."""
 
 
 def conv1d_silu(
@@ -178,7 +181,7 @@ def gated_delta_kernel(
         # Without a mask any array stands in: the kernel does not read it.
         [q, k, v, a, b, A_log.astype(mx.float32), dt_bias.astype(mx.float32), state, state if mask is None else mask],
         [((batch, steps, v_heads, v_dim), q.dtype), (state.shape, mx.float32)],
-        [("X", q.dtype), ("HAS_MASK", mask is not None), ("STEPS", STEPS), *template],
+        [("X", q.dtype), ("HAS_MASK", mask is not None), ("STEPS", min(MAX_STEPS, STAGED_VALUES // k_dim)), *template],
         state_grid(template, batch),
         (SIMD_WIDTH, simd_groups, 1),
     )

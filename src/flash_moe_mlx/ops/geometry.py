@@ -94,8 +94,9 @@ def choose_geometry(
             )
     bits = quantizations[0][0]
     same = all(other == bits for other, _ in quantizations)
-    # A chunk of 64 two-bit weights is one 16-byte load, as 32 four-bit ones are.
-    chunk = 64 if same and bits == 2 and columns % 64 == 0 else 32
+    # A chunk of 64 two-bit weights is one 16-byte load, as 32 four-bit ones are. A full step of more than two rows
+    # of x would not fit in threadgroup memory.
+    chunk = 64 if same and bits == 2 and columns % 64 == 0 and x_rows <= 2 else 32
     lanes = choose_lanes(columns // chunk)
     step = chunk * lanes
     tile = min(columns, max(step, staged_values // x_rows // step * step))

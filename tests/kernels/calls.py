@@ -1,0 +1,78 @@
+"""One call of every kernel through its wrapper, at a small but complete configuration."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from flash_moe_mlx.ops import kernel_source
+from flash_moe_mlx.ops.dequant_matvec import dequant_matvec_kernel
+from flash_moe_mlx.ops.expert_ffn import expert_ffn_kernel
+from flash_moe_mlx.ops.gated_delta import gated_delta_conv_step_kernel, gated_delta_kernel
+from flash_moe_mlx.ops.moe_combine import moe_combine_kernel
+
+from ..ops.oracle import make_bank
+
+BF16 = mx.bfloat16
+HIDDEN, WIDTH, K = 256, 128, 3
+
+
+def experts() -> mx.array:
+    bank, _ = make_bank(HIDDEN, WIDTH, 4, (4, 4, 4), (64, 64, 64))
+    return expert_ffn_kernel(mx.random.normal((1, HIDDEN)).astype(BF16), bank, mx.array([[2, 0, 2]], mx.uint32))
+
+
+def matvec() -> mx.array:
+    packed, scales, biases = mx.quantize(mx.random.normal((40, HIDDEN)).astype(BF16), group_size=64, bits=4)
+    return dequant_matvec_kernel(mx.random.normal((2, HIDDEN)), packed, scales, biases, bits=4, group_size=64)
+
+
+def combine() -> mx.array:
+    shared, residual = (mx.random.normal((2, HIDDEN)).astype(BF16) for _ in range(2))
+    y, weights, gate = mx.random.normal((2, K, HIDDEN)), mx.random.uniform(shape=(2, K)), mx.random.normal((2, 1))
+    return moe_combine_kernel(y, weights, shared, gate.astype(BF16), residual)
+
+
+def delta() -> mx.array:
+    shapes = [(2, 32), (2, 32), (4, 40), (4,), (4,)]
+    arrays = [mx.random.normal((2, 19, *shape)).astype(BF16) for shape in shapes]
+    mask = mx.arange(19)[None] >= mx.array([[0], [3]])
+    return gated_delta_kernel(*arrays, mx.zeros((4,)), mx.ones((4,)), mx.random.normal((2, 4, 40, 32)), mask)[1]
+
+
+def delta_conv() -> mx.array:
+    channels = 2 * 2 * 32 + 4 * 40
+    qkv, conv_state, weight = (mx.random.normal(shape).astype(BF16) for shape in
+                               ((2, 1, channels), (2, 3, channels), (channels, 4)))  # fmt: skip
+    a, b = (mx.random.normal((2, 1, 4)).astype(BF16) for _ in range(2))
+    state = mx.random.normal((2, 4, 40, 32))
+    return gated_delta_conv_step_kernel(
+        qkv, conv_state, weight, a, b, mx.zeros((4,)), mx.ones((4,)), state, k_heads=2
+    )[2]  # fmt: skip
+
+
+CALLS: dict[str, Callable[[], mx.array]] = {
+    "expert_gate_up": experts,
+    "expert_down": experts,
+    "dequant_matvec": matvec,
+    "moe_combine": combine,
+    "gated_delta": delta,
+    "gated_delta_conv_step": delta_conv,
+}
+"""A wrapper's call for each kernel file."""
+
+
+def record(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Any, ...]:
+    """What the wrapper hands to ``kernel_source.launch`` for one kernel."""
+    launches: dict[str, tuple[Any, ...]] = {}
+
+    def launch(kernel: str, inputs: Any, outputs: Any, *rest: Any) -> list[mx.array]:
+        launches[kernel] = (kernel, inputs, outputs, *rest)
+        return [mx.random.normal(shape).astype(dtype) for shape, dtype in outputs]
+
+    mx.random.seed(0)
+    monkeypatch.setattr(kernel_source, "launch", launch)
+    CALLS[name]()
+    monkeypatch.undo()
+    return launches[name]

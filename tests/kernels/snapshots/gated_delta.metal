@@ -1,0 +1,209 @@
+#define FM_FN inline
+#define FM_THREADGROUP_ARRAY(type, name, count) threadgroup type name[count]
+FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
+FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+FM_FN float fm_softplus(float x) {
+  const float e = metal::exp(-metal::abs(x));
+  const float u = 1.0f + e;
+  const float log1p = u > 1.0f ? metal::log(u) * (e / (u - 1.0f)) : e;
+  return metal::max(x, 0.0f) + log1p;
+}
+FM_FN float fm_sigmoid(float x) { return 1.0f / (1.0f + metal::exp(-x)); }
+template <int LANES>
+FM_FN float fm_lane_sum(float value) {
+#pragma unroll
+  for (int mask = LANES / 2; mask > 0; mask >>= 1) {
+    value += simd_shuffle_xor(value, ushort(mask));
+  }
+  return value;
+}
+template <int DK, int LANES, int ROWS>
+FM_FN void fm_delta_step(
+    thread float4 (&state)[ROWS][DK / LANES / 4],
+    const threadgroup float* query,
+    const threadgroup float* key,
+    float decay,
+    float beta,
+    float key_query,
+    float query_scale,
+    float key_scale,
+    uint lane,
+    const thread float (&value)[ROWS],
+    thread float (&out)[ROWS]) {
+  constexpr int PIECES = DK / LANES / 4;
+  const threadgroup float4* q = (const threadgroup float4*)query;
+  const threadgroup float4* k = (const threadgroup float4*)key;
+  float read[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    read[r] = 0.0f;
+    out[r] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) {
+    const float4 qi = q[i * LANES + lane];
+    const float4 ki = k[i * LANES + lane];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      float4 s = state[r][i];
+      s.x *= decay;
+      s.y *= decay;
+      s.z *= decay;
+      s.w *= decay;
+      read[r] = metal::fma(s.x, ki.x, metal::fma(s.y, ki.y, metal::fma(s.z, ki.z, metal::fma(s.w, ki.w, read[r]))));
+      out[r] = metal::fma(s.x, qi.x, metal::fma(s.y, qi.y, metal::fma(s.z, qi.z, metal::fma(s.w, qi.w, out[r]))));
+      state[r][i] = s;
+    }
+  }
+  float change[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const float residual = metal::fma(-key_scale, fm_lane_sum<LANES>(read[r]), value[r]);
+    change[r] = residual * beta;
+    out[r] = metal::fma(change[r], key_query, query_scale * fm_lane_sum<LANES>(out[r]));
+    change[r] *= key_scale;
+  }
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) {
+    const float4 ki = k[i * LANES + lane];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      float4 s = state[r][i];
+      s.x = metal::fma(change[r], ki.x, s.x);
+      s.y = metal::fma(change[r], ki.y, s.y);
+      s.z = metal::fma(change[r], ki.z, s.z);
+      s.w = metal::fma(change[r], ki.w, s.w);
+      state[r][i] = s;
+    }
+  }
+}
+template <typename X, bool HAS_MASK, int STEPS, int HK, int HV, int DK, int DV, int LANES, int ROWS, int SIMD_GROUPS>
+[[kernel]] void custom_kernel_flash_moe_gated_delta__bfloat16_t_1_16_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float(
+  const device bfloat16_t* queries [[buffer(0)]],
+  const device bfloat16_t* keys [[buffer(1)]],
+  const constant int* keys_shape [[buffer(2)]],
+  const device bfloat16_t* values [[buffer(3)]],
+  const device bfloat16_t* decay_in [[buffer(4)]],
+  const device bfloat16_t* beta_in [[buffer(5)]],
+  const constant float* A_log [[buffer(6)]],
+  const constant float* dt_bias [[buffer(7)]],
+  const device float* state_in [[buffer(8)]],
+  const device bool* mask [[buffer(9)]],
+  device bfloat16_t* y [[buffer(10)]],
+  device float* state_out [[buffer(11)]],
+  uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
+  uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
+  uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+constexpr int TILE_ROWS = SIMD_GROUPS * (32 / LANES) * ROWS;
+FM_THREADGROUP_ARRAY(float4, query_memory, STEPS * DK / 4);
+FM_THREADGROUP_ARRAY(float4, key_memory, STEPS * DK / 4);
+FM_THREADGROUP_ARRAY(float, value_memory, STEPS * TILE_ROWS);
+FM_THREADGROUP_ARRAY(float, decay_memory, STEPS);
+FM_THREADGROUP_ARRAY(float, beta_memory, STEPS);
+FM_THREADGROUP_ARRAY(float, dot_memory, STEPS);
+threadgroup float* query = (threadgroup float*)query_memory;
+threadgroup float* key = (threadgroup float*)key_memory;
+const uint lane = thread_index_in_simdgroup;
+const uint simd_group = simdgroup_index_in_threadgroup;
+const uint batch = threadgroup_position_in_grid.x / HV;
+const uint head = threadgroup_position_in_grid.x % HV;
+const uint key_head = head / (HV / HK);
+const uint tile_row = threadgroup_position_in_grid.y * TILE_ROWS;
+const uint own_row = (simd_group * (32 / LANES) + lane / LANES) * ROWS;
+const uint lane_in_row = lane % LANES;
+const uint length = keys_shape[1];
+float4 state[ROWS][DK / LANES / 4];
+const device float4* state_source = (const device float4*)state_in + size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
+device float4* state_target = (device float4*)state_out + size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
+#pragma unroll
+for (int r = 0; r < ROWS; r++) {
+  const uint row = metal::min(tile_row + own_row + r, uint(DV - 1));
+#pragma unroll
+  for (int i = 0; i < DK / LANES / 4; i++) {
+    state[r][i] = state_source[row * (DK / 4) + i * LANES + lane_in_row];
+  }
+}
+for (uint start = 0; start < length; start += STEPS) {
+  const uint steps = metal::min(uint(STEPS), length - start);
+  if (start > 0) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  for (uint step = simd_group; step < steps; step += SIMD_GROUPS) {
+    const size_t token = size_t(batch) * length + start + step;
+    const size_t source = (token * HK + key_head) * DK;
+    float q[DK / 32];
+    float k[DK / 32];
+    float q_squares = 0.0f;
+    float k_squares = 0.0f;
+    float product = 0.0f;
+#pragma unroll
+    for (int i = 0; i < DK / 32; i++) {
+      q[i] = float(queries[source + i * 32 + lane]);
+      k[i] = float(keys[source + i * 32 + lane]);
+      q_squares = metal::fma(q[i], q[i], q_squares);
+      k_squares = metal::fma(k[i], k[i], k_squares);
+      product = metal::fma(q[i], k[i], product);
+    }
+    const float q_scale = 1.0f / (metal::sqrt(simd_sum(q_squares) + 1e-6f) * metal::sqrt(float(DK)));
+    const float k_scale = 1.0f / metal::sqrt(simd_sum(k_squares) + 1e-6f);
+    product = simd_sum(product) * q_scale * k_scale;
+#pragma unroll
+    for (int i = 0; i < DK / 32; i++) {
+      query[step * DK + i * 32 + lane] = q[i] * q_scale;
+      key[step * DK + i * 32 + lane] = k[i] * k_scale;
+    }
+    if (lane == 0) {
+      const float rate = metal::exp(float(A_log[head]));
+      const float time = fm_softplus(float(decay_in[token * HV + head]) + float(dt_bias[head]));
+      decay_memory[step] = metal::exp(-rate * time);
+      beta_memory[step] = fm_sigmoid(float(beta_in[token * HV + head]));
+      dot_memory[step] = product;
+    }
+  }
+  for (uint i = simd_group * 32 + lane; i < steps * TILE_ROWS; i += SIMD_GROUPS * 32) {
+    const size_t token = size_t(batch) * length + start + i / TILE_ROWS;
+    const uint row = metal::min(tile_row + i % TILE_ROWS, uint(DV - 1));
+    value_memory[i] = float(values[(token * HV + head) * DV + row]);
+  }
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  for (uint step = 0; step < steps; step++) {
+    const size_t token = size_t(batch) * length + start + step;
+    float value[ROWS];
+    float out[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      value[r] = value_memory[step * TILE_ROWS + own_row + r];
+      out[r] = 0.0f;
+    }
+    bool real = true;
+    if (HAS_MASK) {
+      real = mask[token];
+    }
+    if (real) {
+      fm_delta_step<DK, LANES, ROWS>(
+          state, query + step * DK, key + step * DK, decay_memory[step], beta_memory[step], dot_memory[step],
+          1.0f, 1.0f, lane_in_row, value, out);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const uint row = tile_row + own_row + r;
+      if (lane_in_row == 0 && row < DV) {
+        y[(token * HV + head) * DV + row] = static_cast<X>(out[r]);
+      }
+    }
+  }
+}
+#pragma unroll
+for (int r = 0; r < ROWS; r++) {
+  const uint row = tile_row + own_row + r;
+  if (row < DV) {
+#pragma unroll
+    for (int i = 0; i < DK / LANES / 4; i++) {
+      state_target[row * (DK / 4) + i * LANES + lane_in_row] = state[r][i];
+    }
+  }
+}
+
+}
+
+template [[host_name("custom_kernel_flash_moe_gated_delta__bfloat16_t_1_16_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float")]] [[kernel]] decltype(custom_kernel_flash_moe_gated_delta__bfloat16_t_1_16_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float<bfloat16_t, 1, 16, 2, 4, 32, 40, 8, 1, 4>) custom_kernel_flash_moe_gated_delta__bfloat16_t_1_16_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float<bfloat16_t, 1, 16, 2, 4, 32, 40, 8, 1, 4>;

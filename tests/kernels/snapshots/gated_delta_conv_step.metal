@@ -1,0 +1,198 @@
+#define FM_FN inline
+#define FM_THREADGROUP_ARRAY(type, name, count) threadgroup type name[count]
+FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
+FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+FM_FN float fm_softplus(float x) {
+  const float e = metal::exp(-metal::abs(x));
+  const float u = 1.0f + e;
+  const float log1p = u > 1.0f ? metal::log(u) * (e / (u - 1.0f)) : e;
+  return metal::max(x, 0.0f) + log1p;
+}
+FM_FN float fm_sigmoid(float x) { return 1.0f / (1.0f + metal::exp(-x)); }
+template <int LANES>
+FM_FN float fm_lane_sum(float value) {
+#pragma unroll
+  for (int mask = LANES / 2; mask > 0; mask >>= 1) {
+    value += simd_shuffle_xor(value, ushort(mask));
+  }
+  return value;
+}
+template <int DK, int LANES, int ROWS>
+FM_FN void fm_delta_step(
+    thread float4 (&state)[ROWS][DK / LANES / 4],
+    const threadgroup float* query,
+    const threadgroup float* key,
+    float decay,
+    float beta,
+    float key_query,
+    float query_scale,
+    float key_scale,
+    uint lane,
+    const thread float (&value)[ROWS],
+    thread float (&out)[ROWS]) {
+  constexpr int PIECES = DK / LANES / 4;
+  const threadgroup float4* q = (const threadgroup float4*)query;
+  const threadgroup float4* k = (const threadgroup float4*)key;
+  float read[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    read[r] = 0.0f;
+    out[r] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) {
+    const float4 qi = q[i * LANES + lane];
+    const float4 ki = k[i * LANES + lane];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      float4 s = state[r][i];
+      s.x *= decay;
+      s.y *= decay;
+      s.z *= decay;
+      s.w *= decay;
+      read[r] = metal::fma(s.x, ki.x, metal::fma(s.y, ki.y, metal::fma(s.z, ki.z, metal::fma(s.w, ki.w, read[r]))));
+      out[r] = metal::fma(s.x, qi.x, metal::fma(s.y, qi.y, metal::fma(s.z, qi.z, metal::fma(s.w, qi.w, out[r]))));
+      state[r][i] = s;
+    }
+  }
+  float change[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const float residual = metal::fma(-key_scale, fm_lane_sum<LANES>(read[r]), value[r]);
+    change[r] = residual * beta;
+    out[r] = metal::fma(change[r], key_query, query_scale * fm_lane_sum<LANES>(out[r]));
+    change[r] *= key_scale;
+  }
+#pragma unroll
+  for (int i = 0; i < PIECES; i++) {
+    const float4 ki = k[i * LANES + lane];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      float4 s = state[r][i];
+      s.x = metal::fma(change[r], ki.x, s.x);
+      s.y = metal::fma(change[r], ki.y, s.y);
+      s.z = metal::fma(change[r], ki.z, s.z);
+      s.w = metal::fma(change[r], ki.w, s.w);
+      state[r][i] = s;
+    }
+  }
+}
+template <typename X, int TAPS, int HK, int HV, int DK, int DV, int LANES, int ROWS, int SIMD_GROUPS>
+[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step__bfloat16_t_4_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float(
+  const device bfloat16_t* qkv [[buffer(0)]],
+  const device bfloat16_t* conv_in [[buffer(1)]],
+  const device bfloat16_t* conv_weight [[buffer(2)]],
+  const device bfloat16_t* decay_in [[buffer(3)]],
+  const device bfloat16_t* beta_in [[buffer(4)]],
+  const constant float* A_log [[buffer(5)]],
+  const constant float* dt_bias [[buffer(6)]],
+  const device float* state_in [[buffer(7)]],
+  device bfloat16_t* y [[buffer(8)]],
+  device bfloat16_t* conv_out [[buffer(9)]],
+  device float* state_out [[buffer(10)]],
+  uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
+  uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
+  uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+constexpr int TILE_ROWS = SIMD_GROUPS * (32 / LANES) * ROWS;
+constexpr int CHANNELS = 2 * HK * DK + HV * DV;
+FM_THREADGROUP_ARRAY(float4, query_memory, DK / 4);
+FM_THREADGROUP_ARRAY(float4, key_memory, DK / 4);
+FM_THREADGROUP_ARRAY(float, value_memory, TILE_ROWS);
+threadgroup float* query = (threadgroup float*)query_memory;
+threadgroup float* key = (threadgroup float*)key_memory;
+const uint lane = thread_index_in_simdgroup;
+const uint simd_group = simdgroup_index_in_threadgroup;
+const uint batch = threadgroup_position_in_grid.x / HV;
+const uint head = threadgroup_position_in_grid.x % HV;
+const uint key_head = head / (HV / HK);
+const uint tile_row = threadgroup_position_in_grid.y * TILE_ROWS;
+const uint own_row = (simd_group * (32 / LANES) + lane / LANES) * ROWS;
+const uint lane_in_row = lane % LANES;
+float4 state[ROWS][DK / LANES / 4];
+const device float4* state_source = (const device float4*)state_in + size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
+device float4* state_target = (device float4*)state_out + size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
+#pragma unroll
+for (int r = 0; r < ROWS; r++) {
+  const uint row = metal::min(tile_row + own_row + r, uint(DV - 1));
+#pragma unroll
+  for (int i = 0; i < DK / LANES / 4; i++) {
+    state[r][i] = state_source[row * (DK / 4) + i * LANES + lane_in_row];
+  }
+}
+const bool owns_key = head % (HV / HK) == 0 && threadgroup_position_in_grid.y == 0;
+for (uint i = simd_group * 32 + lane; i < 2 * DK + TILE_ROWS; i += SIMD_GROUPS * 32) {
+  const bool is_value = i >= 2 * DK;
+  const uint value_row = tile_row + i - 2 * DK;
+  uint channel = (i / DK) * (HK * DK) + key_head * DK + i % DK;
+  bool owned = owns_key;
+  if (is_value) {
+    channel = 2 * HK * DK + head * DV + metal::min(value_row, uint(DV - 1));
+    owned = value_row < DV;
+  }
+  float sum = 0.0f;
+#pragma unroll
+  for (int tap = 0; tap < TAPS - 1; tap++) {
+    const X old = conv_in[size_t(batch * (TAPS - 1) + tap) * CHANNELS + channel];
+    sum = metal::fma(float(conv_weight[channel * TAPS + tap]), float(old), sum);
+    if (owned && tap > 0) {
+      conv_out[size_t(batch * (TAPS - 1) + tap - 1) * CHANNELS + channel] = old;
+    }
+  }
+  const X newest = qkv[size_t(batch) * CHANNELS + channel];
+  sum = metal::fma(float(conv_weight[channel * TAPS + TAPS - 1]), float(newest), sum);
+  if (owned) {
+    conv_out[size_t(batch * (TAPS - 1) + TAPS - 2) * CHANNELS + channel] = newest;
+  }
+  const float mixed = float(static_cast<X>(sum * fm_sigmoid(sum)));
+  if (is_value) {
+    value_memory[i - 2 * DK] = mixed;
+  } else if (i >= DK) {
+    key[i - DK] = mixed;
+  } else {
+    query[i] = mixed;
+  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+float q_squares = 0.0f;
+float k_squares = 0.0f;
+float product = 0.0f;
+#pragma unroll
+for (int i = 0; i < DK / 32; i++) {
+  const float q = query[i * 32 + lane];
+  const float k = key[i * 32 + lane];
+  q_squares = metal::fma(q, q, q_squares);
+  k_squares = metal::fma(k, k, k_squares);
+  product = metal::fma(q, k, product);
+}
+const float q_scale = 1.0f / (metal::sqrt(simd_sum(q_squares) + 1e-6f) * metal::sqrt(float(DK)));
+const float k_scale = 1.0f / metal::sqrt(simd_sum(k_squares) + 1e-6f);
+product = simd_sum(product) * q_scale * k_scale;
+const uint token = batch * HV + head;
+const float time = fm_softplus(float(decay_in[token]) + float(dt_bias[head]));
+const float decay = metal::exp(-metal::exp(float(A_log[head])) * time);
+const float beta = fm_sigmoid(float(beta_in[token]));
+float value[ROWS];
+float out[ROWS];
+#pragma unroll
+for (int r = 0; r < ROWS; r++) {
+  value[r] = value_memory[own_row + r];
+  out[r] = 0.0f;
+}
+fm_delta_step<DK, LANES, ROWS>(state, query, key, decay, beta, product, q_scale, k_scale, lane_in_row, value, out);
+#pragma unroll
+for (int r = 0; r < ROWS; r++) {
+  const uint row = tile_row + own_row + r;
+  if (row < DV) {
+    if (lane_in_row == 0) {
+      y[size_t(token) * DV + row] = static_cast<X>(out[r]);
+    }
+#pragma unroll
+    for (int i = 0; i < DK / LANES / 4; i++) {
+      state_target[row * (DK / 4) + i * LANES + lane_in_row] = state[r][i];
+    }
+  }
+}
+
+}
+
+template [[host_name("custom_kernel_flash_moe_gated_delta_conv_step__bfloat16_t_4_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float")]] [[kernel]] decltype(custom_kernel_flash_moe_gated_delta_conv_step__bfloat16_t_4_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float<bfloat16_t, 4, 2, 4, 32, 40, 8, 1, 4>) custom_kernel_flash_moe_gated_delta_conv_step__bfloat16_t_4_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float<bfloat16_t, 4, 2, 4, 32, 40, 8, 1, 4>;
