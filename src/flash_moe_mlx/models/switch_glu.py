@@ -5,30 +5,30 @@ type, K and the size of the caches by a dry run, in which nothing is evaluated.
 """
 
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlx_lm.utils import _get_classes
 
 from ..checkpoint import Checkpoint
 from ..config import StreamingConfig
 from ..errors import CorruptError, MissingTensorError, RequestError, UnsupportedModelError
-from ..moe import LAZY_ROWS, RoutedExperts
+from ..expert_tensors import parse_name
+from ..moe import RoutedExperts
 from ..ops.backend import backend
 from ..streaming import StreamingEngine
 from .caches import context_length
-from .family import Family, convert, dense_bytes, load_bytes
+from .family import Family, convert, load_bytes
+from .switch_costs import CACHE_STEP, CacheGrowth, switch_glu_costs
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
-_FLOAT32 = 4
-_CACHE_STEP = 256  # tokens by which mlx_lm's caches grow
-_MARGIN = 32 << 20
+_K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+_PARTS_OF_SWITCH_GLU = {"gate_proj", "up_proj", "down_proj", "activation"}
 
 
 class StreamingSwitchGLU(nn.Module):
@@ -47,6 +47,8 @@ class StreamingSwitchGLU(nn.Module):
         """Outputs of each token's experts: x (..., H) and indices (..., K) to (..., K, H), in the dtype of x."""
         shape = (*indices.shape, x.shape[-1])
         if self.routed is None:
+            if x.shape[:-1] != indices.shape[:-1]:
+                raise ValueError(f"experts of layer {self.layer} are given {x.shape} and {indices.shape}")
             self.num_experts_per_tok = indices.shape[-1]
             return mx.zeros(shape, x.dtype)
         ids = np.array(indices.reshape(-1, indices.shape[-1]))
@@ -87,47 +89,6 @@ class StreamingModel:
         return logits if logits_to_keep is None else logits[:, -logits_to_keep:]
 
 
-@dataclass(frozen=True)
-class SwitchGLUCosts:
-    """ModelCosts of a model that is known by its parameters and caches alone.
-
-    Scratch is a generous estimate: mlx-lm's attention is not cut into blocks, so on the CPU all scores count.
-
-    Attributes:
-        dense_bytes: Weights kept in memory.
-        load_bytes: Most that loading one tensor needs beyond them.
-        fixed_state_bytes: Caches of a sequence that do not grow with it.
-        step_bytes: Growth of the caches of a sequence every 256 tokens.
-        widths: Hidden size, widest dense projection, expert width, vocabulary, experts, K, attention heads.
-    """
-
-    dense_bytes: int
-    load_bytes: int
-    fixed_state_bytes: int
-    step_bytes: int
-    hidden_size: int
-    widest: int
-    expert_width: int
-    vocab_size: int
-    num_experts: int
-    num_experts_per_tok: int
-    score_heads: int
-
-    def state_bytes(self, batch: int, length: int) -> int:
-        return batch * (self.fixed_state_bytes + -(-length // _CACHE_STEP) * self.step_bytes)
-
-    def scratch_bytes(self, batch: int, tokens: int, length: int) -> int:
-        rows = batch * tokens
-        routed = rows * self.num_experts_per_tok * self.hidden_size * 2
-        routing = 8 * rows * self.num_experts
-        dense = rows * (8 * self.widest + 8 * self.hidden_size)
-        lazy = min(rows * self.num_experts_per_tok, LAZY_ROWS + rows) * (3 * self.expert_width + 3 * self.hidden_size)
-        expert = 2 * self.expert_width * self.hidden_size
-        scores = 3 * batch * self.score_heads * tokens * length
-        logits = 4 * batch * self.vocab_size
-        return _FLOAT32 * (max(routed + lazy + expert, scores) + routing + dense + logits) + _MARGIN
-
-
 def prepare(
     checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
 ) -> Family:
@@ -144,37 +105,50 @@ def prepare(
         CorruptError: If config.json does not describe the checkpoint.
         RequestError: If num_experts_per_tok can't be had.
     """
-    config = dict(checkpoint.config)
     k = streaming.num_experts_per_tok
-    model = _build(config if k is None else config | {"num_experts_per_tok": k})
-    layers = _swap_experts(model, checkpoint)
-    weights = dict(model.sanitize(dict(stored)) if hasattr(model, "sanitize") else stored)
+    most = max(checkpoint.num_experts(layer) for layer in checkpoint.moe_layers)
+    if k is not None and k > most:
+        raise RequestError(f"[num_experts_per_tok] must be at most {most}, the experts of a layer, got {k}.")
+    config, trained = _with_experts_per_tok(checkpoint.config, k)
+    model = _build(config)
+    swapped = _swap_experts(model, checkpoint)
+    weights = {**stored, **_lazy_experts(checkpoint)}
+    weights = dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
+    weights = {name: v for name, v in weights.items() if not name.startswith(tuple(f"{path}." for path in swapped))}
     _quantize(model, weights, checkpoint)
     if backend() == "cpu":
         weights = convert(weights, lambda _, v: dtype if mx.issubdtype(v.dtype, mx.floating) else v.dtype)
-    fixed, step = _cache_bytes(model, dtype)
-    found = {module.num_experts_per_tok for module in layers}
+    caches = _cache_growth(model, dtype, str(config["model_type"]))
+    found = {module.num_experts_per_tok for module in swapped.values()}
     if k is not None and found != {k}:
         raise RequestError(f"[num_experts_per_tok] can't be changed for {config['model_type']}, got {k}. Leave it out.")
-    trained = config.get("num_experts_per_tok")
-    lossy = k is not None and k != trained
-    layout = checkpoint.layout(checkpoint.moe_layers[0])
-    vocab = max((v.shape[0] for name, v in weights.items() if "embed" in name and v.ndim == 2), default=0)
-    costs = SwitchGLUCosts(
-        dense_bytes=dense_bytes(weights),
-        load_bytes=load_bytes(stored),
-        fixed_state_bytes=fixed,
-        step_bytes=step,
-        hidden_size=layout.hidden_size,
-        widest=max((v.shape[0] for v in weights.values() if v.ndim == 2 and v.shape[0] != vocab), default=0),
-        expert_width=layout.intermediate_size,
-        vocab_size=vocab,
-        num_experts=max(checkpoint.num_experts(layer) for layer in checkpoint.moe_layers),
-        num_experts_per_tok=max(found),
-        score_heads=int(config.get("num_attention_heads", 1)) if backend() == "cpu" else 0,
-    )
     note = f"num_experts_per_tok={k} where the model was trained with {trained}"
-    return Family(model, weights, costs, max(found), (note,) if lossy else ())
+    return Family(
+        model=model,
+        weights=weights,
+        costs=switch_glu_costs(checkpoint, weights, load_bytes(stored), caches, max(found)),
+        num_experts_per_tok=max(found),
+        lossy=(note,) if k is not None and k != trained else (),
+    )
+
+
+def _with_experts_per_tok(config: Mapping[str, Any], k: int | None) -> tuple[dict[str, Any], Any]:
+    """The config with K put in, under whichever name the model has for it; and the model's own."""
+    config = {key: dict(value) if key == "text_config" else value for key, value in config.items()}
+    text = config.get("text_config", config)
+    name = next((name for name in _K_NAMES if name in text), None)
+    trained = None if name is None else text[name]
+    if name is not None and k is not None:
+        text[name] = k
+    return config, trained
+
+
+def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """The routed experts' tensors, never evaluated: what mlx-lm's sanitize does can depend on their names."""
+    experts: dict[str, mx.array] = {}
+    for path in checkpoint.expert_files:
+        experts |= {name: value for name, value in mx.load(str(path)).items() if parse_name(name)}
+    return experts
 
 
 def _build(config: dict[str, Any]) -> Any:
@@ -189,25 +163,28 @@ def _build(config: dict[str, Any]) -> Any:
         ) from error
     try:
         args = args_class.from_dict(config)
-    except (TypeError, ValueError, KeyError, AttributeError) as error:
+    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
         raise CorruptError(
             f"[config.json] must describe a {config['model_type']} model, got {error}. Restore the file."
         ) from error
     return type(f"Streaming{model_class.__name__}", (StreamingModel, model_class), {})(args)
 
 
-def _swap_experts(model: Any, checkpoint: Checkpoint) -> list[StreamingSwitchGLU]:
-    """Put a StreamingSwitchGLU in the place of every SwitchGLU."""
+def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwitchGLU]:
+    """Put a StreamingSwitchGLU in the place of every SwitchGLU; the new ones by path."""
     where = f"{checkpoint.config.get('model_type')}"
     swapped: dict[int, StreamingSwitchGLU] = {}
+    paths: dict[str, StreamingSwitchGLU] = {}
     for path, module in model.named_modules():
         if not isinstance(module, SwitchGLU):
             continue
+        if type(module) is not SwitchGLU or set(module.children()) - _PARTS_OF_SWITCH_GLU:
+            raise UnsupportedModelError(f"[{where}] experts must be a plain SwitchGLU, got {path}. Run it in mlx-lm.")
         match = _LAYER.search(f"{path}.")
         layer = int(match.group(1)) if match else -1
         if layer < 0 or layer in swapped:
-            raise UnsupportedModelError(f"[{where}] must have one SwitchGLU a layer, got {path}. It is not served.")
-        swapped[layer] = StreamingSwitchGLU(layer, module.activation)
+            raise UnsupportedModelError(f"[{where}] must have one SwitchGLU a layer, got {path}. Run it in mlx-lm.")
+        swapped[layer] = paths[path] = StreamingSwitchGLU(layer, module.activation)
         parent = model
         *parents, name = path.split(".")
         for part in parents:
@@ -216,9 +193,9 @@ def _swap_experts(model: Any, checkpoint: Checkpoint) -> list[StreamingSwitchGLU
     if sorted(swapped) != list(checkpoint.moe_layers):
         raise UnsupportedModelError(
             f"[{where}] mlx-lm's model must have a SwitchGLU in the layers {checkpoint.moe_layers} that have routed "
-            f"experts, got {sorted(swapped)}. Its experts can't be streamed."
+            f"experts, got {sorted(swapped)}. Its experts can't be streamed: run it in mlx-lm."
         )
-    return list(swapped.values())
+    return paths
 
 
 def _quantize(model: Any, weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> None:
@@ -242,12 +219,29 @@ def _quantize(model: Any, weights: Mapping[str, mx.array], checkpoint: Checkpoin
     nn.quantize(model, class_predicate=predicate)
 
 
-def _cache_bytes(model: Any, dtype: mx.Dtype) -> tuple[int, int]:
-    """Bytes of one sequence's caches that stay and that grow every 256 tokens, from dry runs of 1 and 257."""
-    sizes = []
-    for tokens in (1, _CACHE_STEP + 1):
-        cache = make_prompt_cache(model)
-        super(StreamingModel, model).__call__(mx.zeros((1, tokens), mx.int32), cache=cache)
-        sizes.append(sum(c.nbytes for c in cache) * dtype.size // _FLOAT32)
-    step = sizes[1] - sizes[0]
-    return max(sizes[0] - step, 0), step
+def _cache_growth(model: Any, dtype: mx.Dtype, where: str) -> list[CacheGrowth]:
+    """How each cache of one sequence grows, from dry runs: nothing is evaluated."""
+    runs = []
+    for tokens in (2, 2 + CACHE_STEP):  # of one token, a rotating cache would allocate ahead
+        caches = make_prompt_cache(model)
+        try:
+            super(StreamingModel, model).__call__(mx.zeros((1, tokens), mx.int32), cache=caches)
+        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+            raise UnsupportedModelError(
+                f"[{where}] mlx-lm's model must run with its experts replaced, got {type(error).__name__}: {error}. "
+                "Run it in mlx-lm."
+            ) from error
+        runs.append([leaf for cache in caches for leaf in _leaves(cache)])
+    return [
+        CacheGrowth(max(short.nbytes - step, 0), step * dtype.size // mx.float32.size, getattr(long, "max_size", None))
+        for short, long in zip(*runs, strict=True)
+        for step in (long.nbytes - short.nbytes,)
+    ]
+
+
+def _leaves(cache: Any) -> Iterator[Any]:
+    if isinstance(cache, CacheList):
+        for part in cache.caches:
+            yield from _leaves(part)
+    else:
+        yield cache
