@@ -3,6 +3,7 @@
 Everything is checked when the checkpoint is opened, so that no request meets a fault that headers could show.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,12 @@ from .quantization import QuantizationSettings, Stored, mlx_name
 from .record import Quantization, RecordLayout
 from .safetensors_header import TensorInfo, brief, read_json, read_shards
 
-_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts")
+_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_SIZES = (
+    # Experts of a latent width have a name of their own for it, which comes first.
+    (("routed_expert_hidden_size", "moe_hidden_size", "hidden_size"), "down_proj"),
+    (("moe_intermediate_size",), "gate_proj"),
+)
 _AGAIN = "Download the checkpoint again."
 
 # Modules that read the hidden state, in every architecture served: their width settles bits and group size, of
@@ -80,8 +86,9 @@ class Checkpoint:
         experts: dict[int, dict[tuple[str, str], dict[int | None, TensorInfo]]] = {}
         dense: dict[str, TensorInfo] = {}
         formats: dict[str, str] = {}
+        extra_layers = bool(self.setting("num_nextn_predict_layers"))
         for name, info in self.tensors.items():
-            if _is_skipped(name):
+            if _is_skipped(name) or (extra_layers and self._is_extra(name)):
                 continue
             key = parse_name(name)
             if key is None:
@@ -96,9 +103,12 @@ class Checkpoint:
                 )
             same[key.expert] = info
         if not experts:
+            advice = "Models without them run best in mlx-lm."
+            if self._num_experts():  # granitemoe's input_linear, say
+                advice = "Its own tool stores them otherwise: convert it with mlx_lm.convert."
             raise UnsupportedModelError(
                 f"[{directory.name}] must be a mixture-of-experts model, got no routed experts "
-                f"(model_type {brief(config.get('model_type'))}). Models without them run best in mlx-lm."
+                f"(model_type {brief(config.get('model_type'))}). {advice}"
             )
         if len(formats) > 1:
             raise UnsupportedModelError(
@@ -200,11 +210,14 @@ class Checkpoint:
         Raises:
             CorruptError: If it is there and is not an integer.
         """
-        text = self.config.get("text_config")
-        value = text[key] if isinstance(text, Mapping) and key in text else self.config.get(key)
+        value = self._raw(key)
         if value is not None and type(value) is not int:
             raise CorruptError(f"[config.json] {key} must be an integer, got {brief(value)}. {_AGAIN}")
         return value
+
+    def _raw(self, key: str) -> Any:
+        text = self.config.get("text_config")
+        return text[key] if isinstance(text, Mapping) and key in text else self.config.get(key)
 
     def _layer_of(self, layer: int) -> _Layer:
         try:
@@ -241,11 +254,14 @@ class Checkpoint:
         where = f"{self.directory.name} layer {layer}"
         num_experts, parts = layer_parts(self.format, where, found, self._num_experts())
         quantizations = resolve(where, found, parts, settings)
-        hidden, intermediate = parts["down_proj", "weight"].shape[0], parts["gate_proj", "weight"].shape[0]
-        for key, size in (("hidden_size", hidden), ("moe_intermediate_size", intermediate)):
-            stated = self.setting(key)
-            if stated is not None and stated != size:
-                raise CorruptError(f"[{where}] experts must have config.json's {key} {stated}, got {size}. {_AGAIN}")
+        for keys, projection in _EXPERT_SIZES:
+            size = parts[projection, "weight"].shape[0]
+            # Zero says that another key holds; a list, one a layer, is left to the model.
+            key = next((key for key in keys if not isinstance(self._raw(key), list) and self.setting(key)), None)
+            if key is not None and self.setting(key) != size:
+                raise CorruptError(
+                    f"[{where}] experts must have config.json's {key} {self.setting(key)}, got {size}. {_AGAIN}"
+                )
         specs = {key: (part.dtype, part.shape) for key, part in parts.items()}
         identity = (tuple(sorted(specs.items())), tuple(quantizations.items()))
         if identity not in layouts:
@@ -269,6 +285,12 @@ class Checkpoint:
             path = module if module in settings.overrides else mlx_name(module)
             result[module] = settings.resolve(module, path, tensors, hidden, exact=False)
         return result
+
+    def _is_extra(self, name: str) -> bool:
+        """Whether a tensor is of a multi-token-prediction layer, stored behind the model's own."""
+        match = re.search(r"(?:^|\.)layers\.([0-9]{1,6})\.", name)
+        count = self.setting("num_hidden_layers")
+        return match is not None and count is not None and int(match.group(1)) >= count
 
     def _num_experts(self) -> int | None:
         return next((n for n in map(self.setting, _NUM_EXPERTS_KEYS) if n is not None), None)

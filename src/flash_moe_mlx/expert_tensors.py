@@ -80,6 +80,11 @@ def parse_name(name: str) -> ExpertTensor | None:
             return ExpertTensor("hf-fused", layer, None, projection, "weight")
         case [*_, "experts", number, projection, "weight"] if projection in PROJECTIONS and _NUMBER.match(number):
             return ExpertTensor("hf-per-expert", layer, int(number), projection, "weight")
+        case [*_, "switch_mlp", "fc1" | "fc2", _]:
+            raise UnsupportedModelError(
+                f"[checkpoint] routed experts must have gate_proj, up_proj and down_proj, got {brief(name)}. Experts "
+                "without a gate are not served: run the model in mlx-lm."
+            )
     raise UnsupportedModelError(
         f"[checkpoint] routed experts must be stored as MLX's switch_mlp, as experts.gate_up_proj and "
         f"experts.down_proj or as experts.N.gate_proj.weight, got {brief(name)}. Use an unquantised checkpoint "
