@@ -53,6 +53,7 @@ class Budget:
         buffer_bytes: The engine's I/O buffers and MLX's cache of freed buffers.
         slot_bytes: Expert slots.
         num_slots: Slots of each layer.
+        held_bytes: Set aside beside the above: state snapshots, and the states of further sequences.
     """
 
     limit_bytes: int
@@ -62,6 +63,7 @@ class Budget:
     buffer_bytes: int
     slot_bytes: int
     num_slots: Mapping[int, int]
+    held_bytes: int = 0
 
 
 def buffer_cache_bytes(scratch_bytes: int) -> int:
@@ -79,6 +81,7 @@ def divide(
     tokens: int,
     length: int,
     io_buffer_bytes: int = 0,
+    held_bytes: int = 0,
 ) -> Budget:
     """Divide a limit: dense weights, states, scratch and buffers first, expert slots from the rest.
 
@@ -94,6 +97,7 @@ def divide(
         tokens: New tokens a sequence in the largest forward pass.
         length: Longest sequence.
         io_buffer_bytes: The engine's own I/O buffers.
+        held_bytes: To set aside beside all this: state snapshots, and the states of further sequences.
 
     Raises:
         MemoryLimitError: If it can't hold; names the smallest limit that works.
@@ -101,7 +105,7 @@ def divide(
     state = costs.state_bytes(batch, length)
     scratch = costs.scratch_bytes(batch, tokens, length)
     buffers = io_buffer_bytes + buffer_cache_bytes(scratch)
-    fixed = costs.dense_bytes + state + scratch + buffers
+    fixed = costs.dense_bytes + state + scratch + buffers + held_bytes
     # Capped by what exists, so that a model of fewer experts than min_slots (K = E) still divides.
     floor = {layer: min(min_slots, e.num_experts) for layer, e in experts.items()}
     smallest = max(
@@ -114,6 +118,7 @@ def divide(
             f"[memory_limit] must be at least {format_bytes(smallest)} for {length} tokens of context, got "
             f"{format_bytes(limit_bytes)}: dense weights {format_bytes(costs.dense_bytes)}, KV cache and states "
             f"{format_bytes(state)}, scratch {format_bytes(scratch)}, buffers {format_bytes(buffers)}, "
+            f"{f'snapshots and other sequences {format_bytes(held_bytes)}, ' if held_bytes else ''}"
             f'{min_slots} experts a layer. Use memory_limit="{named}", or a smaller max_context.',
             smallest_limit_bytes=smallest,
         )
@@ -126,6 +131,7 @@ def divide(
         buffer_bytes=buffers,
         slot_bytes=sum(slots[layer] * e.record_bytes for layer, e in experts.items()),
         num_slots=slots,
+        held_bytes=held_bytes,
     )
 
 

@@ -6,7 +6,7 @@ router's choice makes evaluation eager, so here a token is yielded before the ne
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from .config import DEFAULT_PREFILL_STEP_SIZE
 from .errors import RequestError
 from .models.caches import context_length
+from .prefix_cache import PrefixCache
 from .stats import GenerationStats
 
 Sampler = Callable[[mx.array], mx.array]
@@ -31,9 +32,11 @@ class GenerationResponse(MlxGenerationResponse):
 
     Attributes:
         streaming: Hit rate, bytes read and I/O wait since the generation began.
+        cached_tokens: Tokens of the prompt that a prefix cache spared; the others were prefilled.
     """
 
     streaming: GenerationStats = field(default_factory=GenerationStats)
+    cached_tokens: int = 0
 
 
 def stream_generate(
@@ -52,8 +55,12 @@ def stream_generate(
     quantized_kv_start: int = 5000,
     prompt_progress_callback: Callable[[int, int], None] | None = None,
     input_embeddings: mx.array | None = None,
+    prefix_cache: PrefixCache | None = None,
+    snapshot_at: Sequence[int] | None = None,
 ) -> Iterator[GenerationResponse]:
     """Generate text, one response a token. Arguments as :func:`mlx_lm.stream_generate`.
+
+    The iterator may be advanced from one thread and then from another, and so may the caches.
 
     Args:
         model: From :func:`flash_moe_mlx.load`.
@@ -71,12 +78,17 @@ def stream_generate(
         quantized_kv_start: Tokens after which the KV cache is quantised.
         prompt_progress_callback: Called with (prompt tokens processed, prompt tokens).
         input_embeddings: Used in place of the prompt's own embeddings. Shape (L, H).
+        prefix_cache: Goes on from the longest beginning of the prompt that it holds, and keeps new ones: at
+            ``snapshot_at``, and after the answer.
+        snapshot_at: Numbers of prompt tokens, as :func:`flash_moe_mlx.chat_prompt` finds them; None is the prompt's
+            end.
 
     Yields:
         Responses with mlx_lm's fields and ``.streaming``.
 
     Raises:
-        RequestError: If the prompt is empty or longer than max_context, or max_tokens is 0.
+        RequestError: If the prompt is empty or longer than max_context, max_tokens is 0, or prefix_cache comes with
+            another model or with what it can't be used with.
         MemoryLimitError: If the limit can't hold a forward pass of this size.
         StoreError: If an expert can't be read.
     """
@@ -86,9 +98,20 @@ def stream_generate(
         raise RequestError(f"[prefill_step_size] must be at least 1 token, got {prefill_step_size!r}.")
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
     tokens = _encode(tokenizer, prompt)
-    caches = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
     length = len(tokens) if input_embeddings is None else len(input_embeddings)
-    context = length + context_length(caches)
+    cached = 0
+    if prefix_cache is not None:
+        if prefix_cache.model is not model:
+            raise RequestError("[prefix_cache] must be of this model, got another's. Make one for each model.")
+        if not all(x is None for x in (prompt_cache, kv_bits, max_kv_size, input_embeddings)):
+            raise RequestError(
+                "[prefix_cache] must come without prompt_cache, kv_bits, max_kv_size and input_embeddings, got one of "
+                "them. Leave it out."
+            )
+        caches, cached = prefix_cache.fetch(tokens.tolist())
+    else:
+        caches = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
+    context = length - cached + context_length(caches)
     limit = model.streaming.max_context
     if length == 0:
         raise RequestError("[prompt] must have at least one token, got none.")
@@ -115,6 +138,9 @@ def stream_generate(
         prefill_step_size,
         prompt_progress_callback or (lambda *_: None),
         room if prompt_cache is not None else 0,
+        None
+        if prefix_cache is None
+        else _Snapshots(prefix_cache, cached, prefix_cache.points(snapshot_at, cached, length)),
     )
 
 
@@ -160,7 +186,17 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> 
     tokens = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.uint32)
     if tokens.ndim != 1:
         raise RequestError(f"[prompt] token ids must have shape (L,), got {tokens.shape}.")
+    mx.eval(tokens)  # here: another thread, which may generate, could not
     return tokens
+
+
+@dataclass
+class _Snapshots:
+    """What one generation asks of a prefix cache: tokens spared, and points still to be copied, ascending."""
+
+    cache: PrefixCache
+    cached: int
+    points: list[int]
 
 
 class _Steps:
@@ -175,44 +211,57 @@ class _Steps:
         quantize_caches: Callable[[], None],
     ):
         self.model = model
-        self._caches = caches
+        self.caches = caches
+        self.tell_length: Callable[[int], None] = lambda _: None
         self._sampler = sampler
         self._processors = processors
         self._quantize_caches = quantize_caches
         self._seen: mx.array | None = None
 
-    def _note(self, tokens: mx.array) -> None:
+    def _begin(self, tokens: mx.array, embeddings: mx.array | None) -> None:
+        self.tell_length(context_length(self.caches) + len(tokens if embeddings is None else embeddings))
+
+    def note(self, tokens: mx.array) -> None:
+        """Tokens that logits processors are to see."""
         if self._processors and len(tokens):
             self._seen = tokens if self._seen is None else mx.concatenate([self._seen, tokens])
 
     def prefill(self, tokens: mx.array, embeddings: mx.array | None) -> None:
         """Advance the caches by a chunk of the prompt; no logits are computed."""
-        self.model(tokens[None], cache=self._caches, input_embeddings=_batched(embeddings))
-        self._note(tokens)
+        self._begin(tokens, embeddings)
+        self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings))
+        self.note(tokens)
         self._quantize_caches()
-        mx.eval([cache.state for cache in self._caches])
+        mx.eval([cache.state for cache in self.caches], self._seen)
         mx.clear_cache()
 
     def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
         """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,)."""
-        logits = self.model(tokens[None], cache=self._caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
+        self._begin(tokens, embeddings)
+        logits = self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
             :, -1, :
         ]
-        self._note(tokens)
+        self.note(tokens)
         for processor in self._processors:
             logits = processor(self._seen, logits)
         self._quantize_caches()
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        token = self._sampler(logprobs)
-        mx.eval(token, logprobs)
-        return token, logprobs.squeeze(0)
+        token, logprobs = self._sampler(logprobs), logprobs.squeeze(0)
+        # All that outlives the step: a lazy array could be evaluated by this thread alone.
+        mx.eval(token, logprobs, [cache.state for cache in self.caches], self._seen)
+        return token, logprobs
 
 
 def _batched(embeddings: mx.array | None) -> mx.array | None:
     return None if embeddings is None else embeddings[None]
 
 
-def _stream(
+def _stream(steps: _Steps, *arguments: Any) -> Iterator[GenerationResponse]:
+    with steps.model.streaming.sequence() as steps.tell_length:
+        yield from _responses(steps, *arguments)
+
+
+def _responses(
     steps: _Steps,
     tokenizer: TokenizerWrapper,
     prompt: mx.array,
@@ -221,24 +270,31 @@ def _stream(
     prefill_step_size: int,
     progress: Callable[[int, int], None],
     room_to_keep: int,
+    snapshots: _Snapshots | None,
 ) -> Iterator[GenerationResponse]:
     before = steps.model.streaming.counters.copy()
     detokenizer = tokenizer.detokenizer
     length = len(prompt) if embeddings is None else len(embeddings)
     started = time.perf_counter()
-    progress(0, length)
-    done = 0
+    done = cached = snapshots.cached if snapshots is not None else 0
+    if cached:
+        steps.note(prompt[:cached])
+    progress(done, length)
+    points = list(snapshots.points) if snapshots is not None else []
     # The last prompt token goes alone, as in mlx_lm: the chunks before it need no logits.
     while length - done > 1:
-        size = min(prefill_step_size, length - done - 1)
+        size = min(prefill_step_size, *(point - done for point in points[:1]), length - done - 1)
         steps.prefill(prompt[done : done + size], _part(embeddings, done, size))
         done += size
+        if snapshots is not None and points[:1] == [done]:
+            snapshots.cache.store(prompt[: points.pop(0)].tolist(), steps.caches)
         progress(done, length)
     token, logprobs = steps.next_token(prompt[done:], _part(embeddings, done, 1))
     progress(length, length)
-    prompt_tps = length / (time.perf_counter() - started)
+    prompt_tps = (length - cached) / (time.perf_counter() - started)
 
     started = time.perf_counter()
+    fed: list[int] = []
     for count in range(1, max_tokens + 1):
         token_id = token.item()
         ended = token_id in tokenizer.eos_token_ids
@@ -250,6 +306,8 @@ def _stream(
             # A conversation goes on from the caller's caches: the last token belongs there, an end token too.
             if count < room_to_keep:
                 steps.prefill(token, None)
+            if snapshots is not None:
+                snapshots.cache.store([*prompt.tolist(), *fed], steps.caches)
         yield GenerationResponse(
             text=detokenizer.last_segment,
             token=token_id,
@@ -262,10 +320,12 @@ def _stream(
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=("stop" if ended else "length") if last else None,
             streaming=GenerationStats.from_counters(steps.model.streaming.counters.since(before)),
+            cached_tokens=cached,
         )
         if last:
             return
         token, logprobs = steps.next_token(token)
+        fed.append(token_id)
 
 
 def _part(embeddings: mx.array | None, start: int, size: int) -> mx.array | None:

@@ -1,12 +1,15 @@
 """StreamingEngine: what ``model.streaming`` is. Owns store, slots, budget, counters and lock of one model."""
 
+import itertools
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import mlx.core as mx
 import numpy as np
@@ -16,7 +19,7 @@ from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
 from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache
 from .config import StreamingConfig, parse_size
-from .errors import RequestError, StoreError
+from .errors import MemoryLimitError, RequestError, StoreError
 from .record import RecordLayout
 from .stats import Counters, StreamingStats
 from .store import ExpertStore
@@ -38,6 +41,14 @@ class Wave:
 
     bank: ExpertBank
     slots: Mapping[int, int]
+
+
+class Snapshots(Protocol):
+    """Copies of states, whose bytes are counted in the memory limit."""
+
+    max_bytes: int
+
+    def clear(self) -> None: ...
 
 
 class StreamingEngine:
@@ -69,11 +80,16 @@ class StreamingEngine:
         self._lossy = tuple(lossy)
         self._limit_bytes = limit_bytes
         self._reserved = (1, config.prefill_step_size, config.max_context)
+        self._snapshots: list[Snapshots] = []
+        self._sequences: dict[int, int] = {}  # tokens of each generation under way
+        self._more_states = 0  # bytes of states beyond those of what is reserved, when several were under way
         self._budget = self._divide(limit_bytes, *self._reserved)
         self._counters = Counters()
         self._counted_from = self._counters.copy()
         self._unread: tuple[mx.array, int] | None = None
         self._recorder: TraceRecorder | None = None
+        self._numbers = itertools.count()
+        self._local = threading.local()
         self._closed = False
         self.lock = threading.RLock()
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
@@ -91,6 +107,7 @@ class StreamingEngine:
             tokens=tokens,
             length=length,
             io_buffer_bytes=self._store.buffer_bytes,
+            held_bytes=self._more_states + sum(s.max_bytes for s in self._snapshots),
         )
 
     # What the model's forward pass calls, in this order, with the lock held.
@@ -130,15 +147,24 @@ class StreamingEngine:
             raise StoreError("[model.streaming] must be open, got a closed one. Load the model again.")
 
     def _make_room(self, batch: int, tokens: int, length: int) -> None:
-        needed = self._costs.state_bytes(batch, length) + self._costs.scratch_bytes(batch, tokens, length)
-        if needed <= self._budget.state_bytes + self._budget.scratch_bytes:
+        states = self._costs.state_bytes(batch, length)
+        together = sum(self._costs.state_bytes(1, tokens) for tokens in self._sequences.values())
+        needed = max(states, together) + self._costs.scratch_bytes(batch, tokens, length)
+        if needed <= self._budget.state_bytes + self._more_states + self._budget.scratch_bytes:
             return
         # Never less than what load promised: a large batch now must not make a long prompt fail later.
         reserved = max(
             (self._reserved, (batch, tokens, length)),
             key=lambda r: self._costs.state_bytes(r[0], r[2]) + self._costs.scratch_bytes(*r),
         )
-        self._apply(self._divide(self._limit_bytes, *reserved))
+        before = self._more_states
+        self._more_states = max(before, together - self._costs.state_bytes(reserved[0], reserved[2]))
+        try:
+            budget = self._divide(self._limit_bytes, *reserved)
+        except MemoryLimitError:
+            self._more_states = before
+            raise
+        self._apply(budget)
         self._reserved = reserved
 
     def _apply(self, budget: Budget) -> None:
@@ -166,6 +192,9 @@ class StreamingEngine:
             StoreError: If a record can't be read.
         """
         ids = [int(e) for e in experts]
+        cancelled = getattr(self._local, "cancelled", None)
+        if cancelled is not None and cancelled.is_set():
+            raise CancelledError
         ordered = [e for e in ids if self._cache.contains(layer, e)]
         self._counters.hits += len(ordered)
         self._counters.misses += len(ids) - len(ordered)
@@ -203,6 +232,58 @@ class StreamingEngine:
         """Note a router's choice, ids and weights of shape (T, K), if a trace is being recorded."""
         if self._recorder is not None and not self._recorder.closed:
             self._recorder.record(layer, experts, np.array(weights.astype(mx.float32)))
+
+    # What generation and snapshots call.
+
+    @contextmanager
+    def sequence(self) -> Iterator[Callable[[int], None]]:
+        """A generation under way. Yields what tells its tokens, before each pass.
+
+        The states of several at once are counted together: a second one takes its memory from the expert slots.
+        """
+        number = next(self._numbers)
+        try:
+            yield lambda length: self._sequences.__setitem__(number, length)
+        finally:
+            self._sequences.pop(number, None)
+
+    @contextmanager
+    def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
+        """Within it, a forward pass of this thread ends early once ``cancelled`` is set, before the next layer's reads.
+
+        Raises:
+            concurrent.futures.CancelledError: Out of the forward pass.
+        """
+        self._local.cancelled = cancelled
+        try:
+            yield
+        finally:
+            self._local.cancelled = None
+
+    def add_snapshots(self, snapshots: "Snapshots") -> None:
+        """Set ``snapshots.max_bytes`` aside, from the expert slots.
+
+        Raises:
+            MemoryLimitError: If the limit can't spare them; nothing changes.
+            StoreError: If the engine is closed.
+        """
+        with self.lock:
+            self._check_open()
+            self._snapshots.append(snapshots)
+            try:
+                budget = self._divide(self._limit_bytes, *self._reserved)
+            except MemoryLimitError:
+                self._snapshots.remove(snapshots)
+                raise
+            self._apply(budget)
+
+    def remove_snapshots(self, snapshots: "Snapshots") -> None:
+        """Give the memory back to the expert slots. Does nothing where it has been given back."""
+        with self.lock:
+            if snapshots in self._snapshots:
+                self._snapshots.remove(snapshots)
+                if not self._closed:
+                    self._apply(self._divide(self._limit_bytes, *self._reserved))
 
     # What users call.
 
@@ -293,6 +374,8 @@ class StreamingEngine:
             self._cache = ExpertCache(self._store, {}, {})
             mx.clear_cache()
             self._buffer_cache.close()
+            for snapshots in self._snapshots:
+                snapshots.clear()
 
     def __enter__(self) -> "StreamingEngine":
         return self
