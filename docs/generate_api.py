@@ -42,6 +42,7 @@ def signature(name: str, value: object) -> str:
         text = str(inspect.signature(value))  # type: ignore[arg-type]
     except (TypeError, ValueError):
         return name
+    text += "" if "->" in text else f" -> {name}"
     text = text.replace("(self, ", "(").replace("(self)", "()").replace("mlx.core.", "mx.")
     text = re.sub(r"\b(?:\w+\.)+(?=[A-Z]\w)", "", text)
     if len(name) + len(text) > 100:

@@ -27,7 +27,8 @@ MAX_LINES = 500
 MAX_ENVIRONMENT_VARIABLES = 5
 
 EXPORTED = {
-    "load", "load_model", "generate", "stream_generate", "GenerationResponse",
+    "load", "load_model", "generate", "stream_generate", "stream_generate_async", "GenerationResponse",
+    "PrefixCache", "chat_prompt",
     "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ShapeError", "RequestError",
     "__version__",

@@ -13,6 +13,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .async_generation import stream_generate_async
     from .errors import (
         CheckpointError,
         CorruptError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     )
     from .generation import GenerationResponse, generate, stream_generate
     from .loading import load, load_model
+    from .prefix_cache import PrefixCache, chat_prompt
 
 __version__ = "0.1.0"
 
@@ -35,7 +37,10 @@ __all__ = [
     "load_model",
     "generate",
     "stream_generate",
+    "stream_generate_async",
     "GenerationResponse",
+    "PrefixCache",
+    "chat_prompt",
     "FlashMoEError",
     "CheckpointError",
     "MissingTensorError",
@@ -54,6 +59,9 @@ _MODULES = {
     "load_model": "loading",
     "generate": "generation",
     "stream_generate": "generation",
+    "stream_generate_async": "async_generation",
+    "PrefixCache": "prefix_cache",
+    "chat_prompt": "prefix_cache",
     "GenerationResponse": "generation",
 }
 

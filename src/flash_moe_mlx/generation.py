@@ -6,11 +6,12 @@ router's choice makes evaluation eager, so here a token is yielded before the ne
 
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.generate import GenerationResponse as MlxGenerationResponse
 from mlx_lm.generate import maybe_quantize_kv_cache
 from mlx_lm.models.cache import make_prompt_cache
@@ -57,7 +58,7 @@ def stream_generate(
     input_embeddings: mx.array | None = None,
     prefix_cache: PrefixCache | None = None,
     snapshot_at: Sequence[int] | None = None,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     """Generate text, one response a token. Arguments as :func:`mlx_lm.stream_generate`.
 
     The iterator may be advanced from one thread and then from another, and so may the caches.
@@ -92,13 +93,21 @@ def stream_generate(
         MemoryLimitError: If the limit can't hold a forward pass of this size.
         StoreError: If an expert can't be read.
     """
-    if max_tokens == 0:
-        raise RequestError("[max_tokens] must not be 0. Use -1 for no limit.")
+    if not isinstance(max_tokens, int) or max_tokens == 0:
+        raise RequestError(f"[max_tokens] must be a number and not 0, got {max_tokens!r}. Use -1 for no limit.")
     if not isinstance(prefill_step_size, int) or prefill_step_size < 1:
-        raise RequestError(f"[prefill_step_size] must be at least 1 token, got {prefill_step_size!r}.")
+        raise RequestError(
+            f"[prefill_step_size] must be at least 1 token, got {prefill_step_size!r}. Leave it out for "
+            f"{DEFAULT_PREFILL_STEP_SIZE}."
+        )
     tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
-    tokens = _encode(tokenizer, prompt)
+    tokens = _encode(tokenizer, prompt, model)
     length = len(tokens) if input_embeddings is None else len(input_embeddings)
+    if input_embeddings is not None and (input_embeddings.ndim != 2 or len(tokens) not in (0, length)):
+        raise RequestError(
+            f"[input_embeddings] must have shape ({len(tokens) or 'L'}, H), got {input_embeddings.shape}. "
+            "Pass one row a token of the prompt, or an empty prompt."
+        )
     cached = 0
     if prefix_cache is not None:
         if prefix_cache.model is not model:
@@ -114,7 +123,7 @@ def stream_generate(
     context = length - cached + context_length(caches)
     limit = model.streaming.max_context
     if length == 0:
-        raise RequestError("[prompt] must have at least one token, got none.")
+        raise RequestError("[prompt] must have at least one token, got none. Say something.")
     if context > limit:
         raise RequestError(
             f"[prompt] must leave the context at most max_context = {limit} tokens, got {context}. Shorten it, or "
@@ -179,15 +188,25 @@ def generate(
     return text
 
 
-def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int]) -> mx.array:
+def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], model: Any) -> mx.array:
     if isinstance(prompt, str):
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         prompt = tokenizer.encode(prompt, add_special_tokens=special)
-    tokens = prompt if isinstance(prompt, mx.array) else mx.array(prompt, dtype=mx.uint32)
-    if tokens.ndim != 1:
-        raise RequestError(f"[prompt] token ids must have shape (L,), got {tokens.shape}.")
-    mx.eval(tokens)  # here: another thread, which may generate, could not
-    return tokens
+    try:
+        ids = np.asarray(prompt)
+    except (ValueError, RuntimeError):  # rows of several lengths; a dtype that numpy doesn't have
+        ids = np.asarray(None)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        got = f"shape {ids.shape} of {ids.dtype}" if ids.ndim else type(prompt).__name__
+        raise RequestError(f"[prompt] must be text or token ids of shape (L,), got {got}. Encode it first.")
+    size = getattr(getattr(model, "config", getattr(model, "args", None)), "vocab_size", None)
+    # MLX would read whatever lies beyond the embeddings.
+    if ids.size and (ids.min() < 0 or ids.max() >= (size or 1 << 31)):
+        raise RequestError(
+            f"[prompt] token ids must be from 0 to {(size or 1 << 31) - 1}, got {ids.min()} to {ids.max()}. "
+            "Use the model's own tokenizer."
+        )
+    return mx.array(ids.astype(np.uint32))
 
 
 @dataclass
@@ -256,7 +275,7 @@ def _batched(embeddings: mx.array | None) -> mx.array | None:
     return None if embeddings is None else embeddings[None]
 
 
-def _stream(steps: _Steps, *arguments: Any) -> Iterator[GenerationResponse]:
+def _stream(steps: _Steps, *arguments: Any) -> Generator[GenerationResponse, None, None]:
     with steps.model.streaming.sequence() as steps.tell_length:
         yield from _responses(steps, *arguments)
 
@@ -271,7 +290,7 @@ def _responses(
     progress: Callable[[int, int], None],
     room_to_keep: int,
     snapshots: _Snapshots | None,
-) -> Iterator[GenerationResponse]:
+) -> Generator[GenerationResponse, None, None]:
     before = steps.model.streaming.counters.copy()
     detokenizer = tokenizer.detokenizer
     length = len(prompt) if embeddings is None else len(embeddings)
