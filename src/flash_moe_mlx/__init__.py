@@ -9,6 +9,7 @@ Importing the package is cheap: a name's module (and with it mlx, mlx_lm and tra
 the name's first use.
 """
 
+import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from .prefix_cache import PrefixCache, chat_prompt
 
 __version__ = "0.1.0"
+
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # messages are the application's to show
 
 __all__ = [
     "load",

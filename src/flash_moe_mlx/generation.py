@@ -4,6 +4,7 @@ mlx_lm computes token n+1 before it yields token n, which hides latency where ev
 router's choice makes evaluation eager, so here a token is yielded before the next is computed.
 """
 
+import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
@@ -22,6 +23,8 @@ from .errors import RequestError
 from .models.caches import context_length
 from .prefix_cache import PrefixCache
 from .stats import GenerationStats
+
+logger = logging.getLogger(__name__)
 
 Sampler = Callable[[mx.array], mx.array]
 LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
@@ -327,6 +330,10 @@ def _responses(
                 steps.prefill(token, None)
             if snapshots is not None:
                 snapshots.cache.store([*prompt.tolist(), *fed], steps.caches)
+        streaming = GenerationStats.from_counters(steps.model.streaming.counters.since(before))
+        if last:
+            figures = (length, cached, count, streaming.hit_rate, streaming.bytes_read)
+            logger.debug("%d prompt tokens (%d cached), %d tokens; hit rate %.3f, %d bytes read", *figures)
         yield GenerationResponse(
             text=detokenizer.last_segment,
             token=token_id,
@@ -338,7 +345,7 @@ def _responses(
             generation_tps=count / (time.perf_counter() - started),
             peak_memory=mx.get_peak_memory() / 1e9,
             finish_reason=("stop" if ended else "length") if last else None,
-            streaming=GenerationStats.from_counters(steps.model.streaming.counters.since(before)),
+            streaming=streaming,
             cached_tokens=cached,
         )
         if last:

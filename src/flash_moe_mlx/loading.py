@@ -172,6 +172,9 @@ class _Prepared:
             value = weights.pop(name)
             mx.eval(value)
             self.family.model.load_weights([(name, value)], strict=False)
+        # What a module made for itself, such as rotary frequencies, is lazy still, and then this thread's alone.
+        for module in self.family.model.modules():
+            mx.eval([value for value in module.values() if isinstance(value, mx.array)])
 
 
 def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:

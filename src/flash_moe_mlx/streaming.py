@@ -21,7 +21,7 @@ from .cache import ExpertCache
 from .config import StreamingConfig, parse_size
 from .errors import MemoryLimitError, RequestError, StoreError
 from .record import RecordLayout
-from .stats import Counters, StreamingStats
+from .stats import Counters, StreamingStats, format_bytes
 from .store import ExpertStore
 from .trace import DECODE, PREFILL, TraceRecorder
 
@@ -95,7 +95,14 @@ class StreamingEngine:
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
         self._applied = self._budget
         self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes))
-        logger.info("%s expert slots of %s", self._cache.total_slots, sum(num_experts.values()))
+        logger.info(
+            "dense weights %s, %d of %d experts in slots (%s), read by %s",
+            format_bytes(self._budget.dense_bytes),
+            self._cache.total_slots,
+            sum(num_experts.values()),
+            format_bytes(self._budget.slot_bytes),
+            store.io,
+        )
 
     def _divide(self, limit_bytes: int, batch: int, tokens: int, length: int) -> Budget:
         return divide(
@@ -173,7 +180,7 @@ class StreamingEngine:
         self._budget = budget
         self._cache.resize(budget.num_slots)
         self._applied = budget
-        logger.info("expert slots: %d (%d bytes)", self._cache.total_slots, budget.slot_bytes)
+        logger.info("%d experts in slots (%s)", self._cache.total_slots, format_bytes(budget.slot_bytes))
 
     def hidden_size(self, layer: int) -> int:
         """H of a layer's experts."""
