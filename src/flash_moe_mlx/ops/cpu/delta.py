@@ -36,15 +36,15 @@ def _normalise(q, k, heads, dims, ratio, a, b, a_log, dt_bias, keys, gates):  # 
                 at_k = k[0] + 4 * (row * k[1] + t * k[2] + head * dims)
                 qq = kk = qk = np.float32(0.0)
                 for i in range(dims):
-                    qi, ki = load_f32(at_q + 4 * i), load_f32(at_k + 4 * i)
+                    qi, ki = load_f32(at_q, i), load_f32(at_k, i)
                     qq += qi * qi
                     kk += ki * ki
                     qk += qi * ki
                 q_scale = np.float32(1.0) / (math.sqrt(qq + _EPS) * math.sqrt(np.float32(dims)))
                 k_scale = np.float32(1.0) / math.sqrt(kk + _EPS)
                 for i in range(dims):
-                    keys[row, t, head, 0, i] = load_f32(at_q + 4 * i) * q_scale
-                    keys[row, t, head, 1, i] = load_f32(at_k + 4 * i) * k_scale
+                    keys[row, t, head, 0, i] = load_f32(at_q, i) * q_scale
+                    keys[row, t, head, 1, i] = load_f32(at_k, i) * k_scale
                 for value_head in range(head * ratio, (head + 1) * ratio):
                     z = a[row, t, value_head] + dt_bias[value_head]
                     softplus = max(z, np.float32(0.0)) + math.log1p(math.exp(-abs(z)))
@@ -81,7 +81,7 @@ def _delta(keys, gates, v, v_row, v_step, mask, state, y, progress):  # type: ig
                 for i in range(dims):
                     along_k += s[i] * k[i]
                     along_q += s[i] * q[i]
-                value = load_f32(v + 4 * (n * v_row + t * v_step + head * rows + row))
+                value = load_f32(v, n * v_row + t * v_step + head * rows + row)
                 delta = (value - decay * along_k) * beta
                 for i in range(dims):
                     s[i] = decay * s[i] + delta * k[i]
@@ -116,7 +116,7 @@ def _convolve(x, x_row, x_step, window, weight, mask, y, progress):  # type: ign
                 source = x + 4 * (n * x_row + past * x_step + first)
             taken = weight.ctypes.data + 4 * (first * taps + tap)
             for i in range(count):
-                out[i] += load_f32(taken + 4 * taps * i) * load_f32(source + 4 * i)
+                out[i] += load_f32(taken, taps * i) * load_f32(source, i)
         for i in range(count):
             out[i] *= sigmoid(out[i])
         add_one(counter + 8)

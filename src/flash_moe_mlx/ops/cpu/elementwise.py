@@ -10,9 +10,10 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 
 @serial
-def sigmoid(x):  # type: ignore[no-untyped-def]
-    """Logistic function of a float32; a polynomial of Cephes' expf, so that loops of it vectorise."""
-    t = min(max(-x, np.float32(-87.0)), np.float32(88.0))
+def exponential(x):  # type: ignore[no-untyped-def]
+    """``exp(x)`` of a float32, 0 below -87, at most exp(88). Cephes' polynomial: loops of it vectorise; NaN stays NaN."""
+    top = np.float32(88.0)
+    t = top if x > top else x
     n = np.floor(t * _LOG2E + np.float32(0.5))
     r = t - n * _LN2_HIGH - n * _LN2_LOW
     p = np.float32(1.9875691500e-4)
@@ -23,7 +24,13 @@ def sigmoid(x):  # type: ignore[no-untyped-def]
     p = p * r + np.float32(5.0000001201e-1)
     p = p * r * r + r + np.float32(1.0)
     scale = np.int32((np.int32(n) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return np.float32(1.0) / (np.float32(1.0) + p * scale)
+    return np.float32(0.0) if t < np.float32(-87.0) else p * scale
+
+
+@serial
+def sigmoid(x):  # type: ignore[no-untyped-def]
+    """Logistic function of a float32."""
+    return np.float32(1.0) / (np.float32(1.0) + exponential(-x))
 
 
 @serial
@@ -38,32 +45,23 @@ def read_floats(source, count, kind, target):  # type: ignore[no-untyped-def]
     """Read ``count`` numbers stored as ``kind`` at address ``source`` into float32 at address ``target``."""
     if kind == BF16:
         for i in range(count):
-            store_f32(target + 4 * i, load_bf16(source + 2 * i))
+            store_f32(target, i, load_bf16(source, i))
     elif kind == F16:
         for i in range(count):
-            store_f32(target + 4 * i, load_f16(source + 2 * i))
+            store_f32(target, i, load_f16(source, i))
     else:
         for i in range(count):
-            store_f32(target + 4 * i, load_f32(source + 4 * i))
+            store_f32(target, i, load_f32(source, i))
 
 
 @serial
 def read_float(source, index, kind):  # type: ignore[no-untyped-def]
     """The number ``index`` of those stored as ``kind`` at address ``source``."""
     if kind == BF16:
-        return load_bf16(source + 2 * index)
+        return load_bf16(source, index)
     if kind == F16:
-        return load_f16(source + 2 * index)
-    return load_f32(source + 4 * index)
-
-
-@serial
-def dot(a, b, count):  # type: ignore[no-untyped-def]
-    """Sum of products of float32 at two addresses."""
-    total = np.float32(0.0)
-    for i in range(count):
-        total += load_f32(a + 4 * i) * load_f32(b + 4 * i)
-    return total
+        return load_f16(source, index)
+    return load_f32(source, index)
 
 
 @serial
@@ -73,11 +71,11 @@ def affine_tail(weights, bits, group_size, first, count, x, scales):  # type: ig
     last_byte = (count * bits - 1) // 8
     for i in range(first, count):
         byte, shift = i * bits // 8, i * bits % 8
-        word = load_u8(weights + byte)
+        word = load_u8(weights, byte)
         if byte < last_byte:
-            word |= load_u8(weights + byte + 1) << 8
+            word |= load_u8(weights, byte + 1) << 8
         q = np.float32((word >> shift) & ((1 << bits) - 1))
-        total += q * load_f32(scales + 4 * (i // group_size)) * load_f32(x + 4 * i)
+        total += q * load_f32(scales, i // group_size) * load_f32(x, i)
     return total
 
 
@@ -86,7 +84,7 @@ def dense_tail(weights, kind, first, count, x):  # type: ignore[no-untyped-def]
     """Sum of ``w * x`` over weights ``first`` to ``count`` of an unquantised row."""
     total = np.float32(0.0)
     for i in range(first, count):
-        total += read_float(weights, i, kind) * load_f32(x + 4 * i)
+        total += read_float(weights, i, kind) * load_f32(x, i)
     return total
 
 

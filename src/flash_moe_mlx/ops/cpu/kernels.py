@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from .elementwise import affine_tail, dense_tail, dot, read_float, read_floats
+from .elementwise import affine_tail, dense_tail, read_float, read_floats
 from .jit import compiled
 from .tile_ir import MR, NR, PACK_BLOCK, make_multiply, make_unpack
 from .vector_ir import (
@@ -18,10 +18,11 @@ from .vector_ir import (
     FLOAT_BYTES,
     LANES,
     add_one,
+    dot,
     field_scales,
     lane_weights,
-    make_dense_dot,
-    make_quantized_dot,
+    make_dense_dots,
+    make_quantized_dots,
     store_f32,
 )
 
@@ -31,6 +32,9 @@ COLUMNS = 8
 
 TASK_ROWS = 16
 """Rows of a matrix that a thread draws at once: 16 to 64 KiB of weights."""
+
+DOT_ROWS = 4
+"""Of them, rows whose products are computed side by side."""
 
 TILE_K = 256
 """Weights of a row that are unpacked at once: a tile is 64 KiB and stays in the second-level cache."""
@@ -78,7 +82,8 @@ def dense(kind: int) -> Format:
 
 # Names that `compiled` binds a format's values to.
 BITS = GROUP_SIZE = KIND = STEP = ROW_STEP = 0
-row_dot: Any = None
+row_dots: Any = None
+one_row_dot: Any = None
 unpack: Any = None
 multiply: Any = None
 multiply_one: Any = None
@@ -91,6 +96,7 @@ def _matvec(jobs, outputs, inputs, row_bytes, scale_kind, bias_kind, state):  # 
     next_task = state.ctypes.data
     tasks = (outputs + TASK_ROWS - 1) // TASK_ROWS * len(jobs)
     table = np.empty((2, TASK_ROWS * groups + 1), np.float32)
+    out = np.empty(TASK_ROWS, np.float32)
     scales, biases = table[0].ctypes.data, table[1].ctypes.data
     while True:
         task = add_one(next_task)
@@ -102,19 +108,26 @@ def _matvec(jobs, outputs, inputs, row_bytes, scale_kind, bias_kind, state):  # 
         if BITS:
             read_floats(jobs[job, SCALES] + first * groups * scale_bytes, count * groups, scale_kind, scales)
             read_floats(jobs[job, BIASES] + first * groups * scale_bytes, count * groups, scale_kind, biases)
+        weights = jobs[job, WEIGHTS] + first * row_bytes
+        for row in range(0, count // DOT_ROWS * DOT_ROWS, DOT_ROWS):
+            at = scales + 4 * row * groups
+            row_dots(weights + row * row_bytes, row_bytes, x, at, groups, steps, out.ctypes.data + 4 * row)
+        for row in range(count // DOT_ROWS * DOT_ROWS, count):
+            at = scales + 4 * row * groups
+            one_row_dot(weights + row * row_bytes, row_bytes, x, at, groups, steps, out.ctypes.data + 4 * row)
         for row in range(count):
-            weights = jobs[job, WEIGHTS] + (first + row) * row_bytes
-            row_scales = scales + 4 * row * groups
-            total = row_dot(weights, x, row_scales, steps)
+            total = out[row]
             if BITS:
                 total += dot(biases + 4 * row * groups, jobs[job, SUMS], groups)
-                if steps * STEP < inputs:
-                    total += affine_tail(weights, BITS, GROUP_SIZE, steps * STEP, inputs, x, row_scales)
-            elif steps * STEP < inputs:
-                total += dense_tail(weights, KIND, steps * STEP, inputs, x)
+            if steps * STEP < inputs:
+                at = weights + row * row_bytes
+                if BITS:
+                    total += affine_tail(at, BITS, GROUP_SIZE, steps * STEP, inputs, x, scales + 4 * row * groups)
+                else:
+                    total += dense_tail(at, KIND, steps * STEP, inputs, x)
             if jobs[job, BIAS]:
                 total += read_float(jobs[job, BIAS], first + row, bias_kind)
-            store_f32(jobs[job, Y] + 4 * (first + row), total)
+            store_f32(jobs[job, Y], first + row, total)
         add_one(next_task + 8)
     table[0, 0] = np.float32(0.0)  # keeps it alive: the loop has its address alone
     return tasks
@@ -163,10 +176,12 @@ def _tiles(jobs, outputs, inputs, row_bytes, scale_kind, bias_kind, state):  # t
             begin = start if k == 0 else 0
             for row in range(0, rows - MR + 1, MR):
                 x = jobs[job, X] + 4 * (row * inputs + k)
-                multiply(x, 4 * inputs, tile_address, depth, y + 4 * row * outputs, 4 * outputs, count, begin)
+                multiply(x, 4 * inputs, tile_address, 4 * NR, depth, y + 4 * row * outputs, 4 * outputs, count, begin)
             for row in range(rows // MR * MR, rows):
                 x = jobs[job, X] + 4 * (row * inputs + k)
-                multiply_one(x, 4 * inputs, tile_address, depth, y + 4 * row * outputs, 4 * outputs, count, begin)
+                multiply_one(
+                    x, 4 * inputs, tile_address, 4 * NR, depth, y + 4 * row * outputs, 4 * outputs, count, begin
+                )
         add_one(next_task + 8)
     tile[0] = np.float32(0.0)  # keeps it alive: the loop has its address alone
     return tasks
@@ -185,7 +200,8 @@ def matvec_kernel(format_: Format) -> Callable[..., int]:
         "GROUP_SIZE": group_size,
         "KIND": kind,
         "STEP": step,
-        "row_dot": make_quantized_dot(bits, group_size) if bits else make_dense_dot(kind),
+        "row_dots": make_quantized_dots(bits, group_size, DOT_ROWS) if bits else make_dense_dots(kind, DOT_ROWS),
+        "one_row_dot": make_quantized_dots(bits, group_size, 1) if bits else make_dense_dots(kind, 1),
     }
     return compiled(_matvec, format_.name, bindings)
 

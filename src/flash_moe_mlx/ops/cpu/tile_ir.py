@@ -108,7 +108,7 @@ def make_unpack(bits: int, kind: int, group_size: int) -> Callable[..., None]:
 
 
 def make_multiply(rows: int) -> Callable[..., None]:
-    """Build ``multiply(x, x_stride, tile, count, y, y_stride, outputs, start)``.
+    """Build ``multiply(x, x_stride, tile, tile_stride, count, y, y_stride, outputs, start)``.
 
     Adds ``x[:rows, :count] @ tile[:count]`` to y, of which the first ``outputs`` columns exist. ``start`` is 0 to add to
     y, -1 to start from zero, else the address of NR float32 to start from. Strides are in bytes; all int64.
@@ -116,10 +116,12 @@ def make_multiply(rows: int) -> Callable[..., None]:
     vectors = NR // LANES
 
     @intrinsic
-    def multiply(typing_context, x, x_stride, tile, count, y, y_stride, outputs, start):  # type: ignore[no-untyped-def]
+    def multiply(  # type: ignore[no-untyped-def]
+        typing_context, x, x_stride, tile, tile_stride, count, y, y_stride, outputs, start
+    ):
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            x, x_stride, tile, count, y, y_stride, outputs, start = arguments
+            x, x_stride, tile, tile_stride, count, y, y_stride, outputs, start = arguments
             masks = []
             for vector in range(vectors):
                 lanes = ir.Constant(_VI32, [vector * LANES + lane for lane in range(LANES)])
@@ -146,7 +148,7 @@ def make_multiply(rows: int) -> Callable[..., None]:
             with builder.if_then(builder.icmp_signed(">", start, _I64(0))):
                 each(load_start)
             with cgutils.for_range(builder, count) as loop:
-                column = emit.offset(tile, emit.scaled(loop.index, NR * 4))
+                column = emit.offset(tile, builder.mul(loop.index, tile_stride))
                 weights = [emit.load(_VF32, emit.offset(column, v * LANES * 4), align=4) for v in range(vectors)]
                 at = emit.scaled(loop.index, 4)
                 for row in range(rows):
@@ -163,6 +165,6 @@ def make_multiply(rows: int) -> Callable[..., None]:
             each(store_y)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 8), generate
+        return types.void(*[types.int64] * 9), generate
 
     return multiply

@@ -54,6 +54,10 @@ class Emitter:
     def __init__(self, builder: ir.IRBuilder):
         self.builder = builder
 
+    def element(self, type_: ir.Type, address: ir.Value, index: ir.Value) -> ir.Value:
+        """Pointer to an element: one base for a whole loop, or LLVM would not vectorise it."""
+        return self.builder.gep(self.builder.inttoptr(address, ir.PointerType()), [index], source_etype=type_)
+
     def load(self, type_: ir.Type, address: ir.Value, align: int = 1) -> ir.Value:
         pointer = self.builder.inttoptr(address, ir.PointerType())
         return self.builder.load(pointer, align=align, typ=type_)
@@ -166,80 +170,97 @@ def _signature(argument_count: int, result: types.Type) -> Any:
     return result(*[types.int64] * argument_count)
 
 
-def make_quantized_dot(bits: int, group_size: int) -> Callable[..., float]:
-    """Build ``dot(weights, x, scales, steps)``: sum of ``q * scale * x`` over whole steps of one row.
+def make_quantized_dots(bits: int, group_size: int, rows: int) -> Callable[..., None]:
+    """Build ``dots(weights, row_bytes, x, scales, groups, steps, out)``: sums of ``q * scale * x`` over whole steps.
 
-    All arguments are int64: addresses of packed bytes, of x as ``prepare`` orders it and of the row's float32
-    scales, and the number of steps of 16 lanes.
+    All arguments are int64: addresses of the first row's packed bytes, of x as ``prepare`` orders it, of the rows'
+    float32 scales, ``groups`` a row, and of the results, float32; ``steps`` of 16 lanes. Several rows at once share the
+    loads of x and fill the multiplier's latency; each row's bits are those of a row alone.
     """
     step = LANES * lane_weights(bits)
-    groups, steps_a_group = step // group_size, group_size // step
+    groups_a_step, steps_a_group = step // group_size, group_size // step
 
     @intrinsic
-    def quantized_dot(typing_context, weights, x, scales, steps):  # type: ignore[no-untyped-def]
+    def quantized_dots(typing_context, weights, row_bytes, x, scales, groups, steps, out):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            weights, x, scales, steps = arguments
-            total = emit.variable(ir.Constant(_VF32, [0.0] * LANES))
+            weights, row_bytes, x, scales, groups, steps, out = arguments
+            zero = ir.Constant(_VF32, [0.0] * LANES)
+            totals = [emit.variable(zero) for _ in range(rows)]
+            starts = [builder.add(weights, emit.scaled(row_bytes, row)) for row in range(rows)]
+            row_scales = [builder.add(scales, emit.scaled(groups, 4 * row)) for row in range(rows)]
             with cgutils.for_range(builder, steps) as loop:
-                index = loop.index
-                words = emit.words(emit.offset(weights, emit.scaled(index, step * bits // 8)), bits)
-                base = emit.offset(x, emit.scaled(index, step * 4))
-                dot = ir.Constant(_VF32, [0.0] * LANES)
-                for field, (word, shift) in enumerate(zip(words, field_shifts(bits), strict=True)):
+                at = emit.scaled(loop.index, step * bits // 8)
+                words = [emit.words(builder.add(start, at), bits) for start in starts]
+                base = emit.offset(x, emit.scaled(loop.index, step * 4))
+                sums = [zero] * rows
+                for field, shift in enumerate(field_shifts(bits)):
                     values = emit.load(_VF32, emit.offset(base, field * LANES * 4), align=4)
-                    dot = emit.fma(emit.field(word, bits, shift), values, dot)
-                if groups >= 1:
-                    few = emit.load(ir.VectorType(_F32, groups), emit.offset(scales, emit.scaled(index, groups * 4)))
-                    scale = emit.shuffle(few, [lane * groups // LANES for lane in range(LANES)])
-                else:
-                    group = builder.udiv(index, _I64(steps_a_group))
-                    scale = emit.splat(emit.load(_F32, emit.offset(scales, emit.scaled(group, 4))))
-                builder.store(emit.fma(dot, scale, builder.load(total)), total)
-            return emit.sum(builder.load(total))
+                    for row in range(rows):
+                        sums[row] = emit.fma(emit.field(words[row][field], bits, shift), values, sums[row])
+                for row in range(rows):
+                    if groups_a_step:
+                        at = emit.offset(row_scales[row], emit.scaled(loop.index, groups_a_step * 4))
+                        few = emit.load(ir.VectorType(_F32, groups_a_step), at, align=4)
+                        scale = emit.shuffle(few, [lane * groups_a_step // LANES for lane in range(LANES)])
+                    else:
+                        group = builder.udiv(loop.index, _I64(steps_a_group))
+                        scale = emit.splat(emit.load(_F32, emit.offset(row_scales[row], emit.scaled(group, 4))))
+                    builder.store(emit.fma(sums[row], scale, builder.load(totals[row])), totals[row])
+            for row in range(rows):
+                emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, 4 * row))
+            return context.get_dummy_value()
 
-        return _signature(4, types.float32), generate
+        return _signature(7, types.void), generate
 
-    return quantized_dot
+    return quantized_dots
 
 
-def make_dense_dot(kind: int) -> Callable[..., float]:
-    """Build ``dot(weights, x, scales, steps)`` for rows stored as ``kind``; x is in its own order, scales unused."""
+def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
+    """Build ``dots`` as of ``make_quantized_dots`` for rows stored as ``kind``; x is in its own order, scales unused."""
     word = _I32 if kind == F32 else _I16
     stride = LANES * FLOAT_BYTES[kind]
 
     @intrinsic
-    def dense_dot(typing_context, weights, x, scales, steps):  # type: ignore[no-untyped-def]
+    def dense_dots(typing_context, weights, row_bytes, x, scales, groups, steps, out):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            weights, x, _, steps = arguments
-            totals = [emit.variable(ir.Constant(_VF32, [0.0] * LANES)) for _ in range(DENSE_FIELDS)]
+            weights, row_bytes, x, _, _, steps, out = arguments
+            zero = ir.Constant(_VF32, [0.0] * LANES)
+            totals = [[emit.variable(zero) for _ in range(DENSE_FIELDS)] for _ in range(rows)]
+            starts = [builder.add(weights, emit.scaled(row_bytes, row)) for row in range(rows)]
             with cgutils.for_range(builder, steps) as loop:
-                row = emit.offset(weights, emit.scaled(loop.index, DENSE_FIELDS * stride))
+                at = emit.scaled(loop.index, DENSE_FIELDS * stride)
                 base = emit.offset(x, emit.scaled(loop.index, DENSE_FIELDS * LANES * 4))
-                for field, total in enumerate(totals):
-                    stored = emit.load(ir.VectorType(word, LANES), emit.offset(row, field * stride))
+                for field in range(DENSE_FIELDS):
                     values = emit.load(_VF32, emit.offset(base, field * LANES * 4), align=4)
-                    builder.store(emit.fma(emit.floats(stored, kind), values, builder.load(total)), total)
-            low, high = (builder.fadd(builder.load(totals[i]), builder.load(totals[i + 1])) for i in (0, 2))
-            return emit.sum(builder.fadd(low, high))
+                    for row in range(rows):
+                        stored = emit.load(ir.VectorType(word, LANES), emit.offset(starts[row], at, field * stride))
+                        total = totals[row][field]
+                        builder.store(emit.fma(emit.floats(stored, kind), values, builder.load(total)), total)
+            for row in range(rows):
+                fields = [builder.load(total) for total in totals[row]]
+                pairs = builder.fadd(fields[0], fields[1]), builder.fadd(fields[2], fields[3])
+                emit.store(emit.sum(builder.fadd(*pairs)), emit.offset(out, 4 * row))
+            return context.get_dummy_value()
 
-        return _signature(4, types.float32), generate
+        return _signature(7, types.void), generate
 
-    return dense_dot
+    return dense_dots
 
 
-def _make_load(kind: int) -> Callable[[int], float]:
+def _make_load(kind: int) -> Callable[[int, int], float]:
     word = _I32 if kind == F32 else _I16
 
     @intrinsic
-    def load(typing_context, address):  # type: ignore[no-untyped-def]
+    def load(typing_context, address, index):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            stored = builder.bitcast(emit.load(word, arguments[0]), ir.VectorType(word, 1))
-            return builder.extract_element(emit.floats(stored, kind), _I32(0))
+            stored = builder.load(emit.element(word, *arguments), align=1, typ=word)
+            vector = builder.bitcast(stored, ir.VectorType(word, 1))
+            return builder.extract_element(emit.floats(vector, kind), _I32(0))
 
-        return _signature(1, types.float32), generate
+        return _signature(2, types.float32), generate
 
     return load
 
@@ -248,24 +269,44 @@ load_bf16, load_f16, load_f32 = (_make_load(kind) for kind in (BF16, F16, F32))
 
 
 @intrinsic
-def load_u8(typing_context, address):  # type: ignore[no-untyped-def]
-    """``load_u8(address)``: one byte as int64."""
+def load_u8(typing_context, address, index):  # type: ignore[no-untyped-def]
+    """``load_u8(address, index)``: one byte as int64."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.zext(Emitter(builder).load(_I8, arguments[0]), _I64)
+        return builder.zext(builder.load(Emitter(builder).element(_I8, *arguments), align=1, typ=_I8), _I64)
 
-    return _signature(1, types.int64), generate
+    return _signature(2, types.int64), generate
 
 
 @intrinsic
-def store_f32(typing_context, address, value):  # type: ignore[no-untyped-def]
-    """``store_f32(address, value)``."""
+def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped-def]
+    """``store_f32(address, index, value)``."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        Emitter(builder).store(arguments[1], arguments[0])
+        builder.store(arguments[2], Emitter(builder).element(_F32, *arguments[:2]), align=4)
         return context.get_dummy_value()
 
-    return types.void(types.int64, types.float32), generate
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def dot(typing_context, a, b, count):  # type: ignore[no-untyped-def]
+    """``dot(a, b, count)``: sum of products of float32 at two addresses."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        emit = Emitter(builder)
+        a, b, count = arguments
+        total = emit.variable(ir.Constant(_VF32, [0.0] * LANES))
+        vectors = builder.udiv(emit.offset(count, LANES - 1), _I64(LANES))
+        with cgutils.for_range(builder, vectors) as loop:
+            left = builder.trunc(builder.sub(count, emit.scaled(loop.index, LANES)), _I32)
+            mask = builder.icmp_signed("<", ir.Constant(_VI32, list(range(LANES))), emit.splat(left))
+            at = emit.scaled(loop.index, LANES * 4)
+            x, y = (emit.masked_load(builder.add(address, at), mask) for address in (a, b))
+            builder.store(emit.fma(x, y, builder.load(total)), total)
+        return emit.sum(builder.load(total))
+
+    return _signature(3, types.float32), generate
 
 
 @intrinsic
