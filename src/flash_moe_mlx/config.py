@@ -28,9 +28,9 @@ def parse_size(size: int | str) -> int:
         number, unit, binary = match.groups()
         nbytes = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
     else:
-        raise RequestError(f'[memory_limit] must be bytes or a text such as "8GB" or "7.5GiB", got {size!r}.')
+        raise RequestError(f'[memory_limit] must be bytes or a text with a unit, got {size!r}. Try "8GB" or "7.5GiB".')
     if nbytes <= 0:
-        raise RequestError(f"[memory_limit] must be positive, got {size!r}.")
+        raise RequestError(f'[memory_limit] must be positive, got {size!r}. Try "8GB", or None for a safe share.')
     return nbytes
 
 
@@ -87,9 +87,15 @@ class ModelConfig:
                 f"[config.json] layer_types must name {layers} layers, got {len(layer_types)}. Restore the file."
             )
         if unknown := sorted(set(layer_types) - {"full_attention", "linear_attention"}):
-            raise UnsupportedModelError(f"[config.json] layer types {unknown} are not served.")
+            raise UnsupportedModelError(
+                f"[config.json] layer_types must be linear_attention or full_attention, got {unknown}. "
+                "If the model fits in memory, mlx-lm may serve it."
+            )
         if text.get("hidden_act", "silu") != "silu":
-            raise UnsupportedModelError(f"[config.json] hidden_act must be silu, got {text['hidden_act']!r}.")
+            raise UnsupportedModelError(
+                f"[config.json] hidden_act must be silu, got {text['hidden_act']!r}. "
+                "If the model fits in memory, mlx-lm may serve it."
+            )
         names = (
             "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts",
             "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
@@ -193,13 +199,16 @@ class StreamingConfig:
             RequestError: If one is not usable, saying which and why.
         """
         if not isinstance(max_context, int) or isinstance(max_context, bool) or max_context < 1:
-            raise RequestError(f"[max_context] must be a positive number of tokens, got {max_context!r}.")
+            raise RequestError(f"[max_context] must be a positive number of tokens, got {max_context!r}. Try 8192.")
         if num_experts_per_tok is not None and (
             not isinstance(num_experts_per_tok, int) or isinstance(num_experts_per_tok, bool) or num_experts_per_tok < 1
         ):
-            raise RequestError(f"[num_experts_per_tok] must be at least 1, got {num_experts_per_tok!r}.")
+            raise RequestError(
+                f"[num_experts_per_tok] must be a number from 1, got {num_experts_per_tok!r}. Leave it out for the "
+                "model's own."
+            )
         if io not in IO_MODES:
-            raise RequestError(f"[io] must be one of {', '.join(IO_MODES)}, got {io!r}.")
+            raise RequestError(f"[io] must be one of {', '.join(IO_MODES)}, got {io!r}. Leave it out for auto.")
         return cls(
             memory_limit_bytes=None if memory_limit is None else parse_size(memory_limit),
             max_context=max_context,

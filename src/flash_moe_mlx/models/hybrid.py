@@ -226,7 +226,8 @@ def _with_experts_per_tok(config: ModelConfig, k: int | None) -> tuple[ModelConf
         return config, ()
     if k > config.num_experts:
         raise RequestError(
-            f"[num_experts_per_tok] must be at most {config.num_experts}, the experts of a layer, got {k}."
+            f"[num_experts_per_tok] must be at most {config.num_experts}, the experts of a layer, got {k}. "
+            "Leave it out for the model's own."
         )
     note = f"num_experts_per_tok={k} where the model was trained with {config.num_experts_per_tok}"
     return replace(config, num_experts_per_tok=k), (note,)
