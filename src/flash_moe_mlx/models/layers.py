@@ -5,7 +5,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ops.cpu import use_cpu_kernels
+from ..ops.backend import use_cpu_kernels
 from ..ops.dense_matmul import dense_matmul
 from ..ops.dequant_matvec import dequant_matvec
 from ..record import Quantization

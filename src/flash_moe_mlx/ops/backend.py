@@ -4,6 +4,8 @@ import os
 
 import mlx.core as mx
 
+from . import cpu
+
 REFERENCE_SWITCH = "FLASH_MOE_REFERENCE"
 """Environment variable. "1" makes every dispatcher run its plain-MLX reference."""
 
@@ -21,8 +23,10 @@ def use_reference() -> bool:
 
 
 def use_kernels() -> bool:
-    """Tell whether the dispatchers run the GPU kernels: on a GPU, unless the debug switch is set.
-
-    CPU kernels (``ops/cpu_*.py``) have their own branch in each dispatcher: ``backend() == "cpu"``.
-    """
+    """Tell whether the dispatchers run the GPU kernels: on a GPU, unless the debug switch is set."""
     return backend() != "cpu" and not use_reference()
+
+
+def use_cpu_kernels() -> bool:
+    """Tell whether the dispatchers run the CPU kernels (``ops/cpu``): on the CPU, with numba, without the switch."""
+    return backend() == "cpu" and not use_reference() and cpu.available()

@@ -2,7 +2,7 @@
 
 import mlx.core as mx
 
-from .cpu import use_cpu_kernels
+from .backend import use_cpu_kernels
 
 
 def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:

@@ -6,8 +6,7 @@ import mlx.core as mx
 
 from ..errors import ShapeError
 from . import kernel_source
-from .backend import use_kernels
-from .cpu import use_cpu_kernels
+from .backend import use_cpu_kernels, use_kernels
 from .geometry import Geometry, choose_geometry, load_width
 
 MAX_ROWS = 8

@@ -3,7 +3,7 @@
 import mlx.core as mx
 
 from ..bank import ExpertBank
-from .cpu import use_cpu_kernels
+from .backend import use_cpu_kernels
 from .expert_ffn import Activation, swiglu
 
 

@@ -10,8 +10,7 @@ from ..bank import MLX_DTYPES, ExpertBank
 from ..errors import ShapeError
 from ..record import PART_ALIGNMENT, RecordLayout
 from . import kernel_source
-from .backend import use_kernels
-from .cpu import use_cpu_kernels
+from .backend import use_cpu_kernels, use_kernels
 from .geometry import Geometry, choose_geometry, load_width
 
 WORD_BYTES = 4

@@ -5,8 +5,7 @@ from typing import Any
 import mlx.core as mx
 
 from . import kernel_source
-from .backend import use_kernels
-from .cpu import use_cpu_kernels
+from .backend import use_cpu_kernels, use_kernels
 
 L2_EPS = 1e-6
 """Added to the sum of squares of q and of k before the root, as transformers and mlx-lm do."""

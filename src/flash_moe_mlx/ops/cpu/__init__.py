@@ -9,8 +9,6 @@ import logging
 from functools import cache
 from importlib.util import find_spec
 
-from ..backend import backend, use_reference
-
 logger = logging.getLogger(__name__)
 
 
@@ -24,8 +22,3 @@ def available() -> bool:
         'Run: pip install "flash-moe-mlx[cpu]"'
     )
     return False
-
-
-def use_cpu_kernels() -> bool:
-    """Tell whether the dispatchers run these kernels: on MLX's CPU backend, unless the debug switch is set."""
-    return backend() == "cpu" and not use_reference() and available()

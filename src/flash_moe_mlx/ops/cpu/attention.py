@@ -155,7 +155,7 @@ def takes(queries: mx.array, mask: mx.array | str | None) -> bool:
     return queries.shape[-1] % NR == 0 and (not isinstance(mask, mx.array) or mask.dtype == mx.bool_)
 
 
-def _place(array: mx.array) -> tuple[np.ndarray, tuple[int, int, int, int]]:
+def _place(array: mx.array) -> tuple[np.ndarray, tuple[int, ...]]:
     """float32 memory of (B, heads, T, D), and its address and strides; only D has to be contiguous."""
     memory = np.asarray(array) if array.dtype == mx.float32 else floats(array)
     if memory.strides[-1] != 4:

@@ -11,7 +11,7 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 @serial
 def exponential(x):  # type: ignore[no-untyped-def]
-    """``exp(x)`` of a float32, 0 below -87, at most exp(88). Cephes' polynomial: loops of it vectorise; NaN stays NaN."""
+    """``exp(x)`` of a float32, 0 below -87, at most exp(88); NaN stays NaN. Loops of Cephes' polynomial vectorise."""
     top = np.float32(88.0)
     t = top if x > top else x
     n = np.floor(t * _LOG2E + np.float32(0.5))

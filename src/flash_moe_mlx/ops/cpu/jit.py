@@ -23,7 +23,7 @@ def _sources_digest() -> str:
 
 
 def compiled(
-    function: FunctionType,
+    function: Any,
     name: str = "",
     bindings: Mapping[str, Any] | None = None,
     fastmath: bool | set[str] = False,
@@ -39,6 +39,6 @@ def compiled(
     return numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")(copy)
 
 
-def serial(function: FunctionType) -> Callable[..., Any]:
+def serial(function: Any) -> Callable[..., Any]:
     """Decorator of small functions: those that run in the calling thread, and those that kernels call."""
     return compiled(function, fastmath=VECTORISED)

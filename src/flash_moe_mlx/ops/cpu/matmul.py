@@ -1,6 +1,6 @@
 """Products of rows with stored matrices: many matrices at once, or one MLX array."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
@@ -65,9 +65,17 @@ class Matrices:
 
         if described(self) != described(other):
             return None
-        parts = ((getattr(self, name), getattr(other, name)) for name in ("weights", "scales", "biases", "bias"))
-        joined = (None if a is None or b is None else np.concatenate([a, b]) for a, b in parts)
-        return Matrices(self.format, self.kind, self.outputs, *joined, bias_kind=self.bias_kind)  # type: ignore[arg-type]
+
+        def joined(own: np.ndarray | None, others: np.ndarray | None) -> np.ndarray | None:
+            return None if own is None or others is None else np.concatenate([own, others])
+
+        return replace(
+            self,
+            weights=np.concatenate([self.weights, other.weights]),
+            scales=joined(self.scales, other.scales),
+            biases=joined(self.biases, other.biases),
+            bias=joined(self.bias, other.bias),
+        )
 
     def jobs(self, index: np.ndarray) -> np.ndarray:
         """Jobs of the matrices at ``index``, without x and y."""
@@ -164,8 +172,9 @@ def quantized_matmul(
         whether there are more than MATVEC_ROWS.
     """
     memory = [view(part, np.uint8) for part in (weight, scales, biases)]
-    addresses = [np.array([address(part)]) for part in memory]
-    return _product(x, Matrices(affine(bits, group_size), KINDS[scales.dtype], weight.shape[0], *addresses))
+    weights, own_scales, own_biases = (np.array([address(part)]) for part in memory)
+    form, kind = affine(bits, group_size), KINDS[scales.dtype]
+    return _product(x, Matrices(form, kind, weight.shape[0], weights, own_scales, own_biases))
 
 
 def takes_dense(weight: mx.array) -> bool:

@@ -110,7 +110,7 @@ def make_unpack(bits: int, kind: int, group_size: int) -> Callable[..., None]:
 def make_multiply(rows: int) -> Callable[..., None]:
     """Build ``multiply(x, x_stride, tile, tile_stride, count, y, y_stride, outputs, start)``.
 
-    Adds ``x[:rows, :count] @ tile[:count]`` to y, of which the first ``outputs`` columns exist. ``start`` is 0 to add to
+    Adds ``x[:rows, :count] @ tile[:count]`` to y, whose first ``outputs`` columns exist. ``start`` is 0 to add to
     y, -1 to start from zero, else the address of NR float32 to start from. Strides are in bytes; all int64.
     """
     vectors = NR // LANES

@@ -217,7 +217,7 @@ def make_quantized_dots(bits: int, group_size: int, rows: int) -> Callable[..., 
 
 
 def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
-    """Build ``dots`` as of ``make_quantized_dots`` for rows stored as ``kind``; x is in its own order, scales unused."""
+    """Build ``dots`` as of ``make_quantized_dots`` for rows stored as ``kind``; x in its own order, scales unused."""
     word = _I32 if kind == F32 else _I16
     stride = LANES * FLOAT_BYTES[kind]
 
