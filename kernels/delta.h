@@ -28,6 +28,13 @@ FM_FN float fm_lane_sum(float value) {
   return value;
 }
 
+FM_FN float fm_dot4(float4 a, float4 b, float sum) {
+  sum = metal::fma(a.x, b.x, sum);
+  sum = metal::fma(a.y, b.y, sum);
+  sum = metal::fma(a.z, b.z, sum);
+  return metal::fma(a.w, b.w, sum);
+}
+
 template <int DK, int LANES, int ROWS>
 FM_FN void fm_delta_step(
     thread float4 (&state)[ROWS][DK / LANES / 4],
@@ -61,8 +68,8 @@ FM_FN void fm_delta_step(
       s.y *= decay;
       s.z *= decay;
       s.w *= decay;
-      read[r] = metal::fma(s.x, ki.x, metal::fma(s.y, ki.y, metal::fma(s.z, ki.z, metal::fma(s.w, ki.w, read[r]))));
-      out[r] = metal::fma(s.x, qi.x, metal::fma(s.y, qi.y, metal::fma(s.z, qi.z, metal::fma(s.w, qi.w, out[r]))));
+      read[r] = fm_dot4(s, ki, read[r]);
+      out[r] = fm_dot4(s, qi, out[r]);
       state[r][i] = s;
     }
   }

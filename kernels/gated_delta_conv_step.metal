@@ -30,8 +30,9 @@ const uint own_row = (simd_group * (32 / LANES) + lane / LANES) * ROWS;
 const uint lane_in_row = lane % LANES;
 
 float4 state[ROWS][DK / LANES / 4];
-const device float4* state_source = (const device float4*)state_in + size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
-device float4* state_target = (device float4*)state_out + size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
+const size_t own_state = size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
+const device float4* state_source = (const device float4*)state_in + own_state;
+device float4* state_target = (device float4*)state_out + own_state;
 #pragma unroll
 for (int r = 0; r < ROWS; r++) {
   const uint row = metal::min(tile_row + own_row + r, uint(DV - 1));

@@ -15,7 +15,7 @@ from flash_moe_mlx.ops.moe_combine import moe_combine_kernel
 from ..ops.oracle import make_bank
 
 BF16 = mx.bfloat16
-HIDDEN, WIDTH, K = 256, 128, 3
+HIDDEN, WIDTH, K = 384, 256, 3
 
 
 def experts() -> mx.array:

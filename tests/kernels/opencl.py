@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Sequence
 from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,9 @@ C_TYPES = {
     mx.float32: "float", mx.bfloat16: "bfloat16_t", mx.float16: "float16_t", mx.uint32: "uint32_t",
     mx.int32: "int32_t", mx.bool_: "uchar", mx.uint8: "uchar",
 }  # fmt: skip
+GUARD_BYTES = 65536
+"""Bytes behind each output that a kernel must leave alone."""
+
 MAX_CONSTANT_ELEMENTS = 8
 """MLX passes inputs of fewer elements in Metal's constant address space."""
 
@@ -191,12 +195,15 @@ def launch(
             arguments.append(cl.Buffer(context(), make, hostbuf=np.array(array.shape, np.int32)))
     results = []
     for shape, dtype in outputs:
-        poison = np.full(shape, 0xFF, np.uint8).repeat(dtype.size).view(numpy_dtype(dtype)).reshape(shape)
-        results.append((poison, dtype))
+        poison = np.full(prod(shape) * dtype.size + GUARD_BYTES, 0xFF, np.uint8)
+        results.append((poison, shape, dtype))
         arguments.append(cl.Buffer(context(), make, hostbuf=poison))
     rounded = tuple(-(-size // block) * block for size, block in zip(grid, threadgroup, strict=True))
     cl.Kernel(program, name)(queue(), rounded, threadgroup, *arguments, np.uint32(SIMD_ORDERS[order]))
-    for (result, _), buffer in zip(results, arguments[-len(results) :], strict=True):
+    arrays = []
+    for (result, shape, dtype), buffer in zip(results, arguments[-len(results) :], strict=True):
         cl.enqueue_copy(queue(), result, buffer)
-    queue().finish()
-    return [from_numpy(result, dtype) for result, dtype in results]
+        queue().finish()
+        assert (result[-GUARD_BYTES:] == 0xFF).all(), f"{name}: wrote past the end of an output"
+        arrays.append(from_numpy(result[:-GUARD_BYTES].view(numpy_dtype(dtype)).reshape(shape), dtype))
+    return arrays

@@ -153,7 +153,7 @@ FM_FN void fm_stage_tile(
   }
 }
 template <typename X, typename S, int H, int N, int M, int X_ROWS, int BITS, int GROUP, int WIDTH, int CHUNK, int LANES, int ROWS, int SIMD_GROUPS, int TILE, int SCALED_BITS>
-[[kernel]] void custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_256_40_2_2_4_64_4_32_8_2_8_256_4_float_uint32_t_bfloat16_t_bfloat16_t_float(
+[[kernel]] void custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_384_40_2_2_4_64_4_32_4_2_8_384_4_float_uint32_t_bfloat16_t_bfloat16_t_float(
   const device float* x [[buffer(0)]],
   const device uint32_t* weight [[buffer(1)]],
   const device bfloat16_t* scales [[buffer(2)]],
@@ -252,4 +252,4 @@ for (int m = 0; m < X_ROWS; m++) {
 
 }
 
-template [[host_name("custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_256_40_2_2_4_64_4_32_8_2_8_256_4_float_uint32_t_bfloat16_t_bfloat16_t_float")]] [[kernel]] decltype(custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_256_40_2_2_4_64_4_32_8_2_8_256_4_float_uint32_t_bfloat16_t_bfloat16_t_float<float, bfloat16_t, 256, 40, 2, 2, 4, 64, 4, 32, 8, 2, 8, 256, 4>) custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_256_40_2_2_4_64_4_32_8_2_8_256_4_float_uint32_t_bfloat16_t_bfloat16_t_float<float, bfloat16_t, 256, 40, 2, 2, 4, 64, 4, 32, 8, 2, 8, 256, 4>;
+template [[host_name("custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_384_40_2_2_4_64_4_32_4_2_8_384_4_float_uint32_t_bfloat16_t_bfloat16_t_float")]] [[kernel]] decltype(custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_384_40_2_2_4_64_4_32_4_2_8_384_4_float_uint32_t_bfloat16_t_bfloat16_t_float<float, bfloat16_t, 384, 40, 2, 2, 4, 64, 4, 32, 4, 2, 8, 384, 4>) custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_384_40_2_2_4_64_4_32_4_2_8_384_4_float_uint32_t_bfloat16_t_bfloat16_t_float<float, bfloat16_t, 384, 40, 2, 2, 4, 64, 4, 32, 4, 2, 8, 384, 4>;

@@ -153,7 +153,7 @@ FM_FN void fm_stage_tile(
   }
 }
 template <int H, int I, int RECORD, int DOWN_BITS, int DOWN_GROUP, int DOWN_WIDTH, typename DOWN_S, typename DOWN_B, bool DOWN_HAS_BIAS, int DOWN_WEIGHT, int DOWN_SCALES, int DOWN_BIASES, int DOWN_BIAS, int CHUNK, int LANES, int ROWS, int SIMD_GROUPS, int TILE, int SCALED_BITS>
-[[kernel]] void custom_kernel_flash_moe_expert_down__256_128_13824_4_64_4_bfloat16_t_float_0_9216_13312_13568_0_32_4_4_8_128_4_float_uint32_t_uint32_tc_float(
+[[kernel]] void custom_kernel_flash_moe_expert_down__384_256_41472_4_64_4_bfloat16_t_float_0_27648_39936_40704_0_32_8_4_8_256_4_float_uint32_t_uint32_tc_float(
   const device float* h [[buffer(0)]],
   const device uint32_t* bank [[buffer(1)]],
   const constant uint32_t* slots [[buffer(2)]],
@@ -230,4 +230,4 @@ for (int r = 0; r < ROWS; r++) {
 
 }
 
-template [[host_name("custom_kernel_flash_moe_expert_down__256_128_13824_4_64_4_bfloat16_t_float_0_9216_13312_13568_0_32_4_4_8_128_4_float_uint32_t_uint32_tc_float")]] [[kernel]] decltype(custom_kernel_flash_moe_expert_down__256_128_13824_4_64_4_bfloat16_t_float_0_9216_13312_13568_0_32_4_4_8_128_4_float_uint32_t_uint32_tc_float<256, 128, 13824, 4, 64, 4, bfloat16_t, float, 0, 9216, 13312, 13568, 0, 32, 4, 4, 8, 128, 4>) custom_kernel_flash_moe_expert_down__256_128_13824_4_64_4_bfloat16_t_float_0_9216_13312_13568_0_32_4_4_8_128_4_float_uint32_t_uint32_tc_float<256, 128, 13824, 4, 64, 4, bfloat16_t, float, 0, 9216, 13312, 13568, 0, 32, 4, 4, 8, 128, 4>;
+template [[host_name("custom_kernel_flash_moe_expert_down__384_256_41472_4_64_4_bfloat16_t_float_0_27648_39936_40704_0_32_8_4_8_256_4_float_uint32_t_uint32_tc_float")]] [[kernel]] decltype(custom_kernel_flash_moe_expert_down__384_256_41472_4_64_4_bfloat16_t_float_0_27648_39936_40704_0_32_8_4_8_256_4_float_uint32_t_uint32_tc_float<384, 256, 41472, 4, 64, 4, bfloat16_t, float, 0, 27648, 39936, 40704, 0, 32, 8, 4, 8, 256, 4>) custom_kernel_flash_moe_expert_down__384_256_41472_4_64_4_bfloat16_t_float_0_27648_39936_40704_0_32_8_4_8_256_4_float_uint32_t_uint32_tc_float<384, 256, 41472, 4, 64, 4, bfloat16_t, float, 0, 27648, 39936, 40704, 0, 32, 8, 4, 8, 256, 4>;

@@ -17,6 +17,12 @@ FM_FN float fm_lane_sum(float value) {
   }
   return value;
 }
+FM_FN float fm_dot4(float4 a, float4 b, float sum) {
+  sum = metal::fma(a.x, b.x, sum);
+  sum = metal::fma(a.y, b.y, sum);
+  sum = metal::fma(a.z, b.z, sum);
+  return metal::fma(a.w, b.w, sum);
+}
 template <int DK, int LANES, int ROWS>
 FM_FN void fm_delta_step(
     thread float4 (&state)[ROWS][DK / LANES / 4],
@@ -50,8 +56,8 @@ FM_FN void fm_delta_step(
       s.y *= decay;
       s.z *= decay;
       s.w *= decay;
-      read[r] = metal::fma(s.x, ki.x, metal::fma(s.y, ki.y, metal::fma(s.z, ki.z, metal::fma(s.w, ki.w, read[r]))));
-      out[r] = metal::fma(s.x, qi.x, metal::fma(s.y, qi.y, metal::fma(s.z, qi.z, metal::fma(s.w, qi.w, out[r]))));
+      read[r] = fm_dot4(s, ki, read[r]);
+      out[r] = fm_dot4(s, qi, out[r]);
       state[r][i] = s;
     }
   }
@@ -109,8 +115,9 @@ const uint tile_row = threadgroup_position_in_grid.y * TILE_ROWS;
 const uint own_row = (simd_group * (32 / LANES) + lane / LANES) * ROWS;
 const uint lane_in_row = lane % LANES;
 float4 state[ROWS][DK / LANES / 4];
-const device float4* state_source = (const device float4*)state_in + size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
-device float4* state_target = (device float4*)state_out + size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
+const size_t own_state = size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
+const device float4* state_source = (const device float4*)state_in + own_state;
+device float4* state_target = (device float4*)state_out + own_state;
 #pragma unroll
 for (int r = 0; r < ROWS; r++) {
   const uint row = metal::min(tile_row + own_row + r, uint(DV - 1));

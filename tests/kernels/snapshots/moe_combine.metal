@@ -4,7 +4,7 @@ FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
 FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
 
 template <typename OUT, int H, int K, bool HAS_SHARED, bool HAS_GATE, bool HAS_RESIDUAL>
-[[kernel]] void custom_kernel_flash_moe_moe_combine__bfloat16_t_256_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t(
+[[kernel]] void custom_kernel_flash_moe_moe_combine__bfloat16_t_384_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t(
   const device float* y [[buffer(0)]],
   const constant float* weights [[buffer(1)]],
   const device bfloat16_t* shared [[buffer(2)]],
@@ -51,4 +51,4 @@ if (column < H) {
 
 }
 
-template [[host_name("custom_kernel_flash_moe_moe_combine__bfloat16_t_256_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t")]] [[kernel]] decltype(custom_kernel_flash_moe_moe_combine__bfloat16_t_256_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t<bfloat16_t, 256, 3, 1, 1, 1>) custom_kernel_flash_moe_moe_combine__bfloat16_t_256_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t<bfloat16_t, 256, 3, 1, 1, 1>;
+template [[host_name("custom_kernel_flash_moe_moe_combine__bfloat16_t_384_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t")]] [[kernel]] decltype(custom_kernel_flash_moe_moe_combine__bfloat16_t_384_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t<bfloat16_t, 384, 3, 1, 1, 1>) custom_kernel_flash_moe_moe_combine__bfloat16_t_384_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t<bfloat16_t, 384, 3, 1, 1, 1>;

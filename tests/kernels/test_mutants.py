@@ -1,0 +1,138 @@
+"""Faults planted into the bodies: each must fail the bench, or the bench proves nothing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flash_moe_mlx.ops import kernel_source
+
+from . import opencl
+from .calls import record
+from .lint import lint_body
+
+pytestmark = pytest.mark.skipif(opencl.opencl() is None, reason="needs the OpenCL CPU runtime of the dev extra")
+
+Edit = Callable[[str, str], tuple[str, str]]
+LIMIT = 2e-6
+
+
+def in_helpers(old: str, new: str) -> Edit:
+    def edit(helpers: str, body: str) -> tuple[str, str]:
+        assert helpers.count(old) == 1, f"{old!r} must occur once in the helpers"
+        return helpers.replace(old, new), body
+
+    return edit
+
+
+def in_body(old: str, new: str, count: int = 1) -> Edit:
+    def edit(helpers: str, body: str) -> tuple[str, str]:
+        assert body.count(old) == count, f"{old!r} must occur {count} times in the body"
+        return helpers, body.replace(old, new)
+
+    return edit
+
+
+def run(launch: tuple[Any, ...], order: str, edit: Edit | None = None) -> np.ndarray:
+    results = opencl.launch(*launch, order=order, edit=edit)
+    return np.concatenate([np.array(result.astype(mx.float32)).reshape(-1) for result in results])
+
+
+def differs(launch: tuple[Any, ...], order: str, edit: Edit) -> bool:
+    """Tell whether a mutant's result is wrong: not finite, or further from the body's than rounding."""
+    expected, result = run(launch, order), run(launch, order, edit)
+    if not np.isfinite(result).all():
+        return True
+    return bool(np.sqrt(((result - expected) ** 2).sum() / (expected**2).sum()) > LIMIT)
+
+
+MATVECS = ("dequant_matvec", "expert_gate_up", "expert_down")
+
+WRONG_RESULTS = {
+    "wrong shift": in_helpers("words[bit / 32] >> (SCALED ? bit & 16", "words[bit / 32] >> (SCALED ? bit & 8"),
+    "off-by-one group": in_helpers("(chunk * CHUNK + i * 32) / GROUP", "(chunk * CHUNK + i * 32 + 32) / GROUP"),
+    "scale and bias swapped": in_helpers(
+        "rows.scales[r][i] = scales[group_row + group];\n      rows.biases[r][i] = biases[group_row + group];",
+        "rows.scales[r][i] = biases[group_row + group];\n      rows.biases[r][i] = scales[group_row + group];",
+    ),
+    "wrong position scale": in_helpers("((index + 1) % positions)", "(index % positions)"),
+}
+
+
+@pytest.mark.parametrize("order", opencl.SIMD_ORDERS)
+@pytest.mark.parametrize("fault", WRONG_RESULTS)
+@pytest.mark.parametrize("name", MATVECS)
+def test_wrong_arithmetic_shows(name: str, fault: str, order: str, monkeypatch: pytest.MonkeyPatch):
+    assert differs(record(monkeypatch, name), order, WRONG_RESULTS[fault])
+
+
+BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
+STAGED = {
+    "dequant_matvec": f"  {BARRIER}\n  for (; chunk",
+    "expert_gate_up": f"  {BARRIER}\n  for (; chunk",
+    "expert_down": f"  {BARRIER}\n  for (; chunk",
+    "gated_delta": f"  {BARRIER}\n  for (uint step = 0",
+    "gated_delta_conv_step": f"{BARRIER}\nfloat q_squares",
+}
+
+
+@pytest.mark.parametrize("order", opencl.SIMD_ORDERS)
+@pytest.mark.parametrize("name", STAGED)
+def test_a_missing_barrier_shows_in_every_order(name: str, order: str, monkeypatch: pytest.MonkeyPatch):
+    """What one SIMD group staged, another must not read before the barrier, whoever runs first."""
+    body = kernel_source.read_kernel(name).body.replace("#pragma unroll 1\n", "")
+
+    def edit(helpers: str, _: str) -> tuple[str, str]:
+        assert body.count(STAGED[name]) == 1
+        return helpers, body.replace(STAGED[name], STAGED[name].replace(BARRIER, ""))
+
+    assert differs(record(monkeypatch, name), order, edit)
+
+
+WRONG_SPACES = {
+    "dequant_matvec": ("const threadgroup float* chunk_of_x", "const device float* chunk_of_x"),
+    "expert_gate_up": ("threadgroup float* staged = (threadgroup", "device float* staged = (threadgroup"),
+    "expert_down": ("const device uint32_t* record", "const threadgroup uint32_t* record"),
+    "gated_delta": ("device float4* state_target", "threadgroup float4* state_target"),
+    "gated_delta_conv_step": ("threadgroup float* key", "device float* key"),
+    "moe_combine": ("const device float4* routed", "const constant float4* routed"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG_SPACES)
+def test_a_wrong_address_space_does_not_compile(name: str, monkeypatch: pytest.MonkeyPatch):
+    launch = record(monkeypatch, name)
+    run(launch, "ascending")
+    with pytest.raises(opencl.BuildError, match="address space|__(?:local|constant|global) float4"):
+        run(launch, "ascending", in_body(*WRONG_SPACES[name]))
+
+
+EARLY_RETURNS = {
+    "before the barrier": ("uint chunk = lane % LANES;", "uint chunk = lane % LANES;\nif (chunk >= H / CHUNK) return;"),
+    "before the reduction": ("float sum = fm_lane_sum<LANES>", "if (lane % LANES) return;\n    float sum = fm_lane_sum<LANES>"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", EARLY_RETURNS)
+def test_an_early_return_is_refused(place: str):
+    """Some compilers run it and give the right sum: only the lint is sure to see it."""
+    kernel = kernel_source.read_kernel("dequant_matvec")
+    old, new = EARLY_RETURNS[place]
+    assert kernel.body.count(old) == 1
+    assert lint_body(kernel.body, kernel.inputs) == []
+    faults = lint_body(kernel.body.replace(old, new), kernel.inputs)
+    assert any("early return" in fault for fault in faults)
+
+
+def test_an_unwritten_row_shows(monkeypatch: pytest.MonkeyPatch):
+    """Outputs hold NaN before: a bound that is one too small leaves it there."""
+    assert differs(record(monkeypatch, "dequant_matvec"), "ascending", in_body("row < N &&", "row + 1 < N &&"))
+
+
+def test_an_unchecked_row_shows(monkeypatch: pytest.MonkeyPatch):
+    """A row past the end is written behind the output."""
+    launch = record(monkeypatch, "dequant_matvec")
+    with pytest.raises(AssertionError, match="past the end"):
+        run(launch, "ascending", in_body("row < N && first_x + m < M", "true"))
