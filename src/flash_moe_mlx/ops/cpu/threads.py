@@ -9,6 +9,7 @@ waits only for tasks that another thread has begun.
 import os
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from queue import SimpleQueue
@@ -118,6 +119,15 @@ def run(kernel: Callable[..., int], *arguments: Any, threads: int | None = None)
         # New for each call: a thread that comes late finds this call's tasks taken, not the next one's.
         state = np.zeros(2, np.int64)
         arguments = (*arguments, state)
-        for queue in _queues[: None if threads is None else threads - 1]:
-            queue.put((kernel, arguments))
-        _wait(state.ctypes.data, kernel(*arguments))
+        finished = False
+        try:
+            for queue in _queues[: None if threads is None else threads - 1]:
+                queue.put((kernel, arguments))
+            _wait(state.ctypes.data, kernel(*arguments))
+            finished = True
+        finally:
+            # Other threads write through bare addresses: an interrupt must not free the arrays behind them.
+            while not finished:
+                with suppress(KeyboardInterrupt):
+                    _wait(state.ctypes.data, kernel(*arguments))
+                    finished = True
