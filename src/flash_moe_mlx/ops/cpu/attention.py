@@ -104,18 +104,22 @@ def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type:
                 allowed = count
                 if mode == CAUSAL:
                     allowed = min(count, total - length + t + 1 - start)
-                for i in range(max(allowed, 0), count):
+                for i in range(max(allowed, 0), KEYS):
                     s[i] = MASKED
                 if mode == ARRAY:
                     for i in range(count):
                         if not mask[n, head, t, start + i]:
                             s[i] = MASKED
                 top = highest[row]
-                for i in range(count):
+                for i in range(KEYS):
                     top = s[i] if s[i] > top else top
-                added = np.float32(0.0)
-                for i in range(count):
+                for i in range(KEYS):
                     s[i] = exponential(s[i] - top)
+                for i in range(count, KEYS):
+                    s[i] = np.float32(0.0)  # also where every key is masked
+                # Over all KEYS: the order of a sum must not depend on how many keys there are.
+                added = np.float32(0.0)
+                for i in range(KEYS):
                     added += s[i]
                 fade = exponential(highest[row] - top)
                 weight[row] = weight[row] * fade + added

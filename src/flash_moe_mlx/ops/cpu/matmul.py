@@ -151,7 +151,7 @@ def _product(x: mx.array, matrices: Matrices) -> mx.array:
     else:
         one = np.zeros(1, np.int64)
         block_products(rows, matrices, one, y, one, one, np.array([len(rows)]))
-    return result(y.reshape(*x.shape[:-1], -1), x.dtype)
+    return result(y.reshape(*x.shape[:-1], matrices.outputs), x.dtype)
 
 
 def quantized_matmul(

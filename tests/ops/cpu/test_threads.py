@@ -1,0 +1,129 @@
+"""Threads, processors and the absence of numba."""
+
+import logging
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from flash_moe_mlx.ops import cpu
+from flash_moe_mlx.ops.dequant_matvec import dequant_matvec, dequant_matvec_reference
+
+numba = pytest.importorskip("numba")
+
+from flash_moe_mlx.ops.cpu import threads  # noqa: E402
+
+
+def test_every_task_runs_once_and_is_finished():
+    lock, counts = threading.Lock(), np.zeros(1000, int)
+
+    def kernel(label: str, state: np.ndarray) -> int:
+        while True:
+            with lock:
+                task = int(state[0])
+                state[0] += 1
+            if task >= len(counts):
+                return len(counts)
+            counts[task] += 1
+            with lock:
+                state[1] += 1
+
+    for _ in range(5):
+        threads.run(kernel, "label")
+    assert (counts == 5).all()
+
+
+def test_a_fork_has_threads_of_its_own():
+    code = """
+        import os, mlx.core as mx, numpy as np
+        from flash_moe_mlx.ops.cpu.matmul import dense_matmul
+        weight, x = mx.ones((64, 64)), mx.ones((1, 64))
+        mx.eval(weight, x)
+        dense_matmul(x, weight)
+        child = os.fork()
+        if child == 0:
+            from flash_moe_mlx.ops.cpu import threads
+            threads.run(lambda state: 0)
+            os._exit(0)
+        assert os.waitpid(child, 0)[1] == 0
+    """
+    if not hasattr(os, "fork"):
+        pytest.skip("needs fork")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("files", "membership", "cpus"),
+    [
+        ({"a/cpu.max": "150000 100000", "cpu.max": "max 100000"}, "0::/a/b\n", 1.5),
+        ({"a/cpu.max": "400000 100000", "a/b/cpu.max": "200000 100000"}, "0::/a/b\n", 2),
+        ({"cpu/a/cpu.cfs_quota_us": "50000", "cpu/a/cpu.cfs_period_us": "100000"}, "3:cpu,cpuacct:/a\n", 0.5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, "3:cpu,cpuacct:/\n2:memory:/\n", None),
+        ({}, "0::/\n", None),
+    ],
+)
+def test_cgroup_quotas(tmp_path: Path, files, membership, cpus):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text + "\n")
+    (tmp_path / "membership").write_text(membership)
+    assert threads.cgroup_cpus(tmp_path, tmp_path / "membership") == cpus
+    assert threads.cgroup_cpus(tmp_path, tmp_path / "nothing") is None
+
+
+@pytest.fixture
+def without_numba(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cpu, "find_spec", lambda name: None)
+    cpu.available.cache_clear()
+    yield
+    cpu.available.cache_clear()
+
+
+def test_without_numba_the_reference_runs_and_says_so_once(without_numba, caplog):
+    packed = mx.quantize(mx.random.normal((16, 64)), group_size=64, bits=4)
+    x = mx.random.normal((2, 64))
+    with caplog.at_level(logging.WARNING, logger=cpu.logger.name):
+        for _ in range(3):
+            y = dequant_matvec(x, *packed, bits=4, group_size=64)
+    expected = dequant_matvec_reference(x, *packed, bits=4, group_size=64)
+    assert np.array_equal(np.array(y), np.array(expected))
+    assert len(caplog.records) == 1
+    assert 'pip install "flash-moe-mlx[cpu]"' in caplog.text
+
+
+def test_choosing_the_kernels_imports_no_numba():
+    code = "import sys, flash_moe_mlx.moe, flash_moe_mlx.models.layers; assert 'numba' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_a_read_only_package_is_cached_elsewhere(tmp_path: Path):
+    """numba's own fall-back: a folder of the user's."""
+    package = Path(cpu.__file__).parents[2]
+    copy = tmp_path / "site" / package.name
+    copy.parent.mkdir()
+    ignore = ["--exclude=__pycache__", "-C", str(package.parent), package.name]
+    tar = subprocess.run(["tar", "-cf", "-", *ignore], check=True, capture_output=True).stdout
+    subprocess.run(["tar", "-xf", "-", "-C", str(copy.parent)], input=tar, check=True)
+    for folder in [copy, *copy.rglob("*")]:
+        if folder.is_dir():
+            folder.chmod(0o555)
+    code = (
+        "import mlx.core as mx; from flash_moe_mlx.ops.cpu.elementwise import swiglu; print(swiglu._cache.cache_path)"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(copy.parent), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=environment, timeout=60
+        )
+    finally:
+        for folder in [copy, *copy.rglob("*")]:
+            if folder.is_dir():
+                folder.chmod(0o755)
+    if os.geteuid() != 0:  # root writes anyway
+        assert done.stdout.startswith(str(tmp_path / "cache"))
