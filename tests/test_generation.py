@@ -13,7 +13,6 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import flash_moe_mlx
 from flash_moe_mlx import GenerationResponse, RequestError, generate, stream_generate
-from flash_moe_mlx.models import mixers
 from flash_moe_mlx.models.qwen3_5_moe import Model
 
 from .support.models import VOCABULARY, greedy, make_converted, smallest_limit
@@ -179,7 +178,7 @@ def test_quantised_kv_cache(loaded: Loaded, monkeypatch: pytest.MonkeyPatch):
     prompt = PROMPT * 3
     expected = tokens(mlx_lm.stream_generate(*loaded, prompt, 12, **how))
     assert ours(loaded, prompt, **how) == expected
-    monkeypatch.setattr(mixers, "MAX_SCORE_BYTES", 1)  # attention in blocks of 16 queries
+    monkeypatch.setattr("flash_moe_mlx.ops.attention.MAX_SCORE_BYTES", 1)  # attention in blocks of 16 queries
     assert ours(loaded, prompt, **how) == expected
 
 

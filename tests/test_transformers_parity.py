@@ -9,7 +9,6 @@ import pytest
 
 from flash_moe_mlx.errors import MemoryLimitError
 from flash_moe_mlx.loading import load_model
-from flash_moe_mlx.models import mixers
 
 from .support.numerics import RELATIVE_RMS, assert_close
 
@@ -67,7 +66,7 @@ def test_matches_stored_logits_in_parts(stored: Any):
 
 def test_matches_stored_logits_with_attention_in_blocks(stored: Any, monkeypatch: pytest.MonkeyPatch):
     model, ids, logits = stored
-    monkeypatch.setattr(mixers, "MAX_SCORE_BYTES", 1)  # blocks of 16 queries
+    monkeypatch.setattr("flash_moe_mlx.ops.attention.MAX_SCORE_BYTES", 1)  # blocks of 16 queries
     assert_close("264 tokens", logits, model(mx.array(ids[None]))[0], TOLERANCE)
 
 

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 from ..config import ModelConfig
 from ..moe import LAZY_ROWS
-from .mixers import MAX_SCORE_BYTES, MIN_QUERY_BLOCK, MIXER_BLOCK
+from ..ops.attention import MAX_SCORE_BYTES, MIN_QUERY_BLOCK
+from .mixers import MIXER_BLOCK
 
 _FLOAT32 = 4
 _KV_STEP = 256  # mlx_lm's KVCache grows by this many tokens

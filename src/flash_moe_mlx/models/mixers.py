@@ -8,22 +8,17 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_map
-from mlx_lm.models.base import create_attention_mask, create_ssm_mask, scaled_dot_product_attention
+from mlx_lm.models.base import create_attention_mask, create_ssm_mask
 from mlx_lm.models.rope_utils import initialize_rope
 
 from ..config import ModelConfig
+from ..ops.attention import attention
 from ..ops.gated_delta import conv1d_silu, gated_delta
 from .layers import Linear, QuantizationOf
 
 MIXER_BLOCK = 256
 """Tokens that a mixer takes at a time. A constant: it bounds the scratch of a long prompt (attention
 scores, projections) without making bits depend on the memory limit."""
-
-MAX_SCORE_BYTES = 16 << 20
-"""Attention scores, in float32, that may be alive at once; a query block is at least MIN_QUERY_BLOCK long."""
-
-MIN_QUERY_BLOCK = 16
 
 
 class GatedAttention(nn.Module):
@@ -66,39 +61,9 @@ class GatedAttention(nn.Module):
         values = self.v_proj(x).reshape(batch, length, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
         queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset=cache.offset)
         keys, values = cache.update_and_fetch(self.rope(keys, offset=cache.offset), values)
-        y = _attend(queries, keys, values, cache, self.scale, mask)
+        y = attention(queries, keys, values, scale=self.scale, mask=mask, cache=cache)
         y = y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
         return self.o_proj(y * mx.sigmoid(gate.reshape(batch, length, -1)))
-
-
-def _attend(queries: mx.array, keys: mx.array, values: mx.array, cache: Any, scale: float, mask: Any) -> mx.array:
-    """Scaled dot-product attention in blocks of queries, so that few scores are alive at once.
-
-    MLX's fallback (the CPU; heads of 256 on GPUs) holds all scores of a call. The block depends on shapes
-    alone. Keys and values are arrays (B, heads, context, head_dim), or a quantised cache's lists of such.
-    """
-    batch, heads, length, _ = queries.shape
-    context = (keys if isinstance(keys, mx.array) else keys[0]).shape[2]
-    block = max(MAX_SCORE_BYTES // (4 * batch * heads * context), MIN_QUERY_BLOCK)
-    if length <= block:
-        return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
-    before = context - length
-    blocks = []
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        part = mask[..., start:end, : before + end] if isinstance(mask, mx.array) else mask
-        blocks.append(
-            scaled_dot_product_attention(
-                queries[:, :, start:end],
-                tree_map(lambda array, end=before + end: array[:, :, :end], keys),
-                tree_map(lambda array, end=before + end: array[:, :, :end], values),
-                cache=cache,
-                scale=scale,
-                mask=part,
-            )
-        )
-        mx.eval(blocks[-1])
-    return mx.concatenate(blocks, axis=2)
 
 
 class RMSNormGated(nn.Module):
