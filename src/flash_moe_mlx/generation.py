@@ -111,6 +111,7 @@ def stream_generate(
             f"[input_embeddings] must have shape ({len(tokens) or 'L'}, H), got {input_embeddings.shape}. "
             "Pass one row a token of the prompt, or an empty prompt."
         )
+    mx.eval(tokens, input_embeddings)  # here: another thread, which may generate, could not
     cached = 0
     if prefix_cache is not None:
         if prefix_cache.model is not model:
@@ -123,7 +124,7 @@ def stream_generate(
         caches, cached = prefix_cache.fetch(tokens.tolist())
     else:
         caches = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
-    context = length - cached + context_length(caches)
+    context = length + (context_length(caches) if prefix_cache is None else 0)
     limit = model.streaming.max_context
     if length == 0:
         raise RequestError("[prompt] must have at least one token, got none. Say something.")
