@@ -18,9 +18,9 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A module imports only from those before it. The same list, with what each does, is in docs/architecture.md.
 ORDER = [
     "errors", "record", "machine", "config", "stats", "safetensors_header", "quantization", "expert_tensors",
-    "checkpoint", "trace", "budget", "file_io", "store", "buffer_cache", "bank", "cache", "streaming", "pack", "verify",
-    "ops", "moe", "models", "loading", "prefix_cache", "generation", "async_generation", "plan", "server", "chat", "cli",
-    "plot",
+    "checkpoint", "trace", "budget", "file_io", "store", "buffer_cache", "bank", "cache", "streaming", "pack",
+    "verify", "ops", "moe", "models", "loading", "prefix_cache", "generation", "async_generation", "plan",
+    "server", "chat", "cli", "plot",
 ]  # fmt: skip
 
 MAX_LINES = 500
