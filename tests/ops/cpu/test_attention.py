@@ -8,7 +8,7 @@ from ..oracle import assert_close, wide
 
 pytest.importorskip("numba")
 
-from flash_moe_mlx.ops.cpu.attention import ROWS, attention, takes
+from flash_moe_mlx.ops.cpu.attention import ROWS, _attend_kernel, attention, takes
 
 
 def arrays(batch: int, heads: int, kv_heads: int, length: int, keys: int, dims: int) -> tuple[mx.array, ...]:
@@ -71,3 +71,10 @@ def test_takes_what_it_can():
     assert takes(q, mx.ones((1, 1), mx.bool_))
     assert not takes(q, mx.zeros((1, 1)))
     assert not takes(mx.zeros((1, 1, 1, 80)), None)
+
+
+def test_is_compiled_once():
+    q, k, v = arrays(1, 2, 1, 3, 70, 64)
+    for mask in (None, "causal", mx.ones((3, 70), mx.bool_), mx.ones((1, 2, 3, 70), mx.bool_)):
+        attention(q, k, v, scale=0.1, mask=mask)
+    assert len(_attend_kernel.signatures) == 1

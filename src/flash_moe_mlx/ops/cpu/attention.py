@@ -12,7 +12,7 @@ from .elementwise import exponential
 from .jit import VECTORISED, compiled
 from .threads import run
 from .tile_ir import MR, NR, PACK_BLOCK, make_multiply, make_unpack
-from .vector_ir import F32, LANES, add_one, load_f32, make_dense_dots
+from .vector_ir import F32, LANES, add_one, load_f32, load_u8, make_dense_dots
 
 ROWS = 128
 """Rows of queries a thread takes at once: their sums and a block of scores stay in the second-level cache."""
@@ -46,7 +46,7 @@ _product_kernel = compiled(_product)
 def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type: ignore[no-untyped-def]
     """Queries, keys and values are (address, bytes a row of the batch, a head, a token); y is (B, L, heads, D).
 
-    sizes is (kv heads, keys); mask is (B, heads, L, keys), broadcast with strides of 0, for mode ARRAY.
+    sizes is (kv heads, keys); mask is (address, bytes a row of the batch, a head, a token, a key), for mode ARRAY.
     """
     batch, length, heads, dims = y.shape
     kv_heads, total = sizes
@@ -107,8 +107,9 @@ def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type:
                 for i in range(max(allowed, 0), KEYS):
                     s[i] = MASKED
                 if mode == ARRAY:
+                    allow = mask[0] + n * mask[1] + head * mask[2] + t * mask[3] + start * mask[4]
                     for i in range(count):
-                        if not mask[n, head, t, start + i]:
+                        if not load_u8(allow, i * mask[4]):
                             s[i] = MASKED
                 top = highest[row]
                 for i in range(KEYS):
@@ -193,7 +194,8 @@ def attention(
     elif mask is not None:
         mode = CAUSAL
     allowed = np.broadcast_to(allowed, (batch, heads, length, total))
+    mask_place = (address(allowed), *allowed.strides)
     y = empty(batch, length, heads, dims)
     places = [place for _, place in memory]
-    run(_attend_kernel, *places, (kv_heads, total), mode, allowed, np.float32(scale), y)
+    run(_attend_kernel, *places, (kv_heads, total), mode, mask_place, np.float32(scale), y)
     return result(y, queries.dtype).transpose(0, 2, 1, 3)
