@@ -143,6 +143,9 @@ class ModelConfig:
                     f"{getattr(self, groups)}. Restore the file."
                 )
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "ModelConfig":
+        return self  # nothing in it changes, and rope_parameters can't be copied
+
     @property
     def linear_key_dim(self) -> int:
         """Width of all GatedDeltaNet keys of a token."""

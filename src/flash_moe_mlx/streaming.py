@@ -384,6 +384,10 @@ class StreamingEngine:
             for snapshots in self._snapshots:
                 snapshots.clear()
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "StreamingEngine":
+        """A copied model shares the engine: one lock and one set of slots, and closing it closes both."""
+        return self
+
     def __enter__(self) -> "StreamingEngine":
         return self
 

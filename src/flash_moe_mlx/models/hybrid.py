@@ -93,11 +93,15 @@ class HybridModel(nn.Module):
 
     streaming: StreamingEngine
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype):
+    def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model_type = config.model_type
-        self.dtype = dtype
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of activations: ``set_dtype`` changes it, as in mlx-lm's models."""
+        return self.text_model.norm.weight.dtype
 
     @property
     def text_model(self) -> TextModel:
@@ -162,7 +166,7 @@ def prepare_hybrid(
     stored: Mapping[str, mx.array],
     streaming: StreamingConfig,
     dtype: mx.Dtype,
-    build: Callable[[ModelConfig, QuantizationOf, mx.Dtype], HybridModel],
+    build: Callable[[ModelConfig, QuantizationOf], HybridModel],
     canonical_name: Callable[[str], str],
 ) -> Family:
     """What loading needs to know of a hybrid model. No weight is read.
@@ -192,7 +196,7 @@ def prepare_hybrid(
     weights = {own: _from_hub(own, stored[name]) if hub_layout else stored[name] for own, name in names.items()}
     weights = convert(weights, lambda name, value: _kept_dtype(name, value.dtype, dtype))
     return Family(
-        model=build(config, quantization_of, dtype),
+        model=build(config, quantization_of),
         weights=weights,
         costs=HybridCosts(
             dense_bytes=dense_bytes(weights),

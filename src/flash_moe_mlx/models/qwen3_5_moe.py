@@ -48,8 +48,8 @@ class LanguageModel(nn.Module):
 class Model(HybridModel):
     """Qwen3.5-MoE, its text model under ``language_model``; vision and multi-token-prediction tensors are skipped."""
 
-    def __init__(self, config: ModelConfig, quantization_of: QuantizationOf, dtype: mx.Dtype):
-        super().__init__(config, dtype)
+    def __init__(self, config: ModelConfig, quantization_of: QuantizationOf):
+        super().__init__(config)
         self.language_model = LanguageModel(config, quantization_of)
 
     @property

@@ -44,8 +44,8 @@ class FusedGatedDeltaNet(GatedDeltaNet):
 class Model(HybridModel):
     """Qwen3-Next, its text model under ``model``; multi-token-prediction tensors are skipped."""
 
-    def __init__(self, config: ModelConfig, quantization_of: QuantizationOf, dtype: mx.Dtype):
-        super().__init__(config, dtype)
+    def __init__(self, config: ModelConfig, quantization_of: QuantizationOf):
+        super().__init__(config)
         self.model = TextModel(config, "model", quantization_of, FusedGatedDeltaNet)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantization_of("lm_head"))
