@@ -110,7 +110,13 @@ def prepare(
     if k is not None and k > most:
         raise RequestError(f"[num_experts_per_tok] must be at most {most}, the experts of a layer, got {k}.")
     config, trained = _with_experts_per_tok(checkpoint.config, k)
-    model = _build(config)
+    fixed_k = RequestError(f"[num_experts_per_tok] can't be changed for {config['model_type']}, got {k}. Leave it out.")
+    try:
+        model = _build(config)
+    except CorruptError as error:
+        if k is None or k == trained:
+            raise
+        raise fixed_k from error
     swapped = _swap_experts(model, checkpoint)
     weights = {**stored, **_lazy_experts(checkpoint)}
     weights = dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
@@ -121,7 +127,7 @@ def prepare(
     caches = _cache_growth(model, dtype, str(config["model_type"]))
     found = {module.num_experts_per_tok for module in swapped.values()}
     if k is not None and found != {k}:
-        raise RequestError(f"[num_experts_per_tok] can't be changed for {config['model_type']}, got {k}. Leave it out.")
+        raise fixed_k
     note = f"num_experts_per_tok={k} where the model was trained with {trained}"
     return Family(
         model=model,
@@ -162,12 +168,11 @@ def _build(config: dict[str, Any]) -> Any:
             "Check for a newer mlx-lm."
         ) from error
     try:
-        args = args_class.from_dict(config)
-    except (TypeError, ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        return type(f"Streaming{model_class.__name__}", (StreamingModel, model_class), {})(args_class.from_dict(config))
+    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
         raise CorruptError(
             f"[config.json] must describe a {config['model_type']} model, got {error}. Restore the file."
         ) from error
-    return type(f"Streaming{model_class.__name__}", (StreamingModel, model_class), {})(args)
 
 
 def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwitchGLU]:
