@@ -13,7 +13,7 @@ FORBIDDEN = {
     r"\b(?:u?int|float|half)[234]\s*\((?!&)": "vector constructors differ: assign the members",
     r"\bas_type\b|\bas_\w+\(|\breinterpret_cast\b|\b__\w+": "bit casts and intrinsics belong to the dialect headers",
     r"(?<![\w.])\d+\.\d*(?:e[+-]?\d+)?(?![\d.]*f)\b": "a literal without f is a double",
-    r"(?<!metal::)\b(?:exp|log|sqrt|fma|abs|fabs|min|max|fmin|fmax|pow)\s*\(": "maths is metal::name, so that it is one function",
+    r"(?<!metal::)\b(?:exp|log|sqrt|fma|abs|fabs|min|max|fmin|fmax|pow)\s*\(": "maths is metal::name",
     r"\b(?:threadIdx|blockIdx|blockDim|get_\w+_id|cooperative_groups)\b": "names of one backend",
     r"\bprintf\b|\bassert\b": "not in Metal",
 }  # fmt: skip

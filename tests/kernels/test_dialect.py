@@ -48,8 +48,8 @@ def test_lint_finds(code: str):
 @pytest.mark.parametrize(
     "code",
     [
-        "const device float4* p = (const device float4*)x;", "float a = 1.0f * b[2] + 1e-6f;", "float a = metal::exp(b);",
-        "thread float (&w)[8]", "const thread FmRows<A, B, S>& rows", "uint n = x_shape[1];", "a = K * b; c = X_ROWS * d;",
+        "const device float4* p = (const device float4*)x;", "float a = 1.0f * b[2] + 1e-6f;", "metal::exp(b)",
+        "thread float (&w)[8]", "const thread FmRows<A, B, S>& rows", "n = x_shape[1];", "a = K * b; c = X * d",
         "metal::fma(a, b, c)", "float4 s; s.x = 0.0f;",
     ],
 )  # fmt: skip

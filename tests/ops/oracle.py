@@ -81,10 +81,10 @@ def make_bank(
             if alter:
                 weight[:, 0, :group_size] = 0
                 weight[:, out // 2, :group_size] = 0.25
-                weight[:, out // 4] *= 2.0**-10
+                weight[:, : out // 4] *= 2.0**-10
                 if projection == "down_proj":
-                    # Not gate or up: one huge value of h would leave nothing of the others in the error.
-                    weight[:, out // 3] *= 64
+                    # Many rows, and not of gate or up: one huge value would leave nothing of the others in the error.
+                    weight[:, : out // 3] *= 64
             parts = dict(zip(("weight", "scales", "biases"), quantize(weight, bit, group_size, dtype), strict=True))
             dense[projection] = dequantize(*parts.values(), bit)
             quantizations[projection] = Quantization(bit, group_size)
