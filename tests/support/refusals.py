@@ -1,0 +1,44 @@
+"""What every refusal must look like, and leave behind: nothing."""
+
+import gc
+import os
+import re
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from flash_moe_mlx.errors import FlashMoEError
+
+MESSAGE = r"(?s)\[[^\]]+\] .+, got .+\. [A-Z].+[.\"]\Z"
+"""`[where] what must hold, got what. What to do.`"""
+
+
+def held() -> tuple[set[threading.Thread], set[str]]:
+    """Threads, and what files are open (Linux): to be the same before and after."""
+    gc.collect()
+    files = set()
+    for number in os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else ():
+        with suppress(OSError):  # the listing's own
+            files.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+    return set(threading.enumerate()), files
+
+
+def assert_refused(call: Callable[[], object], kind: type[FlashMoEError], words: str) -> None:
+    """A typed error with a message in the house's form; no thread, no file and no weight left behind."""
+    mx.synchronize()
+    before, active = held(), mx.get_active_memory()
+    try:  # not pytest.raises: it would keep what the frames hold
+        call()
+    except FlashMoEError as error:
+        got, message = type(error), str(error)
+    else:
+        pytest.fail("nothing was raised")
+    assert got is kind, message
+    assert re.search(words, message), message
+    assert re.match(MESSAGE, message), f"not in the house's form: {message}"
+    assert held() == before
+    assert mx.get_active_memory() <= active + 4096

@@ -1,0 +1,165 @@
+"""Ctrl-C while a model generates: it stays usable, and what it says next is right."""
+
+import dis
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+import flash_moe_mlx
+from flash_moe_mlx import stream_generate
+from flash_moe_mlx.models.qwen3_5_moe import Model
+
+from .support.models import VOCABULARY, make_converted, smallest_limit
+from .support.stores import FaultyPreadv, FaultyStore
+
+PROMPT = np.random.default_rng(6).integers(1, VOCABULARY, 17).tolist()
+OTHER = np.random.default_rng(7).integers(1, VOCABULARY, 5).tolist()
+Loaded = tuple[Model, TokenizerWrapper]
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_converted(tmp_path_factory.mktemp("checkpoint"), bits=4)
+
+
+@pytest.fixture
+def loaded(directory: Path) -> Iterator[Loaded]:
+    """The fewest slots that work: nearly every step reads."""
+    model, tokenizer = flash_moe_mlx.load(directory, memory_limit=smallest_limit(directory))
+    with model.streaming:
+        yield model, tokenizer
+
+
+@pytest.fixture(scope="module")
+def expected(directory: Path) -> dict[int, list[int]]:
+    """Tokens of an undisturbed model, by the prompt's length."""
+    model, tokenizer = flash_moe_mlx.load(directory, memory_limit="1GB")
+    with model.streaming:
+        return {len(prompt): run((model, tokenizer), prompt) for prompt in (PROMPT, OTHER)}
+
+
+def run(loaded: Loaded, prompt: list[int] = PROMPT) -> list[int]:
+    return [response.token for response in stream_generate(*loaded, prompt, 10)]
+
+
+def inject(model: Model, fault: Callable[[int, int], Exception | None]) -> FaultyStore:
+    """Put a store that fails between the model and its own."""
+    engine = model.streaming
+    engine._store = engine._cache._source = FaultyStore(engine._store, fault=fault)
+    return engine._store
+
+
+@pytest.mark.parametrize("count", [0, 7, 40], ids="read {}".format)
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit])
+def test_an_interrupt_while_waiting_for_a_read(
+    loaded: Loaded, expected: dict[int, list[int]], count: int, error: type[BaseException]
+):
+    """Reads are still under way when it comes: they must not land in slots that others have by then."""
+    model, _ = loaded
+    store = inject(model, lambda layer, expert: None)
+    store.delay = 0.005
+    waits = iter(range(10**9))
+    submit = store.submit
+
+    def interrupted(requests):
+        pending = submit(requests)
+        if next(waits) == count:
+            pending.wait = lambda: (_ for _ in ()).throw(error())
+        return pending
+
+    store.submit = interrupted
+    with pytest.raises(error):
+        run(loaded)
+    store.delay = 0
+    assert run(loaded) == expected[17]
+    assert run(loaded, OTHER) == expected[5]
+
+
+def test_an_interrupt_in_a_real_wait(loaded: Loaded, expected: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch):
+    """Ctrl-C as it comes: a signal in the main thread, while I/O threads are reading."""
+
+    def fault(number: int, offset: int, wanted: int) -> None:
+        if number == 40:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    reads = FaultyPreadv(fault)
+    monkeypatch.setattr(os, "preadv", reads)
+    with pytest.raises(KeyboardInterrupt):
+        run(loaded)
+    assert reads.calls > 40
+    assert reads.running == 0
+    assert run(loaded) == expected[17]
+
+
+INTERRUPTIBLE = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME")}
+"""Instructions after which CPython looks for signals: no other place can be hit by Ctrl-C."""
+
+
+def interrupted_at(place: int, call: Callable[[], object]) -> bool:
+    """Call with a KeyboardInterrupt at the given place of cache.py, streaming.py and moe.py, counted as they run."""
+    count = 0
+    last: dict[FrameType, int] = {}
+
+    def local(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal count
+        if event == "opcode":
+            count += last.get(frame) in INTERRUPTIBLE
+            last[frame] = frame.f_code.co_code[frame.f_lasti]
+            if count == place:
+                raise KeyboardInterrupt
+        return local
+
+    def begin(frame: FrameType, event: str, argument: object) -> Any:
+        if not frame.f_code.co_filename.endswith(("/cache.py", "/streaming.py", "/moe.py")):
+            return None
+        frame.f_trace_opcodes = True
+        return local
+
+    before = sys.gettrace()
+    sys.settrace(begin)
+    try:
+        call()
+    except KeyboardInterrupt:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def is_free(lock: Any) -> bool:
+    """Whether another thread could take it."""
+    free: list[bool] = []
+
+    def take() -> None:
+        free.append(lock.acquire(blocking=False))
+        if free[0]:
+            lock.release()
+
+    thread = threading.Thread(target=take)
+    thread.start()
+    thread.join()
+    return free[0]
+
+
+def test_an_interrupt_anywhere_in_a_step(loaded: Loaded):
+    """Ctrl-C comes where it likes: the steps after it are right, and another thread gets its turn."""
+    model, _ = loaded
+    steps = [mx.array([[token]]) for token in PROMPT[:3]]
+    right = [np.array(model(step)) for step in steps]
+    place = 1
+    while interrupted_at(place, lambda: mx.eval(model(steps[0]))):
+        assert is_free(model.streaming.lock), f"locked by an interrupt at {place}"
+        for step, logits in zip(steps[1:], right[1:], strict=True):
+            assert np.array_equal(np.array(model(step)), logits), f"wrong after an interrupt at {place}"
+        place += 11
+    assert place > 200
