@@ -204,11 +204,13 @@ def chat_prompt(
         ) from error
     system = [m for m in messages[:1] if m["role"] == "system"]
     users = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    shorter = [[*system, {"role": "user", "content": _PROBE}], [*messages[: users[-1]]] if users else [], [*messages]]
+    shorter = [list(messages)]
+    if len(messages) > len(system):
+        shorter.append([*system, {"role": "user", "content": _PROBE}])
+    if users and users[-1] > len(system):
+        shorter.append(list(messages[: users[-1]]))
     points = set()
     for part in shorter:
-        if not part:
-            continue
         try:
             points.add(_common_prefix(np.array(tokens), np.array(_render(tokenizer, part, False, template_arguments))))
         except TemplateError:
