@@ -110,7 +110,9 @@ def prepare(
     if k is not None and k > most:
         raise RequestError(f"[num_experts_per_tok] must be at most {most}, the experts of a layer, got {k}.")
     config, trained = _with_experts_per_tok(checkpoint.config, k)
-    fixed_k = RequestError(f"[num_experts_per_tok] can't be changed for {config['model_type']}, got {k}. Leave it out.")
+    fixed_k = RequestError(
+        f"[num_experts_per_tok] can't be changed for {config.get('model_type')}, got {k}. Leave it out."
+    )
     try:
         model = _build(config)
     except CorruptError as error:
@@ -169,7 +171,7 @@ def _build(config: dict[str, Any]) -> Any:
         ) from error
     try:
         return type(f"Streaming{model_class.__name__}", (StreamingModel, model_class), {})(args_class.from_dict(config))
-    except (AssertionError, AttributeError, KeyError, NotImplementedError, TypeError, ValueError) as error:
+    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
         raise CorruptError(
             f"[config.json] must describe a {config['model_type']} model, got {error}. Restore the file."
         ) from error
@@ -197,7 +199,7 @@ def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwit
         setattr(parent, name, swapped[layer])
     if sorted(swapped) != list(checkpoint.moe_layers):
         raise UnsupportedModelError(
-            f"[{where}] mlx-lm's model must have a SwitchGLU in the layers {checkpoint.moe_layers} that have routed "
+            f"[{where}] mlx-lm's model must have a SwitchGLU in the layers {list(checkpoint.moe_layers)} that have routed "
             f"experts, got {sorted(swapped)}. Its experts can't be streamed: run it in mlx-lm."
         )
     return paths
@@ -231,7 +233,7 @@ def _cache_growth(model: Any, dtype: mx.Dtype, where: str) -> list[CacheGrowth]:
         caches = make_prompt_cache(model)
         try:
             super(StreamingModel, model).__call__(mx.zeros((1, tokens), mx.int32), cache=caches)
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
             raise UnsupportedModelError(
                 f"[{where}] mlx-lm's model must run with its experts replaced, got {type(error).__name__}: {error}. "
                 "Run it in mlx-lm."

@@ -1,0 +1,129 @@
+"""Tiny models of every mlx-lm type whose experts are a SwitchGLU, converted by mlx-lm's own functions; their table."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+from mlx.utils import tree_map
+
+from .models import greedy, load_resident, smallest_limit, streamed
+from .numerics import relative_rms
+from .switch_configs import EXPERTS, OTHERS, QUARTER, VOCABULARY, make_config
+
+CONVERSIONS: dict[str, tuple[int, int] | None] = {"unquantised": None, "4-bit g64": (4, 64), "8-bit g32": (8, 32)}
+GREEDY_TOKENS = 32
+BOUND = 1e-5
+MAX_CONTEXT = 512
+
+
+def _random(value: mx.array) -> mx.array:
+    """Weights of a scale at which routing is decided and every layer matters; some are zeros in mlx-lm's model."""
+    if value.ndim < 2:
+        return value + 0.1 * mx.random.normal(value.shape)
+    if float(value.astype(mx.float32).abs().max()) == 0:
+        return mx.random.normal(value.shape) / math.sqrt(value.shape[-1])
+    return 1.5 * value
+
+
+def make_resident(config: dict[str, Any], seed: int = 0) -> Any:
+    """mlx-lm's own model with random weights, bfloat16."""
+    model_class, args_class = mlx_lm.utils._get_classes(config)
+    mx.random.seed(seed)
+    model = model_class(args_class.from_dict(config))
+    model.update(tree_map(_random, model.parameters()))
+    model.set_dtype(mx.bfloat16)
+    mx.eval(model.parameters())
+    return model
+
+
+def write_model(directory: Path, config: dict[str, Any], conversion: str = "unquantised", seed: int = 0) -> Path:
+    """A checkpoint as mlx_lm.convert writes it."""
+    model, quantisation = make_resident(config, seed), CONVERSIONS[conversion]
+    if quantisation is not None:
+        bits, group_size = quantisation
+        model, config = mlx_lm.utils.quantize_model(model, dict(config), group_size, bits)
+    mlx_lm.utils.save_model(directory, model)
+    mlx_lm.utils.save_config(dict(config), directory / "config.json")
+    return directory
+
+
+def quarter_limit(directory: Path) -> int:
+    """The limit at which every layer has slots for a quarter of its experts."""
+    with streamed(directory, "1GB", max_context=MAX_CONTEXT) as model:
+        engine = model.streaming
+        records = sum((QUARTER - engine._k) * experts.record_bytes for experts in engine._experts.values())
+    return smallest_limit(directory, max_context=MAX_CONTEXT) + records
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A streamed model beside mlx-lm's resident one.
+
+    Attributes:
+        rms: Largest relative RMS of float32 logits, over passes of 1, 7 and 2 x 40 tokens.
+        expected: mlx-lm's greedy tokens.
+        tokens: Ours.
+        num_experts_per_tok: K.
+        num_slots: Slots of all layers.
+        num_experts: Experts of all layers.
+        misses: Experts read.
+    """
+
+    rms: float
+    expected: tuple[int, ...]
+    tokens: tuple[int, ...]
+    num_experts_per_tok: int
+    num_slots: int
+    num_experts: int
+    misses: int
+
+
+def compare(directory: Path) -> Comparison:
+    """Stream a checkpoint at a quarter of its experts, and run it resident."""
+    resident = load_resident(directory)
+    rng = np.random.default_rng(0)
+    with streamed(directory, quarter_limit(directory), max_context=MAX_CONTEXT) as model:
+        passes = [mx.array(rng.integers(0, VOCABULARY, shape)) for shape in ((1, 1), (1, 7), (2, 40))]
+        rms = max(relative_rms(model(ids), resident(ids)) for ids in passes)
+        prompt = rng.integers(0, VOCABULARY, 20).tolist()
+        stats = model.streaming.stats()
+        return Comparison(
+            rms,
+            tuple(greedy(resident, prompt, GREEDY_TOKENS)[0]),
+            tuple(greedy(model, prompt, GREEDY_TOKENS)[0]),
+            model.streaming._k,
+            stats.num_slots,
+            stats.num_experts,
+            model.streaming.stats().misses,
+        )
+
+
+def table_row(model_type: str, comparisons: Sequence[Comparison]) -> str:
+    """One line of the table in docs/models.md: bounds, not measured values, so that it is the same everywhere."""
+    cells = [
+        f"< {BOUND:.0e}, {'equal' if c.tokens == c.expected else 'DIFFERENT'}" if c.rms < BOUND else f"{c.rms:.1e}"
+        for c in comparisons
+    ]
+    first = comparisons[0]
+    slots = f"{QUARTER} of {EXPERTS}" if 4 * first.num_slots == first.num_experts else str(first.num_slots)
+    cells = [f"`{model_type}`", str(first.num_experts_per_tok), slots, *(cell.replace("e-0", "e-") for cell in cells)]
+    return f"| {' | '.join(cells)} |"
+
+
+def conversions_of(model_type: str) -> list[str]:
+    """What a type is tested in: the types that were asked for in all, the others in two."""
+    return [name for name in CONVERSIONS if model_type not in OTHERS or name != "8-bit g32"]
+
+
+def measure_row(model_type: str, directory: Path) -> tuple[str, list[Comparison]]:
+    """Convert, compare and render one type."""
+    config = make_config(model_type)
+    comparisons = [
+        compare(write_model(directory / name.replace(" ", "-"), config, name)) for name in conversions_of(model_type)
+    ]
+    return table_row(model_type, comparisons), comparisons
