@@ -1,5 +1,8 @@
 """MLX arrays as memory: numpy views and addresses of what MLX holds, and results handed back to MLX."""
 
+from ctypes import addressof, c_char
+from math import prod
+
 import mlx.core as mx
 import numpy as np
 
@@ -35,15 +38,18 @@ def floats(array: mx.array) -> np.ndarray:
 
 def empty(*shape: int) -> np.ndarray:
     """Uninitialised float32 on a cache line's boundary: an unaligned 64-byte load touches two lines."""
-    size = 4 * int(np.prod(shape))
+    size = 4 * prod(shape)
     raw = np.empty(size + _ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % _ALIGNMENT
+    start = -address(raw) % _ALIGNMENT
     return raw[start : start + size].view(np.float32).reshape(shape)
 
 
 def address(array: np.ndarray) -> int:
     """Address of an array's first byte."""
-    return array.ctypes.data
+    try:
+        return addressof(c_char.from_buffer(array))  # a third of the time that array.ctypes takes
+    except (BufferError, TypeError, ValueError):  # strided, read-only or empty
+        return array.ctypes.data
 
 
 def result(array: np.ndarray, dtype: mx.Dtype) -> mx.array:

@@ -12,6 +12,7 @@ from .arrays import RECORD_KINDS, address, empty, floats, result, view
 from .elementwise import swiglu
 from .kernels import affine, dense
 from .matmul import Matrices, block_products, row_products
+from .tile_ir import PACK_BLOCK
 
 BLOCK_ROWS = 256
 """Rows of (token, expert) pairs that a prefill computes at once: bounds its scratch. Bits don't depend on it."""
@@ -162,8 +163,9 @@ def grouped_ffn(
     A row's bits depend on how many rows its expert has, and on nothing else. Scratch: ``scratch_bytes``.
     """
     layout = bank.layout
+    most = FEW_ROWS if _fits_tiles(layout) else len(x)
     for few in (True, False):
-        chosen = [(slot, own) for slot, own in zip(slots, pairs, strict=True) if (len(own) <= FEW_ROWS) == few]
+        chosen = [(slot, own) for slot, own in zip(slots, pairs, strict=True) if (len(own) <= most) == few]
         for block in _blocks(chosen):
             indices = np.concatenate([own for _, own in block])
             rows = np.array([len(own) for _, own in block])
@@ -177,6 +179,12 @@ def grouped_ffn(
                 np.take(x, indices // k, axis=0, out=own_x)
                 blocks_ffn(own_x, rows, layout, addresses, out, activation)
             y[indices] = out
+
+
+def _fits_tiles(layout: RecordLayout) -> bool:
+    """Whether rows can be unpacked in blocks; groups of quantised ones always can."""
+    widths = {"gate_proj": layout.hidden_size, "up_proj": layout.hidden_size, "down_proj": layout.intermediate_size}
+    return all(layout.quantization(name) or width % PACK_BLOCK == 0 for name, width in widths.items())
 
 
 def _blocks(chosen: Sequence[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:

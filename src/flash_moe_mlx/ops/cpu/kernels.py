@@ -59,15 +59,13 @@ class Format(NamedTuple):
         """Groups of a row; 0 where it is unquantised."""
         return inputs // self.group_size if self.bits else 0
 
-    @property
-    def lane_weights(self) -> int:
-        """As ``prepare`` takes it."""
-        return lane_weights(self.bits) if self.bits else 0
 
-    @property
-    def factors(self) -> np.ndarray:
-        """As ``prepare`` takes it."""
-        return np.array(field_scales(self.bits) if self.bits else [1.0], np.float32)
+@cache
+def order(format_: Format) -> tuple[int, np.ndarray]:
+    """Lane weights and factors, as ``prepare`` takes them."""
+    if not format_.bits:
+        return 0, np.ones(1, np.float32)
+    return lane_weights(format_.bits), np.array(field_scales(format_.bits), np.float32)
 
 
 def affine(bits: int, group_size: int) -> Format:

@@ -21,6 +21,7 @@ from .kernels import (
     affine,
     dense,
     matvec_kernel,
+    order,
     tiles_kernel,
 )
 from .threads import run
@@ -28,6 +29,10 @@ from .tile_ir import PACK_BLOCK
 
 MATVEC_ROWS = 8
 """Up to this many rows are multiplied one by one; beyond it, weights are unpacked once for all of them."""
+
+
+ALONE_BYTES = 1 << 18
+"""Below it, the calling thread multiplies alone: waking another takes as long."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,14 @@ def row_products(x: np.ndarray, matrices: Matrices, index: np.ndarray, y: np.nda
     jobs = matrices.jobs(index)
     if form.bits:
         ordered, sums = empty(*x.shape), empty(len(x), form.groups(inputs))
-        prepare(x, form.lane_weights, form.factors, form.group_size, ordered, sums)
+        prepare(x, *order(form), form.group_size, ordered, sums)
         jobs[:, SUMS] = address(sums) + x_rows * sums.strides[0]
         x = ordered
     jobs[:, X] = address(x) + x_rows * x.strides[0]
     jobs[:, Y] = address(y) + np.arange(len(index)) * y.strides[0]
     scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.kind, matrices.bias_kind)
-    run(matvec_kernel(form), jobs, *scalars)
+    work = len(jobs) * matrices.outputs * form.row_bytes(inputs)
+    run(matvec_kernel(form), jobs, *scalars, alone=work < ALONE_BYTES)
 
 
 def block_products(

@@ -33,8 +33,8 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 @serial
 def _wait(state, tasks):  # type: ignore[no-untyped-def]
     """Wait until ``tasks`` tasks are finished."""
-    spins = 0
-    while load_i64(state + 8) < tasks:
+    spins, finished = 0, state.ctypes.data + 8
+    while load_i64(finished) < tasks:
         spins += 1
         if spins > _SPINS:
             _sched_yield()
@@ -104,14 +104,14 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget_threads)  # a forked child has none of its parent's threads
 
 
-def run(kernel: Callable[..., int], *arguments: Any, threads: int | None = None) -> None:
+def run(kernel: Callable[..., int], *arguments: Any, alone: bool = False) -> None:
     """Run a kernel to its end.
 
     Args:
         kernel: Takes ``arguments`` and the address of its state: two int64, the next task and how many are
             finished. Draws tasks until none is left and returns how many there are.
         arguments: What it reads; addresses in them stay valid until the call returns.
-        threads: At most so many threads; None for all.
+        alone: In the calling thread only.
     """
     with LOCK:
         if len(_queues) < num_threads() - 1:
@@ -121,13 +121,13 @@ def run(kernel: Callable[..., int], *arguments: Any, threads: int | None = None)
         arguments = (*arguments, state)
         finished = False
         try:
-            for queue in _queues[: None if threads is None else threads - 1]:
+            for queue in () if alone else _queues:
                 queue.put((kernel, arguments))
-            _wait(state.ctypes.data, kernel(*arguments))
+            _wait(state, kernel(*arguments))
             finished = True
         finally:
             # Other threads write through bare addresses: an interrupt must not free the arrays behind them.
             while not finished:
                 with suppress(KeyboardInterrupt):
-                    _wait(state.ctypes.data, kernel(*arguments))
+                    _wait(state, kernel(*arguments))
                     finished = True
