@@ -17,8 +17,8 @@ from typing import Any
 from flash_moe_mlx import load, stream_generate
 from flash_moe_mlx.stats import format_bytes
 
-MEMORY_LIMIT = "8MB"
-MAX_CONTEXT = 512
+MEMORY_LIMIT = "19MB"
+MAX_CONTEXT = 128
 
 WEATHER_TOOL = {
     "type": "function",

@@ -1,5 +1,6 @@
 """The examples run as they stand, on the embedded model."""
 
+import json
 import os
 import re
 import subprocess
@@ -44,7 +45,9 @@ def test_demo_streams_under_a_limit_that_holds_a_part_of_the_experts(demo: str):
 
 def test_demo_answers_sensibly(demo: str):
     assert "42" in demo
-    assert '<tool_call>{"name": "get_weather", "arguments": {"city": "Lisbon"}}</tool_call>' in demo
+    call = re.search(r"<tool_call>(.*?)</tool_call>", demo, re.DOTALL)[1]
+    assert json.loads(call) == {"name": "get_weather", "arguments": {"city": "Lisbon"}}
+    assert re.search(r"fox(.*[.!]\n)", demo.split("> Tell me a story")[1].split("\n", 1)[1])
 
 
 def test_quickstart():
