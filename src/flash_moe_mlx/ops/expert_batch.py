@@ -1,10 +1,16 @@
 """SwiGLU feed-forward of one routed expert on the many tokens that chose it: prefill's inner step."""
 
+from collections.abc import Sequence
+
 import mlx.core as mx
+import numpy as np
 
 from ..bank import ExpertBank
 from .backend import use_cpu_kernels
 from .expert_ffn import Activation, swiglu
+
+GROUPED_ROWS = 512
+"""Rows of expert outputs that may wait for evaluation: bounds the scratch of a prefill."""
 
 
 def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None) -> mx.array:
@@ -28,6 +34,50 @@ def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activ
 
         return experts.expert_ffn_batch(x, bank, slot, activation)
     return expert_ffn_batch_reference(x, bank, slot, activation)
+
+
+def expert_ffn_grouped(
+    y: mx.array,
+    x: mx.array,
+    bank: ExpertBank,
+    slots: Sequence[int],
+    pairs: Sequence[np.ndarray],
+    k: int,
+    activation: Activation | None = None,
+) -> mx.array:
+    """Feed-forward of a wave of experts, each on all tokens that chose it.
+
+    Args:
+        y: Outputs of every (token, rank) pair so far. Shape (T * k, H), float32. Given away: use what is returned.
+        x: Tokens. Shape (T, H).
+        bank: Slots of one layer.
+        slots: Slot of each expert of the wave.
+        pairs: For each of them, its pairs as ``token * k + rank``, ascending.
+        k: Experts a token.
+        activation: In place of SwiGLU.
+
+    Returns:
+        y with this wave's pairs, evaluated. Each expert's rows have the bits of ``expert_ffn_batch``.
+
+    Cost: reads one record an expert. At most GROUPED_ROWS pairs, or one expert's, are in scratch at once.
+    """
+    if use_cpu_kernels():
+        from .cpu import arrays, experts
+
+        mx.eval(y)  # then its memory is written in place: Python's reference keeps MLX from giving it away
+        target = arrays.floats(y)
+        experts.grouped_ffn(arrays.floats(x), bank, slots, pairs, k, target, activation)
+        return y
+    waiting = 0
+    for slot, own in zip(slots, pairs, strict=True):
+        y[mx.array(own)] = expert_ffn_batch(x[mx.array(own // k)], bank, slot, activation)
+        # A lazy graph over the whole wave would hold all its experts' activations at once.
+        waiting += len(own)
+        if waiting >= GROUPED_ROWS:
+            mx.eval(y)
+            waiting = 0
+    mx.eval(y)
+    return y
 
 
 def expert_ffn_batch_reference(

@@ -9,7 +9,7 @@ from ..oracle import assert_close, expert_ffn_oracle, make_bank, wide
 pytest.importorskip("numba")
 
 from flash_moe_mlx.ops.cpu import experts
-from flash_moe_mlx.ops.expert_batch import expert_ffn_batch, expert_ffn_batch_reference
+from flash_moe_mlx.ops.expert_batch import expert_ffn_batch, expert_ffn_batch_reference, expert_ffn_grouped
 from flash_moe_mlx.ops.expert_ffn import expert_ffn, expert_ffn_reference
 
 BANKS = {
@@ -100,3 +100,16 @@ def test_records_anywhere_in_memory(stored):
     y = np.empty((1, HIDDEN), np.float32)
     experts.pairs_ffn(x, np.array([0]), bank.layout, addresses, y)
     assert np.array_equal(y, np.array(expert_ffn(mx.array(x), bank, mx.array([[2]], mx.uint32)))[0])
+
+
+@pytest.mark.parametrize("reference", [False, True])
+def test_grouped_experts_are_their_batches(stored, reference, monkeypatch):
+    if reference:
+        monkeypatch.setenv("FLASH_MOE_REFERENCE", "1")
+    bank, _ = stored
+    x, k = mx.random.normal((20, HIDDEN)), 2
+    pairs = [np.arange(0, 9), np.arange(9, 12), np.arange(12, 33)]
+    y = expert_ffn_grouped(mx.zeros((40, HIDDEN)), x, bank, [4, 1, 0], pairs, k)
+    assert not np.array(y)[33:].any()
+    for slot, own in zip([4, 1, 0], pairs, strict=True):
+        assert np.array_equal(np.array(expert_ffn_batch(x[mx.array(own // k)], bank, slot)), np.array(y)[own])
