@@ -168,7 +168,8 @@ def test_close(directory: Path, expected: dict[int, list[int]]):
         assert run((model, tokenizer)) == expected[17]
         assert any(thread.name.startswith("flash-moe") for thread in threading.enumerate())
     engine.close()
-    assert held() == before
+    gc.collect()
+    assert held() <= before
     with pytest.raises(StoreError, match=r"\[.*closed.*Load the model again"):
         run((model, tokenizer))
     for use in (lambda: engine.resize("1GB"), lambda: engine.trace(directory / "routing.npz")):

@@ -5,7 +5,8 @@ import os
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +19,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 import flash_moe_mlx
 from flash_moe_mlx import stream_generate
 from flash_moe_mlx.models.qwen3_5_moe import Model
+from flash_moe_mlx.store import ReadRequest
 
 from .support.models import VOCABULARY, make_converted, smallest_limit
 from .support.stores import FaultyPreadv, FaultyStore
@@ -67,20 +69,22 @@ def test_an_interrupt_while_waiting_for_a_read(
     """Reads are still under way when it comes: they must not land in slots that others have by then."""
     model, _ = loaded
     store = inject(model, lambda layer, expert: None)
-    store.delay = 0.005
     waits = iter(range(10**9))
     submit = store.submit
 
-    def interrupted(requests):
+    def interrupted(requests: Sequence[ReadRequest]) -> Any:
+        if next(waits) != count:
+            return submit(requests)
+        store.delay = 0.5
         pending = submit(requests)
-        if next(waits) == count:
-            pending.wait = lambda: (_ for _ in ()).throw(error())
+        time.sleep(0.05)  # the batch has begun, and will end long after the interrupt
+        store.delay = 0
+        pending.wait = lambda: (_ for _ in ()).throw(error())
         return pending
 
     store.submit = interrupted
     with pytest.raises(error):
         run(loaded)
-    store.delay = 0
     assert run(loaded) == expected[17]
     assert run(loaded, OTHER) == expected[5]
 
