@@ -18,6 +18,7 @@ threadgroup float* staged = (threadgroup float*)staged_memory;
 const uint lane = thread_index_in_simdgroup;
 const uint simd_group = simdgroup_index_in_threadgroup;
 const uint first_x = threadgroup_position_in_grid.x * X_ROWS;
+const uint last_x = x_shape[0] - 1;
 const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
 const uint first_row = row_set * ROWS;
 
@@ -44,7 +45,7 @@ for (uint tile = 0; tile < H; tile += TILE) {
   }
 #pragma unroll
   for (int m = 0; m < X_ROWS; m++) {
-    const device X* row_of_x = x + size_t(metal::min(first_x + m, uint(M - 1))) * H + tile;
+    const device X* row_of_x = x + size_t(metal::min(first_x + m, last_x)) * H + tile;
     fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged + m * PITCH, row_of_x, width, simd_group, lane);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -100,7 +101,7 @@ for (int m = 0; m < X_ROWS; m++) {
   for (int r = 0; r < ROWS; r++) {
     const float sum = fm_lane_sum<LANES>(total[m][r]);
     const uint row = first_row + r;
-    if (lane % LANES == 0 && row < N && first_x + m < M) {
+    if (lane % LANES == 0 && row < N && first_x + m <= last_x) {
       y[size_t(first_x + m) * N + row] = static_cast<X>(sum);
     }
   }

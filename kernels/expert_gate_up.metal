@@ -20,7 +20,7 @@ const uint pair = threadgroup_position_in_grid.x;
 const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
 const uint first_row = row_set * ROWS;
 
-const device X* row_of_x = x + size_t(pair / K) * H;
+const device X* row_of_x = x + size_t(pair / uint(slots_shape[1])) * H;
 const device uint32_t* record = bank + size_t(slots[pair]) * RECORD;
 const device uint32_t* gate_words = record + GATE_WEIGHT;
 const device GATE_S* gate_scales = (const device GATE_S*)(record + GATE_SCALES);

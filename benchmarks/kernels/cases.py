@@ -132,17 +132,15 @@ def expert_kernel(layer: Layer, name: str, experts: int, plan: ExpertPlan, *, ca
     mx.eval(rows)
     geometry = plan.gate_up_geometry if gate_up else plan.down_geometry
     outputs = model.width if gate_up else model.hidden
-    template = [("X", mx.bfloat16), ("K", experts), *plan.gate_up] if gate_up else plan.down
+    kernel = plan.gate_up[mx.bfloat16] if gate_up else plan.down
 
     def ours() -> list[mx.array]:
         return [
             kernel_source.launch(
-                name,
+                kernel,
                 [x, layer.bank.array, ids],
                 [((experts, outputs), mx.float32)],
-                template,
                 geometry.grid(experts, outputs),
-                geometry.threadgroup,
             )[0]
             for x, ids in zip(rows, slots, strict=True)
         ]

@@ -67,8 +67,8 @@ def record(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Any, ...]:
     """What the wrapper hands to ``kernel_source.launch`` for one kernel."""
     launches: dict[str, tuple[Any, ...]] = {}
 
-    def launch(kernel: str, inputs: Any, outputs: Any, *rest: Any) -> list[mx.array]:
-        launches[kernel] = (kernel, inputs, outputs, *rest)
+    def launch(kernel: kernel_source.Kernel, inputs: Any, outputs: Any, grid: Any) -> list[mx.array]:
+        launches[kernel.name] = (kernel, inputs, outputs, grid)
         return [mx.random.normal(shape).astype(dtype) for shape, dtype in outputs]
 
     mx.random.seed(0)

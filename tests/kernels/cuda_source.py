@@ -5,11 +5,11 @@ the few declarations that the bodies use instead of MLX's own headers.
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import mlx.core as mx
 
 from flash_moe_mlx.ops import kernel_source
+from flash_moe_mlx.ops.kernel_source import Kernel
 
 C_TYPES = {
     mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "uint32_t",
@@ -31,41 +31,29 @@ struct Shape {
 
 
 def cuda_source(
-    name: str,
+    kernel: Kernel,
     inputs: Sequence[mx.array],
     outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
-    template: Sequence[tuple[str, Any]],
     prelude: str = STANDALONE,
-    suffix: str = "",
 ) -> str:
     """Complete source of one kernel.
 
     Args:
-        name: As for ``kernel_source.launch``, like the next three.
+        kernel: As for ``kernel_source.launch``, like the next two.
         inputs: Arrays in the order of the signature.
         outputs: (shape, dtype) of each output.
-        template: Constants and types.
         prelude: What comes before the dialect.
-        suffix: Of the function's name.
     """
-    kernel = kernel_source.read_kernel(name)
-    header, body = kernel_source.generate(name, "cuda")
+    text = kernel_source.read_kernel(kernel.name)
+    header, body = kernel_source.generate(kernel.name, "cuda")
     arguments = []
-    for argument, array in zip(kernel.inputs, inputs, strict=True):
+    for argument, array in zip(text.inputs, inputs, strict=True):
         arguments.append(f"const {C_TYPES[array.dtype]}* {argument}")
         if f"{argument}_shape" in body:
             arguments.append(f"const __grid_constant__ Shape {argument}_shape")
-    for argument, (_, dtype) in zip(kernel.outputs, outputs, strict=True):
+    for argument, (_, dtype) in zip(text.outputs, outputs, strict=True):
         arguments.append(f"{C_TYPES[dtype]}* {argument}")
-    constants = []
-    for constant, value in template:
-        if isinstance(value, bool):
-            constants.append(f"constexpr bool {constant} = {str(value).lower()};")
-        elif isinstance(value, int):
-            constants.append(f"constexpr int {constant} = {value};")
-        else:
-            constants.append(f"using {constant} = {C_TYPES[value]};")
     return (
-        prelude + header + "namespace mlx::core::cu {\n"
-        f"__global__ void {name}{suffix}({', '.join(arguments)}) {{\n" + "\n".join(constants) + f"\n{body}}}\n}}\n"
+        f"{prelude}{header}namespace mlx::core::cu {{\n__global__ void {kernel.name}({', '.join(arguments)}) {{\n"
+        f"{kernel_source.declare(kernel.constants)}{body}}}\n}}\n"
     )

@@ -20,6 +20,7 @@ import mlx.core as mx
 import numpy as np
 
 from flash_moe_mlx.ops import kernel_source
+from flash_moe_mlx.ops.kernel_source import Kernel
 
 HERE = Path(__file__).resolve().parent
 C_TYPES = {
@@ -96,38 +97,24 @@ def numpy_dtype(dtype: mx.Dtype) -> np.dtype:
     return to_numpy(mx.zeros((1,), dtype)).dtype
 
 
-def constants(template: Sequence[tuple[str, Any]]) -> str:
-    """Template arguments as declarations in front of the body."""
-    lines = []
-    for name, value in template:
-        if isinstance(value, bool):
-            lines.append(f"constexpr bool {name} = {str(value).lower()};")
-        elif isinstance(value, int):
-            lines.append(f"constexpr int {name} = {value};")
-        else:
-            lines.append(f"typedef {C_TYPES[value]} {name};")
-    return "\n".join(lines) + "\n"
-
-
 def source(
-    name: str,
+    kernel: Kernel,
     inputs: Sequence[mx.array],
     outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
-    template: Sequence[tuple[str, Any]],
     edit: Any = None,
 ) -> str:
     """Complete OpenCL source of a kernel, with the signature that MLX would give it on Metal."""
-    kernel = kernel_source.read_kernel(name)
-    helpers, body = kernel.helpers, kernel.body
+    text = kernel_source.read_kernel(kernel.name)
+    helpers, body = text.helpers, text.body
     if edit is not None:
         helpers, body = edit(helpers, body)
     arguments = []
-    for argument, array in zip(kernel.inputs, inputs, strict=True):
+    for argument, array in zip(text.inputs, inputs, strict=True):
         space = "constant" if array.size < MAX_CONSTANT_ELEMENTS else "device"
         arguments.append(f"const {space} {C_TYPES[array.dtype]}* {argument}")
         if f"{argument}_shape" in body:
             arguments.append(f"const constant int* {argument}_shape")
-    for argument, (_, dtype) in zip(kernel.outputs, outputs, strict=True):
+    for argument, (_, dtype) in zip(text.outputs, outputs, strict=True):
         arguments.append(f"device {C_TYPES[dtype]}* {argument}")
     arguments.append("uint simd_order")
     positions = "".join(
@@ -137,8 +124,8 @@ def source(
     dialect = (HERE / "dialect_opencl.h").read_text()
     return (
         f"{dialect}{helpers}"
-        f"__attribute__((intel_reqd_sub_group_size(32))) kernel void {name}({', '.join(arguments)}) {{\n"
-        f"{positions}{constants(template)}{body}}}\n"
+        f"__attribute__((intel_reqd_sub_group_size(32))) kernel void {kernel.name}({', '.join(arguments)}) {{\n"
+        f"{positions}{kernel_source.declare(kernel.constants)}{body}}}\n"
     )
 
 
@@ -159,12 +146,10 @@ def build(text: str) -> Any:
 
 
 def launch(
-    name: str,
+    kernel: Kernel,
     inputs: Sequence[mx.array],
     outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
-    template: Sequence[tuple[str, Any]],
     grid: tuple[int, int, int],
-    threadgroup: tuple[int, int, int],
     *,
     order: str = "ascending",
     edit: Any = None,
@@ -172,12 +157,10 @@ def launch(
     """Run a kernel. Outputs are NaN before.
 
     Args:
-        name: As for ``kernel_source.launch``, like the next five.
+        kernel: As for ``kernel_source.launch``, like the next three.
         inputs: Arrays in the order of the signature.
         outputs: (shape, dtype) of each output.
-        template: Constants and types.
         grid: Threads in all.
-        threadgroup: Threads a threadgroup.
         order: Which of SIMD_ORDERS numbers the SIMD groups.
         edit: Makes a mutant: (helpers, body) -> (helpers, body).
 
@@ -185,25 +168,26 @@ def launch(
         BuildError: If the body does not compile.
     """
     cl = opencl()
-    program = build(source(name, inputs, outputs, template, edit))
+    text = source(kernel, inputs, outputs, edit)
+    program = build(text)
     make = cl.mem_flags.COPY_HOST_PTR
     arguments = []
-    body = kernel_source.read_kernel(name).body
-    for argument, array in zip(kernel_source.read_kernel(name).inputs, inputs, strict=True):
+    for argument, array in zip(kernel_source.read_kernel(kernel.name).inputs, inputs, strict=True):
         arguments.append(cl.Buffer(context(), make, hostbuf=to_numpy(array)))
-        if f"{argument}_shape" in body:
+        if f"int* {argument}_shape" in text:
             arguments.append(cl.Buffer(context(), make, hostbuf=np.array(array.shape, np.int32)))
     results = []
     for shape, dtype in outputs:
         poison = np.full(prod(shape) * dtype.size + GUARD_BYTES, 0xFF, np.uint8)
         results.append((poison, shape, dtype))
         arguments.append(cl.Buffer(context(), make, hostbuf=poison))
-    rounded = tuple(-(-size // block) * block for size, block in zip(grid, threadgroup, strict=True))
-    cl.Kernel(program, name)(queue(), rounded, threadgroup, *arguments, np.uint32(SIMD_ORDERS[order]))
+    rounded = tuple(-(-size // block) * block for size, block in zip(grid, kernel.threadgroup, strict=True))
+    function = cl.Kernel(program, kernel.name)
+    function(queue(), rounded, kernel.threadgroup, *arguments, np.uint32(SIMD_ORDERS[order]))
     arrays = []
     for (result, shape, dtype), buffer in zip(results, arguments[-len(results) :], strict=True):
         cl.enqueue_copy(queue(), result, buffer)
         queue().finish()
-        assert (result[-GUARD_BYTES:] == 0xFF).all(), f"{name}: wrote past the end of an output"
+        assert (result[-GUARD_BYTES:] == 0xFF).all(), f"{kernel.name}: wrote past the end of an output"
         arrays.append(from_numpy(result[:-GUARD_BYTES].view(numpy_dtype(dtype)).reshape(shape), dtype))
     return arrays

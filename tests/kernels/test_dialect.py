@@ -49,7 +49,7 @@ def test_lint_finds(code: str):
     "code",
     [
         "const device float4* p = (const device float4*)x;", "float a = 1.0f * b[2] + 1e-6f;", "metal::exp(b)",
-        "thread float (&w)[8]", "const thread FmRows<A, B, S>& rows", "n = x_shape[1];", "a = K * b; c = X * d",
+        "thread float (&w)[8]", "const thread FmRows<A, B, S>& rows", "n = x_shape[1];", "a = K * b; c = M * d",
         "metal::fma(a, b, c)", "float4 s; s.x = 0.0f;",
     ],
 )  # fmt: skip

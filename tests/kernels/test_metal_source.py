@@ -23,12 +23,11 @@ ARGUMENT = re.compile(r"^  (const )?(device|constant) (\w+)([*&]) (\w+) \[\[buff
 
 def exported(launch: tuple) -> tuple[str, tuple[int, ...]]:
     """(source, grid + threadgroup) of a launch, from MLX's own export of the graph."""
-    name, inputs, outputs, template, grid, threadgroup = launch
-    kernel = kernel_source.mlx_kernel(name, "metal")
+    kernel, inputs, outputs, grid = launch
 
     def call(*arrays: mx.array) -> list[mx.array]:
-        return kernel(
-            inputs=list(arrays), template=template, grid=grid, threadgroup=threadgroup, stream=mx.gpu,
+        return kernel.metal(
+            inputs=list(arrays), grid=grid, threadgroup=kernel.threadgroup, stream=mx.gpu,
             output_shapes=[shape for shape, _ in outputs], output_dtypes=[dtype for _, dtype in outputs],
         )  # fmt: skip
 
@@ -53,7 +52,7 @@ def test_source_is_the_snapshot(name: str, monkeypatch: pytest.MonkeyPatch):
 def test_signature_is_the_wrappers(name: str, monkeypatch: pytest.MonkeyPatch):
     """Names, dtypes, address spaces and constness of the arguments, in the order in which they are bound."""
     launch = record(monkeypatch, name)
-    _, inputs, outputs, template, grid, threadgroup = launch
+    made, inputs, outputs, grid = launch
     source, launched = exported(launch)
     kernel = kernel_source.read_kernel(name)
     found = [match.groups() for match in ARGUMENT.finditer(source)]
@@ -67,16 +66,16 @@ def test_signature_is_the_wrappers(name: str, monkeypatch: pytest.MonkeyPatch):
         expected.append((None, "device", METAL_TYPES[dtype], "*", argument))
     assert [argument[:5] for argument in found] == expected
     assert [int(argument[5]) for argument in found] == list(range(len(expected)))
-    assert launched == (*grid, *threadgroup)
-    # The kernel's own template line is the last; those of the helpers come before.
-    declared = re.findall(r"^template <(.*)>$", source, re.MULTILINE)[-1]
-    assert [item.split()[1] for item in declared.split(", ")] == [constant for constant, _ in template]
+    assert launched == (*grid, *made.threadgroup)
+    assert f"[[kernel]] void custom_kernel_{made.label}" in source
+    assert kernel_source.declare(made.constants) + kernel.body in source
 
 
 @pytest.mark.parametrize("name", CALLS)
 def test_launch_is_whole_threadgroups(name: str, monkeypatch: pytest.MonkeyPatch):
     """Bodies have barriers and SIMD operations: no threadgroup may be cut, and its rows are whole SIMD groups."""
-    *_, grid, threadgroup = record(monkeypatch, name)
+    kernel, *_, grid = record(monkeypatch, name)
+    threadgroup = kernel.threadgroup
     assert all(size % block == 0 for size, block in zip(grid, threadgroup, strict=True))
     assert threadgroup[0] % 32 == 0
     assert threadgroup[0] * threadgroup[1] * threadgroup[2] <= 1024

@@ -22,7 +22,7 @@ def launch_in_every_order(*arguments: Any) -> list[mx.array]:
     for order, results in orders.items():
         for result, expected in zip(results, first, strict=True):
             same = np.array_equal(opencl.to_numpy(result), opencl.to_numpy(expected), equal_nan=True)
-            assert same, f"{arguments[0]}: SIMD groups in {order} order must give the bits of ascending order"
+            assert same, f"{arguments[0].name}: SIMD groups in {order} order must give the bits of ascending order"
     return first
 
 

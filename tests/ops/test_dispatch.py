@@ -16,8 +16,8 @@ def gpu_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Pretend that there is a GPU; returns the names of the kernels that were launched."""
     names: list[str] = []
 
-    def launch(name, inputs, outputs, template, grid, threadgroup):
-        names.append(name)
+    def launch(kernel, inputs, outputs, grid):
+        names.append(kernel.name)
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
     monkeypatch.setattr(kernel_source, "launch", launch)

@@ -1,5 +1,6 @@
 """Product of a few rows with a quantised matrix: the projections of one decode step."""
 
+from functools import cache
 from math import prod
 
 import mlx.core as mx
@@ -8,6 +9,7 @@ from ..errors import ShapeError
 from . import kernel_source
 from .backend import use_cpu_kernels, use_kernels
 from .geometry import Geometry, choose_geometry, load_width
+from .kernel_source import Kernel
 
 MAX_ROWS = 8
 """Rows of x up to which the kernel reads the weights fewer times than a matrix product would need to pay for."""
@@ -35,6 +37,46 @@ def dequant_matvec_reference(
 def has_kernel(weight: mx.array, scales: mx.array) -> bool:
     """Tell whether the kernel takes this matrix: one of a few elements would be passed another way."""
     return min(weight.size, scales.size) >= kernel_source.MIN_DEVICE_ELEMENTS
+
+
+@cache
+def matvec_kernel(
+    dtype: mx.Dtype, scale_dtype: mx.Dtype, columns: int, outputs: int, x_rows: int, bits: int, group_size: int
+) -> tuple[Kernel, Geometry]:
+    """kernels/dequant_matvec.metal for one matrix's shape.
+
+    Raises:
+        ShapeError: If the kernel does not know the quantisation.
+    """
+    geometry = choose_geometry(
+        "dequant_matvec", columns, [(bits, group_size)], rows=4 if x_rows == 1 else 2, x_rows=x_rows
+    )
+    return specialise(dtype, scale_dtype, columns, outputs, x_rows, bits, group_size, geometry), geometry
+
+
+def specialise(
+    dtype: mx.Dtype,
+    scale_dtype: mx.Dtype,
+    columns: int,
+    outputs: int,
+    x_rows: int,
+    bits: int,
+    group_size: int,
+    geometry: Geometry,
+) -> Kernel:
+    """The same with a given spread over threads."""
+    constants = (
+        ("X", dtype),
+        ("S", scale_dtype),
+        ("H", columns),
+        ("N", outputs),
+        ("X_ROWS", x_rows),
+        ("BITS", bits),
+        ("GROUP", group_size),
+        ("WIDTH", load_width(columns, bits, geometry.chunk)),
+        *geometry.constants,
+    )
+    return Kernel("dequant_matvec", constants, geometry.threadgroup)
 
 
 def dequant_matvec_kernel(
@@ -74,30 +116,18 @@ def dequant_matvec_kernel(
             f"[dequant_matvec] weight must be (N, {columns} * {bits} / 32) and scales (N, {columns} / {group_size}), "
             f"got {weight.shape} and {scales.shape}. Check bits and group_size against the checkpoint's config.json."
         )
-    x_rows = rows if rows <= X_ROWS else -(-rows // -(-rows // X_ROWS))
+    blocks = -(-rows // X_ROWS)
+    x_rows = -(-rows // blocks)
+    shape = (x.dtype, scales.dtype, columns, outputs, x_rows, bits, group_size)
     if geometry is None:
-        geometry = choose_geometry(
-            "dequant_matvec", columns, [(bits, group_size)], rows=4 if x_rows == 1 else 2, x_rows=x_rows
-        )
-    template = [
-        ("X", x.dtype),
-        ("S", scales.dtype),
-        ("H", columns),
-        ("N", outputs),
-        ("M", rows),
-        ("X_ROWS", x_rows),
-        ("BITS", bits),
-        ("GROUP", group_size),
-        ("WIDTH", load_width(columns, bits, geometry.chunk)),
-        *geometry.template,
-    ]
+        kernel, geometry = matvec_kernel(*shape)
+    else:
+        kernel = specialise(*shape, geometry)
     (y,) = kernel_source.launch(
-        "dequant_matvec",
-        [x, weight, scales, biases.astype(scales.dtype)],
+        kernel,
+        [x.reshape(rows, columns), weight, scales, biases.astype(scales.dtype)],
         [((*x.shape[:-1], outputs), x.dtype)],
-        template,
-        geometry.grid(-(-rows // x_rows), outputs),
-        geometry.threadgroup,
+        geometry.grid(blocks, outputs),
     )
     return y
 

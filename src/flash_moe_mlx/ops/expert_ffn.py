@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 
@@ -12,6 +11,7 @@ from ..record import PART_ALIGNMENT, RecordLayout
 from . import kernel_source
 from .backend import use_cpu_kernels, use_kernels
 from .geometry import Geometry, choose_geometry, load_width
+from .kernel_source import Constants, Kernel
 
 WORD_BYTES = 4
 
@@ -74,21 +74,21 @@ def expert_ffn_reference(x: mx.array, bank: ExpertBank, slots: mx.array, activat
     return project_reference(activation(up, gate), bank, "down_proj", slots).squeeze(2)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ExpertPlan:
-    """What the two expert kernels need to know of a layout: made once, used by every step.
+    """The two expert kernels of a layout: made once, used by every step.
 
     Attributes:
         layout: The layout, held so that its id stays its own.
-        gate_up: Constants of kernels/expert_gate_up.metal, without X and K.
-        down: Constants of kernels/expert_down.metal.
+        gate_up: kernels/expert_gate_up.metal, by the dtype of x.
+        down: kernels/expert_down.metal.
         gate_up_geometry: Spread of gate and up over threads.
         down_geometry: Spread of down over threads.
     """
 
     layout: RecordLayout
-    gate_up: tuple[tuple[str, Any], ...]
-    down: tuple[tuple[str, Any], ...]
+    gate_up: dict[mx.Dtype, Kernel]
+    down: Kernel
     gate_up_geometry: Geometry
     down_geometry: Geometry
 
@@ -101,7 +101,7 @@ def is_quantized(layout: RecordLayout) -> bool:
     return all(layout.quantization(projection) for projection in ("gate_proj", "up_proj", "down_proj"))
 
 
-def projection_template(layout: RecordLayout, projection: str, columns: int, chunk: int) -> list[tuple[str, Any]]:
+def projection_constants(layout: RecordLayout, projection: str, columns: int, chunk: int) -> Constants:
     """Where one projection lies in the record, in words, and how it is quantised."""
     prefix = projection.removesuffix("_proj").upper()
     quantization = layout.quantization(projection)
@@ -125,7 +125,7 @@ def projection_template(layout: RecordLayout, projection: str, columns: int, chu
             f"[expert_ffn] the record and its parts must start on {PART_ALIGNMENT}-byte boundaries, got offsets "
             f"{offsets} in records of {layout.record_bytes} bytes. Pack the checkpoint again."
         )
-    return [
+    return (
         (f"{prefix}_BITS", quantization.bits),
         (f"{prefix}_GROUP", quantization.group_size),
         (f"{prefix}_WIDTH", load_width(columns, quantization.bits, chunk)),
@@ -133,7 +133,7 @@ def projection_template(layout: RecordLayout, projection: str, columns: int, chu
         (f"{prefix}_B", MLX_DTYPES[bias.dtype] if bias else mx.float32),
         (f"{prefix}_HAS_BIAS", bias is not None),
         *((f"{prefix}_{name}", offset // WORD_BYTES) for name, offset in offsets.items()),
-    ]
+    )
 
 
 def plan_experts(
@@ -159,20 +159,25 @@ def plan_experts(
         gate_up_geometry = choose_geometry("expert_ffn", hidden, [pairs["gate_proj"], pairs["up_proj"]], rows=2)
     if down_geometry is None:
         down_geometry = choose_geometry("expert_ffn", width, [pairs["down_proj"]], rows=4)
-    shape = [("H", hidden), ("I", width), ("RECORD", layout.record_bytes // WORD_BYTES)]
+    shape = (("H", hidden), ("I", width), ("RECORD", layout.record_bytes // WORD_BYTES))
+    gate_up = (
+        *shape,
+        *projection_constants(layout, "gate_proj", hidden, gate_up_geometry.chunk),
+        *projection_constants(layout, "up_proj", hidden, gate_up_geometry.chunk),
+        *gate_up_geometry.constants,
+    )
+    down = (
+        *shape,
+        *projection_constants(layout, "down_proj", width, down_geometry.chunk),
+        *down_geometry.constants,
+    )
     return ExpertPlan(
         layout,
-        (
-            *shape,
-            *projection_template(layout, "gate_proj", hidden, gate_up_geometry.chunk),
-            *projection_template(layout, "up_proj", hidden, gate_up_geometry.chunk),
-            *gate_up_geometry.template,
-        ),
-        (
-            *shape,
-            *projection_template(layout, "down_proj", width, down_geometry.chunk),
-            *down_geometry.template,
-        ),
+        {
+            dtype: Kernel("expert_gate_up", (("X", dtype), *gate_up), gate_up_geometry.threadgroup)
+            for dtype in (mx.float32, mx.bfloat16, mx.float16)
+        },
+        Kernel("expert_down", down, down_geometry.threadgroup),
         gate_up_geometry,
         down_geometry,
     )
@@ -207,20 +212,16 @@ def expert_ffn_kernel(x: mx.array, bank: ExpertBank, slots: mx.array, plan: Expe
     pairs = tokens * experts
     slots = slots.astype(mx.uint32)
     (h,) = kernel_source.launch(
-        "expert_gate_up",
+        plan.gate_up[x.dtype],
         [x, bank.array, slots],
         [((pairs, layout.intermediate_size), mx.float32)],
-        [("X", x.dtype), ("K", experts), *plan.gate_up],
         plan.gate_up_geometry.grid(pairs, layout.intermediate_size),
-        plan.gate_up_geometry.threadgroup,
     )
     (y,) = kernel_source.launch(
-        "expert_down",
+        plan.down,
         [h, bank.array, slots],
         [((tokens, experts, hidden), mx.float32)],
-        plan.down,
         plan.down_geometry.grid(pairs, hidden),
-        plan.down_geometry.threadgroup,
     )
     return y
 

@@ -1,11 +1,13 @@
 """The gated delta rule of linear-attention layers, and the causal convolution in front of it."""
 
-from typing import Any
+from dataclasses import dataclass
+from functools import cache
 
 import mlx.core as mx
 
 from . import kernel_source
 from .backend import use_cpu_kernels, use_kernels
+from .kernel_source import Constants, Kernel
 
 L2_EPS = 1e-6
 """Added to the sum of squares of q and of k before the root, as transformers and mlx-lm do."""
@@ -128,14 +130,47 @@ def has_kernel(k_dim: int) -> bool:
     return k_dim % SIMD_WIDTH == 0 and k_dim <= 256
 
 
-def state_template(
-    k_heads: int, v_heads: int, k_dim: int, v_dim: int, lanes: int, rows: int, simd_groups: int
-) -> list[tuple[str, Any]]:
-    """Constants that both kernels have: heads, and how a head's state is spread over threads."""
-    # Pieces of a row are four floats a lane, so that many lanes must divide it.
+@dataclass(frozen=True, eq=False)
+class DeltaKernel:
+    """One of the two kernels for a layer's heads.
+
+    Attributes:
+        kernel: File and constants.
+        threadgroups: Threadgroups that share a head's state.
+    """
+
+    kernel: Kernel
+    threadgroups: int
+
+    def grid(self, heads: int) -> tuple[int, int, int]:
+        """Threads in all: a threadgroup for each head of each row of the batch, and each tile of its state."""
+        return (SIMD_WIDTH * heads, self.kernel.threadgroup[1] * self.threadgroups, 1)
+
+
+@cache
+def delta_kernel(
+    name: str,
+    heads: tuple[int, int, int, int],
+    extra: Constants,
+    lanes: int = LANES,
+    rows: int = ROWS,
+    simd_groups: int = SIMD_GROUPS,
+) -> DeltaKernel:
+    """kernels/NAME.metal for one layer's heads.
+
+    Args:
+        name: "gated_delta" or "gated_delta_conv_step".
+        heads: Hk, Hv, Dk, Dv.
+        extra: The kernel's own constants.
+        lanes: Lanes that share a row of the state, halved until pieces of four floats a lane fill a row.
+        rows: Rows that a lane holds.
+        simd_groups: SIMD groups a threadgroup.
+    """
+    k_heads, v_heads, k_dim, v_dim = heads
     while k_dim % (4 * lanes):
         lanes //= 2
-    return [
+    constants = (
+        *extra,
         ("HK", k_heads),
         ("HV", v_heads),
         ("DK", k_dim),
@@ -143,15 +178,9 @@ def state_template(
         ("LANES", lanes),
         ("ROWS", rows),
         ("SIMD_GROUPS", simd_groups),
-    ]
-
-
-def state_grid(template: list[tuple[str, Any]], batch: int) -> tuple[int, int, int]:
-    """Threads in all: a threadgroup for each head and each tile of its state's rows."""
-    constants = dict(template)
-    tile_rows = constants["SIMD_GROUPS"] * (SIMD_WIDTH // constants["LANES"]) * constants["ROWS"]
-    tiles = -(-constants["DV"] // tile_rows)
-    return (SIMD_WIDTH * batch * constants["HV"], constants["SIMD_GROUPS"] * tiles, 1)
+    )
+    tile_rows = simd_groups * (SIMD_WIDTH // lanes) * rows
+    return DeltaKernel(Kernel(name, constants, (SIMD_WIDTH, simd_groups, 1)), -(-v_dim // tile_rows))
 
 
 def gated_delta_kernel(
@@ -164,25 +193,25 @@ def gated_delta_kernel(
     dt_bias: mx.array,
     state: mx.array | None,
     mask: mx.array | None = None,
-    *,
-    lanes: int = LANES,
-    rows: int = ROWS,
-    simd_groups: int = SIMD_GROUPS,
+    **spread: int,
 ) -> tuple[mx.array, mx.array]:
-    """``gated_delta`` on the GPU: all tokens in one launch. Kernel: kernels/gated_delta.metal."""
+    """``gated_delta`` on the GPU: all tokens in one launch. Kernel: kernels/gated_delta.metal.
+
+    ``spread`` is handed to ``delta_kernel``: lanes, rows, simd_groups.
+    """
     batch, steps, k_heads, k_dim = k.shape
     v_heads, v_dim = v.shape[2:]
     if state is None:
         state = mx.zeros((batch, v_heads, v_dim, k_dim), mx.float32)
-    template = state_template(k_heads, v_heads, k_dim, v_dim, lanes, rows, simd_groups)
+    steps_at_a_time = min(MAX_STEPS, STAGED_VALUES // k_dim)
+    extra = (("X", q.dtype), ("HAS_MASK", mask is not None), ("STEPS", steps_at_a_time))
+    made = delta_kernel("gated_delta", (k_heads, v_heads, k_dim, v_dim), extra, **spread)
     y, new_state = kernel_source.launch(
-        "gated_delta",
+        made.kernel,
         # Without a mask any array stands in: the kernel does not read it.
         [q, k, v, a, b, A_log.astype(mx.float32), dt_bias.astype(mx.float32), state, state if mask is None else mask],
         [((batch, steps, v_heads, v_dim), q.dtype), (state.shape, mx.float32)],
-        [("X", q.dtype), ("HAS_MASK", mask is not None), ("STEPS", min(MAX_STEPS, STAGED_VALUES // k_dim)), *template],
-        state_grid(template, batch),
-        (SIMD_WIDTH, simd_groups, 1),
+        made.grid(batch * v_heads),
     )
     return y, new_state
 
@@ -270,16 +299,13 @@ def gated_delta_conv_step_kernel(
     state: mx.array,
     *,
     k_heads: int,
-    lanes: int = LANES,
-    rows: int = ROWS,
-    simd_groups: int = SIMD_GROUPS,
 ) -> tuple[mx.array, mx.array, mx.array]:
     """``gated_delta_conv_step`` on the GPU, in one launch. Kernel: kernels/gated_delta_conv_step.metal."""
     batch, v_heads, v_dim, k_dim = state.shape
-    template = state_template(k_heads, v_heads, k_dim, v_dim, lanes, rows, simd_groups)
-    taps = conv_weight.shape[1]
+    extra = (("X", qkv.dtype), ("TAPS", conv_weight.shape[1]))
+    made = delta_kernel("gated_delta_conv_step", (k_heads, v_heads, k_dim, v_dim), extra)
     y, new_conv_state, new_state = kernel_source.launch(
-        "gated_delta_conv_step",
+        made.kernel,
         [
             qkv,
             conv_state.astype(qkv.dtype),
@@ -291,9 +317,7 @@ def gated_delta_conv_step_kernel(
             state,
         ],
         [((batch, 1, v_heads, v_dim), qkv.dtype), (conv_state.shape, qkv.dtype), (state.shape, mx.float32)],
-        [("X", qkv.dtype), ("TAPS", taps), *template],
-        state_grid(template, batch),
-        (SIMD_WIDTH, simd_groups, 1),
+        made.grid(batch * v_heads),
     )
     return y, new_conv_state.astype(conv_state.dtype), new_state
 

@@ -1,7 +1,6 @@
 """How a quantised matvec is spread over lanes: the compile-time constants of the matvec kernels."""
 
 from dataclasses import dataclass
-from typing import Any
 
 from ..errors import ShapeError
 
@@ -34,15 +33,15 @@ class Geometry:
     scaled_bits: int
 
     @property
-    def template(self) -> list[tuple[str, Any]]:
-        return [
+    def constants(self) -> tuple[tuple[str, int], ...]:
+        return (
             ("CHUNK", self.chunk),
             ("LANES", self.lanes),
             ("ROWS", self.rows),
             ("SIMD_GROUPS", self.simd_groups),
             ("TILE", self.tile),
             ("SCALED_BITS", self.scaled_bits),
-        ]
+        )
 
     @property
     def threadgroup(self) -> tuple[int, int, int]:

@@ -1,9 +1,12 @@
 """The end of an MoE layer: routed outputs, shared expert and residual, added in one fixed order."""
 
+from functools import cache
+
 import mlx.core as mx
 
 from . import kernel_source
 from .backend import use_kernels
+from .kernel_source import Kernel
 
 THREADS = 64
 
@@ -39,6 +42,23 @@ def output_dtype(y: mx.array, shared: mx.array | None, residual: mx.array | None
     return y.dtype
 
 
+@cache
+def combine_kernel(dtype: mx.Dtype, hidden: int, experts: int, shared: bool, gate: bool, residual: bool) -> Kernel:
+    """kernels/moe_combine.metal for one layer's shapes; what is absent is compiled out."""
+    return Kernel(
+        "moe_combine",
+        (
+            ("OUT", dtype),
+            ("H", hidden),
+            ("K", experts),
+            ("HAS_SHARED", shared),
+            ("HAS_GATE", shared and gate),
+            ("HAS_RESIDUAL", residual),
+        ),
+        (THREADS, 1, 1),
+    )
+
+
 def moe_combine_kernel(
     y: mx.array,
     weights: mx.array,
@@ -49,23 +69,14 @@ def moe_combine_kernel(
     """``moe_combine`` on the GPU, for H a multiple of 4. Kernel: kernels/moe_combine.metal."""
     tokens, experts, hidden = y.shape
     dtype = output_dtype(y, shared, residual)
-    template = [
-        ("OUT", dtype),
-        ("H", hidden),
-        ("K", experts),
-        ("HAS_SHARED", shared is not None),
-        ("HAS_GATE", shared is not None and shared_gate is not None),
-        ("HAS_RESIDUAL", residual is not None),
-    ]
-    # The kernel has all five inputs; what is absent is compiled out, so any array stands in.
+    kernel = combine_kernel(dtype, hidden, experts, shared is not None, shared_gate is not None, residual is not None)
+    # The kernel has all five inputs; any array stands in for one that is absent.
     inputs = [weights if array is None else array for array in (shared, shared_gate, residual)]
     (out,) = kernel_source.launch(
-        "moe_combine",
+        kernel,
         [y, weights, *inputs],
         [((tokens, hidden), dtype)],
-        template,
         (-(-hidden // (4 * THREADS)) * THREADS, tokens, 1),
-        (THREADS, 1, 1),
     )
     return out
 

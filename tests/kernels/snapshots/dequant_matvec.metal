@@ -152,22 +152,37 @@ FM_FN void fm_stage_tile(
     fm_stage<CHUNK, SCALED_BITS>(staged, index, index < width, values[i]);
   }
 }
-template <typename X, typename S, int H, int N, int M, int X_ROWS, int BITS, int GROUP, int WIDTH, int CHUNK, int LANES, int ROWS, int SIMD_GROUPS, int TILE, int SCALED_BITS>
-[[kernel]] void custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_384_40_2_2_4_64_4_32_4_2_8_384_4_float_uint32_t_bfloat16_t_bfloat16_t_float(
+[[kernel]] void custom_kernel_flash_moe_dequant_matvec_4a8030195684_float_uint32_t_bfloat16_t_bfloat16_t_float(
   const device float* x [[buffer(0)]],
-  const device uint32_t* weight [[buffer(1)]],
-  const device bfloat16_t* scales [[buffer(2)]],
-  const device bfloat16_t* biases [[buffer(3)]],
-  device float* y [[buffer(4)]],
+  const constant int* x_shape [[buffer(1)]],
+  const device uint32_t* weight [[buffer(2)]],
+  const device bfloat16_t* scales [[buffer(3)]],
+  const device bfloat16_t* biases [[buffer(4)]],
+  device float* y [[buffer(5)]],
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+typedef float X;
+typedef bfloat16_t S;
+constexpr int H = 384;
+constexpr int N = 40;
+constexpr int X_ROWS = 2;
+constexpr int BITS = 4;
+constexpr int GROUP = 64;
+constexpr int WIDTH = 4;
+constexpr int CHUNK = 32;
+constexpr int LANES = 4;
+constexpr int ROWS = 2;
+constexpr int SIMD_GROUPS = 8;
+constexpr int TILE = 384;
+constexpr int SCALED_BITS = 4;
 constexpr int PITCH = TILE / CHUNK * FM_STRIDE(CHUNK);
 FM_THREADGROUP_ARRAY(float4, staged_memory, X_ROWS * PITCH / 4);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 const uint lane = thread_index_in_simdgroup;
 const uint simd_group = simdgroup_index_in_threadgroup;
 const uint first_x = threadgroup_position_in_grid.x * X_ROWS;
+const uint last_x = x_shape[0] - 1;
 const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
 const uint first_row = row_set * ROWS;
 float total[X_ROWS][ROWS];
@@ -190,7 +205,7 @@ for (uint tile = 0; tile < H; tile += TILE) {
   }
 #pragma unroll
   for (int m = 0; m < X_ROWS; m++) {
-    const device X* row_of_x = x + size_t(metal::min(first_x + m, uint(M - 1))) * H + tile;
+    const device X* row_of_x = x + size_t(metal::min(first_x + m, last_x)) * H + tile;
     fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged + m * PITCH, row_of_x, width, simd_group, lane);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -244,12 +259,10 @@ for (int m = 0; m < X_ROWS; m++) {
   for (int r = 0; r < ROWS; r++) {
     const float sum = fm_lane_sum<LANES>(total[m][r]);
     const uint row = first_row + r;
-    if (lane % LANES == 0 && row < N && first_x + m < M) {
+    if (lane % LANES == 0 && row < N && first_x + m <= last_x) {
       y[size_t(first_x + m) * N + row] = static_cast<X>(sum);
     }
   }
 }
 
 }
-
-template [[host_name("custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_384_40_2_2_4_64_4_32_4_2_8_384_4_float_uint32_t_bfloat16_t_bfloat16_t_float")]] [[kernel]] decltype(custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_384_40_2_2_4_64_4_32_4_2_8_384_4_float_uint32_t_bfloat16_t_bfloat16_t_float<float, bfloat16_t, 384, 40, 2, 2, 4, 64, 4, 32, 4, 2, 8, 384, 4>) custom_kernel_flash_moe_dequant_matvec__float_bfloat16_t_384_40_2_2_4_64_4_32_4_2_8_384_4_float_uint32_t_bfloat16_t_bfloat16_t_float<float, bfloat16_t, 384, 40, 2, 2, 4, 64, 4, 32, 4, 2, 8, 384, 4>;

@@ -152,8 +152,7 @@ FM_FN void fm_stage_tile(
     fm_stage<CHUNK, SCALED_BITS>(staged, index, index < width, values[i]);
   }
 }
-template <int H, int I, int RECORD, int DOWN_BITS, int DOWN_GROUP, int DOWN_WIDTH, typename DOWN_S, typename DOWN_B, bool DOWN_HAS_BIAS, int DOWN_WEIGHT, int DOWN_SCALES, int DOWN_BIASES, int DOWN_BIAS, int CHUNK, int LANES, int ROWS, int SIMD_GROUPS, int TILE, int SCALED_BITS>
-[[kernel]] void custom_kernel_flash_moe_expert_down__384_256_41472_4_64_4_bfloat16_t_float_0_27648_39936_40704_0_32_8_4_8_256_4_float_uint32_t_uint32_tc_float(
+[[kernel]] void custom_kernel_flash_moe_expert_down_13b45490f31c_float_uint32_t_uint32_tc_float(
   const device float* h [[buffer(0)]],
   const device uint32_t* bank [[buffer(1)]],
   const constant uint32_t* slots [[buffer(2)]],
@@ -161,6 +160,25 @@ template <int H, int I, int RECORD, int DOWN_BITS, int DOWN_GROUP, int DOWN_WIDT
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+constexpr int H = 384;
+constexpr int I = 256;
+constexpr int RECORD = 41472;
+constexpr int DOWN_BITS = 4;
+constexpr int DOWN_GROUP = 64;
+constexpr int DOWN_WIDTH = 4;
+typedef bfloat16_t DOWN_S;
+typedef float DOWN_B;
+constexpr bool DOWN_HAS_BIAS = false;
+constexpr int DOWN_WEIGHT = 27648;
+constexpr int DOWN_SCALES = 39936;
+constexpr int DOWN_BIASES = 40704;
+constexpr int DOWN_BIAS = 0;
+constexpr int CHUNK = 32;
+constexpr int LANES = 8;
+constexpr int ROWS = 4;
+constexpr int SIMD_GROUPS = 8;
+constexpr int TILE = 256;
+constexpr int SCALED_BITS = 4;
 FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / CHUNK * FM_STRIDE(CHUNK) / 4);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 const uint lane = thread_index_in_simdgroup;
@@ -229,5 +247,3 @@ for (int r = 0; r < ROWS; r++) {
 }
 
 }
-
-template [[host_name("custom_kernel_flash_moe_expert_down__384_256_41472_4_64_4_bfloat16_t_float_0_27648_39936_40704_0_32_8_4_8_256_4_float_uint32_t_uint32_tc_float")]] [[kernel]] decltype(custom_kernel_flash_moe_expert_down__384_256_41472_4_64_4_bfloat16_t_float_0_27648_39936_40704_0_32_8_4_8_256_4_float_uint32_t_uint32_tc_float<384, 256, 41472, 4, 64, 4, bfloat16_t, float, 0, 27648, 39936, 40704, 0, 32, 8, 4, 8, 256, 4>) custom_kernel_flash_moe_expert_down__384_256_41472_4_64_4_bfloat16_t_float_0_27648_39936_40704_0_32_8_4_8_256_4_float_uint32_t_uint32_tc_float<384, 256, 41472, 4, 64, 4, bfloat16_t, float, 0, 27648, 39936, 40704, 0, 32, 8, 4, 8, 256, 4>;

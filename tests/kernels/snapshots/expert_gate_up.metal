@@ -152,15 +152,45 @@ FM_FN void fm_stage_tile(
     fm_stage<CHUNK, SCALED_BITS>(staged, index, index < width, values[i]);
   }
 }
-template <typename X, int K, int H, int I, int RECORD, int GATE_BITS, int GATE_GROUP, int GATE_WIDTH, typename GATE_S, typename GATE_B, bool GATE_HAS_BIAS, int GATE_WEIGHT, int GATE_SCALES, int GATE_BIASES, int GATE_BIAS, int UP_BITS, int UP_GROUP, int UP_WIDTH, typename UP_S, typename UP_B, bool UP_HAS_BIAS, int UP_WEIGHT, int UP_SCALES, int UP_BIASES, int UP_BIAS, int CHUNK, int LANES, int ROWS, int SIMD_GROUPS, int TILE, int SCALED_BITS>
-[[kernel]] void custom_kernel_flash_moe_expert_gate_up__bfloat16_t_3_384_256_41472_4_64_4_bfloat16_t_float_0_0_12288_13056_0_4_64_4_bfloat16_t_float_0_13824_26112_26880_0_32_4_2_8_384_4_bfloat16_t_uint32_t_uint32_tc_float(
+[[kernel]] void custom_kernel_flash_moe_expert_gate_up_9f20f7f58185_bfloat16_t_uint32_t_uint32_tc_float(
   const device bfloat16_t* x [[buffer(0)]],
   const device uint32_t* bank [[buffer(1)]],
   const constant uint32_t* slots [[buffer(2)]],
-  device float* h [[buffer(3)]],
+  const constant int* slots_shape [[buffer(3)]],
+  device float* h [[buffer(4)]],
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+typedef bfloat16_t X;
+constexpr int H = 384;
+constexpr int I = 256;
+constexpr int RECORD = 41472;
+constexpr int GATE_BITS = 4;
+constexpr int GATE_GROUP = 64;
+constexpr int GATE_WIDTH = 4;
+typedef bfloat16_t GATE_S;
+typedef float GATE_B;
+constexpr bool GATE_HAS_BIAS = false;
+constexpr int GATE_WEIGHT = 0;
+constexpr int GATE_SCALES = 12288;
+constexpr int GATE_BIASES = 13056;
+constexpr int GATE_BIAS = 0;
+constexpr int UP_BITS = 4;
+constexpr int UP_GROUP = 64;
+constexpr int UP_WIDTH = 4;
+typedef bfloat16_t UP_S;
+typedef float UP_B;
+constexpr bool UP_HAS_BIAS = false;
+constexpr int UP_WEIGHT = 13824;
+constexpr int UP_SCALES = 26112;
+constexpr int UP_BIASES = 26880;
+constexpr int UP_BIAS = 0;
+constexpr int CHUNK = 32;
+constexpr int LANES = 4;
+constexpr int ROWS = 2;
+constexpr int SIMD_GROUPS = 8;
+constexpr int TILE = 384;
+constexpr int SCALED_BITS = 4;
 FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / CHUNK * FM_STRIDE(CHUNK) / 4);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 const uint lane = thread_index_in_simdgroup;
@@ -168,7 +198,7 @@ const uint simd_group = simdgroup_index_in_threadgroup;
 const uint pair = threadgroup_position_in_grid.x;
 const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
 const uint first_row = row_set * ROWS;
-const device X* row_of_x = x + size_t(pair / K) * H;
+const device X* row_of_x = x + size_t(pair / uint(slots_shape[1])) * H;
 const device uint32_t* record = bank + size_t(slots[pair]) * RECORD;
 const device uint32_t* gate_words = record + GATE_WEIGHT;
 const device GATE_S* gate_scales = (const device GATE_S*)(record + GATE_SCALES);
@@ -252,5 +282,3 @@ for (int r = 0; r < ROWS; r++) {
 }
 
 }
-
-template [[host_name("custom_kernel_flash_moe_expert_gate_up__bfloat16_t_3_384_256_41472_4_64_4_bfloat16_t_float_0_0_12288_13056_0_4_64_4_bfloat16_t_float_0_13824_26112_26880_0_32_4_2_8_384_4_bfloat16_t_uint32_t_uint32_tc_float")]] [[kernel]] decltype(custom_kernel_flash_moe_expert_gate_up__bfloat16_t_3_384_256_41472_4_64_4_bfloat16_t_float_0_0_12288_13056_0_4_64_4_bfloat16_t_float_0_13824_26112_26880_0_32_4_2_8_384_4_bfloat16_t_uint32_t_uint32_tc_float<bfloat16_t, 3, 384, 256, 41472, 4, 64, 4, bfloat16_t, float, 0, 0, 12288, 13056, 0, 4, 64, 4, bfloat16_t, float, 0, 13824, 26112, 26880, 0, 32, 4, 2, 8, 384, 4>) custom_kernel_flash_moe_expert_gate_up__bfloat16_t_3_384_256_41472_4_64_4_bfloat16_t_float_0_0_12288_13056_0_4_64_4_bfloat16_t_float_0_13824_26112_26880_0_32_4_2_8_384_4_bfloat16_t_uint32_t_uint32_tc_float<bfloat16_t, 3, 384, 256, 41472, 4, 64, 4, bfloat16_t, float, 0, 0, 12288, 13056, 0, 4, 64, 4, bfloat16_t, float, 0, 13824, 26112, 26880, 0, 32, 4, 2, 8, 384, 4>;

@@ -83,8 +83,7 @@ FM_FN void fm_delta_step(
     }
   }
 }
-template <typename X, bool HAS_MASK, int STEPS, int HK, int HV, int DK, int DV, int LANES, int ROWS, int SIMD_GROUPS>
-[[kernel]] void custom_kernel_flash_moe_gated_delta__bfloat16_t_1_16_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float(
+[[kernel]] void custom_kernel_flash_moe_gated_delta_d6b9add64efe_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float(
   const device bfloat16_t* queries [[buffer(0)]],
   const device bfloat16_t* keys [[buffer(1)]],
   const constant int* keys_shape [[buffer(2)]],
@@ -100,6 +99,16 @@ template <typename X, bool HAS_MASK, int STEPS, int HK, int HV, int DK, int DV, 
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+typedef bfloat16_t X;
+constexpr bool HAS_MASK = true;
+constexpr int STEPS = 16;
+constexpr int HK = 2;
+constexpr int HV = 4;
+constexpr int DK = 32;
+constexpr int DV = 40;
+constexpr int LANES = 8;
+constexpr int ROWS = 1;
+constexpr int SIMD_GROUPS = 4;
 constexpr int TILE_ROWS = SIMD_GROUPS * (32 / LANES) * ROWS;
 FM_THREADGROUP_ARRAY(float4, query_memory, STEPS * DK / 4);
 FM_THREADGROUP_ARRAY(float4, key_memory, STEPS * DK / 4);
@@ -212,5 +221,3 @@ for (int r = 0; r < ROWS; r++) {
 }
 
 }
-
-template [[host_name("custom_kernel_flash_moe_gated_delta__bfloat16_t_1_16_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float")]] [[kernel]] decltype(custom_kernel_flash_moe_gated_delta__bfloat16_t_1_16_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float<bfloat16_t, 1, 16, 2, 4, 32, 40, 8, 1, 4>) custom_kernel_flash_moe_gated_delta__bfloat16_t_1_16_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float<bfloat16_t, 1, 16, 2, 4, 32, 40, 8, 1, 4>;

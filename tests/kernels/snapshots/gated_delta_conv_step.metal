@@ -83,8 +83,7 @@ FM_FN void fm_delta_step(
     }
   }
 }
-template <typename X, int TAPS, int HK, int HV, int DK, int DV, int LANES, int ROWS, int SIMD_GROUPS>
-[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step__bfloat16_t_4_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float(
+[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step_6b59a59285d4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float(
   const device bfloat16_t* qkv [[buffer(0)]],
   const device bfloat16_t* conv_in [[buffer(1)]],
   const device bfloat16_t* conv_weight [[buffer(2)]],
@@ -99,6 +98,15 @@ template <typename X, int TAPS, int HK, int HV, int DK, int DV, int LANES, int R
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+typedef bfloat16_t X;
+constexpr int TAPS = 4;
+constexpr int HK = 2;
+constexpr int HV = 4;
+constexpr int DK = 32;
+constexpr int DV = 40;
+constexpr int LANES = 8;
+constexpr int ROWS = 1;
+constexpr int SIMD_GROUPS = 4;
 constexpr int TILE_ROWS = SIMD_GROUPS * (32 / LANES) * ROWS;
 constexpr int CHANNELS = 2 * HK * DK + HV * DV;
 FM_THREADGROUP_ARRAY(float4, query_memory, DK / 4);
@@ -201,5 +209,3 @@ for (int r = 0; r < ROWS; r++) {
 }
 
 }
-
-template [[host_name("custom_kernel_flash_moe_gated_delta_conv_step__bfloat16_t_4_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float")]] [[kernel]] decltype(custom_kernel_flash_moe_gated_delta_conv_step__bfloat16_t_4_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float<bfloat16_t, 4, 2, 4, 32, 40, 8, 1, 4>) custom_kernel_flash_moe_gated_delta_conv_step__bfloat16_t_4_2_4_32_40_8_1_4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float<bfloat16_t, 4, 2, 4, 32, 40, 8, 1, 4>;

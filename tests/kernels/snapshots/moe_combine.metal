@@ -3,8 +3,7 @@
 FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
 FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
 
-template <typename OUT, int H, int K, bool HAS_SHARED, bool HAS_GATE, bool HAS_RESIDUAL>
-[[kernel]] void custom_kernel_flash_moe_moe_combine__bfloat16_t_384_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t(
+[[kernel]] void custom_kernel_flash_moe_moe_combine_0bddd5c6be75_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t(
   const device float* y [[buffer(0)]],
   const constant float* weights [[buffer(1)]],
   const device bfloat16_t* shared [[buffer(2)]],
@@ -12,6 +11,12 @@ template <typename OUT, int H, int K, bool HAS_SHARED, bool HAS_GATE, bool HAS_R
   const device bfloat16_t* residual [[buffer(4)]],
   device bfloat16_t* out [[buffer(5)]],
   uint3 thread_position_in_grid [[thread_position_in_grid]]) {
+typedef bfloat16_t OUT;
+constexpr int H = 384;
+constexpr int K = 3;
+constexpr bool HAS_SHARED = true;
+constexpr bool HAS_GATE = true;
+constexpr bool HAS_RESIDUAL = true;
 const uint column = thread_position_in_grid.x * 4;
 const uint token = thread_position_in_grid.y;
 if (column < H) {
@@ -50,5 +55,3 @@ if (column < H) {
 }
 
 }
-
-template [[host_name("custom_kernel_flash_moe_moe_combine__bfloat16_t_384_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t")]] [[kernel]] decltype(custom_kernel_flash_moe_moe_combine__bfloat16_t_384_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t<bfloat16_t, 384, 3, 1, 1, 1>) custom_kernel_flash_moe_moe_combine__bfloat16_t_384_3_1_1_1_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t<bfloat16_t, 384, 3, 1, 1, 1>;
