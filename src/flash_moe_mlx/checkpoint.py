@@ -105,7 +105,7 @@ class Checkpoint:
         if not experts:
             advice = "Models without them run best in mlx-lm."
             if self._num_experts():  # granitemoe's input_linear, say
-                advice = "Its own tool stores them otherwise: convert it with mlx_lm.convert."
+                advice = "They are stored in another way: use mlx_lm.convert's form, or run it in mlx-lm."
             raise UnsupportedModelError(
                 f"[{directory.name}] must be a mixture-of-experts model, got no routed experts "
                 f"(model_type {brief(config.get('model_type'))}). {advice}"
