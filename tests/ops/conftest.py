@@ -37,7 +37,7 @@ def on_gpu(launch: Callable[..., list[mx.array]]):
 
 
 @pytest.fixture(params=["opencl", pytest.param("gpu", marks=pytest.mark.gpu)])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
+def kernels(_cpu_and_seed, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
     """Makes the ``*_kernel`` functions run somewhere, their outputs poisoned with NaN."""
     if request.param == "opencl":
         if opencl.opencl() is None:
@@ -50,5 +50,8 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(autouse=True)
-def _seed():
-    mx.random.seed(0)
+def _cpu_and_seed():
+    """The references and the inputs' making run on the CPU everywhere; ``kernels`` moves to the GPU itself."""
+    with mx.stream(mx.cpu):
+        mx.random.seed(0)
+        yield
