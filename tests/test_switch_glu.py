@@ -19,6 +19,12 @@ PAGE = Path(__file__).parents[1] / "docs" / "models.md"
 TOLERANCE = RELATIVE_RMS["mlx-lm"]
 
 
+@pytest.fixture
+def plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    """MLX's own operations, where the wiring is what is tested: kernels would be compiled for every shape."""
+    monkeypatch.setenv("FLASH_MOE_REFERENCE", "1")
+
+
 @pytest.mark.parametrize("model_type", [*ASKED, *OTHERS])
 def test_matches_mlx_lm(model_type: str, tmp_path: Path):
     """Logits within 1e-5 and 32 equal greedy tokens from a quarter of the experts; the page says the same."""
@@ -93,6 +99,7 @@ def test_a_wrong_expert_would_be_seen(tmp_path: Path):
 
 
 @pytest.mark.parametrize("model_type", [*OURS, *ASKED])
+@pytest.mark.usefixtures("plain")
 def test_behaves_as_mlx_lm_expects_of_a_model(model_type: str, tmp_path: Path):
     """What mlx-lm's own tests ask of each model: layers, type, shapes, dtypes, a batch, a cache, a deep copy."""
     config = make_config(model_type)
@@ -118,3 +125,16 @@ def test_behaves_as_mlx_lm_expects_of_a_model(model_type: str, tmp_path: Path):
         model.update(tree_map(mx.zeros_like, model.parameters()))
         assert not mx.any(model(pair))
         assert_close("the copy keeps its weights and the engine", expected, duplicate(pair), 0.02)
+
+
+@pytest.mark.usefixtures("plain")
+def test_trace_names_the_experts(tmp_path: Path):
+    directory = write_model(tmp_path / "model", make_config("mixtral"))
+    with streamed(directory, max_context=MAX_CONTEXT) as model:
+        with model.streaming.trace(tmp_path / "routing.npz"):
+            model(mx.array([[1, 2, 3]]))
+        distinct = model.streaming.stats().misses
+    with np.load(tmp_path / "routing.npz") as trace:
+        assert trace["experts"].shape == (3, 3, 2)
+        assert sum(len(np.unique(trace["experts"][:, layer])) for layer in range(3)) == distinct
+        assert np.isnan(trace["weights"]).all(), "mlx-lm's block keeps them"

@@ -1,7 +1,8 @@
 """Routing traces: which experts each token's router picked, recorded while a model runs.
 
 The file is a numpy ``.npz`` with ``experts`` (tokens, layers, K) unsigned, its largest value meaning
-"not recorded"; ``weights`` float16 of the same shape; ``phase`` (tokens,) uint8, 0 prefill and 1 decode;
+"not recorded"; ``weights`` float16 of the same shape, NaN where mlx-lm's own model keeps them;
+``phase`` (tokens,) uint8, 0 prefill and 1 decode;
 ``layers`` (layers,) the model's layer numbers; ``num_experts``.
 """
 

@@ -52,6 +52,8 @@ class StreamingSwitchGLU(nn.Module):
             self.num_experts_per_tok = indices.shape[-1]
             return mx.zeros(shape, x.dtype)
         ids = np.array(indices.reshape(-1, indices.shape[-1]))
+        # The weights stay in mlx-lm's block: a trace says that they are not known.
+        self.routed.record(ids, mx.full(ids.shape, mx.nan))
         return self.routed(x.reshape(-1, x.shape[-1]), ids).astype(x.dtype).reshape(shape)
 
 
@@ -199,8 +201,8 @@ def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwit
         setattr(parent, name, swapped[layer])
     if sorted(swapped) != list(checkpoint.moe_layers):
         raise UnsupportedModelError(
-            f"[{where}] mlx-lm's model must have a SwitchGLU in the layers {list(checkpoint.moe_layers)} that have routed "
-            f"experts, got {sorted(swapped)}. Its experts can't be streamed: run it in mlx-lm."
+            f"[{where}] mlx-lm's model must have a SwitchGLU in the layers {list(checkpoint.moe_layers)} that have "
+            f"routed experts, got {sorted(swapped)}. Its experts can't be streamed: run it in mlx-lm."
         )
     return paths
 
