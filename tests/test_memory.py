@@ -2,9 +2,9 @@
 
 import json
 import os
+import select
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,12 +44,11 @@ def run(model: str, limit: str, *, io: str = "auto", max_context: int = 2048) ->
     )
     assert child.stdin is not None
     assert child.stdout is not None
-    os.set_blocking(child.stdout.fileno(), False)
-    most, text = 0, ""
-    while not text.endswith("\n") and child.poll() is None:
+    most = 0
+    while not select.select([child.stdout], [], [], 0.003)[0]:  # also at its end, expected or not
         most = max(most, anonymous_bytes(child.pid))
-        text += child.stdout.read() or ""
-        time.sleep(0.003)
+    text = child.stdout.readline()
+    most = max(most, anonymous_bytes(child.pid))
     child.stdin.close()
     assert child.wait() == 0, text
     return Outcome(json.loads(text), most)
