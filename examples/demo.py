@@ -71,10 +71,8 @@ def report(stats: Any, model: Path, tokens_per_second: float) -> None:
         ("speed", f"{tokens_per_second:.1f} tok/s"),
         ("hit rate", f"{stats.hit_rate:.1%} of the experts asked for were in memory"),
         ("read from disk", f"{format_bytes(stats.bytes_read)} of experts"),
-        (
-            "peak memory",
-            f"{format_bytes(stats.peak_memory_bytes)}, limit {format_bytes(stats.memory_limit_bytes)}",
-        ),
+        ("in memory", f"{format_bytes(stats.dense_bytes)} dense weights, {format_bytes(stats.slot_bytes)} experts"),
+        ("peak memory", f"{format_bytes(stats.peak_memory_bytes)}, limit {format_bytes(stats.memory_limit_bytes)}"),
         ("checkpoint", f"{format_bytes(checkpoint_bytes)} on disk"),
         ("whole process", f"{format_bytes(resident)}, most of it Python, its libraries and the tokenizer"),
     ]
