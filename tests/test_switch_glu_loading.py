@@ -177,7 +177,18 @@ def granite_input_linear(tensors: Tensors) -> Tensors:
     return own
 
 
-SQUARED = {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
+def transposed(tensors: Tensors) -> Tensors:
+    own = without("switch_mlp")(tensors)
+    for name, gate in tensors.items():
+        if name.endswith("switch_mlp.gate_proj.weight"):
+            stem = name.removesuffix("switch_mlp.gate_proj.weight") + "experts"
+            up, down = (tensors[name.replace("gate_proj", other)] for other in ("up_proj", "down_proj"))
+            own[f"{stem}.gate_up_proj"] = mx.contiguous(mx.concatenate([gate, up], axis=1).swapaxes(1, 2))
+            own[f"{stem}.down_proj"] = mx.contiguous(down.swapaxes(1, 2))
+    return own
+
+
+MXFP4 = {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
 HUB = {"quantization_config": {"quant_method": "mxfp4"}}
 REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] = {
     "dense": (
@@ -191,7 +202,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] =
     "no type": ("mixtral", {"model_type": None}, None, UnsupportedModelError, "mlx-lm knows, got None"),
     "key missing": ("qwen3_moe", {"num_attention_heads": None}, None, CorruptError, "must describe a qwen3_moe"),
     "no gate": ("mixtral", {}, renamed("gate_proj", "fc1"), UnsupportedModelError, "Experts without a gate"),
-    "mxfp4 by mlx": ("gpt_oss", SQUARED, None, UnsupportedModelError, "must be affine, got 'mxfp4'"),
+    "mxfp4 by mlx": ("gpt_oss", MXFP4, None, UnsupportedModelError, "must be affine, got 'mxfp4'"),
     "mxfp4 by the hub": ("gpt_oss", HUB, None, UnsupportedModelError, "got method 'mxfp4'"),
     "other layers": ("qwen3_moe", {"mlp_only_layers": []}, None, UnsupportedModelError, r"in the layers \[0, 2\]"),
     "tensor missing": (
@@ -205,6 +216,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] =
     "other width": ("olmoe", {"vocab_size": 130}, None, CorruptError, r"must have shape \(130, 128\)"),
     "granite's own names": ("granitemoe", {}, granite_input_linear, UnsupportedModelError, "use mlx_lm.convert's form"),
     "w1, w2, w3": ("mixtral", {}, renamed("switch_mlp.gate_proj", "experts.0.w1"), UnsupportedModelError, "got '.*w1"),
+    "transposed": ("qwen3_moe", {}, transposed, UnsupportedModelError, "got it transposed"),
     "fewer layers than stored": ("olmoe", {"num_hidden_layers": 2}, None, CorruptError, "cover every layer"),
 }
 

@@ -142,6 +142,11 @@ def _fused_parts(where: str, example: str, found: Found) -> tuple[int, Parts]:
     _check_rank(gate_up, 3)
     _check_rank(down, 3)
     num_experts, rows, hidden = gate_up.shape
+    if down.shape == (num_experts, hidden // 2, rows):
+        raise UnsupportedModelError(
+            f"[{where}] must have gate_up_proj [E, 2I, H], got it transposed: {gate_up.shape}. Convert the checkpoint "
+            "with mlx_lm.convert."
+        )
     if rows % 2 or down.shape != (num_experts, hidden, rows // 2):
         raise CorruptError(
             f"[{where}] must have gate_up_proj [E, 2I, H] and down_proj [E, H, I], got {gate_up.shape} and "
