@@ -76,16 +76,17 @@ def test_no_held_out_prompt_is_trained_on(tokenizer):
 
 
 def test_sums_are_held_out_in_both_orders():
+    import arithmetic
     import data
-    import tasks
     from sample import Random
 
     r = Random(0)
     for _ in range(500):
-        part = tasks.sums(r)
+        part = arithmetic.sums(r)
         if "plus" in part.messages[-1]["content"]:
             a, b = (int(n) for n in part.key.split("+"))
-            assert a <= b and data.is_held_out(part.key) == data.is_held_out(f"{a}+{b}")
+            assert a <= b
+            assert data.is_held_out(part.key) == data.is_held_out(f"{a}+{b}")
 
 
 def test_one_prompt_has_one_answer(tokenizer):
@@ -148,7 +149,8 @@ def test_template_round_trip_of_a_tool(tokenizer):
         '<|im_start|>system\nTools:\n<tools>\n{"name": "get_weather", "description": "Get the weather in a city.", '
         '"parameters": {"city": "string"}}\n</tools><|im_end|>\n'
         "<|im_start|>user\nWhat is the weather in Oslo?<|im_end|>\n"
-        '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call><|im_end|>\n'
+        '<|im_start|>assistant\n<tool_call>\n{"name": "get_weather", "arguments": {"city": "Oslo"}}\n</tool_call>'
+        "<|im_end|>\n"
         '<|im_start|>user\n<tool_response>\n{"temperature": 3}\n</tool_response><|im_end|>\n<|im_start|>assistant\n'
     )
 
@@ -181,7 +183,7 @@ def test_embedded_experts_are_four_bit():
     experts = {name: entry for name, entry in entries.items() if ".switch_mlp." in name and name.endswith(".weight")}
     assert len(experts) == 8 * 3
     for name, entry in experts.items():
-        assert entry["dtype"] == "U32" and entry["shape"][0] == 16, name
+        assert (entry["dtype"], entry["shape"][0]) == ("U32", 16), name
         scales = entries[name.removesuffix("weight") + "scales"]["shape"]
         assert entry["shape"][-1] * 8 == scales[-1] * 64, name
 
@@ -191,4 +193,4 @@ def test_no_path_of_the_training_machine_is_left_in_the_files():
         for file in folder.iterdir():
             if file.suffix in (".json", ".jinja", ".md"):
                 text = file.read_text(encoding="utf-8")
-                assert "/work/" not in text and "/tmp/" not in text and "/root/" not in text, file
+                assert not [root for root in ("/work/", "/tmp/", "/root/", "/home/") if root in text], file

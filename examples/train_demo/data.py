@@ -18,9 +18,10 @@ from random import Random
 
 import toolcalls
 import world
+from arithmetic import arithmetic
 from facts import facts
 from sample import Message, Part, Tool, ask
-from tasks import arithmetic, copying, knowledge, story, talk, unknown
+from tasks import copying, knowledge, story, talk, unknown
 
 HERE = Path(__file__).parent
 END = "<|im_end|>"
@@ -112,7 +113,7 @@ def _tool_parts(r: Random) -> tuple[list[Part], list[Tool]]:
         return [part], []
     specs = toolcalls.toolset(r)
     parts: list[Part] = []
-    turns = r.choice((1, 1, 1, 1, 1, 2, 3))
+    turns = r.choice((1, 1, 1, 1, 1, 2))
     for turn in range(turns):
         kind = r.random()
         if kind < 0.15 and not any(p.category == "no_call" for p in parts):

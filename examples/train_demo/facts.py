@@ -1,4 +1,8 @@
-"""Questions about facts listed in the prompt: the answer is copied from them, or they do not say."""
+"""Questions about facts listed in the prompt: the answer is copied from them, or they do not say.
+
+Questions name who or what the fact is about. The other way round ("Who likes tea?") the trained model is right only
+about half the time, so that is not part of its world.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +18,19 @@ NOT_SAID = "The facts do not say that."
 Template = tuple[str, list[tuple[str, str]]]
 _KINDS: dict[str, Template] = {
     "has": ("{n} has a {c} {t}.", [
-        ("What does {n} have?", "{n} has a {c} {t}."), ("Who has a {c} {t}?", "{n} has a {c} {t}."),
-        ("Who has the {c} {t}?", "{n} has the {c} {t}."), ("Who has the {t}?", "{n} has the {t}."),
-        ("What colour is the {t} of {n}?", "The {t} of {n} is {c}."), ("What color is {n}'s {t}?", "{n}'s {t} is {c}."),
-        ("What colour is {n}'s {t}?", "{n}'s {t} is {c}.")]),
+        ("What does {n} have?", "{n} has a {c} {t}."), ("What colour is the {t} of {n}?", "The {t} of {n} is {c}."),
+        ("What color is {n}'s {t}?", "{n}'s {t} is {c}."), ("What colour is {n}'s {t}?", "{n}'s {t} is {c}.")]),
     "lives": ("{n} lives in {p}.", [
-        ("Where does {n} live?", "{n} lives in {p}."), ("Who lives in {p}?", "{n} lives in {p}."),
-        ("In which city does {n} live?", "{n} lives in {p}.")]),
+        ("Where does {n} live?", "{n} lives in {p}."), ("In which city does {n} live?", "{n} lives in {p}.")]),
     "age": ("{n} is {a} years old.", [
-        ("How old is {n}?", "{n} is {a} years old."), ("Who is {a} years old?", "{n} is {a} years old."),
-        ("What is the age of {n}?", "{n} is {a} years old.")]),
-    "likes": ("{n} likes {f}.", [
-        ("What does {n} like?", "{n} likes {f}."), ("Who likes {f}?", "{n} likes {f}.")]),
+        ("How old is {n}?", "{n} is {a} years old."), ("What is the age of {n}?", "{n} is {a} years old.")]),
+    "likes": ("{n} likes {f}.", [("What does {n} like?", "{n} likes {f}.")]),
     "job": ("{n} is a {j}.", [
-        ("What does {n} do?", "{n} is a {j}."), ("Who is the {j}?", "{n} is the {j}."),
-        ("What is the job of {n}?", "{n} is a {j}."), ("Who is a {j}?", "{n} is a {j}.")]),
-    "where": ("The {t} is in the {o}.", [
-        ("Where is the {t}?", "The {t} is in the {o}."), ("What is in the {o}?", "The {t} is in the {o}.")]),
+        ("What does {n} do?", "{n} is a {j}."), ("What is the job of {n}?", "{n} is a {j}.")]),
+    "where": ("The {t} is in the {o}.", [("Where is the {t}?", "The {t} is in the {o}.")]),
     "price": ("The {t} costs {a} dollars.", [
-        ("How much is the {t}?", "The {t} costs {a} dollars."), ("How much does the {t} cost?", "The {t} costs {a} dollars."),
-        ("What costs {a} dollars?", "The {t} costs {a} dollars.")]),
+        ("How much is the {t}?", "The {t} costs {a} dollars."),
+        ("How much does the {t} cost?", "The {t} costs {a} dollars.")]),
 }  # fmt: skip
 _ROOMS = "kitchen garden garage cellar attic hall office bedroom library shed".split()
 # Fields that a question may name, so that two facts of a prompt never share one.

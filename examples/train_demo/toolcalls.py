@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass
 from random import Random
@@ -11,6 +10,7 @@ from typing import Any
 import toolbox
 from sample import Message, Part, Tool, made_up_word, vary
 from toolbox import Kind
+from toolresults import result, spoken
 
 NO_TOOL = "I do not have a tool for that."
 
@@ -89,10 +89,10 @@ def natural(r: Random) -> Spec:
     return Spec(name, described if r.random() < 0.9 or style < 0.38 else "", parameters, requests)
 
 
-def composed(r: Random, verb: str = "", noun: str = "") -> Spec:
-    """A tool made of a verb and a noun, each real or made up, with one to three parameters."""
-    verb = verb or (r.choice(toolbox.VERBS) if r.random() < 0.72 else made_up_word(r))
-    noun = noun or (r.choice(toolbox.NOUNS) if r.random() < 0.72 else made_up_word(r))
+def composed(r: Random) -> Spec:
+    """A tool made of a verb and a noun, the noun real or made up, with one to three parameters."""
+    verb = r.choice(toolbox.VERBS)
+    noun = r.choice(toolbox.NOUNS) if r.random() < 0.72 else made_up_word(r)
     parameters: dict[str, tuple[str, Kind, str]] = {}
     links: set[str] = set()
     for i in range(r.choice((1, 1, 2, 2, 3))):
@@ -106,7 +106,6 @@ def composed(r: Random, verb: str = "", noun: str = "") -> Spec:
             continue
         links |= set(kind.links.split("|"))
         parameters[f"p{i}"] = (called, kind, _type(r, kind))
-    words = r.choice([[verb, noun], [verb, noun], [verb, noun], [noun, verb]])
     described = r.choice(
         [
             f"{verb.capitalize()} a {noun}.",
@@ -116,28 +115,22 @@ def composed(r: Random, verb: str = "", noun: str = "") -> Spec:
             f"{verb} {noun}",
         ]
     )
-    style = r.random()
-    if style < 0.12:
-        return Spec(made_up_word(r), described, parameters, [], verb, noun)
-    if style < 0.18:
-        return Spec(r.choice([verb, noun]), described, parameters, [], verb, noun)
-    return Spec(_tool_name(r, words), described if r.random() < 0.85 else "", parameters, [], verb, noun)
+    return Spec(_tool_name(r, [verb, noun]), described if r.random() < 0.85 else "", parameters, [], verb, noun)
 
 
 def toolset(r: Random) -> list[Spec]:
-    """One to four tools that can be told apart; now and then two share their verb or their noun."""
-    tools = [natural(r) if r.random() < 0.45 else composed(r)]
-    for _ in range(r.choice((0, 1, 1, 2, 2, 3))):
-        other = tools[0]
-        if other.verb and r.random() < 0.2:
-            tool = composed(r, verb=other.verb) if r.random() < 0.5 else composed(r, noun=other.noun)
-        else:
-            tool = natural(r) if r.random() < 0.45 else composed(r)
-        clashes = any(_similar(tool, t) for t in tools)
-        if not clashes:
+    """One to four tools that can be told apart."""
+    tools: list[Spec] = []
+    for _ in range(r.choice((1, 2, 2, 3, 3, 4))):
+        tool = natural(r) if r.random() < 0.45 else composed(r)
+        if not any(_similar(tool, other) or _shares_word(tool, other) for other in tools):
             tools.append(tool)
     r.shuffle(tools)
     return tools
+
+
+def _shares_word(a: Spec, b: Spec) -> bool:
+    return bool({a.verb, a.noun} & {b.verb, b.noun} - {""})
 
 
 def _similar(a: Spec, b: Spec) -> bool:
@@ -147,11 +140,6 @@ def _similar(a: Spec, b: Spec) -> bool:
         return bool(set(a.requests) & set(b.requests))
     made, told = (a, b) if a.verb else (b, a)
     return made.noun in " ".join(told.requests).lower() or made.noun in told.name.lower()
-
-
-def spoken(value: Any) -> str:
-    """A value as a request says it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def request(r: Random, tool: Spec) -> tuple[str, dict[str, Any]]:
@@ -238,53 +226,6 @@ def _composed_request(r: Random, tool: Spec, values: dict[str, Any]) -> str:
     )
     start = f"{lead}{tool.verb} {article}{tool.noun}"
     return vary(r, start[0].upper() + start[1:] + template + mark, **{f: spoken(v) for f, v in values.items()})
-
-
-_RESULT_KEYS = "temperature status total price count result distance time id name message condition balance humidity city answer speed rate weight level".split()
-
-
-def _result_value(r: Random) -> Any:
-    return r.choice(
-        [
-            toolbox.integer,
-            toolbox.number,
-            toolbox.word,
-            toolbox.phrase,
-            toolbox.name,
-            toolbox.clock,
-            toolbox.identifier,
-            toolbox.place,
-        ]
-    )(r)
-
-
-def result(r: Random) -> tuple[str, str]:
-    """A tool's result as it stands in the prompt, and the sentence that reports it."""
-    style = r.random()
-    if style < 0.1:
-        reason = r.choice(
-            [
-                f"{toolbox.word(r)} not found",
-                "not found",
-                "time out",
-                "no connection",
-                f"unknown {toolbox.word(r)}",
-                f"{toolbox.word(r)} is missing",
-            ]
-        )
-        return json.dumps({"error": reason}), f"The tool failed: {reason}."
-    if style < 0.35:
-        value = spoken(_result_value(r))
-        return value, f"The result is {value}."
-    keys: list[str] = []
-    while len(keys) < 1 or (len(keys) < 3 and r.random() < 0.5):
-        key = r.choice(_RESULT_KEYS) if r.random() < 0.65 else made_up_word(r)
-        if key not in keys:
-            keys.append(key)
-    values = {key: _result_value(r) for key in keys}
-    said = [f"the {key} is {spoken(v)}" for key, v in values.items()]
-    sentence = said[0] if len(said) == 1 else ", ".join(said[:-1]) + " and " + said[-1]
-    return json.dumps(values, ensure_ascii=False), f"T{sentence[1:]}."
 
 
 def call(r: Random, tools: list[Spec], *, answered: bool) -> Part:

@@ -195,7 +195,8 @@ NAMES = (
 PLACES = (
     "Paris London Rome Tokyo Berlin Madrid Vienna Oslo Lima Cairo Boston Chicago Dublin Prague Zurich Geneva Munich "
     "Hamburg Sydney Toronto Delhi Mumbai Seoul Osaka Kyoto Nairobi Lagos Accra Quito Bogota Havana Lisbon Porto Athens"
-).split() + ["New York", "San Francisco", "Hong Kong", "Cape Town", "Tel Aviv", "Los Angeles"]
+).split()
+PLACES += ["New York", "San Francisco", "Hong Kong", "Cape Town", "Tel Aviv", "Los Angeles"]
 COLOUR_WORDS = "red blue green yellow white black brown pink purple orange grey golden silver".split()
 THINGS = (
     "kite boat lamp bike hat ball drum book car coat cup bag box bell ring clock chair table phone guitar umbrella "
