@@ -15,6 +15,7 @@ from flash_moe_mlx import MemoryLimitError, stream_generate
 from flash_moe_mlx.trace import DECODE
 
 from .support.models import VOCABULARY, chat_config, make_converted, smallest_limit
+from .support.numerics import RELATIVE_RMS, assert_close
 
 Loaded = tuple[Any, TokenizerWrapper]
 EXPERTS, K, LAYERS = 32, 4, 4
@@ -143,6 +144,37 @@ def collect(generator: BatchGenerator, received: dict[int, list[int]]) -> int:
     for response in responses:
         received.setdefault(response.uid, []).append(response.token)
     return len(responses)
+
+
+def test_padding_reads_nothing(loaded: Loaded, tmp_path: Path):
+    """Prompts of 9, 1 and 4 tokens, padded to 9: the experts of 14 tokens are read, not of 27."""
+    model = loaded[0]
+    prompts = [PROMPTS[0], PROMPTS[1], PROMPTS[4]]
+    chosen: list[set[tuple[int, int]]] = []
+    for number, prompt in enumerate(prompts):
+        with model.streaming.trace(tmp_path / f"{number}.npz"):
+            model(mx.array([prompt]), cache=model.make_cache())
+        with np.load(tmp_path / f"{number}.npz") as trace:
+            chosen.append({(layer, e) for layer in range(LAYERS) for e in trace["experts"][:, layer].ravel().tolist()})
+    caches = [type(c).merge([c] * 3) for c in model.make_cache()]
+    lengths = [len(prompt) for prompt in prompts]
+    padding = [max(lengths) - length for length in lengths]
+    for cache in caches:
+        cache.prepare(lengths=lengths, right_padding=padding)
+    padded = mx.array([prompt + [0] * count for prompt, count in zip(prompts, padding, strict=True)])
+    model.streaming.clear()
+    before = model.streaming.counters.copy()
+    with model.streaming.trace(tmp_path / "batch.npz"):
+        logits = np.array(model(padded, cache=caches))
+    done = model.streaming.counters.since(before)
+    assert done.bytes_read == len(set.union(*chosen)) * record_bytes(model)
+    assert done.tokens == sum(lengths)
+    with np.load(tmp_path / "batch.npz") as trace:
+        assert len(trace["experts"]) == sum(lengths)
+    for row, prompt in enumerate(prompts):
+        assert_close(
+            "padded", np.array(model(mx.array([prompt])))[0], logits[row, : len(prompt)], RELATIVE_RMS["split"]
+        )
 
 
 def test_a_batch_takes_its_memory_from_the_slots(

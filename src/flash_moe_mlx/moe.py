@@ -153,8 +153,19 @@ class StreamingMoE(nn.Module):
         self.num_experts_per_tok = num_experts_per_tok
         self.norm_topk_prob = norm_topk_prob
 
-    def __call__(self, x: mx.array, residual: mx.array) -> mx.array:
-        """Shapes (B, L, H) in and out, in the dtype of ``residual``."""
+    def __call__(self, x: mx.array, residual: mx.array, rows: mx.array | None = None) -> mx.array:
+        """Shapes (B, L, H) in and out, in the dtype of ``residual``.
+
+        Args:
+            x: Normalised hidden states.
+            residual: What the block's output is added to.
+            rows: Which of the B x L positions hold tokens; the others are padding, read no experts and stay as
+                they are. None: all.
+        """
+        if rows is not None:
+            flat, output = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
+            output[rows] = self(flat[rows], output[rows])
+            return output.reshape(residual.shape)
         flat = x.reshape(-1, x.shape[-1])
         ids, weights = route(self.gate(flat), self.num_experts_per_tok, self.norm_topk_prob)
         # Two calls: the ids can then be waited for without the shared expert, which computes

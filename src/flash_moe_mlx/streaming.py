@@ -120,8 +120,10 @@ class StreamingEngine:
     # What the model's forward pass calls, in this order, with the lock held.
 
     @contextmanager
-    def forward_pass(self, batch: int, tokens: int, length: int) -> Iterator[None]:
+    def forward_pass(self, batch: int, tokens: int, length: int, routed_tokens: int | None = None) -> Iterator[None]:
         """One forward pass of ``tokens`` new tokens a sequence, ending at ``length`` tokens of context.
+
+        Of a padded batch, ``routed_tokens`` are no padding; None is all of them.
 
         Holds the lock, and makes room: a pass or a context larger than the reserved one takes its
         memory from the expert slots.
@@ -141,13 +143,14 @@ class StreamingEngine:
             if self._applied is not self._budget:
                 self._apply(self._budget)
             self._make_room(batch, tokens, length)
+            routed = batch * tokens if routed_tokens is None else routed_tokens
             if self._recorder is not None and not self._recorder.closed:
-                self._recorder.begin(batch * tokens, PREFILL if tokens > 1 else DECODE)
+                self._recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
             try:
                 yield
             finally:
                 self._begin_unread()
-            self._counters.tokens += batch * tokens
+            self._counters.tokens += routed
 
     def _check_open(self) -> None:
         if self._closed:

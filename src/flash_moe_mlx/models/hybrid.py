@@ -15,7 +15,7 @@ from ..errors import RequestError
 from ..moe import RoutedExperts, StreamingMoE
 from ..record import DTYPE_BYTES, Quantization
 from ..streaming import StreamingEngine
-from .caches import context_length
+from .caches import context_length, unpadded_rows
 from .costs import HybridCosts
 from .family import Family, convert, dense_bytes, load_bytes
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
@@ -58,10 +58,10 @@ class DecoderLayer(nn.Module):
                 norm_topk_prob=config.norm_topk_prob,
             )
 
-    def __call__(self, x: mx.array, cache: Any) -> mx.array:
+    def __call__(self, x: mx.array, cache: Any, rows: mx.array | None = None) -> mx.array:
         h = mix(self.linear_attn if self.is_linear else self.self_attn, self.input_layernorm, x, cache)
         normed = self.post_attention_layernorm(h)
-        return self.mlp(normed, h) if isinstance(self.mlp, StreamingMoE) else h + self.mlp(normed)
+        return self.mlp(normed, h, rows) if isinstance(self.mlp, StreamingMoE) else h + self.mlp(normed)
 
 
 class TextModel(nn.Module):
@@ -76,9 +76,9 @@ class TextModel(nn.Module):
         ]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
-    def __call__(self, hidden: mx.array, cache: list[Any]) -> mx.array:
+    def __call__(self, hidden: mx.array, cache: list[Any], rows: mx.array | None = None) -> mx.array:
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            hidden = layer(hidden, layer_cache)
+            hidden = layer(hidden, layer_cache, rows)
         return hidden
 
 
@@ -155,8 +155,9 @@ class HybridModel(nn.Module):
         hidden = text.embed_tokens.embed(inputs, self.dtype) if input_embeddings is None else input_embeddings
         batch, tokens = hidden.shape[:2]
         length = tokens + context_length(cache)
-        with self.streaming.forward_pass(batch, tokens, length):
-            hidden = text(hidden.astype(self.dtype), cache)
+        rows = unpadded_rows(cache, tokens)
+        with self.streaming.forward_pass(batch, tokens, length, routed_tokens=None if rows is None else len(rows)):
+            hidden = text(hidden.astype(self.dtype), cache, rows)
         hidden = text.norm(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])
         return self.output_projection(hidden)
 
