@@ -39,7 +39,7 @@ def main() -> int:
     page = PAGE.read_text()
     for group in GROUPS:
         table = render(group)
-        page = block(group).sub(lambda _, table=table: table, page)
+        page = block(group).sub(lambda _, table=table: table, page, count=1)
     if "--check" in sys.argv[1:]:
         return int(page != PAGE.read_text())
     PAGE.write_text(page)
