@@ -10,9 +10,10 @@ import numpy as np
 from .arrays import address, empty, floats, result
 from .elementwise import exponential
 from .jit import VECTORISED, compiled
+from .memory_ir import add_one, load_f32, load_u8
 from .threads import run
 from .tile_ir import MR, NR, PACK_BLOCK, make_multiply, make_unpack
-from .vector_ir import F32, LANES, add_one, load_f32, load_u8, make_dense_dots
+from .vector_ir import F32, LANES, make_dense_dots
 
 ROWS = 128
 """Rows of queries a thread takes at once: their sums and a block of scores stay in the second-level cache."""

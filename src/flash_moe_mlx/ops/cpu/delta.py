@@ -9,8 +9,8 @@ from ..gated_delta import L2_EPS
 from .arrays import address, empty, floats, result, view
 from .elementwise import sigmoid
 from .jit import VECTORISED, compiled, serial
+from .memory_ir import add_one, load_f32
 from .threads import run
-from .vector_ir import add_one, load_f32
 
 STATE_ROWS = 16
 """Rows of a head's state that a thread draws at once."""

@@ -3,7 +3,8 @@
 import numpy as np
 
 from .jit import serial
-from .vector_ir import BF16, F16, LANES, load_bf16, load_f16, load_f32, load_u8, store_f32
+from .memory_ir import load_bf16, load_f16, load_f32, load_u8, store_f32
+from .vector_ir import BF16, F16, LANES
 
 _LOG2E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)

@@ -12,18 +12,16 @@ import numpy as np
 
 from .elementwise import affine_tail, dense_tail, read_float, read_floats
 from .jit import compiled
+from .memory_ir import add_one, dot, store_f32
 from .tile_ir import MR, NR, PACK_BLOCK, make_multiply, make_unpack
 from .vector_ir import (
     DENSE_FIELDS,
     FLOAT_BYTES,
     LANES,
-    add_one,
-    dot,
     field_scales,
     lane_weights,
     make_dense_dots,
     make_quantized_dots,
-    store_f32,
 )
 
 WEIGHTS, SCALES, BIASES, BIAS, X, SUMS, Y, ROWS = range(8)

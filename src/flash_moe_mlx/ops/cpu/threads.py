@@ -20,7 +20,7 @@ from numba import types
 
 from ...machine import CGROUP_ROOT
 from .jit import serial
-from .vector_ir import load_i64
+from .memory_ir import load_i64
 
 LOCK = threading.Lock()
 """One kernel at a time: two would only fight for the same cores."""

@@ -166,7 +166,8 @@ class Emitter:
         return parts if bits != 3 else parts * 2
 
 
-def _signature(argument_count: int, result: types.Type) -> Any:
+def signature_of(argument_count: int, result: types.Type) -> Any:
+    """``argument_count`` int64 to ``result``."""
     return result(*[types.int64] * argument_count)
 
 
@@ -211,7 +212,7 @@ def make_quantized_dots(bits: int, group_size: int, rows: int) -> Callable[..., 
                 emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, 4 * row))
             return context.get_dummy_value()
 
-        return _signature(7, types.void), generate
+        return signature_of(7, types.void), generate
 
     return quantized_dots
 
@@ -244,88 +245,6 @@ def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
                 emit.store(emit.sum(builder.fadd(*pairs)), emit.offset(out, 4 * row))
             return context.get_dummy_value()
 
-        return _signature(7, types.void), generate
+        return signature_of(7, types.void), generate
 
     return dense_dots
-
-
-def _make_load(kind: int) -> Callable[[int, int], float]:
-    word = _I32 if kind == F32 else _I16
-
-    @intrinsic
-    def load(typing_context, address, index):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            emit = Emitter(builder)
-            stored = builder.load(emit.element(word, *arguments), align=1, typ=word)
-            vector = builder.bitcast(stored, ir.VectorType(word, 1))
-            return builder.extract_element(emit.floats(vector, kind), _I32(0))
-
-        return _signature(2, types.float32), generate
-
-    return load
-
-
-load_bf16, load_f16, load_f32 = (_make_load(kind) for kind in (BF16, F16, F32))
-
-
-@intrinsic
-def load_u8(typing_context, address, index):  # type: ignore[no-untyped-def]
-    """``load_u8(address, index)``: one byte as int64."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        return builder.zext(builder.load(Emitter(builder).element(_I8, *arguments), align=1, typ=_I8), _I64)
-
-    return _signature(2, types.int64), generate
-
-
-@intrinsic
-def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped-def]
-    """``store_f32(address, index, value)``."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        builder.store(arguments[2], Emitter(builder).element(_F32, *arguments[:2]), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), generate
-
-
-@intrinsic
-def dot(typing_context, a, b, count):  # type: ignore[no-untyped-def]
-    """``dot(a, b, count)``: sum of products of float32 at two addresses."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        emit = Emitter(builder)
-        a, b, count = arguments
-        total = emit.variable(ir.Constant(_VF32, [0.0] * LANES))
-        vectors = builder.udiv(emit.offset(count, LANES - 1), _I64(LANES))
-        with cgutils.for_range(builder, vectors) as loop:
-            left = builder.trunc(builder.sub(count, emit.scaled(loop.index, LANES)), _I32)
-            mask = builder.icmp_signed("<", ir.Constant(_VI32, list(range(LANES))), emit.splat(left))
-            at = emit.scaled(loop.index, LANES * 4)
-            x, y = (emit.masked_load(builder.add(address, at), mask) for address in (a, b))
-            builder.store(emit.fma(x, y, builder.load(total)), total)
-        return emit.sum(builder.load(total))
-
-    return _signature(3, types.float32), generate
-
-
-@intrinsic
-def add_one(typing_context, address):  # type: ignore[no-untyped-def]
-    """``add_one(address)``: the int64 there, which is one more afterwards. Atomic: threads draw tasks with it."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        pointer = builder.inttoptr(arguments[0], ir.PointerType())
-        return builder.atomic_rmw("add", pointer, _I64(1), "acq_rel")
-
-    return _signature(1, types.int64), generate
-
-
-@intrinsic
-def load_i64(typing_context, address):  # type: ignore[no-untyped-def]
-    """``load_i64(address)``, atomic: sees what other threads finished."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        pointer = builder.inttoptr(arguments[0], ir.PointerType())
-        return builder.load_atomic(pointer, "acquire", 8, typ=_I64)
-
-    return _signature(1, types.int64), generate

@@ -1,0 +1,94 @@
+"""Memory by address in kernels: numbers as they are stored, a dot product, and the counters that threads share."""
+
+from collections.abc import Callable
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic
+
+from .vector_ir import BF16, F16, F32, LANES, Emitter, signature_of
+
+_I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
+_VI32, _VF32 = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
+
+
+def _make_load(kind: int) -> Callable[[int, int], float]:
+    word = _I32 if kind == F32 else _I16
+
+    @intrinsic
+    def load(typing_context, address, index):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            emit = Emitter(builder)
+            stored = builder.load(emit.element(word, *arguments), align=1, typ=word)
+            vector = builder.bitcast(stored, ir.VectorType(word, 1))
+            return builder.extract_element(emit.floats(vector, kind), _I32(0))
+
+        return signature_of(2, types.float32), generate
+
+    return load
+
+
+load_bf16, load_f16, load_f32 = (_make_load(kind) for kind in (BF16, F16, F32))
+
+
+@intrinsic
+def load_u8(typing_context, address, index):  # type: ignore[no-untyped-def]
+    """``load_u8(address, index)``: one byte as int64."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.zext(builder.load(Emitter(builder).element(_I8, *arguments), align=1, typ=_I8), _I64)
+
+    return signature_of(2, types.int64), generate
+
+
+@intrinsic
+def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped-def]
+    """``store_f32(address, index, value)``."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        builder.store(arguments[2], Emitter(builder).element(_F32, *arguments[:2]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, types.float32), generate
+
+
+@intrinsic
+def dot(typing_context, a, b, count):  # type: ignore[no-untyped-def]
+    """``dot(a, b, count)``: sum of products of float32 at two addresses."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        emit = Emitter(builder)
+        a, b, count = arguments
+        total = emit.variable(ir.Constant(_VF32, [0.0] * LANES))
+        vectors = builder.udiv(emit.offset(count, LANES - 1), _I64(LANES))
+        with cgutils.for_range(builder, vectors) as loop:
+            left = builder.trunc(builder.sub(count, emit.scaled(loop.index, LANES)), _I32)
+            mask = builder.icmp_signed("<", ir.Constant(_VI32, list(range(LANES))), emit.splat(left))
+            at = emit.scaled(loop.index, LANES * 4)
+            x, y = (emit.masked_load(builder.add(address, at), mask) for address in (a, b))
+            builder.store(emit.fma(x, y, builder.load(total)), total)
+        return emit.sum(builder.load(total))
+
+    return signature_of(3, types.float32), generate
+
+
+@intrinsic
+def add_one(typing_context, address):  # type: ignore[no-untyped-def]
+    """``add_one(address)``: the int64 there, which is one more afterwards. Atomic: threads draw tasks with it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(arguments[0], ir.PointerType())
+        return builder.atomic_rmw("add", pointer, _I64(1), "acq_rel")
+
+    return signature_of(1, types.int64), generate
+
+
+@intrinsic
+def load_i64(typing_context, address):  # type: ignore[no-untyped-def]
+    """``load_i64(address)``, atomic: sees what other threads finished."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        pointer = builder.inttoptr(arguments[0], ir.PointerType())
+        return builder.load_atomic(pointer, "acquire", 8, typ=_I64)
+
+    return signature_of(1, types.int64), generate
