@@ -158,25 +158,45 @@ FM_FN void fm_stage(threadgroup float* staged, uint index, bool inside, float4 v
   }
 }
 
-// A threadgroup of SIMD_GROUPS stages width <= TILE values of x. All loads are under way before the first use.
-template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
-FM_FN void fm_stage_tile(
-    threadgroup float* staged, const device X* x, uint width, uint simd_group, uint lane) {
-  constexpr int STEP = SIMD_GROUPS * 128;
-  constexpr int STEPS = (TILE + STEP - 1) / STEP;
-  float4 values[STEPS];
+// Values of x that each thread of a threadgroup of SIMD_GROUPS stages: requested all at once, so that the
+// waits overlap, and stored by fm_store_tile. width <= TILE of them exist.
+#define FM_TILE_STEPS(tile, simd_groups) (((tile) + (simd_groups) * 128 - 1) / ((simd_groups) * 128))
+
+template <int TILE, int SIMD_GROUPS, typename X>
+FM_FN void fm_request_tile(
+    thread float4 (&values)[FM_TILE_STEPS(TILE, SIMD_GROUPS)],
+    const device X* x,
+    uint width,
+    uint simd_group,
+    uint lane) {
 #pragma unroll
-  for (int i = 0; i < STEPS; i++) {
-    const uint index = i * STEP + simd_group * 128 + lane * 4;
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
     const device X* source = x + (index < width ? index : 0);
     values[i].x = float(source[0]);
     values[i].y = float(source[1]);
     values[i].z = float(source[2]);
     values[i].w = float(source[3]);
   }
+}
+
+template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS>
+FM_FN void fm_store_tile(
+    threadgroup float* staged,
+    const thread float4 (&values)[FM_TILE_STEPS(TILE, SIMD_GROUPS)],
+    uint width,
+    uint simd_group,
+    uint lane) {
 #pragma unroll
-  for (int i = 0; i < STEPS; i++) {
-    const uint index = i * STEP + simd_group * 128 + lane * 4;
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
     fm_stage<CHUNK, SCALED_BITS>(staged, index, index < width, values[i]);
   }
+}
+
+template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
+FM_FN void fm_stage_tile(threadgroup float* staged, const device X* x, uint width, uint simd_group, uint lane) {
+  float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
+  fm_store_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
 }

@@ -44,13 +44,14 @@ class Table:
 
 
 def moe_rows(table: Table, models: tuple[cases.Model, ...], calls: int, samples: int) -> None:
-    for model in models:
-        layer = cases.Layer(model, 4)
-        for experts in (4, 8, 10):
-            table.add(lambda k=experts, on=layer: cases.moe_layer(on, k, calls=calls, samples=samples))
-    layer = cases.Layer(models[0], 2)
-    for experts in (4, 10):
-        table.add(lambda k=experts: cases.moe_layer(layer, k, calls=calls, samples=samples))
+    work = [(model, 4, (4, 8, 10)) for model in models] + [(models[0], 2, (4, 10))]
+    for model, bits, choices in work:
+        layer = cases.Layer(model, bits)
+        for experts in choices:
+            for fused in (True, False):
+                table.add(
+                    lambda k=experts, on=layer, f=fused: cases.moe_layer(on, k, fused=f, calls=calls, samples=samples)
+                )
 
 
 def tuning_rows(table: Table, calls: int, samples: int) -> None:

@@ -11,6 +11,7 @@ from flash_moe_mlx.bank import ExpertBank
 from flash_moe_mlx.ops import kernel_source
 from flash_moe_mlx.ops.dequant_matvec import dequant_matvec, dequant_matvec_kernel
 from flash_moe_mlx.ops.expert_ffn import ExpertPlan, expert_ffn
+from flash_moe_mlx.ops.expert_ffn_combine import expert_ffn_combine
 from flash_moe_mlx.ops.gated_delta import (
     gated_delta,
     gated_delta_conv_step,
@@ -92,8 +93,11 @@ def routes(model: Model, experts: int, calls: int) -> list[mx.array]:
     return made
 
 
-def moe_layer(layer: Layer, experts: int, *, calls: int, samples: int) -> Row:
-    """A chain of routed layers, each the input of the next: gate, up, down, combine, residual."""
+def moe_layer(layer: Layer, experts: int, *, fused: bool, calls: int, samples: int) -> Row:
+    """A chain of routed layers, each the input of the next: gate, up, down, combine, residual.
+
+    Ours is three launches or, fused, two; theirs is mlx-lm's SwitchGLU with the same ending.
+    """
     model = layer.model
     slots = routes(model, experts, calls)
     weights = mx.softmax(mx.random.normal((1, experts)))
@@ -106,7 +110,10 @@ def moe_layer(layer: Layer, experts: int, *, calls: int, samples: int) -> Row:
     def ours(count: int = calls) -> list[mx.array]:
         h = x
         for ids in slots[:count]:
-            h = moe_combine(expert_ffn(h, layer.bank, ids), weights, shared, gate, x)
+            if fused:
+                h = expert_ffn_combine(h, layer.bank, ids, weights, shared, gate, x)
+            else:
+                h = moe_combine(expert_ffn(h, layer.bank, ids), weights, shared, gate, x)
         return [h]
 
     def theirs(count: int = calls) -> list[mx.array]:
@@ -117,7 +124,7 @@ def moe_layer(layer: Layer, experts: int, *, calls: int, samples: int) -> Row:
         return [h]
 
     close = relative_rms(ours(1)[0] - x, theirs(1)[0] - x)
-    name = f"MoE layer {model.name} K={experts} {layer.bits}-bit"
+    name = f"MoE layer {model.name} K={experts} {layer.bits}-bit{' fused' if fused else ''}"
     nbytes = experts * layer.layout.payload_bytes
     return compare(name, ours, theirs, calls, nbytes, samples, close)
 

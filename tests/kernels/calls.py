@@ -9,6 +9,7 @@ import pytest
 from flash_moe_mlx.ops import kernel_source
 from flash_moe_mlx.ops.dequant_matvec import dequant_matvec_kernel
 from flash_moe_mlx.ops.expert_ffn import expert_ffn_kernel
+from flash_moe_mlx.ops.expert_ffn_combine import expert_ffn_combine_kernel
 from flash_moe_mlx.ops.gated_delta import gated_delta_conv_step_kernel, gated_delta_kernel
 from flash_moe_mlx.ops.moe_combine import moe_combine_kernel
 
@@ -21,6 +22,13 @@ HIDDEN, WIDTH, K = 384, 256, 3
 def experts() -> mx.array:
     bank, _ = make_bank(HIDDEN, WIDTH, 4, (4, 4, 4), (64, 64, 64))
     return expert_ffn_kernel(mx.random.normal((1, HIDDEN)).astype(BF16), bank, mx.array([[2, 0, 2]], mx.uint32))
+
+
+def layer() -> mx.array:
+    bank, _ = make_bank(HIDDEN, WIDTH, 4, (4, 4, 4), (64, 64, 64))
+    x, shared, residual = (mx.random.normal((2, HIDDEN)).astype(BF16) for _ in range(3))
+    slots, weights = mx.array([[2, 0, 2], [1, 3, 0]], mx.uint32), mx.random.uniform(shape=(2, K))
+    return expert_ffn_combine_kernel(x, bank, slots, weights, shared, mx.random.normal((2, 1)).astype(BF16), residual)
 
 
 def matvec() -> mx.array:
@@ -55,6 +63,7 @@ def delta_conv() -> mx.array:
 CALLS: dict[str, Callable[[], mx.array]] = {
     "expert_gate_up": experts,
     "expert_down": experts,
+    "expert_down_combine": layer,
     "dequant_matvec": matvec,
     "moe_combine": combine,
     "gated_delta": delta,

@@ -48,7 +48,7 @@ def differs(launch: tuple[Any, ...], order: str, edit: Edit) -> bool:
     return bool(np.sqrt(((result - expected) ** 2).sum() / (expected**2).sum()) > LIMIT)
 
 
-MATVECS = ("dequant_matvec", "expert_gate_up", "expert_down")
+MATVECS = ("dequant_matvec", "expert_gate_up", "expert_down", "expert_down_combine")
 
 WRONG_RESULTS = {
     "wrong shift": in_helpers("words[bit / 32] >> (SCALED ? bit & 16", "words[bit / 32] >> (SCALED ? bit & 8"),
@@ -73,6 +73,7 @@ STAGED = {
     "dequant_matvec": f"  {BARRIER}\n  for (; chunk",
     "expert_gate_up": f"  {BARRIER}\n  for (; chunk",
     "expert_down": f"  {BARRIER}\n  for (; chunk",
+    "expert_down_combine": f"  {BARRIER}\n  float total",
     "gated_delta": f"  {BARRIER}\n  for (uint step = 0",
     "gated_delta_conv_step": f"{BARRIER}\nfloat q_squares",
 }
@@ -95,6 +96,7 @@ WRONG_SPACES = {
     "dequant_matvec": ("const threadgroup float* chunk_of_x", "const device float* chunk_of_x"),
     "expert_gate_up": ("threadgroup float* staged = (threadgroup", "device float* staged = (threadgroup"),
     "expert_down": ("const device uint32_t* record", "const threadgroup uint32_t* record"),
+    "expert_down_combine": ("threadgroup float* own", "device float* own"),
     "gated_delta": ("device float4* state_target", "threadgroup float4* state_target"),
     "gated_delta_conv_step": ("threadgroup float* key", "device float* key"),
     "moe_combine": ("const device float4* routed", "const constant float4* routed"),

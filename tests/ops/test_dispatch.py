@@ -5,7 +5,15 @@ from importlib import import_module
 import mlx.core as mx
 import pytest
 
-from flash_moe_mlx.ops import dequant_matvec, expert_ffn, gated_delta, gated_delta_conv_step, kernel_source, moe_combine
+from flash_moe_mlx.ops import (
+    dequant_matvec,
+    expert_ffn,
+    expert_ffn_combine,
+    gated_delta,
+    gated_delta_conv_step,
+    kernel_source,
+    moe_combine,
+)
 from flash_moe_mlx.ops.backend import backend, use_kernels
 
 from .oracle import make_bank
@@ -28,7 +36,9 @@ def gpu_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 def run_all() -> None:
     bank, _ = make_bank(64, 64, 2, (4, 4, 4), (64, 64, 64))
-    y = expert_ffn(mx.zeros((1, 64)), bank, mx.zeros((1, 2), mx.uint32))
+    slots = mx.zeros((1, 2), mx.uint32)
+    expert_ffn_combine(mx.zeros((1, 64)), bank, slots, mx.zeros((1, 2)), None, None, None)
+    y = expert_ffn(mx.zeros((1, 64)), bank, slots)
     moe_combine(y, mx.zeros((1, 2)), None, None, None)
     packed = mx.quantize(mx.zeros((8, 64)), group_size=64, bits=4)
     dequant_matvec(mx.zeros((1, 64)), *packed, bits=4, group_size=64)
@@ -39,7 +49,16 @@ def run_all() -> None:
     gated_delta_conv_step(qkv, conv, mx.zeros((96, 4)), a[:, :1], a[:, :1], one, one, state, k_heads=1)
 
 
-ALL = ["expert_gate_up", "expert_down", "moe_combine", "dequant_matvec", "gated_delta", "gated_delta_conv_step"]
+ALL = [
+    "expert_gate_up",
+    "expert_down_combine",
+    "expert_gate_up",
+    "expert_down",
+    "moe_combine",
+    "dequant_matvec",
+    "gated_delta",
+    "gated_delta_conv_step",
+]
 
 
 def test_a_gpu_runs_the_kernels(gpu_launches):

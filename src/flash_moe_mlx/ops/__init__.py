@@ -7,6 +7,7 @@ The model calls the dispatchers and nothing else, so a Mac or CUDA user runs the
 from .backend import backend, use_kernels
 from .dequant_matvec import dequant_matvec
 from .expert_ffn import expert_ffn
+from .expert_ffn_combine import expert_ffn_combine
 from .gated_delta import conv1d_silu, gated_delta, gated_delta_conv_step
 from .moe_combine import moe_combine
 
@@ -15,6 +16,7 @@ __all__ = [
     "conv1d_silu",
     "dequant_matvec",
     "expert_ffn",
+    "expert_ffn_combine",
     "gated_delta",
     "gated_delta_conv_step",
     "moe_combine",

@@ -1,7 +1,8 @@
 """SwiGLU feed-forward of the routed experts, read from a bank of records."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import mlx.core as mx
 
@@ -84,6 +85,7 @@ class ExpertPlan:
         down: kernels/expert_down.metal.
         gate_up_geometry: Spread of gate and up over threads.
         down_geometry: Spread of down over threads.
+        combined: What ``expert_ffn_combine`` makes of the same layout: kernels/expert_down_combine.metal.
     """
 
     layout: RecordLayout
@@ -91,6 +93,7 @@ class ExpertPlan:
     down: Kernel
     gate_up_geometry: Geometry
     down_geometry: Geometry
+    combined: dict[Any, tuple[Kernel, Geometry]] = field(default_factory=dict)
 
 
 _plans: dict[int, ExpertPlan] = {}
@@ -183,6 +186,35 @@ def plan_experts(
     )
 
 
+def plan_of(layout: RecordLayout) -> ExpertPlan:
+    """The plan of a layout, made on its first use."""
+    plan = _plans.get(id(layout))
+    if plan is None:
+        plan = _plans[id(layout)] = plan_experts(layout)
+    return plan
+
+
+def gate_up(x: mx.array, bank: ExpertBank, slots: mx.array, plan: ExpertPlan) -> mx.array:
+    """Inputs of the down projection, shape (T * K, I), float32. Kernel: kernels/expert_gate_up.metal.
+
+    Raises:
+        ShapeError: If x is not as wide as the experts.
+    """
+    layout = bank.layout
+    if x.shape[1] != layout.hidden_size or slots.shape[0] != x.shape[0]:
+        raise ShapeError(
+            f"[expert_ffn] x must be (T, {layout.hidden_size}) and slots (T, K), got {x.shape} and {slots.shape}. "
+            "Pass the layer's own bank."
+        )
+    (h,) = kernel_source.launch(
+        plan.gate_up[x.dtype],
+        [x, bank.array, slots.astype(mx.uint32)],
+        [((slots.size, layout.intermediate_size), mx.float32)],
+        plan.gate_up_geometry.grid(slots.size, layout.intermediate_size),
+    )
+    return h
+
+
 def expert_ffn_kernel(x: mx.array, bank: ExpertBank, slots: mx.array, plan: ExpertPlan | None = None) -> mx.array:
     """``expert_ffn`` on the GPU, for quantised records.
 
@@ -197,31 +229,15 @@ def expert_ffn_kernel(x: mx.array, bank: ExpertBank, slots: mx.array, plan: Expe
     Raises:
         ShapeError: If the kernels can't read this layout, or x is not as wide as the experts.
     """
-    layout = bank.layout
-    if plan is None:
-        plan = _plans.get(id(layout))
-        if plan is None:
-            plan = _plans[id(layout)] = plan_experts(layout)
-    tokens, hidden = x.shape
-    experts = slots.shape[1]
-    if hidden != layout.hidden_size or slots.shape[0] != tokens:
-        raise ShapeError(
-            f"[expert_ffn] x must be (T, {layout.hidden_size}) and slots (T, K), got {x.shape} and {slots.shape}. "
-            "Pass the layer's own bank."
-        )
-    pairs = tokens * experts
-    slots = slots.astype(mx.uint32)
-    (h,) = kernel_source.launch(
-        plan.gate_up[x.dtype],
-        [x, bank.array, slots],
-        [((pairs, layout.intermediate_size), mx.float32)],
-        plan.gate_up_geometry.grid(pairs, layout.intermediate_size),
-    )
+    plan = plan or plan_of(bank.layout)
+    h = gate_up(x, bank, slots, plan)
+    tokens, experts = slots.shape
+    hidden = x.shape[1]
     (y,) = kernel_source.launch(
         plan.down,
-        [h, bank.array, slots],
+        [h, bank.array, slots.astype(mx.uint32)],
         [((tokens, experts, hidden), mx.float32)],
-        plan.down_geometry.grid(pairs, hidden),
+        plan.down_geometry.grid(tokens * experts, hidden),
     )
     return y
 

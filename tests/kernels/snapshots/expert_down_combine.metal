@@ -1,0 +1,302 @@
+#define FM_FN inline
+#define FM_THREADGROUP_ARRAY(type, name, count) threadgroup type name[count]
+FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
+FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+#define FM_STRIDE(chunk) ((chunk) + 4)
+template <int BITS, int GROUP, int CHUNK, int ROWS, typename S>
+struct FmRows {
+  uint32_t words[ROWS][CHUNK * BITS / 32];
+  S scales[ROWS][CHUNK / 32];
+  S biases[ROWS][CHUNK / 32];
+};
+template <int BITS, int GROUP, int CHUNK, int ROWS, typename S, int COLUMNS, int WIDTH>
+FM_FN void fm_load_rows(
+    thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
+    const device uint32_t* weights,
+    const device S* scales,
+    const device S* biases,
+    uint first_row,
+    uint last_row,
+    uint chunk) {
+  constexpr int WORDS = CHUNK * BITS / 32;
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const uint row = metal::min(first_row + r, last_row);
+    const device uint32_t* source = weights + size_t(row) * (COLUMNS / 32 * BITS) + chunk * WORDS;
+    if (WIDTH == 4) {
+#pragma unroll
+      for (int i = 0; i < WORDS / 4; i++) {
+        const uint4 four = ((const device uint4*)source)[i];
+        rows.words[r][4 * i] = four.x;
+        rows.words[r][4 * i + 1] = four.y;
+        rows.words[r][4 * i + 2] = four.z;
+        rows.words[r][4 * i + 3] = four.w;
+      }
+    } else if (WIDTH == 2) {
+#pragma unroll
+      for (int i = 0; i < WORDS / 2; i++) {
+        const uint2 two = ((const device uint2*)source)[i];
+        rows.words[r][2 * i] = two.x;
+        rows.words[r][2 * i + 1] = two.y;
+      }
+    } else {
+#pragma unroll
+      for (int i = 0; i < WORDS; i++) {
+        rows.words[r][i] = source[i];
+      }
+    }
+    const size_t group_row = size_t(row) * (COLUMNS / GROUP);
+#pragma unroll
+    for (int i = 0; i < CHUNK / 32; i++) {
+      const uint group = (chunk * CHUNK + i * 32) / GROUP;
+      rows.scales[r][i] = scales[group_row + group];
+      rows.biases[r][i] = biases[group_row + group];
+    }
+  }
+}
+template <int BITS, bool SCALED, int WORDS>
+FM_FN void fm_unpack(const thread uint32_t (&words)[WORDS], int first, thread float (&w)[8]) {
+  const uint32_t mask = (1u << BITS) - 1u;
+#pragma unroll
+  for (int j = 0; j < 8; j++) {
+    const int bit = (first + j) * BITS;
+    uint32_t word = words[bit / 32] >> (SCALED ? bit & 16 : bit & 31);
+    if (!SCALED && (bit & 31) + BITS > 32) {
+      word |= words[bit / 32 + 1] << (32 - (bit & 31));
+    }
+    w[j] = fm_float(fm_insert(word, SCALED ? mask << (bit & 15) : mask, 0x4b000000u)) - 8388608.0f;
+  }
+}
+FM_FN float fm_dot(const thread float (&w)[8], float4 low, float4 high, float sum) {
+  sum = metal::fma(w[0], low.x, sum);
+  sum = metal::fma(w[1], low.y, sum);
+  sum = metal::fma(w[2], low.z, sum);
+  sum = metal::fma(w[3], low.w, sum);
+  sum = metal::fma(w[4], high.x, sum);
+  sum = metal::fma(w[5], high.y, sum);
+  sum = metal::fma(w[6], high.z, sum);
+  return metal::fma(w[7], high.w, sum);
+}
+template <int BITS, int GROUP, int CHUNK, int ROWS, typename S, bool SCALED>
+FM_FN void fm_multiply(
+    const thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
+    int first,
+    float4 low,
+    float4 high,
+    thread float (&dot)[ROWS]) {
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    float w[8];
+    fm_unpack<BITS, SCALED>(rows.words[r], first, w);
+    dot[r] = fm_dot(w, low, high, dot[r]);
+  }
+}
+template <int BITS, int GROUP, int CHUNK, int ROWS, typename S>
+FM_FN void fm_fold(
+    const thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
+    int part,
+    const thread float (&dot)[ROWS],
+    float sum,
+    thread float (&total)[ROWS]) {
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    const float shifted = metal::fma(float(rows.biases[r][part]), sum, total[r]);
+    total[r] = metal::fma(float(rows.scales[r][part]), dot[r], shifted);
+  }
+}
+template <int LANES>
+FM_FN float fm_lane_sum(float value) {
+#pragma unroll
+  for (int mask = LANES / 2; mask > 0; mask >>= 1) {
+    value += simd_shuffle_xor(value, ushort(mask));
+  }
+  return value;
+}
+template <int CHUNK, int SCALED_BITS>
+FM_FN void fm_stage(threadgroup float* staged, uint index, bool inside, float4 value) {
+  const float sum = fm_lane_sum<8>((value.x + value.y) + (value.z + value.w));
+  if (SCALED_BITS > 0) {
+    const uint positions = 16 / (SCALED_BITS > 0 ? SCALED_BITS : 16);
+    value.x *= fm_float((127u - SCALED_BITS * (index % positions)) << 23);
+    value.y *= fm_float((127u - SCALED_BITS * ((index + 1) % positions)) << 23);
+    value.z *= fm_float((127u - SCALED_BITS * ((index + 2) % positions)) << 23);
+    value.w *= fm_float((127u - SCALED_BITS * ((index + 3) % positions)) << 23);
+  }
+  threadgroup float* chunk = staged + index / CHUNK * FM_STRIDE(CHUNK);
+  const uint offset = index % CHUNK;
+  if (inside) {
+    *(threadgroup float4*)(chunk + offset) = value;
+    if (offset % 32 == 0) {
+      chunk[CHUNK + offset / 32] = sum;
+    }
+  }
+}
+#define FM_TILE_STEPS(tile, simd_groups) (((tile) + (simd_groups) * 128 - 1) / ((simd_groups) * 128))
+template <int TILE, int SIMD_GROUPS, typename X>
+FM_FN void fm_request_tile(
+    thread float4 (&values)[FM_TILE_STEPS(TILE, SIMD_GROUPS)],
+    const device X* x,
+    uint width,
+    uint simd_group,
+    uint lane) {
+#pragma unroll
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
+    const device X* source = x + (index < width ? index : 0);
+    values[i].x = float(source[0]);
+    values[i].y = float(source[1]);
+    values[i].z = float(source[2]);
+    values[i].w = float(source[3]);
+  }
+}
+template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS>
+FM_FN void fm_store_tile(
+    threadgroup float* staged,
+    const thread float4 (&values)[FM_TILE_STEPS(TILE, SIMD_GROUPS)],
+    uint width,
+    uint simd_group,
+    uint lane) {
+#pragma unroll
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
+    fm_stage<CHUNK, SCALED_BITS>(staged, index, index < width, values[i]);
+  }
+}
+template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
+FM_FN void fm_stage_tile(threadgroup float* staged, const device X* x, uint width, uint simd_group, uint lane) {
+  float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
+  fm_store_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+}
+[[kernel]] void custom_kernel_flash_moe_expert_down_combine_e2345394461b_float_uint32_t_uint32_tc_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t(
+  const device float* h [[buffer(0)]],
+  const device uint32_t* bank [[buffer(1)]],
+  const constant uint32_t* slots [[buffer(2)]],
+  const constant int* slots_shape [[buffer(3)]],
+  const constant float* weights [[buffer(4)]],
+  const device bfloat16_t* shared [[buffer(5)]],
+  const constant bfloat16_t* shared_gate [[buffer(6)]],
+  const device bfloat16_t* residual [[buffer(7)]],
+  device bfloat16_t* out [[buffer(8)]],
+  uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
+  uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
+  uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
+typedef bfloat16_t OUT;
+constexpr int H = 384;
+constexpr int I = 256;
+constexpr int RECORD = 41472;
+constexpr bool HAS_SHARED = true;
+constexpr bool HAS_GATE = true;
+constexpr bool HAS_RESIDUAL = true;
+constexpr int DOWN_BITS = 4;
+constexpr int DOWN_GROUP = 64;
+constexpr int DOWN_WIDTH = 4;
+typedef bfloat16_t DOWN_S;
+typedef float DOWN_B;
+constexpr bool DOWN_HAS_BIAS = false;
+constexpr int DOWN_WEIGHT = 27648;
+constexpr int DOWN_SCALES = 39936;
+constexpr int DOWN_BIASES = 40704;
+constexpr int DOWN_BIAS = 0;
+constexpr int CHUNK = 32;
+constexpr int LANES = 8;
+constexpr int ROWS = 1;
+constexpr int SIMD_GROUPS = 4;
+constexpr int TILE = 256;
+constexpr int SCALED_BITS = 4;
+constexpr int PITCH = TILE / CHUNK * FM_STRIDE(CHUNK);
+FM_THREADGROUP_ARRAY(float4, staged_memory, 2 * PITCH / 4);
+threadgroup float* staged = (threadgroup float*)staged_memory;
+const uint lane = thread_index_in_simdgroup;
+const uint simd_group = simdgroup_index_in_threadgroup;
+const uint token = threadgroup_position_in_grid.x;
+const uint experts = slots_shape[1];
+const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
+const uint first_row = row_set * ROWS;
+const uint first_chunk = lane % LANES;
+const device float* rows_of_h = h + size_t(token) * experts * I;
+float combined[ROWS];
+#pragma unroll
+for (int r = 0; r < ROWS; r++) {
+  combined[r] = 0.0f;
+}
+FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> next;
+float4 next_h[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+fm_request_tile<TILE, SIMD_GROUPS>(next_h, rows_of_h, I, simd_group, lane);
+const device uint32_t* record = bank + size_t(slots[token * experts]) * RECORD;
+if (first_chunk < I / CHUNK) {
+  fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
+      next, record + DOWN_WEIGHT, (const device DOWN_S*)(record + DOWN_SCALES),
+      (const device DOWN_S*)(record + DOWN_BIASES), first_row, H - 1, first_chunk);
+}
+for (uint k = 0; k < experts; k++) {
+  threadgroup float* own = staged + k % 2 * PITCH;
+  fm_store_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(own, next_h, I, simd_group, lane);
+  const uint following = metal::min(k + 1, experts - 1);
+  fm_request_tile<TILE, SIMD_GROUPS>(next_h, rows_of_h + size_t(following) * I, I, simd_group, lane);
+  const device uint32_t* next_record = bank + size_t(slots[token * experts + following]) * RECORD;
+  threadgroup_barrier(mem_flags::mem_threadgroup);
+  float total[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    total[r] = 0.0f;
+  }
+#pragma unroll 1
+  for (uint chunk = first_chunk; chunk < I / CHUNK; chunk += LANES) {
+    const FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> rows = next;
+    const bool last = chunk + LANES >= I / CHUNK;
+    const device uint32_t* source = last ? next_record : record;
+    if (!last || k + 1 < experts) {
+      fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
+          next, source + DOWN_WEIGHT, (const device DOWN_S*)(source + DOWN_SCALES),
+          (const device DOWN_S*)(source + DOWN_BIASES), first_row, H - 1, last ? first_chunk : chunk + LANES);
+    }
+    const threadgroup float* chunk_of_h = own + chunk * FM_STRIDE(CHUNK);
+#pragma unroll
+    for (int part = 0; part < CHUNK / 32; part++) {
+      const threadgroup float4* part_of_h = (const threadgroup float4*)(chunk_of_h + part * 32);
+      float dot[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        dot[r] = 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        fm_multiply<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, (SCALED_BITS > 0)>(
+            rows, part * 32 + i * 8, part_of_h[2 * i], part_of_h[2 * i + 1], dot);
+      }
+      fm_fold<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S>(rows, part, dot, chunk_of_h[CHUNK + part], total);
+    }
+  }
+  const float weight = float(weights[token * experts + k]);
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    float sum = fm_lane_sum<LANES>(total[r]);
+    if (DOWN_HAS_BIAS) {
+      sum += float(((const device DOWN_B*)(record + DOWN_BIAS))[metal::min(first_row + r, uint(H - 1))]);
+    }
+    combined[r] = k == 0 ? weight * sum : metal::fma(weight, sum, combined[r]);
+  }
+  record = next_record;
+}
+float open = 1.0f;
+if (HAS_GATE) {
+  open = 1.0f / (1.0f + metal::exp(-float(shared_gate[token])));
+}
+#pragma unroll
+for (int r = 0; r < ROWS; r++) {
+  const uint row = first_row + r;
+  if (lane % LANES == 0 && row < H) {
+    const size_t element = size_t(token) * H + row;
+    float value = combined[r];
+    if (HAS_SHARED) {
+      value = metal::fma(open, float(shared[element]), value);
+    }
+    if (HAS_RESIDUAL) {
+      value += float(residual[element]);
+    }
+    out[element] = static_cast<OUT>(value);
+  }
+}
+
+}
