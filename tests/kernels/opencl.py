@@ -5,8 +5,10 @@ real wrapper, with its real grid and constants, on the real body. Needs the Inte
 (PyPI: pyopencl intel-opencl-rt intel-cmplr-lib-rt tbb), which also runs on AMD processors.
 """
 
+import atexit
 import ctypes
 import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -59,6 +61,7 @@ def opencl() -> Any:
         if (folder / pattern).exists():
             ctypes.CDLL(str(folder / pattern), mode=ctypes.RTLD_GLOBAL)
     vendors = tempfile.mkdtemp(prefix="opencl-vendors-")
+    atexit.register(shutil.rmtree, vendors, ignore_errors=True)
     (Path(vendors) / "intel-cpu.icd").write_text(f"{runtime}\n")
     os.environ["OCL_ICD_VENDORS"] = vendors
     try:

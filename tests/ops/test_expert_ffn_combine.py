@@ -1,3 +1,5 @@
+from importlib import import_module
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -41,8 +43,12 @@ def inputs(case: tuple) -> tuple:
     return bank, dense, (x, bank, slots, weights, *extra)
 
 
+@pytest.mark.parametrize("rows", [1, 2], ids="rows{}".format)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_has_the_bits_of_the_two_it_replaces(case, kernels):
+def test_has_the_bits_of_the_two_it_replaces(case, rows: int, kernels, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(
+        import_module("flash_moe_mlx.ops.expert_ffn_combine"), "MIN_SIMD_GROUPS", 0 if rows == 2 else 2**31
+    )
     _, _, arguments = inputs(case)
     x, bank, slots, *rest = arguments
     fused = expert_ffn_combine_kernel(*arguments)
