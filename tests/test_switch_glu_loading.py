@@ -261,12 +261,14 @@ def test_nemotron_h_is_refused(tmp_path: Path):
         load_model(tmp_path, memory_limit="1GB")
 
 
-WIDE = {"hidden_size": 512, "num_hidden_layers": 4, "num_attention_heads": 8, "vocab_size": 4096}
+WIDE = {
+    "hidden_size": 512, "num_hidden_layers": 2, "num_attention_heads": 8, "vocab_size": 4096, "num_experts_per_tok": 8,
+}  # fmt: skip
 LARGER: dict[str, dict[str, Any]] = {
-    "qwen3_moe": {**WIDE, "num_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256},
-    "deepseek_v3": {**WIDE, "n_routed_experts": 64, "num_experts_per_tok": 8, "moe_intermediate_size": 256},
-    "gpt_oss": {**WIDE, "num_local_experts": 64, "num_experts_per_tok": 8, "intermediate_size": 256,
-                "layer_types": ["sliding_attention", "full_attention"] * 2},
+    "qwen3_moe": {**WIDE, "num_experts": 64, "moe_intermediate_size": 256, "mlp_only_layers": []},
+    "deepseek_v3": {**WIDE, "n_routed_experts": 64, "moe_intermediate_size": 256, "first_k_dense_replace": 0},
+    "gpt_oss": {**WIDE, "num_local_experts": 64, "intermediate_size": 256,
+                "layer_types": ["sliding_attention", "full_attention"]},
 }  # fmt: skip
 
 
