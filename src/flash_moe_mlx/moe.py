@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from .ops.expert_batch import expert_ffn_batch
+from .ops.expert_batch import expert_ffn_grouped
 from .ops.expert_ffn import Activation, expert_ffn
 from .ops.moe_combine import moe_combine
 from .streaming import Wave
@@ -19,9 +19,6 @@ from .streaming import Wave
 MATVEC_TOKENS = 8
 """Up to this many tokens, each (token, expert) pair is computed on its own; beyond it, tokens are
 grouped by expert. Chosen by the number of tokens alone, so that bits do not depend on the budget."""
-
-LAZY_ROWS = 512
-"""Rows of expert outputs that may wait for evaluation: bounds the scratch of a prefill."""
 
 
 class ExpertFetcher(Protocol):
@@ -63,16 +60,16 @@ class RoutedExperts:
         """
         waves = self._fetcher.waves(self._layer, np.unique(ids))
         compute = self._by_pair if len(ids) <= MATVEC_TOKENS else self._by_expert
-        y = compute(x, ids, waves)
-        self._fetcher.reading(y)
-        return y
+        return compute(x, ids, waves)
 
     def _by_pair(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave]) -> mx.array:
         y = self._outputs(ids)
         for wave in waves:
             slots = _slot_table(wave.slots, ids)
             if (slots >= 0).all():
-                return expert_ffn(x, wave.bank, mx.array(slots.astype(np.uint32)), self._activation)
+                y = expert_ffn(x, wave.bank, mx.array(slots.astype(np.uint32)), self._activation)
+                self._fetcher.reading(y)
+                return y
             tokens, ranks = np.nonzero(slots >= 0)
             pairs = mx.array(slots[tokens, ranks].astype(np.uint32)[:, None])
             part = expert_ffn(x[mx.array(tokens)], wave.bank, pairs, self._activation)
@@ -86,17 +83,9 @@ class RoutedExperts:
         pairs = dict(zip(experts.tolist(), np.split(order, starts[1:]), strict=True))
         y = self._outputs(ids)
         for wave in waves:
-            lazy_rows = 0
-            for expert, slot in wave.slots.items():
-                rows = pairs[expert]
-                tokens = x[mx.array(rows // ids.shape[1])]
-                y[mx.array(rows)] = expert_ffn_batch(tokens, wave.bank, slot, self._activation)
-                # A lazy graph over the whole wave would hold all its experts' activations at once.
-                lazy_rows += len(rows)
-                if lazy_rows >= LAZY_ROWS:
-                    mx.eval(y)
-                    lazy_rows = 0
-            mx.eval(y)
+            own = [pairs[expert] for expert in wave.slots]
+            slots = list(wave.slots.values())
+            y = expert_ffn_grouped(y, x, wave.bank, slots, own, ids.shape[1], self._activation)
         return y.reshape(*ids.shape, self._hidden_size)
 
     def _outputs(self, ids: np.ndarray) -> mx.array:

@@ -7,13 +7,13 @@ tests/test_memory.py: each term names the arrays that are alive together.
 from dataclasses import dataclass
 
 from ..config import ModelConfig
-from ..moe import LAZY_ROWS
 from ..ops.attention import MAX_SCORE_BYTES, MIN_QUERY_BLOCK
+from ..ops.expert_batch import GROUPED_ROWS
 from .mixers import MIXER_BLOCK
 
 _FLOAT32 = 4
 _KV_STEP = 256  # mlx_lm's KVCache grows by this many tokens
-_MARGIN = 8 << 20  # small arrays, graph nodes, allocator rounding
+_MARGIN = 4 << 20  # small arrays, graph nodes, allocator rounding
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class HybridCosts:
         load_bytes: Most that loading one tensor needs for a moment beyond them.
         config: Dimensions.
         activation_bytes: Bytes of one activation value: 4 on the CPU, 2 for bfloat16.
-        matvec_bytes: Largest temporary of a dense quantised product: its scales and biases in float32.
+        matvec_bytes: Largest temporary of a dense product: scales and biases in float32, where the reference runs.
         expert_bytes: Largest temporary of one expert's product: its dequantised projection.
+        holds_scores: Whether attention writes scores to memory; the CPU kernel does not.
     """
 
     dense_bytes: int
@@ -35,6 +36,7 @@ class HybridCosts:
     activation_bytes: int
     matvec_bytes: int
     expert_bytes: int
+    holds_scores: bool
 
     def state_bytes(self, batch: int, length: int) -> int:
         c = self.config
@@ -58,7 +60,8 @@ class HybridCosts:
         routing = 8 * rows * c.num_experts * _FLOAT32
         shared = rows * (3 * c.shared_expert_intermediate_size + c.hidden_size) * self.activation_bytes
         combine = 4 * rows * c.hidden_size * _FLOAT32
-        lazy = min(rows * c.num_experts_per_tok, LAZY_ROWS + rows) * (3 * c.moe_intermediate_size + 3 * c.hidden_size)
+        pairs = min(rows * c.num_experts_per_tok, GROUPED_ROWS + rows)
+        lazy = pairs * (3 * c.moe_intermediate_size + 3 * c.hidden_size)
         return routed + max(routing, combine + shared) + lazy * _FLOAT32 + self.expert_bytes
 
     def _attention_bytes(self, batch: int, tokens: int, length: int) -> int:
@@ -69,7 +72,7 @@ class HybridCosts:
         width = c.num_attention_heads * c.head_dim
         projections = batch * block * (8 * width + 4 * c.hidden_size) * self.activation_bytes
         row = batch * c.num_attention_heads * length * _FLOAT32
-        scores = 3 * row * min(max(MAX_SCORE_BYTES // row, MIN_QUERY_BLOCK), block)
+        scores = 3 * row * min(max(MAX_SCORE_BYTES // row, MIN_QUERY_BLOCK), block) if self.holds_scores else 0
         # A growing cache is copied, and the product over grouped heads repeats keys or values.
         keys = 2 * batch * length * c.num_key_value_heads * c.head_dim * self.activation_bytes
         return projections + scores + 3 * keys

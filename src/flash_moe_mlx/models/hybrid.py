@@ -13,6 +13,7 @@ from ..checkpoint import Checkpoint
 from ..config import ModelConfig, StreamingConfig
 from ..errors import RequestError
 from ..moe import RoutedExperts, StreamingMoE
+from ..ops.backend import use_cpu_kernels, use_kernels
 from ..record import DTYPE_BYTES, Quantization
 from ..streaming import StreamingEngine
 from .caches import context_length, unpadded_rows
@@ -204,8 +205,9 @@ def prepare_hybrid(
             load_bytes=load_bytes(stored),
             config=config,
             activation_bytes=dtype.size,
-            matvec_bytes=_largest_scales(weights),
+            matvec_bytes=0 if use_cpu_kernels() or use_kernels() else _largest_scales(weights),
             expert_bytes=_largest_projection(checkpoint),
+            holds_scores=not use_cpu_kernels(),
         ),
         num_experts_per_tok=config.num_experts_per_tok,
         lossy=lossy,

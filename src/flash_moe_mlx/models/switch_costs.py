@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 
 from ..checkpoint import Checkpoint
-from ..moe import LAZY_ROWS
 from ..ops.backend import backend
+from ..ops.expert_batch import GROUPED_ROWS
 from .family import dense_bytes
 
 CACHE_STEP = 256
@@ -76,7 +76,8 @@ class SwitchGLUCosts:
         routed = rows * self.num_experts_per_tok * self.hidden_size * 2
         routing = 8 * rows * self.num_experts
         dense = rows * (8 * self.widest + 8 * self.hidden_size)
-        lazy = min(rows * self.num_experts_per_tok, LAZY_ROWS + rows) * (3 * self.expert_width + 3 * self.hidden_size)
+        pairs = min(rows * self.num_experts_per_tok, GROUPED_ROWS + rows)
+        lazy = pairs * (3 * self.expert_width + 3 * self.hidden_size)
         expert = 2 * self.expert_width * self.hidden_size
         scores = 3 * batch * self.score_heads * tokens * length
         logits = 4 * batch * self.vocab_size

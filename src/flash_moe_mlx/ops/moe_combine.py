@@ -10,6 +10,9 @@ from .kernel_source import Kernel
 
 THREADS = 64
 
+BLOCK_ROWS = 256
+"""Tokens that the reference combines at a time."""
+
 
 def moe_combine_reference(
     y: mx.array,
@@ -19,6 +22,15 @@ def moe_combine_reference(
     residual: mx.array | None,
 ) -> mx.array:
     """``moe_combine`` in plain MLX operations."""
+    if len(y) > BLOCK_ROWS:
+        # MLX would make all K products before the first sum: as much again as y.
+        blocks = []
+        for start in range(0, len(y), BLOCK_ROWS):
+            part = slice(start, start + BLOCK_ROWS)
+            rest = (None if array is None else array[part] for array in (shared, shared_gate, residual))
+            blocks.append(moe_combine_reference(y[part], weights[part], *rest))
+            mx.eval(blocks[-1])
+        return mx.concatenate(blocks)
     y = y.astype(mx.float32)
     weights = weights.astype(mx.float32)
     total = weights[:, 0:1] * y[:, 0]
