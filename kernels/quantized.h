@@ -6,7 +6,7 @@
 // FMA form: sum_j (q_j s + z) x_j = s sum_j q_j x_j + z sum_j x_j. The sum of x is shared by all rows,
 // so each weight costs one fma, and each 32 of them one scale and one bias.
 //
-// Unpacking without an integer-to-float conversion (a quarter-rate instruction on Hopper): or-ing a
+// Unpacking without an integer-to-float conversion, which GPUs do at a fraction of the rate of an fma: or-ing a
 // q < 2^23 into the bits of 2^23 gives the float 2^23 + q exactly; subtracting 2^23 leaves q exactly.
 // With SCALED (2, 4 and 8 bits) the field is masked but not shifted down: it reads q 2^(BITS p) for
 // position p of its 16 bits, and x was multiplied by 2^(-BITS p) when it was staged. Both are exact.
