@@ -91,7 +91,7 @@ for (uint k = 0; k < experts; k++) {
     if (DOWN_HAS_BIAS) {
       sum += float(((const device DOWN_B*)(record + DOWN_BIAS))[metal::min(first_row + r, uint(H - 1))]);
     }
-    combined[r] = k == 0 ? weight * sum : metal::fma(weight, sum, combined[r]);
+    combined[r] = metal::fma(weight, sum, combined[r]);
   }
   record = next_record;
 }

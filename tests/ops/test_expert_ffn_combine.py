@@ -21,6 +21,7 @@ F32, BF16, F16 = mx.float32, mx.bfloat16, mx.float16
 # H, I, bits, group size, T, K, dtype, expert biases, which of shared, gate, residual are there
 CASES = {
     "K1-H64-I64-bits4-f32": (64, 64, 4, 64, 1, 1, F32, False, "sgr"),
+    "K1-H64-I64-bits4-f32-residual": (64, 64, 4, 64, 2, 1, F32, False, "r"),
     "K4-H256-I128-bits4-bf16": (256, 128, 4, 64, 1, 4, BF16, False, "sgr"),
     "K3-H96-I160-bits4-T3-f32-bias": (96, 160, 4, 32, 3, 3, F32, True, "sr"),
     "K8-H128-I1088-bits4-f32": (128, 1088, 4, 64, 1, 8, F32, False, "r"),

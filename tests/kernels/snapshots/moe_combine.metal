@@ -21,14 +21,13 @@ const uint column = thread_position_in_grid.x * 4;
 const uint token = thread_position_in_grid.y;
 if (column < H) {
   const device float4* routed = (const device float4*)(y + size_t(token) * K * H + column);
-  float4 sum = routed[0];
-  const float first = float(weights[token * K]);
-  sum.x *= first;
-  sum.y *= first;
-  sum.z *= first;
-  sum.w *= first;
+  float4 sum;
+  sum.x = 0.0f;
+  sum.y = 0.0f;
+  sum.z = 0.0f;
+  sum.w = 0.0f;
 #pragma unroll
-  for (int k = 1; k < K; k++) {
+  for (int k = 0; k < K; k++) {
     const float4 value = routed[k * (H / 4)];
     const float weight = float(weights[token * K + k]);
     sum.x = metal::fma(weight, value.x, sum.x);
