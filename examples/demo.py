@@ -17,7 +17,7 @@ from typing import Any
 from flash_moe_mlx import load, stream_generate
 from flash_moe_mlx.stats import format_bytes
 
-MEMORY_LIMIT = "19MB"
+MEMORY_LIMIT = "14MB"
 MAX_CONTEXT = 128
 
 WEATHER_TOOL = {

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-
 from benchmarks.synthetic import Dimensions, write_checkpoint
+
 from flash_moe_mlx import MemoryLimitError, load_model
 
 CHILD = Path(__file__).parent / "support" / "memory_child.py"

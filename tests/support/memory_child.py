@@ -26,7 +26,7 @@ def main() -> None:
         loaded = mx.get_peak_memory()
         prompt = [(7 * i) % 1000 for i in range(int(prompt_tokens))]
         tokenizer.eos_token_ids = set()
-        for response in stream_generate(model, tokenizer, prompt, max_tokens=int(new_tokens)):
+        for response in stream_generate(model, tokenizer, prompt, max_tokens=int(new_tokens)):  # noqa: B007 - the last counts
             pass
         stats = model.streaming.stats()
         report = {
