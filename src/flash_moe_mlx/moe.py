@@ -5,14 +5,17 @@ this forward pass, at once, whichever wave brings it, and outputs are combined i
 """
 
 from collections.abc import Iterator, Mapping
+from itertools import chain, islice
 from typing import Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from .ops.backend import use_cpu_kernels
 from .ops.expert_batch import expert_ffn_grouped
 from .ops.expert_ffn import Activation, expert_ffn
+from .ops.expert_ffn_combine import expert_ffn_combine
 from .ops.moe_combine import moe_combine
 from .streaming import Wave
 
@@ -45,12 +48,21 @@ class RoutedExperts:
         """Note the router's choice for a trace, ids and weights of shape (T, K)."""
         self._fetcher.record(self._layer, ids, weights)
 
-    def __call__(self, x: mx.array, ids: np.ndarray) -> mx.array:
+    def fetch(self, ids: np.ndarray) -> Iterator[Wave]:
+        """Begin to read the experts of ids (T, K) that are not in memory.
+
+        Raises:
+            StoreError: If a record can't be read, now or when its wave is asked for.
+        """
+        return self._fetcher.waves(self._layer, np.unique(ids))
+
+    def __call__(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave] | None = None) -> mx.array:
         """Outputs of each token's experts.
 
         Args:
             x: Tokens. Shape (T, H).
             ids: Expert ids in the router's order. Shape (T, K), host memory.
+            waves: From ``fetch(ids)``; None fetches here.
 
         Returns:
             Shape (T, K, H), float32.
@@ -58,9 +70,30 @@ class RoutedExperts:
         Raises:
             StoreError: If a record can't be read.
         """
-        waves = self._fetcher.waves(self._layer, np.unique(ids))
         compute = self._by_pair if len(ids) <= MATVEC_TOKENS else self._by_expert
-        return compute(x, ids, waves)
+        return compute(x, ids, self.fetch(ids) if waves is None else waves)
+
+    def combined(
+        self,
+        x: mx.array,
+        ids: np.ndarray,
+        waves: Iterator[Wave],
+        weights: mx.array,
+        shared: mx.array,
+        shared_gate: mx.array,
+        residual: mx.array,
+    ) -> mx.array:
+        """``moe_combine`` of the experts' outputs, shape (T, H); one operation where all experts are in one wave."""
+        if len(ids) <= MATVEC_TOKENS and self._activation is None:
+            first = list(islice(waves, 1))
+            slots = _slot_table(first[0].slots, ids) if first else None
+            if slots is not None and (slots >= 0).all():
+                table = mx.array(slots.astype(np.uint32))
+                y = expert_ffn_combine(x, first[0].bank, table, weights, shared, shared_gate, residual)
+                self._fetcher.reading(y)
+                return y
+            waves = chain(first, waves)
+        return moe_combine(self(x, ids, waves), weights, shared, shared_gate, residual)
 
     def _by_pair(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave]) -> mx.array:
         y = self._outputs(ids)
@@ -157,12 +190,19 @@ class StreamingMoE(nn.Module):
             return output.reshape(residual.shape)
         flat = x.reshape(-1, x.shape[-1])
         ids, weights = route(self.gate(flat), self.num_experts_per_tok, self.norm_topk_prob)
-        # Two calls: the ids can then be waited for without the shared expert, which computes
-        # while Python looks at them and the misses are read.
+        # Two calls: the ids can then be waited for without the shared expert, which a GPU computes
+        # while Python looks at them. CPU kernels compute at once: they are called when the reads are under way.
         mx.async_eval(ids, weights)
-        shared, shared_gate = self.shared_expert(flat), self.shared_expert_gate(flat)
-        mx.async_eval(shared, shared_gate)
+        shared = None if use_cpu_kernels() else self._shared(flat)
         host_ids = np.array(ids)
+        waves = self.routed.fetch(host_ids)
         self.routed.record(host_ids, weights)
-        y = self.routed(flat, host_ids)
-        return moe_combine(y, weights, shared, shared_gate, residual.reshape(flat.shape)).reshape(residual.shape)
+        shared = shared or self._shared(flat)
+        y = self.routed.combined(flat, host_ids, waves, weights, *shared, residual.reshape(flat.shape))
+        return y.reshape(residual.shape)
+
+    def _shared(self, x: mx.array) -> tuple[mx.array, mx.array]:
+        """The shared expert's output (T, H) and its gate's logit (T, 1), begun."""
+        shared, gate = self.shared_expert(x), self.shared_expert_gate(x)
+        mx.async_eval(shared, gate)
+        return shared, gate

@@ -17,7 +17,7 @@ import numpy as np
 from .bank import ExpertBank
 from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
 from .buffer_cache import BufferCacheShare
-from .cache import ExpertCache
+from .cache import ExpertCache, Fetch
 from .config import StreamingConfig, parse_size
 from .errors import MemoryLimitError, RequestError, StoreError
 from .record import RecordLayout
@@ -192,8 +192,9 @@ class StreamingEngine:
     def waves(self, layer: int, experts: np.ndarray) -> Iterator[Wave]:
         """Bring experts of a layer into memory, as many at a time as there are slots for.
 
-        Those present come first, so that the first wave evicts none that is wanted. The caller must
-        have evaluated what it computed from one wave before it asks for the next.
+        Reads of the first wave are under way on return, and waited for when it is asked for. Those present
+        come first, so that the first wave evicts none that is wanted. The caller must have evaluated what it
+        computed from one wave before it asks for the next.
 
         Args:
             experts: Distinct expert ids, ascending.
@@ -210,14 +211,24 @@ class StreamingEngine:
         self._counters.misses += len(ids) - len(ordered)
         ordered += [e for e in ids if not self._cache.contains(layer, e)]
         size = self._cache.num_slots(layer)
-        for start in range(0, len(ordered), size):
-            self._settle()
-            fetch = self._cache.acquire(layer, ordered[start : start + size])
+        groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        return self._waves(layer, groups, self._acquire(layer, groups[0]) if groups else None)
+
+    def _acquire(self, layer: int, experts: list[int]) -> Fetch:
+        self._settle()
+        return self._cache.acquire(layer, experts)
+
+    def _waves(self, layer: int, groups: list[list[int]], first: Fetch | None) -> Iterator[Wave]:
+        fetch = first
+        for group in groups:
+            if fetch is None:
+                fetch = self._acquire(layer, group)
             started = time.perf_counter()
             self._counters.bytes_read += fetch.wait()
             if fetch.misses:
                 self._counters.read_seconds += time.perf_counter() - started
             yield Wave(self._cache.bank(layer), fetch.slots)
+            fetch = None
 
     def reading(self, output: mx.array) -> None:
         """Say that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
