@@ -2,7 +2,7 @@
 
     python evaluate.py checkpoint --seed 1000000 --per-category 200           # transformers checkpoint
     python evaluate.py checkpoint --rounded                                    # its weights rounded as MLX's 4-bit form
-    python evaluate.py ../../src/flash_moe_mlx/demo --mlx --per-category 50    # MLX checkpoint, through mlx-lm
+    python evaluate.py ../../src/flash_moe_mlx/demo --mlx --per-category 50    # MLX checkpoint, streamed
 
 A tool call counts if its JSON has the same name and arguments; any other answer if the text is the same.
 """
@@ -50,12 +50,10 @@ def torch_writer(folder: Path, *, rounded: bool) -> Writer:
 
 
 def mlx_writer(folder: Path) -> Writer:
-    """Greedy answers by mlx-lm, in float32 (its bfloat16 is slow and inexact on a CPU)."""
-    import mlx.core as mx
-    from mlx_lm import generate, load
+    """Greedy answers by this library, experts streamed."""
+    from flash_moe_mlx import generate, load
 
-    model, tokenizer = load(str(folder))
-    model.set_dtype(mx.float32)
+    model, tokenizer = load(folder, max_context=1024)
 
     def write(prompts: list[str], longest: int) -> list[str]:
         ids = [tokenizer.encode(prompt, add_special_tokens=False) for prompt in prompts]
