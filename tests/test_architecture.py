@@ -20,7 +20,7 @@ ORDER = [
     "errors", "record", "machine", "config", "stats", "safetensors_header", "quantization", "expert_tensors",
     "checkpoint", "trace", "budget", "file_io", "store", "buffer_cache", "bank", "cache", "streaming", "pack",
     "verify", "ops", "moe", "models", "loading", "prefix_cache", "generation", "async_generation", "plan",
-    "server", "chat", "cli", "plot",
+    "plot", "server", "chat", "cli",
 ]  # fmt: skip
 
 MAX_LINES = 500
