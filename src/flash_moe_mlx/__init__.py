@@ -17,10 +17,13 @@ if TYPE_CHECKING:
     from .async_generation import stream_generate_async
     from .errors import (
         CheckpointError,
+        ChecksumError,
         CorruptError,
+        DiskFullError,
         FlashMoEError,
         MemoryLimitError,
         MissingTensorError,
+        PackError,
         RequestError,
         ShapeError,
         ShortReadError,
@@ -52,6 +55,9 @@ __all__ = [
     "MemoryLimitError",
     "StoreError",
     "ShortReadError",
+    "ChecksumError",
+    "PackError",
+    "DiskFullError",
     "ShapeError",
     "RequestError",
     "__version__",

@@ -26,6 +26,7 @@ from .machine import default_memory_limit_bytes
 from .models.family import Family
 from .models.registry import prepare_family
 from .ops.backend import backend
+from .packed_format import EXPERTS_FOLDER
 from .store import ExpertStore
 from .streaming import StreamingEngine
 
@@ -100,7 +101,11 @@ def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
     if isinstance(path_or_repo, Path) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"[load] {name} must be a directory or a hub repository, got neither. Check the path.")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[*DEFAULT_ALLOW_PATTERNS, f"{EXPERTS_FOLDER}/*.safetensors"]
+            )
+        )
     # OSError covers "not in the local cache", HTTPError what goes wrong between here and the hub.
     except (_HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
