@@ -18,7 +18,8 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A module imports only from those before it. The same list, with what each does, is in docs/architecture.md.
 ORDER = [
     "errors", "record", "machine", "config", "stats", "safetensors_header", "quantization", "expert_tensors",
-    "packed_format", "checkpoint", "trace", "budget", "file_io", "record_check", "store", "buffer_cache", "bank",
+    "packed_format", "checkpoint", "trace", "policies", "slots", "budget", "file_io", "record_check", "store",
+    "buffer_cache", "bank",
     "cache", "streaming",
     "packing", "verification", "ops", "moe", "models", "loading", "prefix_cache", "generation",
     "async_generation", "answer", "tools", "conversation", "plan", "plot", "server", "cli",

@@ -189,7 +189,7 @@ class StreamingEngine:
         """H of a layer's experts."""
         return self._layouts[layer].hidden_size
 
-    def waves(self, layer: int, experts: np.ndarray) -> Iterator[Wave]:
+    def waves(self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None) -> Iterator[Wave]:
         """Bring experts of a layer into memory, as many at a time as there are slots for.
 
         Reads of the first wave are under way on return, and waited for when it is asked for. Those present
@@ -198,25 +198,26 @@ class StreamingEngine:
 
         Args:
             experts: Distinct expert ids, ascending.
+            counts: Tokens that picked each; None is one each.
 
         Raises:
             StoreError: If a record can't be read.
         """
-        ids = [int(e) for e in experts]
         cancelled = getattr(self._local, "cancelled", None)
         if cancelled is not None and cancelled.is_set():
             raise CancelledError
-        ordered = [e for e in ids if self._cache.contains(layer, e)]
-        self._counters.hits += len(ordered)
-        self._counters.misses += len(ids) - len(ordered)
-        ordered += [e for e in ids if not self._cache.contains(layer, e)]
+        uses = None if counts is None else counts.tolist()
+        tokens = 1 if uses is None else -(-sum(uses) // self._k)
+        ordered, hits = self._cache.order(layer, experts.tolist(), uses, tokens)
+        self._counters.hits += hits
+        self._counters.misses += len(ordered) - hits
         size = self._cache.num_slots(layer)
         groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         return self._waves(layer, groups, self._acquire(layer, groups[0]) if groups else None)
 
     def _acquire(self, layer: int, experts: list[int]) -> Fetch:
         self._settle()
-        return self._cache.acquire(layer, experts)
+        return self._cache.acquire(layer, experts, counted=True)
 
     def _waves(self, layer: int, groups: list[list[int]], first: Fetch | None) -> Iterator[Wave]:
         fetch = first
