@@ -203,9 +203,6 @@ class StreamingEngine:
         Raises:
             StoreError: If a record can't be read.
         """
-        cancelled = getattr(self._local, "cancelled", None)
-        if cancelled is not None and cancelled.is_set():
-            raise CancelledError
         uses = None if counts is None else counts.tolist()
         tokens = 1 if uses is None else -(-sum(uses) // self._k)
         ordered, hits = self._cache.order(layer, experts.tolist(), uses, tokens)
@@ -216,6 +213,9 @@ class StreamingEngine:
         return self._waves(layer, groups, self._acquire(layer, groups[0]) if groups else None)
 
     def _acquire(self, layer: int, experts: list[int]) -> Fetch:
+        cancelled = getattr(self._local, "cancelled", None)
+        if cancelled is not None and cancelled.is_set():
+            raise CancelledError
         self._settle()
         return self._cache.acquire(layer, experts, counted=True)
 
@@ -271,7 +271,7 @@ class StreamingEngine:
 
     @contextmanager
     def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
-        """Within it, a forward pass of this thread ends early once ``cancelled`` is set, before the next layer's reads.
+        """Within it, a forward pass of this thread ends early once ``cancelled`` is set, before the next wave's reads.
 
         Raises:
             concurrent.futures.CancelledError: Out of the forward pass.
@@ -313,6 +313,11 @@ class StreamingEngine:
     def max_context(self) -> int:
         """Tokens of context that the memory limit has room for."""
         return self._config.max_context
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the caches and states of one sequence of max_context tokens take."""
+        return self._costs.state_bytes(1, self._config.max_context)
 
     @property
     def counters(self) -> Counters:
