@@ -2,7 +2,7 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,9 +12,9 @@ from .generation import GenerationResponse, LogitsProcessor, Sampler, stream_gen
 from .prefix_cache import PrefixCache, chat_prompt
 from .tools import Tool, ToolResult
 
-REFUSED = "The user refused this call."
-INTERRUPTED = "The user interrupted this call."
-TOO_MANY = "The limit of tool calls in one turn is reached: this call was not run."
+REFUSED = "the user refused"
+INTERRUPTED = "the user interrupted"
+TOO_MANY = "too many tool calls in one turn"
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Conversation:
         max_tool_rounds: Most times in one turn that the model may call tools.
         tool_timeout_seconds: Most seconds of one call.
         max_tool_characters: Most characters of a call's result that the model sees.
+        progress: Called with (prompt tokens processed, prompt tokens).
         messages: Everything said, without the system prompt, in the form that chat templates take.
     """
 
@@ -106,6 +107,7 @@ class Conversation:
     max_tool_rounds: int = 8
     tool_timeout_seconds: float = 30.0
     max_tool_characters: int = 8000
+    progress: Callable[[int, int], None] | None = None
     messages: list[dict[str, Any]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -117,7 +119,7 @@ class Conversation:
             )
         self._numbers = itertools.count(1)
 
-    def send(self, text: str) -> Iterator[Event]:
+    def send(self, text: str) -> Generator[Event, None, None]:
         """Say something, and yield what the model does until it has answered.
 
         Closing the iterator, or an interrupt in it, keeps what was said until then.
@@ -150,7 +152,7 @@ class Conversation:
         schemas = [tool.schema for tool in self.tools] or None
         return chat_prompt(self.tokenizer, [*system, *self.messages], tools=schemas, enable_thinking=self.thinking)
 
-    def _generate(self, answer: "_Answer") -> Iterator[Event]:
+    def _generate(self, answer: "_Answer") -> Generator[Event, None, None]:
         prompt, points = self.prompt()
         splitter = AnswerSplitter(self.tokenizer, prompt, tool_calls=bool(self.tools))
         processors = list(self.logits_processors)
@@ -165,6 +167,7 @@ class Conversation:
             logits_processors=processors,
             prefix_cache=self.prefix_cache,
             snapshot_at=points if self.prefix_cache is not None else None,
+            prompt_progress_callback=self.progress,
         ):
             answer.response = response
             for part in splitter.feed(response.text, last=response.finish_reason is not None):
@@ -181,7 +184,7 @@ class Conversation:
                 calls += self._parse(raw)
             # What mlx_lm's parsers raise for text of another form.
             except (ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
-                calls.append(f"This call can't be read ({error}): {raw.strip()}")
+                calls.append(f"the call can't be read ({error}): {raw.strip()}")
         if not text and not calls:  # nothing was said: neither is what it would have answered
             if self.messages[-1]["role"] == "user":
                 self.messages.pop()
@@ -206,7 +209,7 @@ class Conversation:
             calls.append(ToolCall(f"call_{next(self._numbers)}", call["name"], arguments))
         return calls
 
-    def _end(self, answer: "_Answer", calls: list[ToolCall | str], allowed: bool) -> Iterator[Event]:
+    def _end(self, answer: "_Answer", calls: list[ToolCall | str], allowed: bool) -> Generator[Event, None, None]:
         """Run the calls of an answer and add their results, whatever interrupts it."""
         left = list(calls)
         try:
@@ -229,7 +232,7 @@ class Conversation:
         tool = next((tool for tool in self.tools if tool.name == call.name), None)
         if tool is None:
             names = ", ".join(tool.name for tool in self.tools)
-            return ToolResult(f"There is no tool {call.name}; there are: {names}.", ok=False)
+            return ToolResult(f"there is no tool {call.name}, only {names}", ok=False)
         if not self.confirm(call):
             return ToolResult(REFUSED, ok=False)
         return tool.run(

@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import FlashMoEError
-from . import bench, generate
+from . import bench, chat, generate
 from .options import add_command, add_group
 
 logger = logging.getLogger(__name__)
@@ -94,4 +94,5 @@ def flash_moe(
 
 
 add_command(app, generate.generate)
+add_command(app, chat.chat)
 add_group(app, bench.app, bench.bench)

@@ -28,6 +28,12 @@ NumExpertsPerTok = Annotated[
     int | None, typer.Option(help="Experts a token. Fewer than the model's own is faster and lossy.")
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
+MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer; -1 for no limit.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; more is more random.", min=0)]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.", min=0, max=1)]
+TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0 for all.", min=0)]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.", min=0, max=1)]
+Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", min=0)]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -76,6 +82,16 @@ def open_model(
     )
     with loaded[0].streaming:
         yield loaded
+
+
+def sampler(temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None) -> Callable[[Any], Any]:
+    """mlx_lm's sampler, as a command's options say."""
+    import mlx.core as mx
+    from mlx_lm.sample_utils import make_sampler
+
+    if seed is not None:
+        mx.random.seed(seed)
+    return make_sampler(temp=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
 
 
 def print_json(value: Any) -> None:
