@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     )
     from .generation import GenerationResponse, generate, stream_generate
     from .loading import load, load_model
+    from .packing import pack
     from .prefix_cache import PrefixCache, chat_prompt
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "GenerationResponse",
     "PrefixCache",
     "chat_prompt",
+    "pack",
     "FlashMoEError",
     "CheckpointError",
     "MissingTensorError",
@@ -72,6 +74,7 @@ _MODULES = {
     "PrefixCache": "prefix_cache",
     "chat_prompt": "prefix_cache",
     "GenerationResponse": "generation",
+    "pack": "packing",
 }
 
 

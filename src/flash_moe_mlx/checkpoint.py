@@ -218,6 +218,10 @@ class Checkpoint:
                 ranges.append(ByteRange(path, offset, slot.offset, slot.nbytes))
         return tuple(ranges)
 
+    def parts(self, layer: int) -> tuple[Part, ...]:
+        """Where each part of a layer's records lies, in the layout's order."""
+        return self._layer_of(layer).parts
+
     def checksum(self, layer: int, expert: int) -> int | None:
         """CRC-32 of a record from its first part to the end of its last; None where the checkpoint has none."""
         return self.manifest.layers[layer].checksums[expert] if self.manifest else None
