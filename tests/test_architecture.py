@@ -19,7 +19,7 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 ORDER = [
     "errors", "record", "machine", "config", "stats", "safetensors_header", "quantization", "expert_tensors",
     "packed_format", "checkpoint", "trace", "policies", "slots", "routing", "simulation", "budget",
-    "file_io", "record_check", "store", "buffer_cache", "bank", "cache", "streaming",
+    "file_io", "disk_probe", "record_check", "store", "buffer_cache", "bank", "cache", "streaming",
     "packing", "verification", "ops", "moe", "models", "loading", "prefix_cache", "generation",
     "async_generation", "answer", "tools", "conversation", "plan", "plot", "server", "cli",
 ]  # fmt: skip
@@ -30,7 +30,7 @@ MAX_ENVIRONMENT_VARIABLES = 5
 EXPORTED = {
     "load", "load_model", "generate", "stream_generate", "stream_generate_async", "GenerationResponse",
     "PrefixCache", "chat_prompt",
-    "pack", "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
+    "pack", "verify", "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",
     "RequestError",
     "__version__",

@@ -12,8 +12,8 @@ from .generation import GenerationResponse, LogitsProcessor, Sampler, stream_gen
 from .prefix_cache import PrefixCache, chat_prompt
 from .tools import Tool, ToolResult
 
-REFUSED = "the user refused"
-INTERRUPTED = "the user interrupted"
+REFUSED = "refused by the user"
+INTERRUPTED = "interrupted by the user"
 TOO_MANY = "too many tool calls in one turn"
 
 

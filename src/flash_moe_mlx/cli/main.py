@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import FlashMoEError
-from . import bench, chat, generate, serve
+from . import bench, chat, doctor, generate, serve
 from .options import add_command, add_group
 
 logger = logging.getLogger(__name__)
@@ -95,5 +95,6 @@ def flash_moe(
 
 add_command(app, generate.generate)
 add_command(app, chat.chat)
+add_command(app, doctor.doctor)
 add_command(app, serve.serve)
 add_group(app, bench.app, bench.bench)
