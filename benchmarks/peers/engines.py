@@ -1,0 +1,3 @@
+from pathlib import Path
+
+DRIVER = Path("/tmp/w/llama/bin/llama-driver")
