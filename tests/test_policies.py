@@ -51,26 +51,18 @@ def test_lru_is_lru(requests: list[list[int]], slots: int):
 
 @given(REQUESTS, st.integers(4, 12), st.sampled_from([1.0, 3.0, 50.0]))
 def test_aged_lfu_evicts_the_lowest_sum_of_aged_uses(requests: list[list[int]], slots: int, half_life: float):
-    policy = AgedLFU(half_life, fresh_weight=0.5)
-    table = SlotTable(slots, policy)
-    fresh: set[int] = set()
+    table = SlotTable(slots, AgedLFU(half_life, fresh_weight=1.0))
     for now, experts in enumerate(requests):
         before = set(table.present)
-
-        def worth(expert: int, now: int = now, fresh: frozenset[int] = frozenset(fresh)) -> float:
-            uses = (2 ** ((then - now) / half_life) for then in range(now + 1) if expert in requests[then])
-            return sum(uses) * (0.5 if expert in fresh else 1.0)
-
         table.claim(table.order(experts)[0])
         table.publish()
-        fresh -= set(experts)
-        gone = before - set(table.present)
-        stayed = before & set(table.present) - set(experts)
+
+        def worth(expert: int, now: int = now) -> float:
+            return sum(2 ** ((then - now) / half_life) for then in range(now + 1) if expert in requests[then])
+
+        gone, stayed = before - set(table.present), before & set(table.present) - set(experts)
         if gone and stayed:
             assert max(map(worth, gone)) <= min(map(worth, stayed)) * (1 + 1e-9)
-        if gone:
-            fresh |= set(experts) - before
-        fresh &= set(table.present)
 
 
 @given(REQUESTS, st.integers(4, 12), st.sampled_from([LRU, AgedLFU]))

@@ -12,8 +12,11 @@ import numpy as np
 HALF_LIFE = 32
 """Tokens after which a use counts half. Measured: experiments 030 to 032."""
 
-FRESH_WEIGHT = 0.5
-"""What the score of an expert counts that took another's slot and was not asked for since."""
+FRESH_WEIGHT = 0.25
+"""What a newcomer's score counts where hits are rare: enough for cycles of up to 2 ``HALF_LIFE`` tokens."""
+
+RARE = 1.5
+"""Hits are rare up to this many times those of a fixed choice of experts: in a cycle they come in bunches."""
 
 _FIRST_EXPERTS = 64  # arrays grow with the largest number seen
 _LARGEST_INCREMENT = 1e200
@@ -61,13 +64,13 @@ class _ByScore:
         self._held[experts] = True
 
     def victims(self, count: int, wanted: Sequence[int]) -> list[int]:
-        score = np.where(self._held, self._weighted(), np.inf)
+        score = np.where(self._held, self._weighted(count), np.inf)
         score[wanted] = np.inf
         chosen: list[int] = score.argpartition(count - 1)[:count].tolist()
         self._held[chosen] = False
         return chosen
 
-    def _weighted(self) -> np.ndarray:
+    def _weighted(self, missing: int) -> np.ndarray:
         return self._score
 
     def restore(self, present: Iterable[int]) -> None:
@@ -97,10 +100,12 @@ class LRU(_ByScore):
 class AgedLFU(_ByScore):
     """Least frequently used out first, where a use counts half after ``half_life`` tokens.
 
-    Uses of experts that are not in memory count too, so one that comes back has its history. An expert that took
-    another's slot and was not asked for since counts ``fresh_weight`` of its score: newcomers then displace each other
-    rather than those that proved useful, so that a cycle longer than the slots keeps a part of them in memory, where
-    recency alone would never hit.
+    Uses of experts that are not in memory count too, so one that comes back has its history.
+
+    Where experts come in a cycle longer than the slots, the one used longest ago is the one needed next, and nothing
+    ever hits. So when hits are rarer than those of a fixed choice of experts would be, newcomers (experts that took
+    another's slot and were not asked for since) count ``fresh_weight`` of their score: they displace each other, and
+    the rest stay.
 
     Reference: Lee et al. 2001, "LRFU: a spectrum of policies", doi:10.1109/TC.2001.970573, for the ageing.
     """
@@ -112,27 +117,30 @@ class AgedLFU(_ByScore):
         self._increment = 1.0  # grows instead of all scores shrinking
         self._growth = 2 ** (1 / half_life)
         self._fresh: set[int] = set()
+        self._asked = self._missed = 0.0  # experts, aged like their scores
 
     def used(self, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1) -> None:
         self._grow(experts)
         if tokens == 1:
+            aged = 1 / self._growth
             self._increment *= self._growth
-            amounts: np.ndarray | float = self._increment
+            self._score[experts] += self._increment
         else:
             # As that many steps in each of which an expert is used counts / tokens times.
             aged = 2 ** -min(tokens / self._half_life, 16)
             self._increment /= aged
             weight = (1 - aged) / (1 - 1 / self._growth) / tokens
-            amounts = self._increment * weight * (1 if counts is None else np.asarray(counts))
-        self._score[experts] += amounts
+            self._score[experts] += self._increment * weight * (1 if counts is None else np.asarray(counts))
         if self._increment > _LARGEST_INCREMENT:
             self._score /= self._increment
             self._increment = 1.0
-        if self._fresh:
-            self._fresh.difference_update(experts)
+        self._asked = aged * self._asked + len(experts)
+        self._missed *= aged
+        self._fresh.difference_update(experts)
 
     def entered(self, experts: Sequence[int], displaced: bool) -> None:
         super().entered(experts, displaced)
+        self._missed += len(experts)
         if displaced:
             self._fresh.update(experts)
 
@@ -141,12 +149,17 @@ class AgedLFU(_ByScore):
         self._fresh.difference_update(chosen)
         return chosen
 
-    def _weighted(self) -> np.ndarray:
+    def _weighted(self, missing: int) -> np.ndarray:
         score = self._score
-        if self._fresh:
+        if self._fresh and self._hits_are_rare(missing):
             score = score.copy()
             score[list(self._fresh)] *= self._fresh_weight
         return score
+
+    def _hits_are_rare(self, missing: int) -> bool:
+        """Whether a fixed choice would hit about as often, if all experts that were ever used were equally likely."""
+        hit_rate = 1 - (self._missed + missing) / self._asked if self._asked else 0.0
+        return bool(hit_rate * np.count_nonzero(self._score) <= RARE * np.count_nonzero(self._held))
 
     def restore(self, present: Iterable[int]) -> None:
         super().restore(present)
