@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .loading import load, load_model
     from .packing import pack
     from .prefix_cache import PrefixCache, chat_prompt
+    from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -49,6 +50,7 @@ __all__ = [
     "PrefixCache",
     "chat_prompt",
     "pack",
+    "verify",
     "FlashMoEError",
     "CheckpointError",
     "MissingTensorError",
@@ -75,6 +77,7 @@ _MODULES = {
     "chat_prompt": "prefix_cache",
     "GenerationResponse": "generation",
     "pack": "packing",
+    "verify": "verification",
 }
 
 

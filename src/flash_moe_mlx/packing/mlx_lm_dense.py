@@ -5,7 +5,7 @@ here but what `evaluate` is asked for.
 """
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,7 +56,8 @@ class MlxLmDense:
     def __init__(self, checkpoint: Checkpoint, quantization: Quantization):
         """Raises UnsupportedModelError or CorruptError where mlx-lm doesn't know the model."""
         self._checkpoint = checkpoint
-        self._model = _build(checkpoint.config)
+        config = _known_config(checkpoint.config)
+        self._model = _build(config)
         self._experts = tuple(f"{path}." for path, m in self._model.named_modules() if isinstance(m, SwitchGLU))
         if len(self._experts) != len(checkpoint.moe_layers):
             raise UnsupportedModelError(
@@ -94,28 +95,25 @@ class MlxLmDense:
             )
         matched = {parameter.source.name for parameter in self.parameters if parameter.source}
         self.unmatched = tuple(info for name, info in checkpoint.dense.items() if name not in matched)
-        config = copy.deepcopy(dict(checkpoint.config))
         for key in ("_name_or_path", "vision_config"):  # as mlx_lm's save_config
             config.pop(key, None)
         config["quantization"] = config["quantization_config"] = section
         self.config: dict[str, Any] = dict(sorted(config.items()))
 
-    def evaluate(self, names: Mapping[str, DenseParameter]) -> Mapping[str, tuple[Bytes, ...]]:
-        """Bytes of parameters that sanitize computes: of one tensor, or of weight, scales and biases.
+    def evaluate(self, parameters: Iterable[DenseParameter]) -> Iterator[tuple[Bytes, ...]]:
+        """Bytes of parameters that sanitize computes, one after the other: of a tensor, or of weight, scales, biases.
 
         The checkpoint's files are read again: what they hold now counts.
         """
         weights = self._sanitize(self._lazy())
-        result: dict[str, tuple[Bytes, ...]] = {}
-        for name, parameter in names.items():
-            value = weights.pop(name).astype(MLX_DTYPES[parameter.dtype])
+        for parameter in parameters:
+            value = weights.pop(parameter.name).astype(MLX_DTYPES[parameter.dtype])
             made: tuple[mx.array, ...] = (mx.contiguous(value),)
             if parameter.quantization:
                 how = parameter.quantization
                 made = mx.quantize(value, group_size=how.group_size, bits=how.bits)
             mx.eval(*made)
-            result[name] = tuple(to_bytes(array) for array in made)
-        return result
+            yield tuple(to_bytes(array) for array in made)
 
     def _lazy(self) -> dict[str, mx.array]:
         stored: dict[str, mx.array] = {}
@@ -163,10 +161,18 @@ def cast_dtype(config: Mapping[str, Any]) -> str | None:
 def is_known(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm has the model type."""
     try:
-        _get_classes(dict(config))
+        _get_classes(_known_config(config))
     except (ValueError, KeyError):
         return False
     return True
+
+
+def _known_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json, under the model type that mlx-lm knows: transformers saves a text model as another."""
+    known = copy.deepcopy(dict(config))
+    if known.get("model_type") == "qwen3_5_moe_text":
+        known["model_type"] = "qwen3_5_moe"
+    return known
 
 
 def _build(config: Mapping[str, Any]) -> Any:

@@ -16,7 +16,7 @@ from ..packed_format import Manifest, PackedLayer, StoredFile
 from ..safetensors_header import INDEX_NAME, TensorInfo
 from .checksums import combine_segments
 from .journal import Journal
-from .plan import LatePart, PackPlan
+from .plan import PackPlan
 from .progress import Progress, Report
 from .quantiser import ErrorSums
 from .sources import Source
@@ -91,6 +91,8 @@ class Runner:
             return
         here: set[Path] = set()
         for shard in sorted(users):
+            if users[shard] == 0 and self._source.is_kept(shard):
+                continue
             self._step = f"download {shard.name}"
             self._tell()
             self._source.fetch(shard)
@@ -163,17 +165,13 @@ class Runner:
         if self._plan.dense is None or self._is_late_done():
             return
         first = len(self._plan.tasks)
-        for number, part in enumerate(self._plan.late, first):
-            if number not in self._journal.results:
-                self._unsynced[number] = self._write_late(part)
-                self._tell()
-
-    def _write_late(self, part: LatePart) -> TaskResult:
-        assert self._plan.dense is not None
-        made = self._plan.dense.evaluate({part.parameter.name: part.parameter})[part.parameter.name]
-        for data, offset in zip(made, part.offsets, strict=True):
-            self._workspace.write(part.output, data.data, offset)
-        return TaskResult(tuple(zlib.crc32(data.data) for data in made), {})
+        parts = {n: part for n, part in enumerate(self._plan.late, first) if n not in self._journal.results}
+        made_parts = self._plan.dense.evaluate(part.parameter for part in parts.values())
+        for (number, part), made in zip(parts.items(), made_parts, strict=True):
+            for data, offset in zip(made, part.offsets, strict=True):
+                self._workspace.write(part.output, data.data, offset)
+            self._unsynced[number] = TaskResult(tuple(zlib.crc32(data.data) for data in made), {})
+            self._tell()
 
     # --- what is done ---
 

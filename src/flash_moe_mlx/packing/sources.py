@@ -43,6 +43,10 @@ class Source(Protocol):
         """A shard's data is not needed any more, but for these tensors."""
         ...
 
+    def is_kept(self, path: Path) -> bool:
+        """Whether a shard was released already, and what was to be kept of it can be read."""
+        ...
+
     def check_unchanged(self) -> None:
         """Raises PackError if a file has changed since the packing was begun."""
         ...
@@ -73,6 +77,9 @@ class LocalSource:
 
     def release(self, path: Path, keep: tuple[TensorInfo, ...]) -> None:
         """It stays."""
+
+    def is_kept(self, path: Path) -> bool:
+        return True
 
     def check_unchanged(self) -> None:
         now = self._fingerprint()
