@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from flash_moe_mlx import load_tools
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -52,6 +54,41 @@ def test_demo_answers_sensibly(demo: str):
 
 def test_quickstart():
     assert "42" in run("examples/quickstart.py")
+
+
+def test_streaming():
+    text = run("examples/streaming.py")
+    assert "fox" in text
+    assert 0 < int(re.search(r"(\d+)% of the experts were in memory", text)[1]) < 100
+
+
+def test_custom_sampler():
+    lines = run("examples/custom_sampler.py").splitlines()
+    assert [line.split(":")[0] for line in lines] == ["greedy", "mlx-lm's", "typical", "without fox"]
+    assert "fox" in lines[0] and " fox" not in lines[3].partition(":")[2]
+
+
+def test_tool_calling():
+    text = run("examples/tool_calling.py")
+    assert 'calls calculate(expression="17 + 25")\ngets 42' in text
+    assert 'calls get_weather(city="Lisbon")\ngets {"temperature": 16, "condition": "sunny"}' in text
+    assert "16" in text.rpartition("gets ")[2].partition("}")[2]
+
+
+@pytest.mark.parametrize(
+    ("file", "name", "arguments", "result"),
+    [
+        ("read_file", "read_file", {"path": "LICENSE"}, "MIT License"),
+        ("read_file", "read_file", {"path": "README.md", "first_line": 2}, "\nRun Mixture"),
+        ("shell", "run_command", {"command": "echo a; exit 3"}, '{"exit_code": 3, "output": "a\\n", "errors": ""}'),
+    ],
+)
+def test_tools_for_the_chat(file: str, name: str, arguments: dict, result: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(ROOT)
+    (tool,) = load_tools(ROOT / "examples" / "tools" / f"{file}.py")
+    assert tool.name == name
+    got = tool.run(arguments)
+    assert got.ok and got.text.startswith(result)
 
 
 def test_benchmark_runs():

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .async_generation import stream_generate_async
+    from .conversation import Conversation
     from .errors import (
         CheckpointError,
         ChecksumError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from .loading import load, load_model
     from .packing import pack
     from .prefix_cache import PrefixCache, chat_prompt
+    from .tools import load_tools
     from .verification import verify
 
 __version__ = "0.1.0"
@@ -49,6 +51,8 @@ __all__ = [
     "GenerationResponse",
     "PrefixCache",
     "chat_prompt",
+    "Conversation",
+    "load_tools",
     "pack",
     "verify",
     "FlashMoEError",
@@ -75,6 +79,8 @@ _MODULES = {
     "stream_generate_async": "async_generation",
     "PrefixCache": "prefix_cache",
     "chat_prompt": "prefix_cache",
+    "Conversation": "conversation",
+    "load_tools": "tools",
     "GenerationResponse": "generation",
     "pack": "packing",
     "verify": "verification",

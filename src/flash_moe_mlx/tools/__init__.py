@@ -124,7 +124,10 @@ def _import(path: Path) -> ModuleType:
     try:
         spec.loader.exec_module(module)
     # What a file that is not fit for it raises when it is imported.
-    except (SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, LookupError, OSError) as error:
+    except (
+        SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError,
+        OSError, RuntimeError,
+    ) as error:  # fmt: skip
         raise RequestError(
             f"[{path.name}] must be importable, got {type(error).__name__}: {error}. Correct it."
         ) from error

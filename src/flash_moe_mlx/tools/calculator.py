@@ -34,7 +34,9 @@ def calculate(expression: str) -> int | float:
     """
     if len(expression) > MAX_CHARACTERS:
         raise ValueError(f"an expression must have at most {MAX_CHARACTERS} characters, got {len(expression)}")
-    tree = ast.parse(expression.strip().replace("×", "*").replace("÷", "/"), mode="eval")
+    for sign, operation in (("×", "*"), ("÷", "/"), ("^", "**")):  # Python's ^ would bind less than a sum
+        expression = expression.replace(sign, operation)
+    tree = ast.parse(expression.strip(), mode="eval")
     value = _evaluate(tree.body)
     # 0.1 + 0.2 is 0.3 to people.
     return float(f"{value:.12g}") if isinstance(value, float) else value
@@ -46,7 +48,7 @@ def _evaluate(node: ast.expr) -> int | float:
             return value
         case ast.Name(id=name) if name in _CONSTANTS:
             return _CONSTANTS[name]
-        case ast.BinOp(left=left, op=ast.Pow() | ast.BitXor(), right=right):
+        case ast.BinOp(left=left, op=ast.Pow(), right=right):
             return _power(_evaluate(left), _evaluate(right))
         case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
             return _OPERATORS[type(op)](_evaluate(left), _evaluate(right))
