@@ -15,7 +15,6 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from benchmarks.peers.engines import DRIVER
 from flash_moe_mlx import load_model
 from flash_moe_mlx.trace import RoutingTrace
 
@@ -34,13 +33,13 @@ def ours(path: Path, memory_limit: str, tokens: list[int], prompt: int, decode: 
         return RoutingTrace.read(trace).experts, np.stack(logits)
 
 
-def llama(path: Path, tokens: list[int], prompt: int, decode: int) -> tuple[np.ndarray, np.ndarray]:
+def llama(driver: Path, path: Path, tokens: list[int], prompt: int, decode: int) -> tuple[np.ndarray, np.ndarray]:
     with tempfile.TemporaryDirectory() as folder:
         ids, experts, logits = (Path(folder) / name for name in ("ids", "experts", "logits"))
         ids.write_text(" ".join(map(str, tokens)))
         options = {"--prompt": prompt, "--decode": decode, "--experts": experts, "--logits": logits}
         flat = [str(text) for option in options.items() for text in option]
-        subprocess.run([DRIVER, path, ids, *flat], check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([driver, path, ids, *flat], check=True, stdout=subprocess.DEVNULL)
         rows = np.loadtxt(experts, dtype=np.int64)
         picked = np.full((rows[:, 1].max() + 1, rows[:, 0].max() + 1, rows.shape[1] - 2), -1)
         picked[rows[:, 1], rows[:, 0]] = rows[:, 2:]
@@ -51,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("gguf", type=Path)
+    parser.add_argument("--driver", type=Path, default=Path("/tmp/w/llama/bin/llama-driver"))
     parser.add_argument("--memory-limit", default="6GB")
     parser.add_argument("--prompt", type=int, default=16)
     parser.add_argument("--decode", type=int, default=8)
@@ -59,7 +59,7 @@ def main() -> None:
     prompt, decode = arguments.prompt, arguments.decode
     tokens = np.random.default_rng(1).integers(0, 4096, prompt + decode).tolist()
     experts, logits = ours(arguments.checkpoint, arguments.memory_limit, tokens, prompt, decode)
-    other_experts, other_logits = llama(arguments.gguf, tokens, prompt, decode)
+    other_experts, other_logits = llama(arguments.driver, arguments.gguf, tokens, prompt, decode)
 
     # The last layer's prompt positions that need no logits are left out by llama.cpp.
     seen = (other_experts >= 0).all(axis=-1)
