@@ -21,7 +21,7 @@ class Journal:
 
     Attributes:
         identity: What the packing is of; equal to that of the first line.
-        results: Of finished tasks, by number.
+        results: Of finished tasks, by number. What `append` has noted is the caller's to add.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
@@ -46,7 +46,6 @@ class Journal:
     def append(self, results: Mapping[int, TaskResult]) -> None:
         """Note finished tasks. Their bytes must have reached the disk before."""
         self._write(b"".join(_line(_to_json(number, result)) for number, result in results.items()))
-        self.results |= results
 
     def close(self) -> None:
         self._file.close()

@@ -6,6 +6,7 @@ import time
 import zlib
 from collections.abc import Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,11 @@ _COMMIT_BYTES = 256 << 20
 """What is written between two entries of the journal: less waits for the disk more often, more is lost by a crash."""
 
 _COMMIT_SECONDS = 10.0
+
+_UNCOMMITTED_BYTES = 4 * _COMMIT_BYTES
+"""What may be written ahead of the disk before everything waits for it."""
 _BUFFER_CACHE_BYTES = 128 << 20
-_MAX_WORKERS = 8
+_MAX_WORKERS = 16
 
 
 class Runner:
@@ -42,13 +46,16 @@ class Runner:
         self._late_sizes = [sum(part.sizes) for part in plan.late]
         self._total = sum(self._sizes) + sum(self._late_sizes)
         self._unsynced: dict[int, TaskResult] = {}
+        self._committing: tuple[Future[None], dict[int, TaskResult]] | None = None
+        self._committer = ThreadPoolExecutor(1, "flash-moe-commit")
         self._step = ""
         self._last_commit = time.monotonic()
 
     @property
     def remaining_bytes(self) -> int:
         """Bytes that are still to be written."""
-        return self._total - self._done_bytes(self._journal.results)
+        committing = self._committing[1] if self._committing else {}
+        return self._total - sum(map(self._done_bytes, (self._journal.results, committing, self._unsynced)))
 
     def run(self) -> None:
         """Do all tasks that are not done.
@@ -58,7 +65,11 @@ class Runner:
             CorruptError: If a source file is truncated.
         """
         self._workspace.create(self._plan.file_sizes)
-        with BufferCacheShare(_BUFFER_CACHE_BYTES), ThreadPoolExecutor(_workers(), "flash-moe-pack") as pool:
+        with (
+            BufferCacheShare(_BUFFER_CACHE_BYTES),
+            self._committer,
+            ThreadPoolExecutor(_workers(), "flash-moe-pack") as pool,
+        ):
             try:
                 self._run_tasks(pool)
                 self._run_late()
@@ -129,7 +140,7 @@ class Runner:
                     submit()
                 self._tell()
                 if self._is_commit_due():
-                    self._commit()
+                    self._begin_commit()
                     # Somebody else may be filling the disk: better now than when it is full.
                     self._workspace.need(self.remaining_bytes)
         finally:
@@ -176,27 +187,43 @@ class Runner:
     # --- what is done ---
 
     def _is_commit_due(self) -> bool:
-        return (
-            self._done_bytes(self._unsynced) >= _COMMIT_BYTES or time.monotonic() - self._last_commit > _COMMIT_SECONDS
-        )
+        waiting = self._done_bytes(self._unsynced)
+        if self._committing and not self._committing[0].done():
+            return waiting >= _UNCOMMITTED_BYTES
+        return waiting >= _COMMIT_BYTES or time.monotonic() - self._last_commit > _COMMIT_SECONDS
+
+    def _begin_commit(self) -> None:
+        """Note finished tasks once their bytes have reached the disk; others go on meanwhile."""
+        self._end_commit()
+        batch = dict(sorted(self._unsynced.items()))
+        self._unsynced.clear()
+        self._committing = self._committer.submit(self._sync_and_note, batch), batch
+        self._last_commit = time.monotonic()
+
+    def _end_commit(self) -> None:
+        if self._committing is None:
+            return
+        future, batch = self._committing
+        self._committing = None
+        future.result()
+        self._journal.results |= batch
+
+    def _sync_and_note(self, batch: Mapping[int, TaskResult]) -> None:
+        self._workspace.sync({self._output(number) for number in batch})
+        self._journal.append(batch)
 
     def _commit(self) -> None:
-        """Wait until the bytes of finished tasks have reached the disk, then note these tasks."""
+        """Wait until everything that is finished is noted."""
+        self._end_commit()
         if self._unsynced:
-            done = dict(sorted(self._unsynced.items()))
-            self._workspace.sync({self._output(number) for number in done})
-            self._journal.append(done)
-            for number in done:
-                del self._unsynced[number]
-        self._last_commit = time.monotonic()
+            self._begin_commit()
+            self._end_commit()
         self._tell()
 
     def _commit_rest(self) -> None:
         """Note what can be noted; on a full disk even that may fail, and then it is done again."""
-        try:
+        with suppress(OSError):
             self._commit()
-        except OSError:
-            self._unsynced.clear()
 
     def _output(self, number: int) -> str:
         count = len(self._plan.tasks)
@@ -207,8 +234,7 @@ class Runner:
         return sum(self._sizes[n] if n < count else self._late_sizes[n - count] for n in numbers)
 
     def _tell(self) -> None:
-        done = self._done_bytes(self._journal.results) + self._done_bytes(self._unsynced)
-        self._report(Progress(self._step, done, self._total))
+        self._report(Progress(self._step, self._total - self.remaining_bytes, self._total))
 
     # --- the result ---
 
@@ -298,4 +324,6 @@ class Runner:
 
 
 def _workers() -> int:
-    return min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, _MAX_WORKERS)
+    """Threads: twice the cores, since each waits for the disk about half of its time."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return min(2 * cores, _MAX_WORKERS)

@@ -3,7 +3,9 @@
 A task is small (tens of megabytes), always gives the same bytes, and is done again if it was not finished.
 """
 
+import mmap
 import os
+import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -187,8 +189,8 @@ class ExpertTask:
         return TaskResult(checksums, errors)
 
     def make(self, source: SourceFiles) -> tuple[Bytes, dict[str, ErrorSums]]:
-        """Records of shape (last - first, stride); what no item fills is zero."""
-        records = np.zeros((self.last - self.first, self.stride), np.uint8)
+        """Records of shape (last - first, stride); what no item fills is zero. This thread's next call reuses them."""
+        records = _zeros((self.last - self.first, self.stride))
         errors: dict[str, ErrorSums] = {}
         for item in self.items:
             if item.conversion is None:
@@ -234,6 +236,19 @@ class ExpertTask:
             pending.append(targets[number])
         if begin is not None:
             source.read(begin[0], pending, begin[1])
+
+
+_scratch = threading.local()
+
+
+def _zeros(shape: tuple[int, int]) -> Bytes:
+    """Zeros that start on a page, in memory that this thread's next call reuses: fresh pages cost more."""
+    nbytes = shape[0] * shape[1]
+    if len(getattr(_scratch, "pages", b"")) < nbytes:
+        _scratch.pages = mmap.mmap(-1, nbytes)
+    result = np.frombuffer(_scratch.pages, np.uint8, nbytes).reshape(shape)
+    result[:] = 0
+    return result
 
 
 def _nbytes(part: Part) -> int:
