@@ -1,12 +1,17 @@
 """The examples run as they stand, on the embedded model."""
 
+import contextlib
 import json
 import os
 import re
+import signal
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import httpx
 import pytest
 
 from flash_moe_mlx import load_tools
@@ -98,3 +103,24 @@ def test_benchmark_runs():
     limits, read = [int(row[0]) for row in rows], [int(row[3]) for row in rows]
     assert limits == sorted(limits)
     assert read == sorted(read, reverse=True)
+
+
+def test_embed_in_fastapi():
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, ROOT / "examples" / "embed_in_fastapi.py", "--port", str(port)]
+    with subprocess.Popen(command, env=environment) as process:
+        try:
+            address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 60
+            while True:
+                with contextlib.suppress(httpx.ConnectError):
+                    answer = httpx.get(f"{address}/ask", params={"question": "What is 17 + 25?"}, timeout=60)
+                    break
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.1)
+            assert (answer.status_code, answer.text) == (200, "17 plus 25 is 42.")
+            assert httpx.get(f"{address}/stats").json()["tokens"] > 14
+        finally:
+            process.send_signal(signal.SIGINT)
+    assert process.returncode == 0

@@ -1,7 +1,7 @@
 """An answer while it is generated: what of it is thinking, text and tool calls; and a bound on the thinking."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import mlx.core as mx
@@ -15,10 +15,14 @@ Kind = Literal["thinking", "text", "tool_call"]
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of an answer. Thinking and text come as they are generated, a tool call's text when it is whole."""
+    """A piece of an answer. Thinking and text come as they are generated, a tool call's text when it is whole.
+
+    ``start`` is where it begins in all that was fed.
+    """
 
     kind: Kind
     text: str
+    start: int = field(default=0, compare=False)
 
 
 class AnswerSplitter:
@@ -41,6 +45,7 @@ class AnswerSplitter:
         """
         self._kind: Kind = "thinking" if begins_thinking(tokenizer, prompt) else "text"
         self._held = ""
+        self._start = 0  # of what is held, in all that was fed
         self._strip = False
         self._markers: dict[Kind, list[tuple[str, Kind]]] = {"text": [], "thinking": [], "tool_call": []}
         if tokenizer.has_thinking:
@@ -57,12 +62,15 @@ class AnswerSplitter:
         while found := self._find_marker():
             position, marker, kind = found
             yield from self._part(self._held[:position])
-            self._held = self._held[position + len(marker) :]
+            self._drop(position + len(marker))
             self._strip, self._kind = True, kind
         if self._kind != "tool_call" or last:
             certain = len(self._held) if last else len(self._held) - self._beginning_of_marker()
             yield from self._part(self._held[:certain])
-            self._held = self._held[certain:]
+            self._drop(certain)
+
+    def _drop(self, size: int) -> None:
+        self._held, self._start = self._held[size:], self._start + size
 
     def _find_marker(self) -> tuple[int, str, Kind] | None:
         found = [(self._held.find(marker), marker, kind) for marker, kind in self._markers[self._kind]]
@@ -77,11 +85,12 @@ class AnswerSplitter:
         return 0
 
     def _part(self, text: str) -> Iterator[Part]:
+        end = self._start + len(text)
         if self._strip:  # the line ends between a marker and what follows are the template's
             text = text.lstrip("\n")
         if text:
             self._strip = False
-            yield Part(self._kind, text)
+            yield Part(self._kind, text, end - len(text))
 
 
 def begins_thinking(tokenizer: Any, prompt: Sequence[int]) -> bool:

@@ -51,7 +51,8 @@ class Guard:
         if config.api_key is None or request.url.path in OPEN_PATHS:
             return None
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode(), config.api_key.encode()):
+        # Starlette reads headers as Latin-1; a key's other letters are sent in UTF-8.
+        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), config.api_key.encode()):
             return None
         return ApiError(401, "the API key must be sent as a bearer token, got another or none.", code="invalid_api_key")
 

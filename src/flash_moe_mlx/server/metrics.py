@@ -59,6 +59,7 @@ _TABLE: list[tuple[str, str, str, _Reader]] = [
     ("prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.", lambda m, model, w: m.prompt_tokens),
     ("cached_prompt_tokens_total", "counter", "Tokens of prompts that the prefix cache spared.",
      lambda m, model, w: m.cached_tokens),
+    ("answers_total", "counter", "Answers that have begun.", lambda m, model, w: sum(m.first_tokens)),
     ("generated_tokens_total", "counter", "Tokens generated.", lambda m, model, w: m.generated_tokens),
     ("generation_seconds_total", "counter", "Seconds spent on tokens after an answer's first.",
      lambda m, model, w: m.generation_seconds),

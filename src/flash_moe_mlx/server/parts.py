@@ -44,8 +44,8 @@ class AnswerParser:
     """Feed it a token's text; it returns the parts that are certain.
 
     Text is held back while it could be the beginning of a stop string, or the white space before a tool call.
-    Log-probabilities come with the first content that follows their token; those of tokens that yield no content
-    (thinking, tool calls, a stop string) are dropped.
+    A token's log-probability comes with the first of its text; those of tokens that yield no content (thinking, tool
+    calls, a stop string) are dropped.
 
     Attributes:
         stopped: A stop string was found, or the only call allowed is made: nothing more is wanted.
@@ -71,21 +71,24 @@ class AnswerParser:
             if required:
                 list(self._splitter.feed(tokenizer.tool_call_start))
         self._held = ""
-        self._pending: list[TokenLogprob] = []
+        self._fed = 0
+        self._unplaced: list[tuple[int, int, TokenLogprob]] = []  # by where in all that was fed their text begins, ends
+        self._placed: list[tuple[int, TokenLogprob]] = []  # by where in what is held it begins
 
     def feed(self, text: str, logprob: TokenLogprob | None = None, last: bool = False) -> list[AnswerPart]:
         """Take the text of one token, which may be empty. The ``last`` one lets go of what is held back."""
         if logprob is not None:
-            self._pending.append(logprob)
-        pieces = [Part("text", text)] if self._splitter is None else self._splitter.feed(text, last=last)
+            self._unplaced.append((self._fed, self._fed + len(text), logprob))
+        pieces = [Part("text", text, self._fed)] if self._splitter is None else self._splitter.feed(text, last=last)
+        self._fed += len(text)
         parts: list[AnswerPart] = []
         for piece in pieces:
             if self.stopped:
                 break
             if piece.kind == "text":
+                self._place(piece)
                 parts += self._content(piece.text)
             elif piece.kind == "thinking":
-                self._pending.clear()
                 parts.append(TextPart("reasoning", piece.text))
             else:
                 parts += self._call(piece.text)
@@ -102,6 +105,14 @@ class AnswerParser:
         else:
             yield from self._release(len(self._held) - self._uncertain())
 
+    def _place(self, piece: Part) -> None:
+        """Find the tokens that a piece of content comes from; those before it have none."""
+        end = piece.start + len(piece.text)
+        for first, last, logprob in self._unplaced:
+            if first < end and (last > piece.start or first == piece.start):
+                self._placed.append((len(self._held) + max(0, first - piece.start), logprob))
+        self._unplaced = [token for token in self._unplaced if token[0] >= end]
+
     def _uncertain(self) -> int:
         """Characters at the end of what is held that may not be content."""
         held = self._held
@@ -115,8 +126,9 @@ class AnswerParser:
 
     def _release(self, size: int) -> Iterator[AnswerPart]:
         text, self._held = self._held[:size], self._held[size:]
+        logprobs = tuple(logprob for position, logprob in self._placed if position < size)
+        self._placed = [(position - size, logprob) for position, logprob in self._placed if position >= size]
         if text:
-            logprobs, self._pending = tuple(self._pending), []
             yield TextPart("content", text, logprobs)
 
     def _call(self, text: str) -> Iterator[AnswerPart]:
@@ -125,10 +137,9 @@ class AnswerParser:
             self._held += self._tokenizer.tool_call_start + text
             yield from self._release(len(self._held))
             return
-        self._pending.clear()
-        rest = self._held.rstrip()
-        yield from self._release(len(rest))
+        yield from self._release(len(self._held.rstrip()))
         self._held = ""
+        self._placed.clear()
         if not self._request.parallel_tool_calls:
             calls, self.stopped = calls[:1], True
         self.calls += len(calls)
