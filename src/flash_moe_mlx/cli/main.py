@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import FlashMoEError
-from . import bench, chat, doctor, generate, serve
+from . import bench, chat, doctor, generate, pack, serve, verify
 from .options import add_command, add_group
 
 logger = logging.getLogger(__name__)
@@ -40,22 +40,27 @@ class _Commands(TyperGroup):
         try:
             extra["standalone_mode"] = False
             code = super().main(args, prog_name, *arguments, **extra)
-            sys.stdout.flush()
         except typer.TyperException as error:  # wrong usage
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "flash-moe"
             code = _fail(error, f"{error.format_message().rstrip('.')}. See {path} --help.")
         except FlashMoEError as error:
             code = _fail(error, str(error))
-        except BrokenPipeError:
-            # What is left in the buffer would be written, and fail again, when Python ends.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            code = PIPE_CLOSED
         except OSError as error:
             code = _fail(error, f"[{error.filename or 'system'}] {error.strerror or error}. Check the path.")
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # What is left in the buffer would be written, and fail again, when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(PIPE_CLOSED) from None
+        return result
 
 
 def _fail(error: Exception, message: str) -> int:
@@ -97,4 +102,6 @@ add_command(app, generate.generate)
 add_command(app, chat.chat)
 add_command(app, doctor.doctor)
 add_command(app, serve.serve)
+add_command(app, pack.pack)
+add_command(app, verify.verify)
 add_group(app, bench.app, bench.bench)

@@ -20,6 +20,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from ..errors import CheckpointError, PackError, RequestError
 from ..packed_format import MANIFEST_NAME, VERSION, read_manifest
 from ..safetensors_header import INDEX_NAME
+from .estimate import Estimate, estimate
 from .journal import Journal
 from .plan import PackPlan, make_plan
 from .progress import Report, reporting
@@ -105,18 +106,20 @@ class Packing:
         try:
             with reporting(progress, "pack") as report:
                 runner = Runner(self.plan, self.source, self.workspace, journal, report)
-                self.workspace.need(self.needed_bytes(runner.remaining_bytes))
+                self.workspace.need(runner.remaining_bytes + RESERVE_BYTES + self.source.held_bytes)
                 runner.run()
                 runner.finish(_small_files(self.source.checkpoint.directory))
         finally:
             journal.close()
 
-    def needed_bytes(self, remaining_bytes: int) -> int:
-        """Bytes that must be free to write what remains."""
-        return remaining_bytes + RESERVE_BYTES + self.source.held_bytes
+    def estimate(self) -> Estimate:
+        """What it will take. What the destination did not hold before, it doesn't hold afterwards."""
+        try:
+            return estimate(self.plan, self.source, self.workspace, self._remaining_bytes())
+        finally:
+            self.workspace.forget_if_new()
 
-    def remaining_bytes(self) -> int:
-        """Bytes of the result that earlier runs have not written yet."""
+    def _remaining_bytes(self) -> int:
         if self.is_finished:
             return 0
         journal = self._open_journal()
@@ -203,4 +206,4 @@ def _small_files(directory: Path) -> dict[str, bytes]:
     return found
 
 
-__all__ = ["PackSettings", "Packing", "pack", "prepare"]
+__all__ = ["Estimate", "PackSettings", "Packing", "pack", "prepare"]

@@ -64,7 +64,7 @@ def quantise(
     with mx.stream(_stream()):
         arrays = {name: _to_mlx(dtype, data, rows) for name, (dtype, data) in parts.items()}
         if conversion.source:
-            weight = mx.dequantize(**_names(arrays), **_how(conversion.source))
+            weight = mx.dequantize(arrays["weight"], arrays["scales"], arrays["biases"], **_how(conversion.source))
         else:
             weight = arrays["weight"]
         weight = weight.astype(MLX_DTYPES[conversion.dtype])
@@ -90,10 +90,6 @@ def _stream() -> mx.Stream:
 def _to_mlx(dtype: str, data: Bytes, rows: int) -> mx.array:
     value = mx.array(data.view(_NUMPY[dtype]).reshape(rows, -1))
     return value.view(mx.bfloat16) if dtype == "BF16" else value
-
-
-def _names(arrays: Mapping[str, mx.array]) -> dict[str, mx.array]:
-    return {"w": arrays["weight"], "scales": arrays["scales"], "biases": arrays["biases"]}
 
 
 def _how(quantization: Quantization) -> dict[str, int]:

@@ -1,7 +1,6 @@
 """Runs a plan's tasks on threads, notes in the journal what has reached the disk, and puts the result together."""
 
 import json
-import os
 import time
 import zlib
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 from ..buffer_cache import BufferCacheShare
 from ..errors import FlashMoEError
+from ..machine import available_cores
 from ..packed_format import Manifest, PackedLayer, StoredFile
 from ..safetensors_header import INDEX_NAME, TensorInfo
 from .checksums import combine_segments
@@ -32,7 +32,8 @@ _COMMIT_SECONDS = 10.0
 _UNCOMMITTED_BYTES = 4 * _COMMIT_BYTES
 """What may be written ahead of the disk before everything waits for it."""
 _BUFFER_CACHE_BYTES = 128 << 20
-_MAX_WORKERS = 16
+_THREADS = min(2 * available_cores(), 16)
+"""Each waits for the disk about half of its time."""
 
 
 class Runner:
@@ -68,7 +69,7 @@ class Runner:
         with (
             BufferCacheShare(_BUFFER_CACHE_BYTES),
             self._committer,
-            ThreadPoolExecutor(_workers(), "flash-moe-pack") as pool,
+            ThreadPoolExecutor(_THREADS, "flash-moe-pack") as pool,
         ):
             try:
                 self._run_tasks(pool)
@@ -129,7 +130,7 @@ class Runner:
             if (number := next(waiting, None)) is not None:
                 running[pool.submit(self._run_task, self._plan.tasks[number])] = number
 
-        for _ in range(2 * _workers()):
+        for _ in range(2 * _THREADS):
             submit()
         try:
             while running:
@@ -321,9 +322,3 @@ class Runner:
             for projection, error in self._journal.results[number].errors.items():
                 sums.setdefault(projection, ErrorSums()).add(error)
         return {projection: sums[projection].to_json() for projection in sorted(sums)}
-
-
-def _workers() -> int:
-    """Threads: twice the cores, since each waits for the disk about half of its time."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return min(2 * cores, _MAX_WORKERS)

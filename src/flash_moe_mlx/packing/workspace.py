@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +42,7 @@ class Workspace:
         self._write_locks: dict[str, threading.Lock] = {}
         self._lock: int | None = None
         try:
+            self._is_made = not destination.exists()
             destination.mkdir(parents=True, exist_ok=True)
             self._lock = os.open(destination, os.O_RDONLY | os.O_CLOEXEC)
             try:
@@ -59,6 +60,7 @@ class Workspace:
                 )
             if restart:
                 self._clear()
+            self._is_new = not self.folder.exists()
             (self.folder / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             self.close()
@@ -150,6 +152,14 @@ class Workspace:
         os.replace(self.folder / MANIFEST_NAME, self.manifest_path)
         sync_folder(self.destination)
         shutil.rmtree(self.folder)
+
+    def forget_if_new(self) -> None:
+        """Leave a destination that was not begun before as it was."""
+        if self._is_new:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # it holds something, or was there before: then it stays
+                if self._is_made:
+                    self.destination.rmdir()
 
     def clean(self) -> None:
         """Remove the work folder of a result that is in its place."""
