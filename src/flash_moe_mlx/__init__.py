@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .generation import GenerationResponse, generate, stream_generate
     from .loading import load, load_model
     from .packing import pack
+    from .planning import Plan, plan
     from .prefix_cache import PrefixCache, chat_prompt
     from .tools import load_tools
     from .verification import verify
@@ -55,6 +56,8 @@ __all__ = [
     "load_tools",
     "pack",
     "verify",
+    "plan",
+    "Plan",
     "FlashMoEError",
     "CheckpointError",
     "MissingTensorError",
@@ -84,6 +87,8 @@ _MODULES = {
     "GenerationResponse": "generation",
     "pack": "packing",
     "verify": "verification",
+    "plan": "planning",
+    "Plan": "planning",
 }
 
 

@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from mlx_lm.utils import load_config as load_mlx_lm_config
 
-from .budget import LayerExperts, divide
+from .budget import Budget, LayerExperts, divide
 from .buffer_cache import BufferCacheShare
 from .checkpoint import Checkpoint
 from .config import StreamingConfig
@@ -187,32 +187,64 @@ class _Prepared:
             mx.eval([value for value in module.values() if isinstance(value, mx.array)])
 
 
-def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
+def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Checkpoint, Family]:
+    """What headers and config.json say of a checkpoint, checked. No weight is read.
+
+    Raises:
+        CheckpointError: If the files can't be used.
+        RequestError: If an argument of load's can't be had with this model.
+    """
     checkpoint = Checkpoint.open(directory)
-    if verify == "full" and checkpoint.manifest:
-        check_other_files(directory, checkpoint.manifest)
     stored = _lazy_dense(checkpoint)
     family = prepare_family(checkpoint, stored, streaming, _activation_dtype(stored))
     _check_tensors(family, directory.name)
-    limit_bytes = streaming.memory_limit_bytes
-    if limit_bytes is None:
-        limit_bytes = default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
-    store = ExpertStore(checkpoint, io="pread" if streaming.io == "auto" else streaming.io, verify=verify)
+    return checkpoint, family
+
+
+def divide_limit(
+    limit_bytes: int, checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, io_buffer_bytes: int
+) -> Budget:
+    """Where the bytes of a limit will go.
+
+    Raises:
+        MemoryLimitError: If the limit can't hold.
+    """
+    return divide(
+        limit_bytes,
+        family.costs,
+        {
+            layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
+            for layer in checkpoint.moe_layers
+        },
+        min_slots=family.num_experts_per_tok,
+        batch=1,
+        tokens=streaming.prefill_step_size,
+        length=streaming.max_context,
+        io_buffer_bytes=io_buffer_bytes,
+    )
+
+
+def choose_limit(streaming: StreamingConfig) -> int:
+    """The limit asked for, or a safe share of this machine."""
+    if streaming.memory_limit_bytes is not None:
+        return streaming.memory_limit_bytes
+    return default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
+
+
+def open_store(checkpoint: Checkpoint, streaming: StreamingConfig, verify: str | bool = False) -> ExpertStore:
+    """The store that load reads experts from."""
+    return ExpertStore(checkpoint, io="pread" if streaming.io == "auto" else streaming.io, verify=verify)
+
+
+def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
+    checkpoint, family = inspect_checkpoint(directory, streaming)
+    if verify == "full" and checkpoint.manifest:
+        check_other_files(directory, checkpoint.manifest)
+    limit_bytes = choose_limit(streaming)
+    store = open_store(checkpoint, streaming, verify)
     with ExitStack() as undo:
         undo.callback(store.close)
-        divide(
-            limit_bytes,
-            family.costs,
-            {
-                layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
-                for layer in checkpoint.moe_layers
-            },
-            min_slots=family.num_experts_per_tok,
-            batch=1,
-            tokens=streaming.prefill_step_size,
-            length=streaming.max_context,
-            io_buffer_bytes=store.buffer_bytes,
-        )
+        divide_limit(limit_bytes, checkpoint, family, streaming, store.buffer_bytes)
         undo.pop_all()
     return _Prepared(checkpoint, family, streaming, limit_bytes, store)
 
