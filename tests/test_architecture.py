@@ -22,7 +22,7 @@ ORDER = [
     "file_io", "disk_probe", "record_check", "store", "buffer_cache", "bank", "cache", "streaming",
     "packing", "verification", "ops", "moe", "models", "loading", "prefix_cache", "generation",
     "async_generation", "answer", "tools", "conversation", "speed", "planner",
-    "planning", "plot", "server", "cli",
+    "planning", "profiling", "plot", "server", "cli",
 ]  # fmt: skip
 
 MAX_LINES = 500
@@ -31,7 +31,7 @@ MAX_ENVIRONMENT_VARIABLES = 5
 EXPORTED = {
     "load", "load_model", "generate", "stream_generate", "stream_generate_async", "GenerationResponse",
     "PrefixCache", "chat_prompt", "Conversation", "load_tools",
-    "pack", "verify", "plan", "Plan",
+    "pack", "verify", "plan", "Plan", "profile",
     "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",
     "RequestError",

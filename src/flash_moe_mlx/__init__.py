@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .packing import pack
     from .planning import Plan, plan
     from .prefix_cache import PrefixCache, chat_prompt
+    from .profiling import profile
     from .tools import load_tools
     from .verification import verify
 
@@ -58,6 +59,7 @@ __all__ = [
     "verify",
     "plan",
     "Plan",
+    "profile",
     "FlashMoEError",
     "CheckpointError",
     "MissingTensorError",
@@ -89,6 +91,7 @@ _MODULES = {
     "verify": "verification",
     "plan": "planning",
     "Plan": "planning",
+    "profile": "profiling",
 }
 
 

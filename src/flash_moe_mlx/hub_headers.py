@@ -9,9 +9,9 @@ import re
 import struct
 from pathlib import Path
 
-from huggingface_hub import HfApi, hf_hub_url
+from huggingface_hub import HfApi, get_session, hf_hub_url
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import build_hf_headers, get_session
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
 from .errors import CheckpointError, CorruptError
 from .safetensors_header import MAX_FILE_BYTES, MAX_HEADER_BYTES, brief
@@ -39,7 +39,7 @@ def download_headers(repository: str, directory: Path, revision: str | None = No
     Cost: FIRST_BYTES of each safetensors file, once more the header where it is longer, and the JSON files.
     """
     try:
-        info = HfApi().repo_info(repository, revision=revision)
+        info = HfApi().model_info(repository, revision=revision)
         for name in (sibling.rfilename for sibling in info.siblings or ()):
             url = hf_hub_url(repository, name, revision=info.sha)
             if name in _JSON:

@@ -43,7 +43,7 @@ def simulate(
     planner = None
     if model is not None:
         from ..config import parse_size
-        from ..planning import Planner
+        from ..planner import Planner
 
         planner = Planner.open(
             model, max_context=max_context, disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate)
