@@ -11,6 +11,7 @@ Runs are appended to a TSV; the table takes medians over all of them. How to pre
 
 import argparse
 import time
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks.peers import checks
@@ -66,8 +67,9 @@ def main() -> None:
         return
     if not arguments.runs.exists():
         arguments.runs.write_text(Run.header() + "\n")
+    derived = {case.prompt_is for case in CASES.values()}
     for _ in range(arguments.alternations):
-        for name in arguments.case or CASES:
+        for name in arguments.case or [name for name in CASES if name not in derived]:
             for engine in arguments.engine or engines_of(CASES[name]):
                 started = time.monotonic()
                 done = measure(
@@ -80,6 +82,8 @@ def main() -> None:
                 )
                 with open(arguments.runs, "a") as file:
                     file.write(done.row() + "\n")
+                    if prompt_is := CASES[name].prompt_is:
+                        file.write(replace(done, case=prompt_is, tok_s=done.prompt_tok_s, tokens=0).row() + "\n")
                 speed = "-" if done.tok_s is None else f"{done.tok_s:.3g} tok/s"
                 seconds = time.monotonic() - started
                 print(f"{name}\t{engine}\t{speed}\t{done.status}\t{done.note}\t{seconds:.0f} s", flush=True)

@@ -23,6 +23,7 @@ class Case:
         layers: Fewer than the model's, where an engine must hold all of it in memory.
         greedy: Each engine takes its own most probable tokens, and they are compared.
         targets: What our figure over an engine's must reach.
+        prompt_is: Case that this one's prompt is a run of: it isn't run by itself.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Case:
     layers: int | None = None
     greedy: bool = False
     targets: tuple[tuple[str, str, float], ...] = ()
+    prompt_is: str | None = None
 
     @property
     def limit_bytes(self) -> int | None:
@@ -59,7 +61,7 @@ CASES = {
         Case("decode-8gib-local", 8, "local", prompt=128, warmup=32, tokens=32, targets=_against_llama(0.7)),
         Case("decode-4gib-local", 4, "local", targets=_EIGHT),
         Case("decode-unlimited", None, "uniform", prompt=512, warmup=8, tokens=32, warm=True,
-             targets=_against_llama(0.7)),
+             targets=_against_llama(0.7), prompt_is="prefill-unlimited"),
         Case("prefill-unlimited", None, "uniform", prompt=512, warmup=0, tokens=0, warm=True,
              targets=_against_llama(0.7)),
         Case("prefill-8gib", 8, "uniform", prompt=512, warmup=0, tokens=0, targets=_against_llama(1.0)),
