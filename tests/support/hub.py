@@ -1,66 +1,138 @@
-"""A hub that serves one local directory, as far as plan() asks a hub; and what it was asked."""
+"""A server that speaks as much of the hub's HTTP as huggingface_hub asks for, and can be told to fail."""
 
+import hashlib
 import json
+import re
+import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from typing import Any
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+REPOSITORY = "someone/model"
 
 
-class Hub(ThreadingHTTPServer):
-    """Attributes: directory; ranges, whether it knows the Range header; sent, bytes of each file that went out."""
+@dataclass
+class Hub:
+    """A running server.
 
-    def __init__(self, directory: Path, ranges: bool):
-        super().__init__(("127.0.0.1", 0), _Handler)
-        self.directory, self.ranges = directory, ranges
-        self.sent: dict[str, int] = {}
-        self.url = f"http://127.0.0.1:{self.server_port}"
+    Attributes:
+        endpoint: For HF_ENDPOINT.
+        directory: What the repository holds.
+        dropped: Files whose first whole download ends after half of its bytes, by a closed connection.
+        shortened: Files to how many more downloads come with that many bytes too few, and a length to match.
+        altered: Files to how many more downloads come with a flipped bit.
+        downloads: (file, first byte) of each download begun.
+    """
 
-
-class _Handler(BaseHTTPRequestHandler):
-    server: Hub
-
-    def do_GET(self) -> None:
-        path = self.path.partition("?")[0]
-        if path.startswith("/api/models/owner/name"):
-            names = [str(p.relative_to(self.server.directory)) for p in self.server.directory.rglob("*") if p.is_file()]
-            body = {"id": "owner/name", "sha": COMMIT, "siblings": [{"rfilename": name} for name in names]}
-            return self._answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        prefix = f"/owner/name/resolve/{COMMIT}/"
-        file = self.server.directory / path.removeprefix(prefix)
-        if not path.startswith(prefix) or not file.is_file():
-            return self._answer(404, b"{}", {"X-Error-Code": "RepoNotFound"})
-        data, name = file.read_bytes(), path.removeprefix(prefix)
-        if not self.server.ranges or "Range" not in self.headers:
-            return self._answer(200, data, {}, name)
-        last = min(int(self.headers["Range"].partition("-")[2]), len(data) - 1)
-        return self._answer(206, data[: last + 1], {"Content-Range": f"bytes 0-{last}/{len(data)}"}, name)
-
-    def _answer(self, code: int, body: bytes, headers: dict[str, str], name: str = "") -> None:
-        self.send_response(code)
-        for key, value in {"Content-Length": str(len(body)), **headers}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        for start in range(0, len(body), 1 << 16):
-            try:
-                self.wfile.write(body[start : start + (1 << 16)])
-            except ConnectionError:  # it has heard enough
-                break
-            self.server.sent[name] = self.server.sent.get(name, 0) + len(body[start : start + (1 << 16)])
-
-    def log_message(self, *_: object) -> None:
-        pass
+    endpoint: str
+    directory: Path
+    dropped: set[str] = field(default_factory=set)
+    shortened: dict[str, int] = field(default_factory=dict)
+    altered: dict[str, int] = field(default_factory=dict)
+    downloads: list[tuple[str, int]] = field(default_factory=list)
 
 
 @contextmanager
-def serve_hub(directory: Path, *, ranges: bool = True) -> Iterator[Hub]:
-    """Run a hub on this machine."""
-    with Hub(directory, ranges) as hub:
-        thread = Thread(target=hub.serve_forever, daemon=True)
-        thread.start()
+def serve(directory: Path) -> Iterator[Hub]:
+    """Serve a checkpoint's directory as `REPOSITORY`."""
+    hub = Hub("", directory)
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *arguments: Any) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(body=False)
+
+        def do_GET(self) -> None:
+            self.answer(body=True)
+
+        def answer(self, *, body: bool) -> None:
+            path = self.path.partition("?")[0]
+            if re.fullmatch(rf"/api/models/{REPOSITORY}(/revision/(main|{COMMIT}))?", path):
+                self.send_json(describe(hub.directory))
+            elif match := re.fullmatch(rf"/{REPOSITORY}/resolve/(main|{COMMIT})/([\w.-]+)", path):
+                self.send_file(hub.directory / match[2], body)
+            else:
+                self.send_error_json()
+
+        def send_json(self, value: Any) -> None:
+            data = json.dumps(value).encode()
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def send_error_json(self) -> None:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+        def send_file(self, path: Path, body: bool) -> None:
+            if not path.is_file():
+                self.send_error_json()
+                return
+            data = path.read_bytes()
+            first, last = 0, len(data) - 1
+            if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
+                first, last = int(match[1]), min(int(match[2] or last), last)
+            whole = body and last == len(data) - 1
+            if whole:
+                hub.downloads.append((path.name, first))
+            if whole and hub.shortened.get(path.name, 0) > 0:
+                hub.shortened[path.name] -= 1
+                last -= 100
+            if whole and hub.altered.get(path.name, 0) > 0:
+                hub.altered[path.name] -= 1
+                data = data[:-1] + bytes([data[-1] ^ 1])
+            part = data[first : last + 1]
+            self.send_response(206 if "Range" in self.headers else 200)
+            self.send_header("Content-Length", str(len(part)))
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
+            self.send_header("Accept-Ranges", "bytes")
+            self.send_header("ETag", f'"{hashlib.sha256(path.read_bytes()).hexdigest()}"')
+            self.send_header("X-Repo-Commit", COMMIT)
+            self.end_headers()
+            if not body:
+                return
+            if whole and path.name in hub.dropped:
+                hub.dropped.remove(path.name)
+                self.wfile.write(part[: len(part) // 2])
+                self.wfile.flush()
+                self.connection.shutdown(socket.SHUT_RDWR)
+                self.close_connection = True
+                return
+            self.wfile.write(part)
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+    thread.start()
+    hub.endpoint = f"http://127.0.0.1:{server.server_port}"
+    try:
         yield hub
-        hub.shutdown()
+    finally:
+        server.shutdown()
         thread.join()
+        server.server_close()
+
+
+def describe(directory: Path) -> dict[str, Any]:
+    """What /api/models says, sizes and hashes included."""
+    siblings = []
+    for path in sorted(directory.iterdir()):
+        entry: dict[str, Any] = {"rfilename": path.name, "size": path.stat().st_size}
+        if path.suffix == ".safetensors":
+            digest = hashlib.sha256(path.read_bytes()).hexdigest()
+            entry["lfs"] = {"sha256": digest, "size": path.stat().st_size, "pointerSize": 135}
+        siblings.append(entry)
+    return {"id": REPOSITORY, "modelId": REPOSITORY, "sha": COMMIT, "private": False, "tags": [], "siblings": siblings}
