@@ -167,6 +167,7 @@ def test_a_chat_in_a_terminal(terminal: Any, tmp_path: Path):
     terminal.expect("Once|fox")
     terminal.send("\x03")
     terminal.expect_exact("interrupted")
+    assert "^C" not in terminal.before  # it would be written into the answer
     terminal.expect_exact(READY)
     terminal.send("Hello\x1b\rmy friend\r")
     terminal.expect("tok/s")
