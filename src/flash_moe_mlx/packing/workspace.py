@@ -82,15 +82,20 @@ class Workspace:
         unfinished, finished = self.folder / name, self.destination / name
         return finished if finished.exists() and not unfinished.exists() else unfinished
 
-    def create(self, sizes: Mapping[str, int]) -> None:
-        """Make the output files, of zeros that take no room yet."""
+    def create(self, sizes: Mapping[str, int]) -> set[str]:
+        """Make the output files that are not there, of zeros that take no room yet. Returns their names."""
+        made = set()
         for name, nbytes in sizes.items():
             path = self.path_of(name)
-            if path.parent != self.folder and path.parent != self.folder / EXPERTS_FOLDER:
-                continue
-            with path.open("ab") as file:
-                if os.fstat(file.fileno()).st_size != nbytes:
-                    os.truncate(file.fileno(), nbytes)
+            if not path.exists() or path.stat().st_size != nbytes:
+                path = self.folder / name
+                path.unlink(missing_ok=True)
+                with path.open("xb") as file:
+                    file.truncate(nbytes)
+                made.add(name)
+        for folder in (self.folder / EXPERTS_FOLDER, self.folder, self.destination):
+            sync_folder(folder)
+        return made
 
     def write(self, name: str, data: memoryview, offset: int) -> None:
         """Write at a position of an output file; safe on several threads. Aligned bytes go past the page cache."""
