@@ -124,8 +124,10 @@ def main() -> None:
     packs: dict[str, list[dict[str, float]]] = {bits: [] for bits in a.bits or ["unchanged"]}
     for _ in range(a.runs):
         copies.append(copy(a.source, a.work))
+        print(f"copy {copies[-1]:.1f} s", flush=True)
         for bits, runs in packs.items():
             runs.append(pack(a.source, a.work, bits))
+            print(f"pack, bits {bits}: {runs[-1]}", flush=True)
     gb = nbytes / 1e9
     print(f"source {gb:.2f} GB")
     print(f"copy: {gb / statistics.median(copies):.2f} GB/s, runs {[round(gb / s, 2) for s in copies]}")

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from flash_moe_mlx import load_model, pack, verify
+from flash_moe_mlx import pack, verify
 from flash_moe_mlx.checkpoint import Checkpoint
 from flash_moe_mlx.errors import CheckpointError, PackError, RequestError, UnsupportedModelError
 from flash_moe_mlx.packing import PackSettings, prepare
@@ -325,13 +325,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 
 @pytest.mark.serial
 def test_memory_does_not_grow_with_the_model(tmp_path: Path):
-    """A tensor of 256 MB and experts of 400 MB, and threads' buffers of 32 MB each: far less than the model."""
-    config = chat_config(dtype="bfloat16", num_hidden_layers=2, full_attention_interval=2, vocab_size=2**20,
+    """A model of 670 MB, of which 268 MB are two tensors; what packing adds are threads' buffers of 32 MB."""
+    config = chat_config(dtype="bfloat16", num_hidden_layers=2, full_attention_interval=2, vocab_size=2**19,
                          moe_intermediate_size=1024, num_experts=256)  # fmt: skip
     source = make_checkpoint(tmp_path / "source", "hf-fused", config=config, shards=3)
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_CHILD, source, tmp_path / "packed"], check=True, capture_output=True, text=True,
         env=os.environ,
     )  # fmt: skip
-    assert int(done.stdout) * 1024 < 500e6
-    assert load_model(tmp_path / "packed", memory_limit="1GB", max_context=64)
+    print(done.stdout)
+    assert int(done.stdout) * 1024 < 400e6

@@ -235,7 +235,7 @@ class Runner:
             self._end_commit()
 
     def _commit_rest(self) -> None:
-        """Note what can be noted. After a failed fsync nothing is: the system may have dropped bytes, and says it once."""
+        """Note what can be noted; after a failed fsync nothing: the system may have dropped bytes, and says it once."""
         with suppress(OSError):
             if not self._disk_failed:
                 self._commit()
