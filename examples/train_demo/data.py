@@ -136,9 +136,9 @@ def _fits(part: Part, before: list[Part]) -> bool:
     return part.messages[-1]["content"] != world.NAME_NOT_TOLD or all(p.category != "copying" for p in before)
 
 
-def conversation(r: Random) -> Conversation:
+def conversation(r: Random, mix: dict[str, float] = MIX) -> Conversation:
     """One random conversation, of either split."""
-    kind = _choose(r, MIX)
+    kind = _choose(r, mix)
     parts: list[Part] = []
     tools: list[Tool] = []
     if kind == "tools":
@@ -167,35 +167,39 @@ def conversation(r: Random) -> Conversation:
     return Conversation(("raw_" if raw else "") + parts[-1].category, messages, tools, raw, (any(held), last))
 
 
-def conversations(split: str, seed: int, count: int) -> Iterator[Conversation]:
+def conversations(split: str, seed: int, count: int, mix: dict[str, float] = MIX) -> Iterator[Conversation]:
     """``count`` conversations of a split.
 
     Args:
         split: "train": nothing in it is held out; "held-out": its last answer is.
         seed: Any integer: the same seed gives the same conversations.
         count: How many.
+        mix: Share of each kind.
     """
     r = Random(f"{split}-{seed}")
     made = 0
     while made < count:
-        example = conversation(r)
+        example = conversation(r, mix)
         held_anywhere, held_last = example.held_out
         if held_last if split == "held-out" else not held_anywhere:
             made += 1
             yield example
 
 
-def held_out_set(seed: int, per_category: int) -> list[Conversation]:
-    """Held-out conversations, the same number of each category, no prompt twice."""
+def held_out_set(seed: int, per_category: int, only: str = "") -> list[Conversation]:
+    """Held-out conversations, the same number of each category (or of the one named), no prompt twice."""
     chosen: dict[str, list[Conversation]] = {}
     seen: set[str] = set()
     for example in conversations("held-out", seed, per_category * 60):
-        bucket = chosen.setdefault("raw" if example.raw else example.category, [])
+        category = "raw" if example.raw else example.category
+        if only not in ("", category):
+            continue
+        bucket = chosen.setdefault(category, [])
         prompt = json.dumps([example.messages[:-1], example.tools])
         if len(bucket) < per_category and prompt not in seen:
             seen.add(prompt)
             bucket.append(example)
-            if len(chosen) == CATEGORIES and all(len(b) == per_category for b in chosen.values()):
+            if len(chosen) == (1 if only else CATEGORIES) and all(len(b) == per_category for b in chosen.values()):
                 break
     return [example for _, bucket in sorted(chosen.items()) for example in bucket]
 

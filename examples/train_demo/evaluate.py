@@ -147,12 +147,13 @@ def main() -> None:
     parser.add_argument("--forced", action="store_true", help="one pass an example instead of writing token by token")
     parser.add_argument("--seed", type=int, default=1_000_000)
     parser.add_argument("--per-category", type=int, default=200)
+    parser.add_argument("--only", default="", help="one category, tool_call say")
     parser.add_argument("--batch", type=int, default=256)
     parser.add_argument("--out", type=Path, help="where to write the scores and the wrong answers as JSON")
     options = parser.parse_args()
     begin = time.time()
     tokenizer = load_tokenizer(options.checkpoint)
-    examples = held_out_set(options.seed, options.per_category)
+    examples = held_out_set(options.seed, options.per_category, options.only)
     if options.forced:
         scores, wrong = torch_forced(
             options.checkpoint, examples, tokenizer, rounded=options.rounded, batch=options.batch
