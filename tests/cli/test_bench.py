@@ -31,6 +31,18 @@ def test_bench_prints_a_line_a_run():
     assert len(lines) == 4 and lines[-1].startswith("median decode ")
 
 
+def test_kernels_are_timed_beside_mlx():
+    result = document("bench", "kernels", "--quick", "--json")
+    assert result["backend"] in ("cpu", "cuda", "metal") and result["copy_gb_s"] > 0
+    names = [row["name"] for row in result["rows"]]
+    assert len(names) == len(set(names)) >= 12
+    for part in ("MoE layer", "matvec", "gated delta"):
+        assert any(name.startswith(part) for name in names)
+    for row in result["rows"]:
+        assert row["ours_us"] > 0
+        assert row["relative_rms"] is None or row["relative_rms"] < 0.05
+
+
 def test_doctor_measures_the_disk(tmp_path: Path):
     for where in (("--directory", str(tmp_path)), ("--model", str(module.model_path(None)))):
         result = document("doctor", "--json", *where)

@@ -16,6 +16,7 @@ from .options import (
     Model,
     NumExpertsPerTok,
     Revision,
+    add_command,
     model_path,
     open_model,
     print_json,
@@ -88,6 +89,30 @@ def bench(
     typer.echo(f"median decode {result['median_generation_tps']:.1f} tok/s")
 
 
+def kernels(
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Small shapes, one sample: only to see that everything runs.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Time the kernels beside MLX's and mlx-lm's own on the same work, on this machine's backend.
+
+    MoE layers, quantised products and the gated delta rule at the dimensions of three models. A GPU compiles
+    each kernel first.
+
+    Examples:
+        flash-moe bench kernels --quick
+    """
+    from ..kernel_bench.table import FULL, QUICK, Layers, Table, standard_work
+
+    size = QUICK if quick else FULL
+    table = Table(size, (lambda line: None) if json else typer.echo)
+    for measure in standard_work(size, Layers()):
+        table.add(measure())
+    if json:
+        print_json(table.as_json())
+
+
 def _run(model: Any, tokenizer: Any, prompt_tokens: int, max_tokens: int) -> dict[str, float]:
     import mlx.core as mx
 
@@ -128,3 +153,6 @@ def _drop_pages(directory: Path) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
         os.close(descriptor)
+
+
+add_command(app, kernels)

@@ -7,21 +7,19 @@ import mlx.core as mx
 from mlx_lm.models.gated_delta import gated_delta_ops, normalize_qk
 from mlx_lm.models.switch_layers import QuantizedSwitchLinear, SwitchGLU
 
-from flash_moe_mlx.bank import ExpertBank
-from flash_moe_mlx.ops import kernel_source
-from flash_moe_mlx.ops.dequant_matvec import dequant_matvec, dequant_matvec_kernel
-from flash_moe_mlx.ops.expert_ffn import ExpertPlan, expert_ffn
-from flash_moe_mlx.ops.expert_ffn_combine import expert_ffn_combine
-from flash_moe_mlx.ops.gated_delta import (
+from ..bank import ExpertBank
+from ..ops.dequant_matvec import dequant_matvec, dequant_matvec_kernel
+from ..ops.expert_ffn import ExpertPlan, expert_ffn_kernel, plan_experts
+from ..ops.expert_ffn_combine import combine_kernel, expert_ffn_combine, expert_ffn_combine_kernel
+from ..ops.gated_delta import (
     gated_delta,
     gated_delta_conv_step,
     gated_delta_kernel,
     gated_delta_reference,
 )
-from flash_moe_mlx.ops.geometry import Geometry
-from flash_moe_mlx.ops.moe_combine import moe_combine
-from flash_moe_mlx.record import PROJECTIONS, Quantization, RecordLayout
-
+from ..ops.geometry import Geometry, choose_geometry
+from ..ops.moe_combine import moe_combine
+from ..record import PROJECTIONS, Quantization, RecordLayout
 from .measure import Row, compare, relative_rms, sample
 
 GROUP = 64
@@ -93,10 +91,13 @@ def routes(model: Model, experts: int, calls: int) -> list[mx.array]:
     return made
 
 
-def moe_layer(layer: Layer, experts: int, *, fused: bool, calls: int, samples: int) -> Row:
+def moe_layer(
+    layer: Layer, experts: int, *, calls: int, samples: int, plan: ExpertPlan | None = None, launches: int = 2
+) -> Row:
     """A chain of routed layers, each the input of the next: gate, up, down, combine, residual.
 
-    Ours is three launches or, fused, two; theirs is mlx-lm's SwitchGLU with the same ending.
+    Theirs is mlx-lm's SwitchGLU with the same ending. With ``plan``, ours alone, with its spread over threads, in so
+    many launches.
     """
     model = layer.model
     slots = routes(model, experts, calls)
@@ -110,10 +111,12 @@ def moe_layer(layer: Layer, experts: int, *, fused: bool, calls: int, samples: i
     def ours(count: int = calls) -> list[mx.array]:
         h = x
         for ids in slots[:count]:
-            if fused:
+            if plan is None:
                 h = expert_ffn_combine(h, layer.bank, ids, weights, shared, gate, x)
+            elif launches == 2:
+                h = expert_ffn_combine_kernel(h, layer.bank, ids, weights, shared, gate, x, plan)
             else:
-                h = moe_combine(expert_ffn(h, layer.bank, ids), weights, shared, gate, x)
+                h = moe_combine(expert_ffn_kernel(h, layer.bank, ids, plan), weights, shared, gate, x)
         return [h]
 
     def theirs(count: int = calls) -> list[mx.array]:
@@ -124,60 +127,58 @@ def moe_layer(layer: Layer, experts: int, *, fused: bool, calls: int, samples: i
         return [h]
 
     close = relative_rms(ours(1)[0] - x, theirs(1)[0] - x)
-    name = f"MoE layer {model.name} K={experts} {layer.bits}-bit{' fused' if fused else ''}"
+    name = f"MoE layer {model.name} K={experts} {layer.bits}-bit"
     nbytes = experts * layer.layout.payload_bytes
-    return compare(name, ours, theirs, calls, nbytes, samples, close)
+    return compare(name, ours, theirs if plan is None else None, calls, nbytes, samples, close)
 
 
-def expert_kernel(layer: Layer, name: str, experts: int, plan: ExpertPlan, *, calls: int, samples: int) -> Row:
-    """One of the two expert kernels alone, calls independent of each other."""
-    model, payload = layer.model, layer.layout.payload_bytes
-    slots = routes(model, experts, calls)
-    gate_up = name == "expert_gate_up"
-    shape = (1, model.hidden) if gate_up else (experts, model.width)
-    rows = [mx.random.normal(shape).astype(mx.bfloat16 if gate_up else mx.float32) for _ in range(calls)]
-    mx.eval(rows)
-    geometry = plan.gate_up_geometry if gate_up else plan.down_geometry
-    outputs = model.width if gate_up else model.hidden
-    kernel = plan.gate_up[mx.bfloat16] if gate_up else plan.down
-
-    def ours() -> list[mx.array]:
-        return [
-            kernel_source.launch(
-                kernel,
-                [x, layer.bank.array, ids],
-                [((experts, outputs), mx.float32)],
-                geometry.grid(experts, outputs),
-            )[0]
-            for x, ids in zip(rows, slots, strict=True)
-        ]
-
-    nbytes = experts * payload * (2 if gate_up else 1) // 3
-    return compare(f"{name[7:]} {model.name} K={experts} {layer.bits}-bit", ours, None, calls, nbytes, samples)
+def spread_plan(layer: Layer, gate_up: tuple[int, int] | None, down: tuple[int, int] | None) -> ExpertPlan:
+    """A plan whose kernels have other (rows a lane, SIMD groups a threadgroup); None leaves the plan's own."""
+    model, pair = layer.model, (layer.bits, GROUP)
+    made = []
+    for columns, pairs, spread in ((model.hidden, [pair] * 2, gate_up), (model.width, [pair], down)):
+        made.append(
+            None if spread is None else choose_geometry("bench", columns, pairs, rows=spread[0], simd_groups=spread[1])
+        )
+    plan = plan_experts(layer.layout, *made)
+    combine_kernel(plan, mx.bfloat16, True, True, True, made[1])
+    return plan
 
 
 def matvec(
-    outputs: int, columns: int, bits: int, rows: int, *, copies: int, samples: int, geometry: Geometry | None = None
+    outputs: int,
+    columns: int,
+    bits: int,
+    rows: int,
+    *,
+    copies: int,
+    rounds: int,
+    samples: int,
+    geometry: Geometry | None = None,
 ) -> Row:
-    """Independent products with ``copies`` matrices in turn, beside ``mx.quantized_matmul``."""
+    """Products with ``copies`` matrices in turn, ``rounds`` times, beside ``mx.quantized_matmul``.
+
+    They do not depend on each other: a GPU may overlap the end of one with the start of the next, on both sides.
+    """
     matrices = [random_matrix((outputs,), columns, bits) for _ in range(copies)]
     x = mx.random.normal((rows, columns)).astype(mx.bfloat16)
     mx.eval(matrices, x)
 
     def ours() -> list[mx.array]:
         if geometry is None:
-            return [dequant_matvec(x, *matrix, bits=bits, group_size=GROUP) for matrix in matrices]
+            return [dequant_matvec(x, *matrix, bits=bits, group_size=GROUP) for matrix in matrices * rounds]
         return [
-            dequant_matvec_kernel(x, *matrix, bits=bits, group_size=GROUP, geometry=geometry) for matrix in matrices
+            dequant_matvec_kernel(x, *matrix, bits=bits, group_size=GROUP, geometry=geometry)
+            for matrix in matrices * rounds
         ]
 
     def theirs() -> list[mx.array]:
-        return [mx.quantized_matmul(x, *matrix, group_size=GROUP, bits=bits) for matrix in matrices]
+        return [mx.quantized_matmul(x, *matrix, group_size=GROUP, bits=bits) for matrix in matrices * rounds]
 
     nbytes = sum(part.nbytes for part in matrices[0])
     name = f"matvec {outputs}x{columns} {bits}-bit M={rows}"
     close = relative_rms(ours()[0], theirs()[0])
-    return compare(name, ours, theirs if geometry is None else None, copies, nbytes, samples, close)
+    return compare(name, ours, theirs if geometry is None else None, copies * rounds, nbytes, samples, close)
 
 
 def delta_inputs(steps: int, k_heads: int, v_heads: int, size: int) -> list[mx.array]:
@@ -187,45 +188,44 @@ def delta_inputs(steps: int, k_heads: int, v_heads: int, size: int) -> list[mx.a
     return [*arrays, mx.random.uniform(0, 2, (v_heads,)), mx.ones((v_heads,))]
 
 
-def delta_step(k_heads: int, v_heads: int, size: int, *, calls: int, samples: int, **tuning: int) -> Row:
-    """A chain of decode steps, each on another layer's state: y of one is q of the next."""
-    q, *rest = delta_inputs(1, k_heads, v_heads, size)
-    states = [mx.random.normal((1, v_heads, size, size)) for _ in range(calls)]
-    mx.eval(q, rest, states)
+def delta_step(k_heads: int, v_heads: int, size: int, *, calls: int, states: int, samples: int, **tuning: int) -> Row:
+    """A chain of decode steps on the states of so many layers in turn: y of one is v of the next."""
+    q, k, v, *rest = delta_inputs(1, k_heads, v_heads, size)
+    own = [mx.random.normal((1, v_heads, size, size)) for _ in range(states)]
+    mx.eval(q, k, v, rest, own)
     step: Callable[..., tuple[mx.array, mx.array]] = gated_delta_kernel if tuning else gated_delta
 
     def ours() -> list[mx.array]:
-        query, outputs = q, []
-        for state in states:
-            y, new_state = step(query, *rest, state, **tuning)
-            query = y[:, :, :k_heads]
+        y, outputs = v, []
+        for i in range(calls):
+            y, new_state = step(q, k, y, *rest, own[i % states], **tuning)
             outputs.append(new_state)
-        return [query, *outputs]
+        return [y, *outputs]
 
-    nbytes = 2 * states[0].nbytes
+    nbytes = 2 * own[0].nbytes
     return compare(f"gated delta step {v_heads} heads of {size}", ours, None, calls, nbytes, samples)
 
 
-def delta_conv_step(k_heads: int, v_heads: int, size: int, *, calls: int, samples: int) -> Row:
+def delta_conv_step(k_heads: int, v_heads: int, size: int, *, calls: int, states: int, samples: int) -> Row:
     """The same with the convolution in front; the next step's qkv depends on this one's y."""
     channels = (2 * k_heads + v_heads) * size
     _, _, _, a, b, A_log, dt_bias = delta_inputs(1, k_heads, v_heads, size)
     conv_state = mx.random.normal((1, 3, channels)).astype(mx.bfloat16)
     conv_weight = mx.random.normal((channels, 4)).astype(mx.bfloat16)
     qkv = mx.random.normal((1, 1, channels)).astype(mx.bfloat16)
-    states = [mx.random.normal((1, v_heads, size, size)) for _ in range(calls)]
-    mx.eval(a, b, A_log, dt_bias, conv_state, conv_weight, qkv, states)
+    own = [mx.random.normal((1, v_heads, size, size)) for _ in range(states)]
+    mx.eval(a, b, A_log, dt_bias, conv_state, conv_weight, qkv, own)
 
     def ours() -> list[mx.array]:
         conv, outputs = conv_state, []
-        for state in states:
+        for i in range(calls):
             _, conv, new_state = gated_delta_conv_step(
-                qkv, conv, conv_weight, a, b, A_log, dt_bias, state, k_heads=k_heads
+                qkv, conv, conv_weight, a, b, A_log, dt_bias, own[i % states], k_heads=k_heads
             )
             outputs.append(new_state)
         return [conv, *outputs]
 
-    return compare(f"gated delta conv step {v_heads} heads of {size}", ours, None, calls, 2 * states[0].nbytes, samples)
+    return compare(f"gated delta conv step {v_heads} heads of {size}", ours, None, calls, 2 * own[0].nbytes, samples)
 
 
 def delta_prompt(steps: int, k_heads: int, v_heads: int, size: int, *, samples: int, **tuning: int) -> Row:
@@ -238,8 +238,10 @@ def delta_prompt(steps: int, k_heads: int, v_heads: int, size: int, *, samples: 
         kernel: Callable[..., tuple[mx.array, mx.array]] = gated_delta_kernel if tuning else gated_delta
         return list(kernel(*inputs, state, **tuning))
 
+    q, k, v, a, b, A_log, dt_bias = inputs
+
     def theirs() -> list[mx.array]:
-        return list(gated_delta_reference(*inputs, state))
+        return list(gated_delta_reference(q, k, v, a, b, A_log, dt_bias, state))
 
     name = f"gated delta {steps} tokens {v_heads} heads of {size}"
     nbytes = 2 * state.nbytes + sum(array.nbytes for array in inputs[:3]) + inputs[2].nbytes
