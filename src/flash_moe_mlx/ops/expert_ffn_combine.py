@@ -24,6 +24,10 @@ from .moe_combine import moe_combine, moe_combine_reference
 MAX_WIDTH = 2048
 """Widest expert of which two rows of h fit into threadgroup memory."""
 
+MAX_BYTES = 16 << 20
+"""Bytes of a call's experts above which three launches are faster than two. On an H100 the launches saved no longer
+pay for the experts' running one after the other at 28 MB, and still do at 14."""
+
 SIMD_GROUPS = 4
 MIN_SIMD_GROUPS = 2048
 """SIMD groups in all below which a lane takes one row, not two: a token's experts run one after the other, so the
@@ -31,22 +35,23 @@ rows alone must fill the GPU. Reasoned for the 132 processors of an H100, and no
 
 
 def combine_kernel(
-    plan: ExpertPlan, dtype: mx.Dtype, shared: bool, gate: bool, residual: bool
+    plan: ExpertPlan, dtype: mx.Dtype, shared: bool, gate: bool, residual: bool, spread: Geometry | None = None
 ) -> tuple[Kernel, Geometry]:
     """kernels/expert_down_combine.metal for a layout, and its spread; what is absent is compiled out.
 
-    The spread is that of expert_down but for the rows a lane holds, so the bits are its bits.
+    The spread is that of expert_down but for rows and SIMD groups, so the bits are its bits. ``spread`` replaces
+    the plan's own from then on.
     """
     key = (dtype, shared, gate, residual)
-    if key not in plan.combined:
+    if key not in plan.combined or spread is not None:
         layout = plan.layout
         quantization = layout.quantization("down_proj")
         assert quantization is not None
         pair = (quantization.bits, quantization.group_size)
-        geometry = choose_geometry(
+        geometry = spread or choose_geometry(
             "expert_ffn_combine", layout.intermediate_size, [pair], rows=2, simd_groups=SIMD_GROUPS
         )
-        if layout.hidden_size * geometry.lanes // (SIMD_WIDTH * 2) < MIN_SIMD_GROUPS:
+        if spread is None and layout.hidden_size * geometry.lanes // (SIMD_WIDTH * 2) < MIN_SIMD_GROUPS:
             geometry = replace(geometry, rows=1)
         constants = (
             ("OUT", dtype),
@@ -84,12 +89,14 @@ def expert_ffn_combine_kernel(
     shared: mx.array | None,
     shared_gate: mx.array | None,
     residual: mx.array | None,
+    plan: ExpertPlan | None = None,
 ) -> mx.array:
     """``expert_ffn_combine`` on the GPU, for quantised records of experts at most MAX_WIDTH wide.
 
-    Kernels: kernels/expert_gate_up.metal, kernels/expert_down_combine.metal.
+    Kernels: kernels/expert_gate_up.metal, kernels/expert_down_combine.metal. ``plan``: constants, made from the
+    layout and remembered where it is None.
     """
-    plan = plan_of(bank.layout)
+    plan = plan or plan_of(bank.layout)
     h = gate_up(x, bank, slots, plan)
     dtype = combined_dtype(shared, residual)
     kernel, geometry = combine_kernel(plan, dtype, shared is not None, shared_gate is not None, residual is not None)
@@ -123,7 +130,7 @@ def expert_ffn_combine(
 ) -> mx.array:
     """``moe_combine(expert_ffn(x, bank, slots), ...)`` in one call, and with the same bits.
 
-    For a layer all of whose experts are in their slots at once. On a GPU it is two launches, not three,
+    For a layer all of whose experts are in their slots at once. On a GPU, small calls are two launches, not three,
     and the per-expert outputs never leave the registers.
 
     Args:
@@ -138,6 +145,8 @@ def expert_ffn_combine(
     Returns:
         Shape (T, H), dtype of the residual, else of shared, else float32.
     """
-    if use_kernels() and is_quantized(bank.layout) and bank.layout.intermediate_size <= MAX_WIDTH:
+    layout = bank.layout
+    fits = layout.intermediate_size <= MAX_WIDTH and slots.size * layout.payload_bytes <= MAX_BYTES
+    if use_kernels() and is_quantized(layout) and fits:
         return expert_ffn_combine_kernel(x, bank, slots, weights, shared, shared_gate, residual)
     return moe_combine(expert_ffn(x, bank, slots), weights, shared, shared_gate, residual)
