@@ -212,14 +212,21 @@ def test_many_tasks_and_threads_give_the_same_bytes(
     assert contents(pack(sources["hf-per-expert"], tmp_path / "small", bits=4)) == once
 
 
+@pytest.mark.parametrize(("format", "bits"), [("hf-fused", 4), ("hf-per-expert", 3), ("stock", 2), ("stock", None)])
 def test_records_in_parts_give_the_same_bytes(
-    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, bits: int | None
 ):
-    """As when shards come one at a time: a record's parts are made apart and their checksums joined."""
-    whole = contents(pack(sources["hf-fused"], tmp_path / "whole", bits=4))
+    """As when shards come one at a time: a record's parts are made apart and their checksums joined.
+
+    Of the stock checkpoint's twenty shards some end between a projection's weight and its scales.
+    """
+    config = chat_config(num_hidden_layers=2, full_attention_interval=2)
+    source = sources.get(format) or make_checkpoint(tmp_path / "stock", bits=4, config=config, shards=20)
+    whole = contents(pack(source, tmp_path / "whole", bits=bits))
     monkeypatch.setattr("flash_moe_mlx.packing.LocalSource.by_shard", True)
-    with prepare(sources["hf-fused"], tmp_path / "parts", PackSettings(bits=4)) as packing:
+    with prepare(source, tmp_path / "parts", PackSettings(bits=bits)) as packing:
         assert any(not getattr(task, "whole", True) for task in packing.plan.tasks)
+        assert any(len(task.needs) > 1 for task in packing.plan.tasks) == ((format, bits) == ("stock", 2))
         packing.run(False)
     assert contents(tmp_path / "parts") == whole
 
