@@ -44,8 +44,9 @@ class GatedAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         rope = dict(config.rope_parameters)
+        self.rotary_dim = int(config.head_dim * rope.get("partial_rotary_factor", 0.25))
         self.rope = initialize_rope(
-            int(config.head_dim * rope.get("partial_rotary_factor", 0.25)),
+            self.rotary_dim,
             base=float(rope.get("rope_theta", 10_000.0)),
             traditional=False,
             scaling_config=rope or None,
