@@ -28,11 +28,12 @@ WEIGHTS, SCALES, BIASES, BIAS, X, SUMS, Y, ROWS = range(8)
 COLUMNS = 8
 """Columns of a job: addresses, and rows of x. BIAS is 0 where there is none; tiles need no SUMS, rows no ROWS."""
 
-TASK_ROWS = 16
+TASK_ROWS = 64
 """Rows of a matrix that a thread draws at once: 16 to 64 KiB of weights."""
 
-DOT_ROWS = 4
-"""Of them, rows whose products are computed side by side."""
+DOT_ROWS = 2
+"""Of them, rows whose products are computed side by side. They are half a task apart: processors read ahead in
+streams, and those of neighbours end with the row (experiments 050)."""
 
 TILE_K = 256
 """Weights of a row that are unpacked at once: a tile is 64 KiB and stays in the second-level cache."""
@@ -94,12 +95,13 @@ def _rows(weights, row_bytes, scales, biases, x, sums, y, count, inputs):  # typ
     groups = inputs // GROUP_SIZE if BITS else 0
     steps = inputs // STEP
     scale_bytes = groups * (4 if KIND == 2 else 2)
-    for row in range(0, count // DOT_ROWS * DOT_ROWS, DOT_ROWS):
+    apart = count // DOT_ROWS
+    for row in range(apart):
         at, scale, bias = weights + row * row_bytes, scales + row * scale_bytes, biases + row * scale_bytes
-        row_dots(at, row_bytes, x, scale, bias, sums, groups, steps, y + 4 * row)
-    for row in range(count // DOT_ROWS * DOT_ROWS, count):
+        row_dots(at, row_bytes, x, scale, bias, sums, groups, steps, y + 4 * row, apart)
+    for row in range(apart * DOT_ROWS, count):
         at, scale, bias = weights + row * row_bytes, scales + row * scale_bytes, biases + row * scale_bytes
-        one_row_dot(at, row_bytes, x, scale, bias, sums, groups, steps, y + 4 * row)
+        one_row_dot(at, row_bytes, x, scale, bias, sums, groups, steps, y + 4 * row, 1)
     if steps * STEP < inputs:
         for row in range(count):
             at = weights + row * row_bytes

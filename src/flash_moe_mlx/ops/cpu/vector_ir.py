@@ -179,27 +179,29 @@ def signature_of(argument_count: int, result: types.Type) -> Any:
 
 
 def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Callable[..., None]:
-    """Build ``dots(weights, row_bytes, x, scales, biases, sums, groups, steps, out)``.
+    """Build ``dots(weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart)``.
 
     Writes the sums of ``q * scale * x`` over whole steps plus those of ``bias * sum(x)`` over all groups. All arguments
     are int64: addresses of the first row's packed bytes, of x as ``prepare`` orders it, of the rows' scales and biases,
     stored as ``kind``, ``groups`` a row, of x's sums a group, and of the results, float32; ``steps`` of 16 lanes. Several
-    rows at once share the loads of x and fill the multiplier's latency; each row's bits are those of a row alone.
+    rows at once, ``apart`` rows from each other, share the loads of x and fill the multiplier's latency; each row's bits
+    are those of a row alone.
     """
     step = LANES * lane_weights(bits)
     groups_a_step, steps_a_group = step // group_size, group_size // step
     word, size = (_I32 if kind == F32 else _I16), FLOAT_BYTES[kind]
 
     @intrinsic
-    def quantized_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out):  # type: ignore[no-untyped-def]
+    def quantized_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            weights, row_bytes, x, scales, biases, sums, groups, steps, out = arguments
+            weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart = arguments
             zero = ir.Constant(_VF32, [0.0] * LANES)
             totals = [emit.variable(zero) for _ in range(rows)]
-            starts = [builder.add(weights, emit.scaled(row_bytes, row)) for row in range(rows)]
-            row_scales = [builder.add(scales, emit.scaled(groups, size * row)) for row in range(rows)]
-            row_biases = [builder.add(biases, emit.scaled(groups, size * row)) for row in range(rows)]
+            starts = [builder.add(weights, emit.scaled(builder.mul(row_bytes, apart), row)) for row in range(rows)]
+            row_groups = [emit.scaled(builder.mul(groups, apart), size * row) for row in range(rows)]
+            row_scales = [builder.add(scales, offset) for offset in row_groups]
+            row_biases = [builder.add(biases, offset) for offset in row_groups]
             with cgutils.for_range(builder, steps) as loop:
                 at = emit.scaled(loop.index, step * bits // 8)
                 words = [emit.words(builder.add(start, at), bits) for start in starts]
@@ -231,10 +233,10 @@ def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Cal
                     total = builder.load(totals[row])
                     builder.store(emit.fma(emit.floats(stored, kind), values, total), totals[row])
             for row in range(rows):
-                emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, 4 * row))
+                emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, emit.scaled(apart, 4 * row)))
             return context.get_dummy_value()
 
-        return signature_of(9, types.void), generate
+        return signature_of(10, types.void), generate
 
     return quantized_dots
 
@@ -245,13 +247,13 @@ def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
     stride = LANES * FLOAT_BYTES[kind]
 
     @intrinsic
-    def dense_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out):  # type: ignore[no-untyped-def]
+    def dense_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            weights, row_bytes, x, _, _, _, _, steps, out = arguments
+            weights, row_bytes, x, _, _, _, _, steps, out, apart = arguments
             zero = ir.Constant(_VF32, [0.0] * LANES)
             totals = [[emit.variable(zero) for _ in range(DENSE_FIELDS)] for _ in range(rows)]
-            starts = [builder.add(weights, emit.scaled(row_bytes, row)) for row in range(rows)]
+            starts = [builder.add(weights, emit.scaled(builder.mul(row_bytes, apart), row)) for row in range(rows)]
             with cgutils.for_range(builder, steps) as loop:
                 at = emit.scaled(loop.index, DENSE_FIELDS * stride)
                 base = emit.offset(x, emit.scaled(loop.index, DENSE_FIELDS * LANES * 4))
@@ -264,9 +266,9 @@ def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
             for row in range(rows):
                 fields = [builder.load(total) for total in totals[row]]
                 pairs = builder.fadd(fields[0], fields[1]), builder.fadd(fields[2], fields[3])
-                emit.store(emit.sum(builder.fadd(*pairs)), emit.offset(out, 4 * row))
+                emit.store(emit.sum(builder.fadd(*pairs)), emit.offset(out, emit.scaled(apart, 4 * row)))
             return context.get_dummy_value()
 
-        return signature_of(9, types.void), generate
+        return signature_of(10, types.void), generate
 
     return dense_dots
