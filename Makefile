@@ -38,6 +38,7 @@ bench: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate_api.py
+	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
 clean:

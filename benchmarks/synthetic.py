@@ -3,14 +3,20 @@
 Weights are random; their statistics keep activations finite and routing spread over the experts: zero mean,
 variance 1 / inputs, embeddings of unit variance. The same seed gives the same bytes.
 
+At 4 and 8 bits a code of 0 never occurs and the bias is minus half of the codes' range: ``w = (q - 8) * scale``,
+which llama.cpp's Q4_0 stores as well (``benchmarks/peers/gguf.py``). Routers and shared-expert gates have 8 bits, as
+in mlx-lm's conversions. The routers are the last shard: a checkpoint with other routing shares all the others.
+
     python -m benchmarks.synthetic OUT --preset 35b --layers 8
+    python -m benchmarks.synthetic LOCAL --routing local --like OUT
 """
 
 import argparse
 import json
+import os
 import struct
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +44,10 @@ class Dimensions:
     full_attention_interval: int = 4
 
 
+LOCAL_SHARE = 80 / 256
+"""Of the experts that local routing picks from, another set in each layer."""
+_FAVOUR = 16.0  # length of their router rows over that of the others
+
 PRESETS = {
     "35b": Dimensions(),
     "122b": Dimensions(
@@ -61,21 +71,31 @@ class _Writer:
     def normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0, dtype: str = "BF16") -> None:
         self.tensors.append((name, dtype, shape, (mean, std)))
 
-    def matrix(self, name: str, *shape: int, gain: float = 1.0) -> None:
-        """A weight of ``gain / sqrt(inputs)`` standard deviation, quantised if ``bits``."""
+    def matrix(
+        self, name: str, *shape: int, gain: float = 1.0, bits: int | None = None, rows_gain: object = 1.0
+    ) -> None:
+        """A weight of ``gain * rows_gain / sqrt(inputs)`` standard deviation, quantised if ``bits``."""
         *rows, columns = shape
         std = gain / np.sqrt(columns)
-        if not self.bits:
-            self.normal(f"{name}.weight", shape, std)
+        bits = self.bits and (bits or self.bits)
+        if not bits:
+            self.normal(
+                f"{name}.weight", shape, std * (rows_gain if np.isscalar(rows_gain) else np.repeat(rows_gain, columns))
+            )
             return
-        levels = 2**self.bits
-        scale = std / np.sqrt((levels**2 - 1) / 12)
+        codes = np.arange(2**bits)
+        centre = (len(codes) - 1) / 2
+        if bits in _WITHOUT_ZERO:
+            centre = len(codes) // 2
+            codes = _WITHOUT_ZERO[bits].astype(np.int64) & (len(codes) - 1)
+        scale = _round_bfloat16(std / np.sqrt(np.mean((codes - centre) ** 2)) * np.broadcast_to(rows_gain, rows))
         groups = (*rows, columns // self.group_size)
-        self.tensors.append((f"{name}.weight", "U32", (*rows, columns * self.bits // 32), "bits"))
-        self.tensors.append((f"{name}.scales", "BF16", groups, float(scale)))
-        self.tensors.append((f"{name}.biases", "BF16", groups, float(-scale * (levels - 1) / 2)))
+        scales = np.repeat(scale.reshape(-1), groups[-1])
+        self.tensors.append((f"{name}.weight", "U32", (*rows, columns * bits // 32), bits))
+        self.tensors.append((f"{name}.scales", "BF16", groups, scales))
+        self.tensors.append((f"{name}.biases", "BF16", groups, np.float32(-centre) * scales))
 
-    def write(self, path: Path) -> dict[str, int]:
+    def write(self, path: Path) -> None:
         header, offset = {"__metadata__": {"format": "mlx"}}, 0
         for name, dtype, shape, _ in self.tensors:
             size = int(np.prod(shape)) * {"U32": 4, "BF16": 2, "F32": 4}[dtype]
@@ -88,23 +108,39 @@ class _Writer:
             for _, dtype, shape, recipe in self.tensors:
                 for piece in self._pieces(dtype, int(np.prod(shape)), recipe):
                     file.write(piece)
-        return {name: entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"}
 
     def _pieces(self, dtype: str, count: int, recipe: object) -> Iterator[bytes]:
-        if recipe == "bits":
+        if isinstance(recipe, int):
             while count > 0:
-                size = min(count, 1 << 22)
-                yield self.rng.integers(0, 2**32, size, dtype=np.uint32).tobytes()
+                size = min(count, 1 << 20)
+                codes = self.rng.integers(0, 2**32, size, dtype=np.uint32).view(np.uint8)
+                yield (_WITHOUT_ZERO[recipe][codes] if recipe in _WITHOUT_ZERO else codes).tobytes()
                 count -= size
-        elif isinstance(recipe, float):
-            yield _bfloat16(np.full(count, recipe, np.float32))
+        elif isinstance(recipe, np.ndarray):
+            yield _bfloat16(recipe.astype(np.float32))
         else:
             mean, std = recipe
-            while count > 0:
-                size = min(count, 1 << 22)
-                values = self.rng.standard_normal(size, dtype=np.float32) * np.float32(std) + np.float32(mean)
+            std = np.broadcast_to(np.float32(std), count)
+            for start in range(0, count, 1 << 22):
+                part = std[start : start + (1 << 22)]
+                values = self.rng.standard_normal(len(part), dtype=np.float32) * part + np.float32(mean)
                 yield values.tobytes() if dtype == "F32" else _bfloat16(values)
-                count -= size
+
+
+_BYTES = np.arange(256, dtype=np.uint8)
+_WITHOUT_ZERO = {
+    4: np.where(_BYTES & 15, _BYTES & 15, 8) | np.where(_BYTES >> 4, _BYTES >> 4, 8).astype(np.uint8) << 4,
+    8: np.where(_BYTES, _BYTES, 128).astype(np.uint8),
+}
+"""By bits: each byte of codes with the middle in place of code 0, so that the mean is zero."""
+
+
+def _round_bfloat16(values: np.ndarray) -> np.ndarray:
+    return (
+        (np.frombuffer(_bfloat16(values.astype(np.float32)), np.uint16).astype(np.uint32) << 16)
+        .view(np.float32)
+        .reshape(values.shape)
+    )
 
 
 def _bfloat16(values: np.ndarray) -> bytes:
@@ -113,9 +149,16 @@ def _bfloat16(values: np.ndarray) -> bytes:
 
 
 def write_checkpoint(
-    directory: Path, dimensions: Dimensions, *, bits: int = 4, group_size: int = 64, seed: int = 0
+    directory: Path,
+    dimensions: Dimensions,
+    *,
+    bits: int = 4,
+    group_size: int = 64,
+    seed: int = 0,
+    routing: str = "uniform",
+    like: Path | None = None,
 ) -> Path:
-    """Write a checkpoint: one shard for the embeddings and one a layer.
+    """Write a checkpoint: one shard for the embeddings, one a layer, and one for all routers.
 
     Args:
         directory: Created if need be.
@@ -123,24 +166,32 @@ def write_checkpoint(
         bits: Of all projections and experts; 0 stores bfloat16.
         group_size: Weights that share a scale.
         seed: Of the weights.
+        routing: "uniform", or "local": each layer picks from ``LOCAL_SHARE`` of its experts.
+        like: A checkpoint that differs in its routing alone: its other shards are hard-linked, not written.
 
     Returns:
         The directory.
     """
     d = dimensions
     directory.mkdir(parents=True, exist_ok=True)
-    shards = d.num_hidden_layers + 1
+    shards = d.num_hidden_layers + 2
     weight_map: dict[str, str] = {}
     for shard in range(shards):
         writer = _Writer(np.random.default_rng((seed, shard)), bits, group_size)
+        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
         if shard == 0:
             writer.matrix("language_model.model.embed_tokens", d.vocab_size, d.hidden_size, gain=np.sqrt(d.hidden_size))
             writer.normal("language_model.model.norm.weight", (d.hidden_size,), 0.1, 1.0)
             writer.matrix("language_model.lm_head", d.vocab_size, d.hidden_size)
-        else:
+        elif shard <= d.num_hidden_layers:
             _layer(writer, d, shard - 1)
-        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
-        weight_map |= dict.fromkeys(writer.write(directory / name), name)
+        else:
+            _routers(writer, d, routing)
+        if like and shard <= d.num_hidden_layers:
+            os.link(like / name, directory / name)
+        else:
+            writer.write(directory / name)
+        weight_map |= {tensor: name for tensor, *_ in writer.tensors}
     text = asdict(d) | {
         "model_type": "qwen3_5_moe_text",
         "tie_word_embeddings": False,
@@ -150,10 +201,32 @@ def write_checkpoint(
     }
     config: dict[str, object] = {"model_type": "qwen3_5_moe", "text_config": text}
     if bits:
-        config["quantization"] = {"bits": bits, "group_size": group_size}
+        gates = [f"{_mlp(i)}.{gate}" for i in range(d.num_hidden_layers) for gate in ("gate", "shared_expert_gate")]
+        eight = {"bits": 8, "group_size": group_size}
+        config["quantization"] = {"bits": bits, "group_size": group_size, **dict.fromkeys(gates, eight)}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return directory
+
+
+def dimensions_of(directory: Path) -> Dimensions:
+    """Of a checkpoint that this wrote."""
+    text = json.loads((directory / "config.json").read_text())["text_config"]
+    return Dimensions(**{field.name: text[field.name] for field in fields(Dimensions)})
+
+
+def _mlp(index: int) -> str:
+    return f"language_model.model.layers.{index}.mlp"
+
+
+def _routers(writer: _Writer, d: Dimensions, routing: str) -> None:
+    for index in range(d.num_hidden_layers):
+        length = np.ones(d.num_experts)
+        if routing == "local":
+            favoured = writer.rng.permutation(d.num_experts)[: round(d.num_experts * LOCAL_SHARE)]
+            length[:] = 1 / _FAVOUR
+            length[favoured] = 1
+        writer.matrix(f"{_mlp(index)}.gate", d.num_experts, d.hidden_size, bits=8, rows_gain=length)
 
 
 def _layer(writer: _Writer, d: Dimensions, index: int) -> None:
@@ -180,9 +253,8 @@ def _layer(writer: _Writer, d: Dimensions, index: int) -> None:
         writer.normal(f"{name}.dt_bias", (d.linear_num_value_heads,), 0.1)
         writer.normal(f"{name}.A_log", (d.linear_num_value_heads,), 0.5, dtype="F32")
         writer.normal(f"{name}.norm.weight", (d.linear_value_head_dim,), 0.1, 1.0)
-    mlp, width = f"{path}.mlp", d.moe_intermediate_size
-    writer.matrix(f"{mlp}.gate", d.num_experts, hidden)
-    writer.matrix(f"{mlp}.shared_expert_gate", 1, hidden)
+    mlp, width = _mlp(index), d.moe_intermediate_size
+    writer.matrix(f"{mlp}.shared_expert_gate", 1, hidden, bits=8)
     for name, rows, columns in (
         ("gate_proj", d.shared_expert_intermediate_size, hidden),
         ("up_proj", d.shared_expert_intermediate_size, hidden),
@@ -202,10 +274,14 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--routing", choices=("uniform", "local"), default="uniform")
+    parser.add_argument(
+        "--like", type=Path, help="link all but the routers of this checkpoint; give bits and seed as there"
+    )
     a = parser.parse_args()
-    d = PRESETS[a.preset]
+    d = dimensions_of(a.like) if a.like else PRESETS[a.preset]
     d = replace(d, num_hidden_layers=a.layers or d.num_hidden_layers, num_experts=a.experts or d.num_experts)
-    write_checkpoint(a.out, d, bits=a.bits, group_size=a.group_size, seed=a.seed)
+    write_checkpoint(a.out, d, bits=a.bits, group_size=a.group_size, seed=a.seed, routing=a.routing, like=a.like)
 
 
 if __name__ == "__main__":

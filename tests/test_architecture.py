@@ -18,9 +18,10 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A module imports only from those before it. The same list, with what each does, is in docs/architecture.md.
 ORDER = [
     "errors", "record", "machine", "config", "stats", "safetensors_header", "quantization", "expert_tensors",
-    "checkpoint", "trace", "budget", "file_io", "store", "buffer_cache", "bank", "cache", "streaming", "pack",
-    "verify", "ops", "moe", "models", "loading", "prefix_cache", "generation", "async_generation", "plan",
-    "server", "chat", "cli", "plot",
+    "packed_format", "checkpoint", "trace", "policies", "slots", "routing", "simulation", "budget",
+    "file_io", "disk_probe", "record_check", "store", "buffer_cache", "bank", "cache", "streaming",
+    "packing", "verification", "ops", "moe", "models", "loading", "prefix_cache", "generation",
+    "async_generation", "answer", "tools", "conversation", "plan", "plot", "server", "cli",
 ]  # fmt: skip
 
 MAX_LINES = 500
@@ -28,9 +29,10 @@ MAX_ENVIRONMENT_VARIABLES = 5
 
 EXPORTED = {
     "load", "load_model", "generate", "stream_generate", "stream_generate_async", "GenerationResponse",
-    "PrefixCache", "chat_prompt",
-    "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
-    "MemoryLimitError", "StoreError", "ShortReadError", "ShapeError", "RequestError",
+    "PrefixCache", "chat_prompt", "Conversation", "load_tools",
+    "pack", "verify", "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
+    "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",
+    "RequestError",
     "__version__",
 }  # fmt: skip
 

@@ -76,9 +76,9 @@ def limit_of_slots(directory: Path, slots: int) -> int:
 def noting(sizes: list[int], acquire: Callable[..., Fetch]) -> Callable[..., Fetch]:
     """`acquire`, with the number of experts of each call put into ``sizes``."""
 
-    def acquire_and_note(layer: int, experts: Sequence[int]) -> Fetch:
+    def acquire_and_note(layer: int, experts: Sequence[int], **how: bool) -> Fetch:
         sizes.append(len(experts))
-        return acquire(layer, experts)
+        return acquire(layer, experts, **how)
 
     return acquire_and_note
 

@@ -15,12 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .async_generation import stream_generate_async
+    from .conversation import Conversation
     from .errors import (
         CheckpointError,
+        ChecksumError,
         CorruptError,
+        DiskFullError,
         FlashMoEError,
         MemoryLimitError,
         MissingTensorError,
+        PackError,
         RequestError,
         ShapeError,
         ShortReadError,
@@ -29,7 +33,10 @@ if TYPE_CHECKING:
     )
     from .generation import GenerationResponse, generate, stream_generate
     from .loading import load, load_model
+    from .packing import pack
     from .prefix_cache import PrefixCache, chat_prompt
+    from .tools import load_tools
+    from .verification import verify
 
 __version__ = "0.1.0"
 
@@ -44,6 +51,10 @@ __all__ = [
     "GenerationResponse",
     "PrefixCache",
     "chat_prompt",
+    "Conversation",
+    "load_tools",
+    "pack",
+    "verify",
     "FlashMoEError",
     "CheckpointError",
     "MissingTensorError",
@@ -52,6 +63,9 @@ __all__ = [
     "MemoryLimitError",
     "StoreError",
     "ShortReadError",
+    "ChecksumError",
+    "PackError",
+    "DiskFullError",
     "ShapeError",
     "RequestError",
     "__version__",
@@ -65,7 +79,11 @@ _MODULES = {
     "stream_generate_async": "async_generation",
     "PrefixCache": "prefix_cache",
     "chat_prompt": "prefix_cache",
+    "Conversation": "conversation",
+    "load_tools": "tools",
     "GenerationResponse": "generation",
+    "pack": "packing",
+    "verify": "verification",
 }
 
 

@@ -1,17 +1,18 @@
-"""ExpertCache: which experts are in memory, a share of slots for each layer, least recently used out first.
+"""ExpertCache: which experts are in memory, a share of slots for each layer; a policy says which give way.
 
 A global LRU smaller than one token's working set hits exactly never, since every token walks all
 layers before it returns to the first: hence a share a layer.
 """
 
-from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from .bank import ExpertBank
 from .errors import MemoryLimitError
+from .policies import AgedLFU, Policy
 from .record import RecordLayout
+from .slots import SlotTable
 from .store import PendingReads, ReadRequest
 
 
@@ -53,48 +54,12 @@ class Fetch:
         return nbytes
 
 
-class LayerSlots:
-    """Slots of one layer: a bank, the experts in it by recency, and slots that are free or being filled."""
+class LayerSlots(SlotTable):
+    """A SlotTable over the memory of a bank."""
 
-    def __init__(self, layout: RecordLayout, num_slots: int):
+    def __init__(self, layout: RecordLayout, num_slots: int, policy: Policy):
+        super().__init__(num_slots, policy)
         self.bank = ExpertBank(layout, num_slots)
-        self.present: OrderedDict[int, int] = OrderedDict()
-        self.free = list(range(num_slots))[::-1]
-        self.filling: dict[int, int] = {}
-        self.unsettled = False
-
-    def claim(self, experts: Sequence[int]) -> dict[int, int]:
-        """Mark experts as just used; give each absent one a slot, evicting the least recently used others."""
-        self.unsettled = True
-        wanted = set(experts)
-        for expert in experts:
-            if expert in self.present:
-                self.present.move_to_end(expert)
-        for expert in experts:
-            if expert not in self.present:
-                if not self.free:
-                    victim = next(e for e in self.present if e not in wanted)
-                    self.free.append(self.present.pop(victim))
-                self.filling[expert] = self.free.pop()
-        self.unsettled = bool(self.filling)
-        return {e: self.present[e] if e in self.present else self.filling[e] for e in experts}
-
-    def publish(self) -> None:
-        """Records that were being read are whole."""
-        self.present.update(self.filling)
-        self.filling.clear()
-        self.unsettled = False
-
-    def release(self) -> None:
-        """Give up slots whose records never arrived.
-
-        An interrupt may have come between any two steps of `claim` and `publish`, with a slot in no list or in two:
-        what holds an expert is what `present` says, and every other slot is free.
-        """
-        self.filling.clear()
-        held = set(self.present.values())
-        self.free = [slot for slot in range(self.bank.num_slots)[::-1] if slot not in held]
-        self.unsettled = False
 
 
 class ExpertCache:
@@ -104,17 +69,27 @@ class ExpertCache:
     consistent: slots whose reads were never waited for are drained and freed on the next use of the layer.
     """
 
-    def __init__(self, source: ExpertSource, layouts: Mapping[int, RecordLayout], num_slots: Mapping[int, int]):
+    def __init__(
+        self,
+        source: ExpertSource,
+        layouts: Mapping[int, RecordLayout],
+        num_slots: Mapping[int, int],
+        policy: Callable[[], Policy] = AgedLFU,
+    ):
         """Allocate the banks.
 
         Args:
             source: Fills buffers with records.
             layouts: Record layout of each layer with routed experts.
             num_slots: Slots of each layer.
+            policy: Makes a layer's policy.
         """
         self._source = source
         self._layouts = dict(layouts)
-        self._layers = {layer: LayerSlots(layouts[layer], slots) for layer, slots in num_slots.items()}
+        self._policies = {layer: policy() for layer in layouts}
+        self._layers = {
+            layer: LayerSlots(layouts[layer], slots, self._policies[layer]) for layer, slots in num_slots.items()
+        }
 
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].bank.num_slots
@@ -132,30 +107,48 @@ class ExpertCache:
         return self._layers[layer].bank
 
     def present(self, layer: int) -> tuple[int, ...]:
-        """Experts of a layer that are in memory, least recently used first."""
+        """Experts of a layer that are in memory, those that came last at the end."""
         return tuple(self._layers[layer].present)
 
     def contains(self, layer: int, expert: int) -> bool:
         return expert in self._layers[layer].present
 
-    def acquire(self, layer: int, experts: Sequence[int]) -> Fetch:
+    def order(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1
+    ) -> tuple[list[int], int]:
+        """Count experts as used, and order them for waves: those present, then the others, the most useful last.
+
+        Args:
+            layer: The layer.
+            experts: Distinct expert ids: all that a forward pass of ``tokens`` tokens asks of this layer.
+            counts: Tokens that picked each; None is one each.
+            tokens: Of the pass.
+
+        Returns:
+            The experts in order, and how many of them are present.
+        """
+        return self._settled(layer).order(experts, counts, tokens)
+
+    def acquire(self, layer: int, experts: Sequence[int], *, counted: bool = False) -> Fetch:
         """Slots for distinct experts of a layer; reads of the absent ones are under way on return.
 
         The caller must have waited for every computation that reads this layer's slots.
 
+        Args:
+            layer: The layer.
+            experts: Distinct expert ids.
+            counted: `order` has counted them as used.
+
         Raises:
             MemoryLimitError: If they are more than the layer has slots.
         """
-        slots = self._layers[layer]
-        if slots.unsettled:  # an earlier fetch was interrupted or failed
-            self._source.drain()
-            slots.release()
+        slots = self._settled(layer)
         if len(experts) > slots.bank.num_slots:
             raise MemoryLimitError(
                 f"[ExpertCache] layer {layer} has {slots.bank.num_slots} slots, {len(experts)} experts were asked "
                 "for at once. Raise memory_limit."
             )
-        assigned = slots.claim(experts)
+        assigned = slots.claim(experts if counted else slots.order(experts)[0])
         misses = tuple(slots.filling)
         reads = None
         if misses:
@@ -164,7 +157,10 @@ class ExpertCache:
         return Fetch(assigned, misses, slots, reads)
 
     def resize(self, num_slots: Mapping[int, int]) -> None:
-        """Change the layers' shares. Banks whose share changes start empty. Cut short, it may be called again."""
+        """Change the layers' shares. Banks whose share changes start empty; what policies know of experts stays.
+
+        Cut short, it may be called again.
+        """
         self._source.drain()
         changed = [
             layer for layer, slots in num_slots.items() if layer not in self._layers or self.num_slots(layer) != slots
@@ -173,12 +169,18 @@ class ExpertCache:
         for layer in changed:
             self._layers.pop(layer, None)
         for layer in changed:
-            self._layers[layer] = LayerSlots(self._layouts[layer], num_slots[layer])
+            self._policies[layer].restore(())
+            self._layers[layer] = LayerSlots(self._layouts[layer], num_slots[layer], self._policies[layer])
 
     def clear(self) -> None:
         """Forget every expert; the banks stay."""
         self._source.drain()
         for slots in self._layers.values():
-            slots.unsettled = True
-            slots.present.clear()
+            slots.clear()
+
+    def _settled(self, layer: int) -> LayerSlots:
+        slots = self._layers[layer]
+        if slots.unsettled:  # an earlier fetch was interrupted or failed
+            self._source.drain()
             slots.release()
+        return slots

@@ -11,7 +11,8 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import CheckpointError, CorruptError, MissingTensorError, RequestError, UnsupportedModelError
-from .expert_tensors import Found, Part, layer_parts, parse_name, resolve
+from .expert_tensors import Found, Part, Parts, layer_parts, parse_name, resolve
+from .packed_format import Manifest, PackedLayer, payload_bytes, read_layer, read_manifest
 from .quantization import QuantizationSettings, Stored, mlx_name
 from .record import Quantization, RecordLayout
 from .safetensors_header import TensorInfo, brief, read_json, read_shards
@@ -65,8 +66,9 @@ class Checkpoint:
         tensors: Every tensor of every shard, by stored name.
         dense: Tensors that live in memory: all but routed experts, vision and multi-token-prediction tensors.
         moe_layers: Layers that have routed experts, ascending.
-        format: "mlx", "hf-fused" or "hf-per-expert".
+        format: "mlx", "hf-fused", "hf-per-expert" or "packed".
         expert_files: Files that hold routed experts.
+        manifest: Of a packed checkpoint; None for others.
     """
 
     directory: Path
@@ -76,9 +78,21 @@ class Checkpoint:
     moe_layers: tuple[int, ...]
     format: str
     expert_files: tuple[Path, ...]
+    manifest: Manifest | None
 
-    def __init__(self, directory: Path, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]):
-        """Check ``tensors`` against ``config``. `Checkpoint.open` reads both from a directory."""
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        manifest: Manifest | None = None,
+    ):
+        """Check ``tensors`` against ``config``. `Checkpoint.open` reads them from a directory.
+
+        With a ``manifest`` it is a packed checkpoint: ``tensors`` has one entry a layer under the manifest's name.
+        """
+        self.manifest = manifest
+        packed = {layer.tensor_name: layer for layer in manifest.layers.values()} if manifest else {}
         self.directory = directory
         self.config = MappingProxyType(dict(config))
         self.tensors = MappingProxyType(dict(tensors))
@@ -88,7 +102,7 @@ class Checkpoint:
         formats: dict[str, str] = {}
         extra_layers = bool(self.setting("num_nextn_predict_layers"))
         for name, info in self.tensors.items():
-            if _is_skipped(name) or (extra_layers and self._is_extra(name)):
+            if name in packed or _is_skipped(name) or (extra_layers and self._is_extra(name)):
                 continue
             key = parse_name(name)
             if key is None:
@@ -102,7 +116,12 @@ class Checkpoint:
                     f"and {brief(name)}. {_AGAIN}"
                 )
             same[key.expert] = info
-        if not experts:
+        if packed and experts:
+            raise CorruptError(
+                f"[{directory.name}] experts must be in the packed files alone, got "
+                f"{brief(next(iter(formats.values())))} too. {_AGAIN}"
+            )
+        if not experts and not packed:
             advice = "Models without them run best in mlx-lm."
             if self._num_experts():  # granitemoe's input_linear, say
                 advice = "They are stored in another way: use mlx_lm.convert's form, or run it in mlx-lm."
@@ -116,11 +135,16 @@ class Checkpoint:
                 "Convert the checkpoint again with one tool."
             )
         self.dense = MappingProxyType(dense)
-        (self.format,) = formats
-        self.moe_layers = tuple(sorted(experts))
+        (self.format,) = formats or ("packed",)
+        self.moe_layers = tuple(sorted(manifest.layers if manifest else experts))
         self._check_layer_count()
         layouts: dict[object, RecordLayout] = {}  # equal layouts are one object
-        self._layers = {layer: self._layer(layer, experts[layer], settings, layouts) for layer in self.moe_layers}
+        if manifest:
+            self._layers = {
+                layer.layer: self._packed_layer(layer, settings, layouts) for layer in manifest.layers.values()
+            }
+        else:
+            self._layers = {layer: self._layer(layer, experts[layer], settings, layouts) for layer in self.moe_layers}
         self._quantizations = self._resolve_dense(settings)
         self._modules = {mlx_name(name): name for name in self.tensors}
         self.expert_files = tuple(
@@ -150,7 +174,11 @@ class Checkpoint:
                 f"[checkpoint] {directory} must be a checkpoint's directory, got {got}. Check the path."
             )
         config = read_json(directory / "config.json", "Check the path, or download the checkpoint again.")
-        return cls(directory, config, read_shards(directory))
+        manifest = read_manifest(directory)
+        tensors = read_shards(directory)
+        for layer in manifest.layers.values() if manifest else ():
+            tensors[layer.tensor_name] = read_layer(directory, layer)
+        return cls(directory, config, tensors, manifest)
 
     def num_experts(self, layer: int) -> int:
         """E: routed experts of a layer."""
@@ -172,6 +200,9 @@ class Checkpoint:
                 f"[Checkpoint] layer {layer} has experts 0 to {where.num_experts - 1}, got {expert}. "
                 "Ask for one of these."
             )
+        if self.manifest:  # as the record is in memory, padding between its parts included
+            path, offset = where.parts[0].locate(expert)
+            return (ByteRange(path, offset, 0, payload_bytes(where.layout)),)
         ranges: list[ByteRange] = []
         for slot, part in zip(where.layout.parts, where.parts, strict=True):
             path, offset = part.locate(expert)
@@ -186,6 +217,14 @@ class Checkpoint:
             else:
                 ranges.append(ByteRange(path, offset, slot.offset, slot.nbytes))
         return tuple(ranges)
+
+    def parts(self, layer: int) -> tuple[Part, ...]:
+        """Where each part of a layer's records lies, in the layout's order."""
+        return self._layer_of(layer).parts
+
+    def checksum(self, layer: int, expert: int) -> int | None:
+        """CRC-32 of a record from its first part to the end of its last; None where the checkpoint has none."""
+        return self.manifest.layers[layer].checksums[expert] if self.manifest else None
 
     def quantization(self, module: str) -> Quantization | None:
         """Quantisation of a module by its path, as stored or as mlx-lm names it; None where it has none.
@@ -254,6 +293,39 @@ class Checkpoint:
         where = f"{self.directory.name} layer {layer}"
         num_experts, parts = layer_parts(self.format, where, found, self._num_experts())
         quantizations = resolve(where, found, parts, settings)
+        self._check_sizes(where, parts)
+        specs = {key: (part.dtype, part.shape) for key, part in parts.items()}
+        identity = (tuple(sorted(specs.items())), tuple(quantizations.items()))
+        if identity not in layouts:
+            layouts[identity] = RecordLayout.contiguous(specs, quantizations)
+        layout = layouts[identity]
+        return _Layer(num_experts, layout, tuple(parts[slot.projection, slot.part] for slot in layout.parts))
+
+    def _packed_layer(
+        self, packed: PackedLayer, settings: QuantizationSettings, layouts: dict[object, RecordLayout]
+    ) -> _Layer:
+        where = f"{self.directory.name} layer {packed.layer}"
+        expected = self._num_experts()
+        if expected is not None and expected != packed.num_experts:
+            raise CorruptError(
+                f"[{where}] must have the {expected} experts of config.json, got {packed.num_experts}. {_AGAIN}"
+            )
+        for projection, quantization in packed.layout.quantizations:
+            stated = settings.overrides.get(f"{packed.module}.{projection}", quantization)
+            if stated != quantization:
+                raise CorruptError(
+                    f"[{where}] {projection} must be {stated}, as config.json says, got {quantization}. {_AGAIN}"
+                )
+        info = self.tensors[packed.tensor_name]
+        layout = layouts.setdefault(packed.layout, packed.layout)
+        parts = {
+            (slot.projection, slot.part): Part((info,), slot.dtype, slot.shape, first=slot.offset, stride=packed.stride)
+            for slot in layout.parts
+        }
+        self._check_sizes(where, parts)
+        return _Layer(packed.num_experts, layout, tuple(parts.values()))
+
+    def _check_sizes(self, where: str, parts: Parts) -> None:
         for keys, projection in _EXPERT_SIZES:
             size = parts[projection, "weight"].shape[0]
             # Zero says that another key holds; a list, one a layer, is left to the model.
@@ -262,12 +334,6 @@ class Checkpoint:
                 raise CorruptError(
                     f"[{where}] experts must have config.json's {key} {self.setting(key)}, got {size}. {_AGAIN}"
                 )
-        specs = {key: (part.dtype, part.shape) for key, part in parts.items()}
-        identity = (tuple(sorted(specs.items())), tuple(quantizations.items()))
-        if identity not in layouts:
-            layouts[identity] = RecordLayout.contiguous(specs, quantizations)
-        layout = layouts[identity]
-        return _Layer(num_experts, layout, tuple(parts[slot.projection, slot.part] for slot in layout.parts))
 
     def _resolve_dense(self, settings: QuantizationSettings) -> dict[str, Quantization | None]:
         """Quantisation of every dense module that has scales, or of which config.json speaks."""

@@ -8,6 +8,9 @@
     +-- MemoryLimitError           the memory limit can't hold what was asked for
     +-- StoreError                 reading experts failed
     |   +-- ShortReadError         a file ended before the record did
+    |   +-- ChecksumError          a record's bytes are not those that were packed (also a CorruptError)
+    +-- PackError                  packing stopped; what was done is kept, and running it again goes on
+    |   +-- DiskFullError          the disk has too little room for the result
     +-- ShapeError                 an array's shape breaks a kernel's contract
     +-- RequestError               an argument of a call is not usable (also a ValueError)
 
@@ -53,6 +56,26 @@ class StoreError(FlashMoEError):
 
 class ShortReadError(StoreError):
     """A file ended before the record did."""
+
+
+class ChecksumError(StoreError, CorruptError):
+    """A record was read whole, twice, and its bytes are not those that were packed."""
+
+
+class PackError(FlashMoEError):
+    """Packing stopped. What was done is kept: the same call goes on where this one stopped."""
+
+
+class DiskFullError(PackError):
+    """The disk has too little room.
+
+    Attributes:
+        missing_bytes: How much more must be free.
+    """
+
+    def __init__(self, message: str, missing_bytes: int):
+        super().__init__(message)
+        self.missing_bytes = missing_bytes
 
 
 class ShapeError(FlashMoEError):

@@ -98,6 +98,14 @@ def read_fully(fd: int, target: memoryview, offset: int) -> int:
     return done
 
 
+def read_from_disk(path: Path, target: memoryview, offset: int) -> int:
+    """As `read_fully`, by name; the system is asked to drop what it has of the range in memory before."""
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), offset, len(target), os.POSIX_FADV_DONTNEED)
+        return read_fully(file.fileno(), target, offset)
+
+
 def read_aligned(fd: int, buffer: mmap.mmap, target: memoryview, offset: int) -> int:
     """As `read_fully`, but with aligned offsets, lengths and addresses only, through ``buffer``."""
     skip = offset % DIRECT_ALIGNMENT

@@ -26,8 +26,10 @@ from .machine import default_memory_limit_bytes
 from .models.family import Family
 from .models.registry import prepare_family
 from .ops.backend import backend
+from .packed_format import EXPERTS_FOLDER
 from .store import ExpertStore
 from .streaming import StreamingEngine
+from .verification import check_other_files
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +44,7 @@ def load(
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     io: str = "auto",
+    verify: str | bool = "sample",
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     return_config: bool = False,
@@ -55,6 +58,8 @@ def load(
         max_context: Tokens of prompt and answer that there must be room for.
         num_experts_per_tok: Overrides the router's K. Fewer than the model's own is faster and lossy.
         io: How expert bytes are read: "auto", "mmap", "pread" or "direct".
+        verify: Of a packed checkpoint: "full" compares every record that is read with its checksum, and all other
+            files before they are loaded; "sample" one record in 16; False none. Stock checkpoints have no checksums.
         revision: Branch, tag or commit of the repository.
         tokenizer_config: Passed to the tokenizer.
         return_config: Return config.json's contents too.
@@ -68,7 +73,7 @@ def load(
         RequestError: If an argument is not usable.
     """
     streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
-    prepared = _prepare(_resolve(path_or_repo, revision), streaming)
+    prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify)
     with ExitStack() as undo:
         undo.callback(prepared.store.close)
         config = load_mlx_lm_config(prepared.checkpoint.directory)
@@ -85,11 +90,12 @@ def load_model(
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     io: str = "auto",
+    verify: str | bool = "sample",
     revision: str | None = None,
 ) -> Any:
     """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
     streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
-    return _prepare(_resolve(path, revision), streaming).load()
+    return _prepare(_resolve(path, revision), streaming, verify).load()
 
 
 def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
@@ -100,7 +106,11 @@ def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
     if isinstance(path_or_repo, Path) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise CheckpointError(f"[load] {name} must be a directory or a hub repository, got neither. Check the path.")
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=DEFAULT_ALLOW_PATTERNS))
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[*DEFAULT_ALLOW_PATTERNS, f"{EXPERTS_FOLDER}/*.safetensors"]
+            )
+        )
     # OSError covers "not in the local cache", HTTPError what goes wrong between here and the hub.
     except (_HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
@@ -177,15 +187,17 @@ class _Prepared:
             mx.eval([value for value in module.values() if isinstance(value, mx.array)])
 
 
-def _prepare(directory: Path, streaming: StreamingConfig) -> _Prepared:
+def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
     checkpoint = Checkpoint.open(directory)
+    if verify == "full" and checkpoint.manifest:
+        check_other_files(directory, checkpoint.manifest)
     stored = _lazy_dense(checkpoint)
     family = prepare_family(checkpoint, stored, streaming, _activation_dtype(stored))
     _check_tensors(family, directory.name)
     limit_bytes = streaming.memory_limit_bytes
     if limit_bytes is None:
         limit_bytes = default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
-    store = ExpertStore(checkpoint, io="pread" if streaming.io == "auto" else streaming.io)
+    store = ExpertStore(checkpoint, io="pread" if streaming.io == "auto" else streaming.io, verify=verify)
     with ExitStack() as undo:
         undo.callback(store.close)
         divide(

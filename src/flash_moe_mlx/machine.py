@@ -58,3 +58,10 @@ def default_memory_limit_bytes(recommended_working_set_bytes: int | None = None)
         if size is not None
     )
     return max(int(usable * SAFE_SHARE) - PROCESS_OVERHEAD_BYTES, 1)
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

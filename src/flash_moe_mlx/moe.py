@@ -27,7 +27,7 @@ grouped by expert. Chosen by the number of tokens alone, so that bits do not dep
 class ExpertFetcher(Protocol):
     """What routed experts come from: a StreamingEngine, or a shard of one on another host."""
 
-    def waves(self, layer: int, experts: np.ndarray) -> Iterator[Wave]: ...
+    def waves(self, layer: int, experts: np.ndarray, counts: np.ndarray) -> Iterator[Wave]: ...
 
     def reading(self, output: mx.array) -> None: ...
 
@@ -54,7 +54,7 @@ class RoutedExperts:
         Raises:
             StoreError: If a record can't be read, now or when its wave is asked for.
         """
-        return self._fetcher.waves(self._layer, np.unique(ids))
+        return self._fetcher.waves(self._layer, *np.unique(ids, return_counts=True))
 
     def __call__(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave] | None = None) -> mx.array:
         """Outputs of each token's experts.

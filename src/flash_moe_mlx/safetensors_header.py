@@ -123,8 +123,21 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
     """Read a JSON object from a file. ``advice`` says what to do where it is absent or broken.
 
     Raises:
-        MissingTensorError: If there is no such file.
         CorruptError: If it is not a JSON object.
+        CheckpointError: As `read_bytes`.
+    """
+    value = load_json(read_bytes(path, advice), path.name, advice)
+    if not isinstance(value, dict):
+        raise CorruptError(f"[{path.name}] must be a JSON object, got {brief(value)}. {advice}")
+    return value
+
+
+def read_bytes(path: Path, advice: str) -> bytes:
+    """A file that is to be parsed as JSON: of bounded size, and no Git LFS pointer.
+
+    Raises:
+        MissingTensorError: If there is no such file.
+        CorruptError: If it is too large, or a Git LFS pointer.
         CheckpointError: If it can't be read.
     """
     try:
@@ -140,10 +153,7 @@ def read_json(path: Path, advice: str) -> dict[str, Any]:
         raise CorruptError(f"[{path.name}] must be JSON, got a Git LFS pointer. {_LFS_ADVICE}")
     if len(data) > MAX_HEADER_BYTES:
         raise CorruptError(f"[{path.name}] must have at most {MAX_HEADER_BYTES} bytes, got more. {advice}")
-    value = load_json(data, path.name, advice)
-    if not isinstance(value, dict):
-        raise CorruptError(f"[{path.name}] must be a JSON object, got {brief(value)}. {advice}")
-    return value
+    return data
 
 
 def load_json(data: bytes, where: str, advice: str = _AGAIN) -> Any:

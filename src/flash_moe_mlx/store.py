@@ -25,6 +25,7 @@ from typing import NamedTuple
 from .checkpoint import ByteRange, Checkpoint
 from .errors import RequestError, ShortReadError, StoreError
 from .file_io import DIRECT_ALIGNMENT, ReadOnlyFile, read_aligned, read_fully
+from .record_check import RecordCheck
 
 IO_MODES = ("mmap", "pread", "direct")
 
@@ -122,7 +123,7 @@ class PendingReads:
     def completed(self) -> tuple[bool, ...]:
         """For each request, whether its whole record is in its buffer."""
         with self._lock:
-            return tuple(count == 0 for count in self._open_pieces)
+            return tuple(count == 0 and index not in self._errors for index, count in enumerate(self._open_pieces))
 
     # A job is claimed by the thread that runs it or dropped by `_drop`, never both: that no read begins after a batch
     # was given up must not hang on whether an interrupt came before or after the pool had taken the job.
@@ -161,10 +162,12 @@ class PendingReads:
                 self._drop()
                 self._finished.wait()
 
-    def _piece_read(self, piece: _Piece) -> None:
+    def _piece_read(self, piece: _Piece) -> bool:
+        """Note a piece; whether it was its record's last."""
         with self._lock:
             self._open_pieces[piece.request] -= 1
             self._bytes_read += len(piece.target)
+            return self._open_pieces[piece.request] == 0
 
     def _piece_failed(self, piece: _Piece, error: StoreError) -> None:
         with self._lock:
@@ -180,8 +183,15 @@ class ExpertStore:
         num_threads: I/O threads.
     """
 
-    def __init__(self, checkpoint: Checkpoint, *, io: str = "pread", num_threads: int = 8):
+    def __init__(self, checkpoint: Checkpoint, *, io: str = "pread", num_threads: int = 8, verify: str | bool = False):
         """Open every file that holds experts, once.
+
+        Args:
+            checkpoint: What is read.
+            io: "pread", "mmap" or "direct".
+            num_threads: I/O threads.
+            verify: Which records of a packed checkpoint `submit` compares with their checksums: "full" all that it
+                reads, "sample" one in 16, False none. `view` compares none.
 
         Raises:
             RequestError: If ``io`` or ``num_threads`` can't be used.
@@ -196,6 +206,7 @@ class ExpertStore:
         self.io = io
         self.num_threads = num_threads
         self.checkpoint = checkpoint
+        self._check = RecordCheck(checkpoint, verify)
         self._lock = threading.Lock()
         self._closed = False
         self._bytes_read = 0
@@ -391,7 +402,10 @@ class ExpertStore:
                 failure.__cause__ = error
                 pending._piece_failed(piece, failure)
             else:
-                pending._piece_read(piece)
+                if pending._piece_read(piece) and self._check.is_due():
+                    record = memoryview(request.buffer).cast("B")
+                    if corrupt := self._check.find_error(request.layer, request.expert, record):
+                        pending._piece_failed(piece, corrupt)
 
     def _read(self, piece: _Piece) -> int:
         """Bytes of the piece that the file has; fewer than asked only at its end."""

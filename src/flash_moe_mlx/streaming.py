@@ -222,7 +222,7 @@ class StreamingEngine:
         """What a record of a layer looks like."""
         return self._layouts[layer]
 
-    def waves(self, layer: int, experts: np.ndarray) -> Iterator[Wave]:
+    def waves(self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None) -> Iterator[Wave]:
         """Bring experts of a layer into memory, as many at a time as there are slots for.
 
         Reads of the first wave are under way on return, and waited for when it is asked for. Those present
@@ -231,16 +231,16 @@ class StreamingEngine:
 
         Args:
             experts: Distinct expert ids, ascending.
+            counts: Tokens that picked each; None is one each.
 
         Raises:
             StoreError: If a record can't be read.
         """
-        ids = [int(e) for e in experts]
-        self._check_cancelled()
-        ordered = [e for e in ids if self._cache.contains(layer, e)]
-        self._counters.hits += len(ordered)
-        self._counters.misses += len(ids) - len(ordered)
-        ordered += [e for e in ids if not self._cache.contains(layer, e)]
+        uses = None if counts is None else counts.tolist()
+        tokens = 1 if uses is None else -(-sum(uses) // self._k)
+        ordered, hits = self._cache.order(layer, experts.tolist(), uses, tokens)
+        self._counters.hits += hits
+        self._counters.misses += len(ordered) - hits
         size = self._cache.num_slots(layer)
         groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
         return self._waves(layer, groups, self._acquire(layer, groups[0]) if groups else None)
@@ -254,7 +254,8 @@ class StreamingEngine:
             StoreError: If a record can't be read.
         """
         self._check_cancelled()
-        fetch = self._acquire(layer, experts)
+        self._settle()
+        fetch = self._cache.acquire(layer, experts)
         self._counters.misses += len(fetch.misses)
         self._counters.hits += len(experts) - len(fetch.misses)
         return TokenFetch(fetch, self._cache.bank(layer), self._counters)
@@ -265,8 +266,9 @@ class StreamingEngine:
             raise CancelledError
 
     def _acquire(self, layer: int, experts: list[int]) -> Fetch:
+        self._check_cancelled()
         self._settle()
-        return self._cache.acquire(layer, experts)
+        return self._cache.acquire(layer, experts, counted=True)
 
     def _waves(self, layer: int, groups: list[list[int]], first: Fetch | None) -> Iterator[Wave]:
         fetch = first
@@ -321,7 +323,7 @@ class StreamingEngine:
 
     @contextmanager
     def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
-        """Within it, a forward pass of this thread ends early once ``cancelled`` is set, before the next layer's reads.
+        """Within it, a forward pass of this thread ends early once ``cancelled`` is set, before the next wave's reads.
 
         Raises:
             concurrent.futures.CancelledError: Out of the forward pass.
@@ -363,6 +365,11 @@ class StreamingEngine:
     def max_context(self) -> int:
         """Tokens of context that the memory limit has room for."""
         return self._config.max_context
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the caches and states of one sequence of max_context tokens take."""
+        return self._costs.state_bytes(1, self._config.max_context)
 
     @property
     def counters(self) -> Counters:

@@ -15,6 +15,7 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlx_lm.utils import _get_classes
 
+from ..bank import MLX_DTYPES
 from ..checkpoint import Checkpoint
 from ..config import StreamingConfig
 from ..errors import CorruptError, MissingTensorError, RequestError, UnsupportedModelError
@@ -155,6 +156,12 @@ def _with_experts_per_tok(config: Mapping[str, Any], k: int | None) -> tuple[dic
 
 def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:
     """The routed experts' tensors, never evaluated: what mlx-lm's sanitize does can depend on their names."""
+    if checkpoint.manifest:
+        return {
+            f"{layer.module}.{part.name}": mx.zeros((layer.num_experts, *part.shape), MLX_DTYPES[part.dtype])
+            for layer in checkpoint.manifest.layers.values()
+            for part in layer.layout.parts
+        }
     experts: dict[str, mx.array] = {}
     for path in checkpoint.expert_files:
         experts |= {name: value for name, value in mx.load(str(path)).items() if parse_name(name)}

@@ -1,0 +1,101 @@
+"""How fast packing is: at unchanged bits against copying the same files, and quantising.
+
+    python -m benchmarks.packing SOURCE WORK_FOLDER --bits unchanged --bits 2 --bits 8
+
+Source and results start on a cold page cache (written, synced and dropped). A copy is `cp` and `sync`; sides alternate.
+Memory is the peak resident set of a process of its own.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+CHILD = """
+import json, resource, sys, time
+from pathlib import Path
+from flash_moe_mlx.packing import pack
+source, destination, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
+begin, cpu = time.perf_counter(), time.process_time()
+pack(source, destination, progress=False, **options)
+print(json.dumps({"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu,
+                  "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+"""
+
+
+def drop(folder: Path) -> None:
+    """Write back and forget what the system has of a folder's files in memory."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            fd = os.open(path, os.O_RDONLY)
+            os.fsync(fd)
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            os.close(fd)
+
+
+def size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def copy(source: Path, work: Path) -> float:
+    target = work / "copy"
+    drop(source)
+    begin = time.perf_counter()
+    subprocess.run(["cp", "-r", "--reflink=never", source, target], check=True)
+    for path in target.rglob("*"):
+        fd = os.open(path, os.O_RDONLY)
+        os.fsync(fd)
+        os.close(fd)
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(target)
+    return seconds
+
+
+def pack(source: Path, work: Path, bits: str) -> dict[str, float]:
+    target = work / "packed"
+    drop(source)
+    options = {"bits": None if bits == "unchanged" else int(bits)}
+    done = subprocess.run(
+        [sys.executable, "-c", CHILD, source, target, json.dumps(options)], check=True, stdout=subprocess.PIPE
+    )
+    result = json.loads(done.stdout) | {"result_bytes": size(target)}
+    shutil.rmtree(target)
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("source", type=Path)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--bits", action="append", default=[])
+    parser.add_argument("--runs", type=int, default=3)
+    a = parser.parse_args()
+    a.work.mkdir(parents=True, exist_ok=True)
+    nbytes = size(a.source)
+    copies: list[float] = []
+    packs: dict[str, list[dict[str, float]]] = {bits: [] for bits in a.bits or ["unchanged"]}
+    for _ in range(a.runs):
+        copies.append(copy(a.source, a.work))
+        for bits, runs in packs.items():
+            runs.append(pack(a.source, a.work, bits))
+    gb = nbytes / 1e9
+    print(f"source {gb:.2f} GB")
+    print(f"copy: {gb / statistics.median(copies):.2f} GB/s, runs {[round(gb / s, 2) for s in copies]}")
+    for bits, runs in packs.items():
+        seconds = statistics.median(run["seconds"] for run in runs)
+        print(
+            f"pack, bits {bits}: {gb / seconds:.2f} GB/s of the source, "
+            f"runs {[round(gb / r['seconds'], 2) for r in runs]}, "
+            f"{statistics.median(copies) / seconds:.0%} of the copy's rate; "
+            f"{statistics.median(r['cpu_seconds'] / r['seconds'] for r in runs):.2f} cores busy; "
+            f"peak {max(r['peak_rss_gb'] for r in runs):.2f} GB; result {runs[0]['result_bytes'] / 1e9:.2f} GB"
+        )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""A sampler and a logits processor of one's own, beside mlx-lm's: all three shape what is said next.
+
+python examples/custom_sampler.py [path/to/checkpoint]
+"""
+
+import sys
+from importlib.resources import files
+
+import mlx.core as mx
+from mlx_lm.sample_utils import make_sampler
+
+from flash_moe_mlx import chat_prompt, generate, load
+
+path = sys.argv[1] if len(sys.argv) > 1 else files("flash_moe_mlx") / "demo"
+
+
+def typical(logprobs: mx.array) -> mx.array:
+    """Sample from tokens whose surprise is near what the model expects: neither the obvious nor the odd.
+
+    From log-probabilities (1, vocabulary) to a token (1,). Locally typical sampling, Meister 2022, arXiv:2202.00666.
+    """
+    expected = -mx.sum(mx.exp(logprobs) * logprobs, axis=-1, keepdims=True)
+    unusual = mx.abs(-logprobs - expected)
+    return mx.random.categorical(mx.where(unusual <= mx.min(unusual) + 1.0, logprobs, -mx.inf))
+
+
+def without(words: list[str]):
+    """A logits processor that keeps the first token of some words from being said."""
+    banned = mx.array([tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words])
+
+    def process(tokens: mx.array, logits: mx.array) -> mx.array:
+        logits[..., banned] = -mx.inf
+        return logits
+
+    return process
+
+
+model, tokenizer = load(path, memory_limit="14MB", max_context=128)
+with model.streaming:
+    prompt, _ = chat_prompt(tokenizer, [{"role": "user", "content": "Tell me a story about a small fox."}])
+    mx.random.seed(0)
+    print("greedy:     ", generate(model, tokenizer, prompt, max_tokens=60))
+    print("mlx-lm's:   ", generate(model, tokenizer, prompt, max_tokens=60, sampler=make_sampler(0.8, top_p=0.9)))
+    print("typical:    ", generate(model, tokenizer, prompt, max_tokens=60, sampler=typical))
+    print("without fox:", generate(model, tokenizer, prompt, max_tokens=60, logits_processors=[without(["fox"])]))

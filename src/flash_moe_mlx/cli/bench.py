@@ -1,0 +1,130 @@
+"""``flash-moe bench``: the speed of a model. Its subcommands measure parts."""
+
+import os
+import statistics
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RequestError
+from .options import (
+    Io,
+    Json,
+    MaxContext,
+    MemoryLimit,
+    Model,
+    NumExpertsPerTok,
+    Revision,
+    model_path,
+    open_model,
+    print_json,
+)
+
+app = typer.Typer(rich_markup_mode=None)
+
+
+@app.callback(invoke_without_command=True)
+def bench(
+    context: typer.Context,
+    model: Model = None,
+    prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
+    max_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 64,
+    runs: Annotated[int, typer.Option(help="Runs, after one that compiles and is not counted.", min=1)] = 3,
+    cold: Annotated[
+        bool, typer.Option("--cold", help="Before each run, empty the expert slots and the model's page cache (Linux).")
+    ] = False,
+    memory_limit: MemoryLimit = None,
+    max_context: MaxContext = 8192,
+    io: Io = "auto",
+    num_experts_per_tok: NumExpertsPerTok = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Measure a model's prefill and decode speed, and the share of experts that it found in memory.
+
+    Examples:
+        flash-moe bench --memory-limit 14MB --max-context 128 --prompt-tokens 32 --max-tokens 8 --runs 1
+        flash-moe bench --json --max-tokens 8
+    """
+    if context.invoked_subcommand is not None:
+        return
+    directory = _local(model) if cold else None
+    with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+        measured = []
+        for run in range(runs + 1):
+            if directory is not None:
+                loaded.streaming.clear()
+                _drop_pages(directory)
+            figures = _run(loaded, tokenizer, prompt_tokens, max_tokens)
+            measured += [figures] if run else []
+        stats = loaded.streaming.stats()
+        result = {
+            "model": model or "demo",
+            "state": "cold" if cold else "warm",
+            "prompt_tokens": prompt_tokens,
+            "max_tokens": max_tokens,
+            "memory_limit_bytes": stats.memory_limit_bytes,
+            "num_slots": stats.num_slots,
+            "num_experts": stats.num_experts,
+            "io": stats.io,
+            "lossy": list(stats.lossy),
+            "runs": measured,
+            "median_generation_tps": statistics.median(run["generation_tps"] for run in measured),
+        }
+    if json:
+        print_json(result)
+        return
+    typer.echo(
+        f"{result['model']}, {result['state']}, {prompt_tokens} prompt tokens, {max_tokens} generated, "
+        f"{stats.num_slots:,} of {stats.num_experts:,} experts in slots"
+    )
+    for figures in measured:
+        typer.echo(
+            f"prefill {figures['prompt_tps']:.1f} tok/s, decode {figures['generation_tps']:.1f} tok/s, "
+            f"hit rate {figures['hit_rate']:.1%}, {figures['bytes_read'] / 1e6:.1f} MB read, "
+            f"{figures['read_seconds']:.2f} s waiting for them"
+        )
+    typer.echo(f"median decode {result['median_generation_tps']:.1f} tok/s")
+
+
+def _run(model: Any, tokenizer: Any, prompt_tokens: int, max_tokens: int) -> dict[str, float]:
+    import mlx.core as mx
+
+    from .. import stream_generate
+
+    ends = mx.array(sorted(tokenizer.eos_token_ids))
+    size = min(tokenizer.vocab_size, 500)
+
+    def go_on(_: mx.array, logits: mx.array) -> mx.array:
+        logits[..., ends] = -mx.inf  # an end token would shorten the run
+        return logits
+
+    for response in stream_generate(  # noqa: B007
+        model, tokenizer, [i % size for i in range(prompt_tokens)], max_tokens, logits_processors=[go_on]
+    ):
+        pass
+    streaming = response.streaming
+    return {
+        "prompt_tps": response.prompt_tps,
+        "generation_tps": response.generation_tps,
+        "hit_rate": streaming.hit_rate,
+        "bytes_read": streaming.bytes_read,
+        "read_seconds": streaming.read_seconds,
+    }
+
+
+def _local(model: str | None) -> Path:
+    if not hasattr(os, "posix_fadvise"):
+        raise RequestError("[--cold] the system must be able to drop a file's pages, got one that isn't. Leave it out.")
+    directory = Path(model_path(model)).expanduser()
+    if not directory.is_dir():
+        raise RequestError(f"[--cold] the model must be a local directory, got {directory}. Name its directory.")
+    return directory
+
+
+def _drop_pages(directory: Path) -> None:
+    for path in directory.rglob("*.safetensors"):
+        descriptor = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)

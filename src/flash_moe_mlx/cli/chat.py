@@ -1,0 +1,130 @@
+"""``flash-moe chat``."""
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from ..errors import MemoryLimitError
+from .options import (
+    Io,
+    MaxContext,
+    MaxTokens,
+    MemoryLimit,
+    MinP,
+    Model,
+    NumExpertsPerTok,
+    Revision,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    open_model,
+    sampler,
+)
+
+if TYPE_CHECKING:
+    from .. import PrefixCache
+    from .terminal import Reader
+
+PREFIX_CACHE_SHARE = 0.1  # of the memory limit, where no size is given
+
+
+def chat(
+    model: Model = None,
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    tools: Annotated[
+        list[Path] | None,
+        typer.Option(help="Python file whose functions the model may call; may be repeated.", exists=True),
+    ] = None,
+    calculator: Annotated[bool, typer.Option(help="Offer the built-in calculator.")] = True,
+    tool_timeout: Annotated[float, typer.Option(help="Most seconds of a tool call.", min=0.1)] = 30.0,
+    max_tool_rounds: Annotated[int, typer.Option(help="Most times a turn that tools may be called.", min=0)] = 8,
+    thinking: Annotated[
+        Literal["show", "hide", "off"], typer.Option(help="Show the thinking dimmed, hide it, or ask for none.")
+    ] = "show",
+    thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of thinking in an answer.", min=0)] = None,
+    max_tokens: MaxTokens = 2048,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 0.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    prefix_cache: Annotated[
+        str | None, typer.Option(help='Memory for states of earlier turns, such as "500MB"; 0 for none.')
+    ] = None,
+    memory_limit: MemoryLimit = None,
+    max_context: MaxContext = 8192,
+    io: Io = "auto",
+    num_experts_per_tok: NumExpertsPerTok = None,
+    revision: Revision = None,
+) -> None:
+    """Chat in the terminal, with tools.
+
+    Enter sends, Alt-Enter or Ctrl-J begins a line, Ctrl-C ends an answer, /help lists the commands. Each tool call is
+    shown and must be confirmed. A tool is no sandbox: it may do what you may.
+
+    Examples:
+        flash-moe chat
+        flash-moe chat --system "Answer in one line." --thinking-budget 500
+        flash-moe chat --tools examples/tools/read_file.py --tools examples/tools/shell.py
+        echo "What is 17 + 25?" | flash-moe chat --no-calculator
+    """
+    from rich.console import Console
+
+    from ..conversation import Conversation
+    from ..tools import CALCULATOR, load_tools
+    from .chat_session import ChatSession
+
+    console = Console()
+    offered = [tool for path in tools or [] for tool in load_tools(path)]
+    read = _reader(console.is_terminal)
+    with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+        if calculator and tokenizer.has_tool_calling:
+            offered += load_tools(CALCULATOR)
+        conversation = Conversation(
+            loaded,
+            tokenizer,
+            system=system,
+            tools=offered,
+            prefix_cache=_prefix_cache(loaded, prefix_cache),
+            max_tokens=max_tokens,
+            sampler=sampler(temperature, top_p, top_k, min_p, seed),
+            thinking=thinking != "off",
+            thinking_budget=thinking_budget,
+            max_tool_rounds=max_tool_rounds,
+            tool_timeout_seconds=tool_timeout,
+        )
+        if console.is_terminal:
+            names = ", ".join(tool.name for tool in offered) or "none"
+            typer.echo(f"{model or 'the embedded demo'}; tools: {names}. /help lists the commands.")
+        ChatSession(conversation, console, read, thinking).run()
+
+
+def _reader(is_terminal: bool) -> "Reader":
+    from .chat_session import COMMANDS
+    from .terminal import editing_reader, read_line
+
+    if not (is_terminal and sys.stdin.isatty()) or os.environ.get("TERM") == "dumb":
+        return read_line
+    try:
+        return editing_reader(Path(typer.get_app_dir("flash-moe")) / "chat_history", list(COMMANDS))
+    except ImportError:
+        typer.echo("Without prompt_toolkit there is no editing: pip install 'flash_moe_mlx[chat]'.", err=True)
+        return read_line
+
+
+def _prefix_cache(model: Any, size: str | None) -> "PrefixCache | None":
+    from .. import PrefixCache
+
+    if size == "0":
+        return None
+    if size is not None:
+        return PrefixCache(model, size)
+    try:
+        return PrefixCache(model, int(model.streaming.stats().memory_limit_bytes * PREFIX_CACHE_SHARE))
+    except MemoryLimitError:
+        typer.echo("The memory limit has no room for a prefix cache: each turn reads the whole conversation.", err=True)
+        return None

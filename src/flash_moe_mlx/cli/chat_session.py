@@ -1,0 +1,221 @@
+"""A chat in a terminal: messages, slash commands, and the confirmation of tool calls."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.text import Text
+
+from ..answer import Part
+from ..conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
+from ..errors import FlashMoEError, RequestError
+from ..stats import format_bytes
+from .printable import printable
+from .terminal import AnswerView, Reader, Thinking, read_line
+
+MAX_RESULT_LINES = 8  # of a tool's result, shown to the user
+
+COMMANDS = {
+    "/help": "this list",
+    "/clear": "forget the conversation",
+    "/system": "show the system prompt, or set it: /system TEXT",
+    "/stats": "memory, hit rate and bytes read",
+    "/tools": "what the model may call",
+    "/save": "write the conversation to a JSON file: /save FILE",
+    "/load": "go on with a saved conversation: /load FILE",
+    "/quit": "leave, as Ctrl-D does",
+}
+
+
+class ChatSession:
+    """Talks to a user until they leave. Ctrl-C ends an answer, not the chat."""
+
+    def __init__(self, conversation: Conversation, console: Console, read: Reader, thinking: Thinking):
+        self._chat = conversation
+        self._console = console
+        self._read = read
+        self._thinking = thinking
+        self._always: set[str] = set()
+        self._view: AnswerView | None = None
+        conversation.confirm = self._confirm
+        conversation.progress = self._progress
+        self._commands: dict[str, Callable[[str], None]] = {
+            "/help": self._help,
+            "/clear": self._clear,
+            "/system": self._system,
+            "/stats": self._stats,
+            "/tools": self._tools,
+            "/save": self._save,
+            "/load": self._load,
+        }
+
+    def run(self) -> None:
+        """Read and answer until the end of the input or /quit."""
+        while True:
+            try:
+                line = self._read("> ").strip()
+            except EOFError:
+                return
+            except KeyboardInterrupt:
+                if not self._console.is_terminal:
+                    raise
+                self._note("/quit or Ctrl-D leaves.")
+                continue
+            name, _, rest = line.partition(" ")
+            if name == "/quit":
+                return
+            try:
+                if name.startswith("/"):
+                    self._commands.get(name, self._unknown)(rest.strip())
+                elif line:
+                    self._turn(line)
+            except FlashMoEError as error:
+                self._console.print(Text(printable(str(error)), style="red"))
+
+    def _turn(self, text: str) -> None:
+        started = time.perf_counter()
+        end: AnswerEnd | None = None
+        try:
+            with AnswerView(self._console, self._thinking) as self._view, closing(self._chat.send(text)) as events:
+                for event in events:
+                    match event:
+                        case Part(kind=kind, text=piece):
+                            self._view.write(kind, piece)
+                        case AnswerEnd():
+                            self._view.finish()
+                            end = event
+                        case ToolCall():
+                            self._say(f"[bold]calls[/bold] {escape(printable(str(event)))}")
+                        case ToolOutcome():
+                            self._show_result(event)
+        except KeyboardInterrupt:
+            if not self._console.is_terminal:
+                raise
+            self._note("interrupted")
+            return
+        finally:
+            self._view = None
+            if not self._console.is_terminal:
+                self._console.print()
+        if end is not None and self._console.is_terminal:
+            self._show_end(end, time.perf_counter() - started)
+
+    def _show_end(self, end: AnswerEnd, seconds: float) -> None:
+        response = end.response
+        cut = "; cut at the most tokens of an answer" if response.finish_reason == "length" else ""
+        self._note(
+            f"{response.prompt_tokens:,} prompt tokens ({response.cached_tokens:,} cached), "
+            f"{response.generation_tokens:,} tokens, {response.generation_tps:.1f} tok/s, "
+            f"hit rate {response.streaming.hit_rate:.0%}, {seconds:.1f} s{cut}"
+        )
+
+    def _show_result(self, outcome: ToolOutcome) -> None:
+        lines = printable(outcome.result.text).splitlines() or [""]
+        more = f"\n({len(lines) - MAX_RESULT_LINES:,} more lines)" if len(lines) > MAX_RESULT_LINES else ""
+        word = "gives" if outcome.result.ok else "fails:"
+        self._say(f"[dim]{word} {escape(chr(10).join(lines[:MAX_RESULT_LINES]))}{more}[/dim]")
+
+    def _confirm(self, call: ToolCall) -> bool:
+        if call.name in self._always:
+            return True
+        while True:
+            try:
+                answer = read_line(f"Run {call.name}? yes, no, always: ").strip().lower()
+            except EOFError:
+                answer = "no"
+            if answer in ("a", "always"):
+                self._always.add(call.name)
+            if answer in ("y", "yes", "a", "always"):
+                return True
+            if answer in ("n", "no"):
+                return False
+
+    def _progress(self, done: int, total: int) -> None:
+        if self._view is not None:
+            self._view.progress(done, total)
+
+    def _say(self, markup: str) -> None:
+        self._console.print(markup, highlight=False)
+
+    def _note(self, text: str) -> None:
+        self._say(f"[dim]{escape(text)}[/dim]")
+
+    # Slash commands, given what follows their name.
+
+    def _unknown(self, _: str) -> None:
+        self._note("There is no such command. /help lists them.")
+
+    def _help(self, _: str) -> None:
+        for name, meaning in COMMANDS.items():
+            self._say(f"[bold]{name:<9}[/bold]{escape(meaning)}")
+        self._note("Enter sends, Alt-Enter or Ctrl-J begins a line, Ctrl-C ends an answer.")
+
+    def _clear(self, _: str) -> None:
+        self._chat.messages.clear()
+        self._note("The conversation is forgotten.")
+
+    def _system(self, text: str) -> None:
+        if text:
+            self._chat.system = text
+        self._note(self._chat.system or "There is no system prompt.")
+
+    def _stats(self, _: str) -> None:
+        self._console.print(Text(str(self._chat.model.streaming.stats())))
+        cache = self._chat.prefix_cache
+        if cache is not None:
+            self._note(f"prefix cache {format_bytes(cache.nbytes)} of {format_bytes(cache.max_bytes)}")
+        tokens = len(self._chat.prompt()[0]) if self._chat.messages else 0
+        self._note(f"context {tokens:,} of {self._chat.model.streaming.max_context:,} tokens")
+
+    def _tools(self, _: str) -> None:
+        for tool in self._chat.tools:
+            always = " (always run)" if tool.name in self._always else ""
+            self._say(f"[bold]{escape(tool.name)}[/bold]{always} {escape(tool.schema['function']['description'])}")
+        if not self._chat.tools:
+            self._note("There are none.")
+
+    def _save(self, name: str) -> None:
+        path = _file(name, "/save")
+        saved = {"system": self._chat.system, "messages": self._chat.messages}
+        try:
+            path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+        except OSError as error:
+            raise RequestError(f"[/save] {path} must be writable, got {error.strerror}. Check the path.") from error
+        self._note(f"{len(self._chat.messages)} messages are in {path}.")
+
+    def _load(self, name: str) -> None:
+        path = _file(name, "/load")
+        self._chat.system, self._chat.messages = read_conversation(path)
+        self._note(f"{len(self._chat.messages)} messages were in {path}.")
+
+
+def read_conversation(path: Path) -> tuple[str, list[dict[str, Any]]]:
+    """System prompt and messages of a file that /save wrote.
+
+    Raises:
+        RequestError: If it is another file.
+    """
+    try:
+        saved = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise RequestError(f"[/load] {path} must be a saved conversation, got {error}. Check the path.") from error
+    roles = {"user", "assistant", "tool"}
+    if not (
+        isinstance(saved, dict)
+        and isinstance(system := saved.get("system"), str)
+        and isinstance(messages := saved.get("messages"), list)
+        and all(isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str) for m in messages)
+    ):
+        raise RequestError(f"[/load] {path} must be a saved conversation, got another file. Check the path.")
+    return system, messages
+
+
+def _file(name: str, command: str) -> Path:
+    if not name:
+        raise RequestError(f"[{command}] must name a file, got none. Try {command} chat.json.")
+    return Path(name).expanduser()

@@ -1,0 +1,200 @@
+"""``flash-moe doctor``: what the library finds on this machine, and what to change."""
+
+import os
+import platform
+import sys
+import tempfile
+from dataclasses import asdict
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .. import __version__
+from .options import Json, Model, model_path, print_json
+
+if TYPE_CHECKING:
+    from ..disk_probe import DiskProbe
+
+PACKAGES = (
+    "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy", "numba", "prompt_toolkit", "starlette", "uvicorn",
+    "matplotlib",
+)  # fmt: skip
+RECORD_BYTES = 1_769_472  # an expert of Qwen3.5-35B-A3B at 4 bits
+PROBE_FILE_BYTES = 256 << 20
+SLOW_DISK = 1e9
+WORKING_SET_SHARE = 0.8  # of a Mac's memory, above which nothing is left to raise
+
+
+def doctor(
+    model: Model = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(
+            help="Where to probe the disk, if no model is named: 256 MB are written and removed. The hub's cache "
+            "without it.",
+            exists=True,
+            file_okay=False,
+        ),
+    ] = None,
+    disk: Annotated[bool, typer.Option(help="Probe the disk.")] = True,
+    json: Json = False,
+) -> None:
+    """Tell what this machine offers: backend, memory, disk, versions; and what to change.
+
+    With a model named, its own experts are read, past the page cache.
+
+    Examples:
+        flash-moe doctor --json
+        flash-moe doctor --no-disk
+    """
+    found: dict[str, Any] = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cores": os.cpu_count(),
+        "versions": {"flash_moe_mlx": __version__, **{name: _version(name) for name in PACKAGES}},
+        **_backend(),
+        "memory": _memory(),
+    }
+    probe = (_probe_model(model) if model is not None else _probe_directory(directory)) if disk else None
+    found["disk"] = None if probe is None else {**asdict(probe), "bytes_per_second": probe.bytes_per_second}
+    found["advice"] = _advice(found)
+    if json:
+        print_json(found)
+        return
+    rows = _rows(found)
+    width = max(len(name) for name, _ in rows)
+    for name, value in rows:
+        typer.echo(f"{name:<{width}}  {value}")
+    typer.echo("\n" + ("\n".join(f"- {line}" for line in found["advice"]) or "Nothing to change."))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _backend() -> dict[str, Any]:
+    import mlx.core as mx
+
+    from ..ops import cpu
+    from ..ops.backend import backend
+
+    return {"backend": backend(), "device": mx.device_info(), "cpu_kernels": cpu.available()}
+
+
+def _memory() -> dict[str, int | None]:
+    import mlx.core as mx
+
+    from ..machine import cgroup_limit_bytes, default_memory_limit_bytes, physical_memory_bytes
+
+    working_set = mx.device_info().get("max_recommended_working_set_size")
+    return {
+        "physical_bytes": physical_memory_bytes(),
+        "cgroup_limit_bytes": cgroup_limit_bytes(),
+        "recommended_working_set_bytes": working_set,
+        "default_memory_limit_bytes": default_memory_limit_bytes(working_set),
+    }
+
+
+def _probe_model(model: str) -> "DiskProbe":
+    from ..checkpoint import Checkpoint
+    from ..disk_probe import probe_disk
+
+    checkpoint = Checkpoint.open(Path(model_path(model)))
+    return probe_disk(checkpoint.expert_files, checkpoint.layout(checkpoint.moe_layers[0]).record_bytes)
+
+
+def _probe_directory(directory: Path | None) -> "DiskProbe":
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    from ..disk_probe import probe_disk
+
+    if directory is None:
+        cache = Path(HF_HUB_CACHE)
+        directory = next(path for path in (cache, *cache.parents) if path.is_dir() and os.access(path, os.W_OK))
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="flash-moe-probe-") as file:
+        block = os.urandom(1 << 20)  # disks may compress
+        for _ in range(PROBE_FILE_BYTES // len(block)):
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+        return probe_disk([Path(file.name)], RECORD_BYTES)
+
+
+def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
+    from ..stats import format_bytes
+
+    memory, disk = found["memory"], found["disk"]
+    rows = [
+        ("backend", found["backend"] + (", without numba" if _lacks_numba(found) else "")),
+        ("device", str(found["device"].get("device_name", platform.processor() or "unknown"))),
+        ("system", f"{found['system']}, {found['cores']} cores, Python {found['python']}"),
+    ]
+    sizes = ((name.removesuffix("_bytes").replace("_", " "), size) for name, size in memory.items())
+    rows += [(name, format_bytes(size)) for name, size in sizes if size is not None]
+    if disk is not None:
+        how = "past the page cache" if disk["direct"] else "through the page cache, which can't be bypassed here"
+        rows.append(
+            (
+                "disk",
+                f"{format_bytes(disk['bytes_per_second'])}/s, {disk['num_reads']:,} reads of "
+                f"{format_bytes(disk['record_bytes'])} by {disk['num_threads']} threads, {how}",
+            )
+        )
+    return rows + [(name, installed or "not installed") for name, installed in found["versions"].items()]
+
+
+def _lacks_numba(found: dict[str, Any]) -> bool:
+    """Whether MLX's own slow kernels would run."""
+    return found["backend"] == "cpu" and not found["cpu_kernels"]
+
+
+def _advice(found: dict[str, Any]) -> list[str]:
+    """What to change, most important first."""
+    from ..stats import format_bytes
+
+    memory, disk, advice = found["memory"], found["disk"], []
+    for package, specifier in _required().items():
+        if (installed := found["versions"].get(package)) and installed not in specifier:
+            advice.append(f"{package} {installed} must be {specifier}: pip install '{package}{specifier}'.")
+    if found["backend"] == "cpu":
+        if os.path.exists("/dev/nvidiactl"):
+            advice.append("There is an NVIDIA GPU that MLX doesn't use: pip install 'flash_moe_mlx[cuda13]'.")
+        if sys.platform == "darwin":
+            advice.append("MLX runs on the CPU: use a Mac with Apple silicon and an arm64 Python.")
+        elif _lacks_numba(found):
+            advice.append("The CPU kernels need numba: pip install 'flash_moe_mlx[cpu]'.")
+    working_set = memory["recommended_working_set_bytes"]
+    if found["backend"] == "metal" and working_set and working_set < WORKING_SET_SHARE * memory["physical_bytes"]:
+        advice.append(
+            f"The GPU may use {format_bytes(working_set)} of {format_bytes(memory['physical_bytes'])}. "
+            "sudo sysctl iogpu.wired_limit_mb=N raises that until the next start."
+        )
+    if memory["cgroup_limit_bytes"] and memory["cgroup_limit_bytes"] < memory["physical_bytes"]:
+        advice.append(
+            f"A control group limits this process to {format_bytes(memory['cgroup_limit_bytes'])}, page cache "
+            "included. Raise it if you can."
+        )
+    if disk is not None and not disk["direct"]:
+        advice.append("This file system has no direct reads, so its rate was not measured. Keep models on a local SSD.")
+    elif disk is not None and disk["bytes_per_second"] < SLOW_DISK:
+        advice.append(
+            f"The disk gives {format_bytes(disk['bytes_per_second'])}/s, and speed is bound by it where experts "
+            "aren't in memory. Keep models on the fastest SSD."
+        )
+    return advice
+
+
+def _required() -> dict[str, Any]:
+    """What this library, where it is installed, requires of its dependencies' versions."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = requires("flash_moe_mlx") or []
+    except PackageNotFoundError:  # run from its sources
+        return {}
+    return {r.name: r.specifier for line in lines if not (r := Requirement(line)).marker}

@@ -1,0 +1,117 @@
+"""``flash-moe generate``."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from ..errors import RequestError
+from .options import (
+    Io,
+    Json,
+    MaxContext,
+    MaxTokens,
+    MemoryLimit,
+    MinP,
+    Model,
+    NumExpertsPerTok,
+    Revision,
+    Seed,
+    Temperature,
+    TopK,
+    TopP,
+    open_model,
+    print_json,
+    sampler,
+)
+from .printable import printable
+
+
+def generate(
+    prompt: Annotated[str | None, typer.Argument(help="What to say; standard input without it.")] = None,
+    model: Model = None,
+    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Go on with the prompt as it is, without a chat template.")
+    ] = False,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 0.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    memory_limit: MemoryLimit = None,
+    max_context: MaxContext = 8192,
+    io: Io = "auto",
+    num_experts_per_tok: NumExpertsPerTok = None,
+    revision: Revision = None,
+    json: Json = False,
+) -> None:
+    """Generate an answer, printed as it comes.
+
+    Examples:
+        flash-moe generate "What is 17 + 25?"
+        flash-moe generate --json --memory-limit 14MB --max-context 128 "Tell me a story about a small fox."
+        echo "Explain mixture-of-experts in one line." | flash-moe generate
+    """
+    if prompt is None:
+        if sys.stdin.isatty():
+            raise RequestError('[prompt] must be given, got none. Try flash-moe generate "Hello".')
+        prompt = sys.stdin.read().rstrip("\n")
+    from .. import stream_generate
+
+    with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+        show = printable if sys.stdout.isatty() else str
+        text = ""
+        for response in stream_generate(
+            loaded,
+            tokenizer,
+            prompt if raw else _messages(tokenizer, prompt, system),
+            max_tokens,
+            sampler=sampler(temperature, top_p, top_k, min_p, seed),
+        ):
+            text += response.text
+            if not json:
+                typer.echo(show(response.text), nl=False)
+        if json:
+            print_json({"text": text, **_figures(response, loaded.streaming.stats())})
+        else:
+            typer.echo()
+
+
+def _messages(tokenizer: Any, prompt: str, system: str) -> list[int]:
+    from .. import chat_prompt
+
+    if not tokenizer.has_chat_template:
+        raise RequestError("[prompt] the tokenizer must have a chat template, got none. Use --raw.")
+    messages = [{"role": "system", "content": system}] if system else []
+    return chat_prompt(tokenizer, [*messages, {"role": "user", "content": prompt}])[0]
+
+
+def _figures(response: Any, stats: Any) -> dict[str, Any]:
+    streaming = response.streaming
+    return {
+        "finish_reason": response.finish_reason,
+        "usage": {
+            "prompt_tokens": response.prompt_tokens,
+            "completion_tokens": response.generation_tokens,
+            "total_tokens": response.prompt_tokens + response.generation_tokens,
+        },
+        "prompt_tps": response.prompt_tps,
+        "generation_tps": response.generation_tps,
+        "streaming": {
+            "hit_rate": streaming.hit_rate,
+            "hits": streaming.hits,
+            "misses": streaming.misses,
+            "bytes_read": streaming.bytes_read,
+            "read_seconds": streaming.read_seconds,
+        },
+        "memory": {
+            "limit_bytes": stats.memory_limit_bytes,
+            "peak_bytes": stats.peak_memory_bytes,
+            "num_slots": stats.num_slots,
+            "num_experts": stats.num_experts,
+        },
+        "io": stats.io,
+        "lossy": list(stats.lossy),
+    }

@@ -1,0 +1,107 @@
+"""``flash-moe``: the commands' registry, and how errors, Ctrl-C and closed pipes end.
+
+To add a command:
+1. Write its module here, ``cli/NAME.py``, with one function NAME. Its parameters are the options, with the types of
+   options.py where they say what is meant (``Model``, ``MemoryLimit``, ``Json`` ...). At the top import only what is
+   light; mlx, mlx_lm, transformers, rich and the library's own modules are imported inside the function, so that
+   ``flash-moe --help`` stays quick. Its docstring is the help, and ends with a section "Examples:".
+2. Add it below: its module to the import, and one line ``add_command(app, NAME.NAME)``.
+3. Output for people goes out by ``typer.echo``; with ``--json`` exactly one JSON document, by `options.print_json`.
+   Errors are FlashMoEErrors: raise them, and they end as one line on stderr and exit code 2.
+4. Run ``make docs``, which writes docs/cli.md from the help. tests/cli/test_main.py checks the rest.
+"""
+
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from .. import __version__
+from ..errors import FlashMoEError
+from . import bench, chat, doctor, generate, pack, serve, verify
+from .options import add_command, add_group
+
+logger = logging.getLogger(__name__)
+
+INTERRUPTED = 130  # 128 + SIGINT, as shells say it
+PIPE_CLOSED = 141  # 128 + SIGPIPE
+
+
+class _Commands(TyperGroup):
+    """Ends each command in the same way, whoever called it."""
+
+    def main(
+        self, args: Sequence[str] | None = None, prog_name: str | None = None, *arguments: Any, **extra: Any
+    ) -> Any:
+        try:
+            extra["standalone_mode"] = False
+            code = super().main(args, prog_name, *arguments, **extra)
+        except typer.TyperException as error:  # wrong usage
+            context = getattr(error, "ctx", None)
+            path = context.command_path if context is not None else "flash-moe"
+            code = _fail(error, f"{error.format_message().rstrip('.')}. See {path} --help.")
+        except FlashMoEError as error:
+            code = _fail(error, str(error))
+        except OSError as error:
+            code = _fail(error, f"[{error.filename or 'system'}] {error.strerror or error}. Check the path.")
+        except (KeyboardInterrupt, typer.Abort):
+            code = INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
+
+    def invoke(self, ctx: typer.Context) -> Any:
+        try:
+            result = super().invoke(ctx)
+            sys.stdout.flush()
+        except BrokenPipeError:
+            # What is left in the buffer would be written, and fail again, when Python ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            raise typer.Exit(PIPE_CLOSED) from None
+        return result
+
+
+def _fail(error: Exception, message: str) -> int:
+    logger.debug("where the error was raised", exc_info=error)
+    typer.echo("flash-moe: " + " ".join(message.split()), err=True)
+    return 2
+
+
+app = typer.Typer(
+    cls=_Commands,
+    rich_markup_mode=None,  # plain help: quick, and the same in a pipe
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+@app.callback(invoke_without_command=True)
+def flash_moe(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    verbose: Annotated[
+        int, typer.Option("--verbose", "-v", count=True, help="Log to stderr; twice: with details and tracebacks.")
+    ] = 0,
+) -> None:
+    """Run Mixture-of-Experts models larger than memory: experts are streamed from the SSD.
+
+    Where no model is named, commands run the small one that comes with the package.
+    """
+    if verbose:
+        logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+        logging.getLogger("flash_moe_mlx").setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
+    if version:
+        typer.echo(__version__)
+    elif context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+add_command(app, generate.generate)
+add_command(app, chat.chat)
+add_command(app, doctor.doctor)
+add_command(app, serve.serve)
+add_command(app, pack.pack)
+add_command(app, verify.verify)
+add_group(app, bench.app, bench.bench)

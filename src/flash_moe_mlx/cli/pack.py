@@ -1,0 +1,89 @@
+"""``flash-moe pack``: from any checkpoint to one whose every expert is one aligned read."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..errors import RequestError
+from .options import Json, Revision, print_json
+
+
+def pack(
+    source: Annotated[str, typer.Argument(help="Checkpoint directory, or repository on the hub.")],
+    destination: Annotated[Path, typer.Argument(help="Directory of the result: empty, or begun before.")],
+    bits: Annotated[str, typer.Option(help="Of the experts' weights: 2, 3, 4, 5, 6, 8 or unchanged.")] = "4",
+    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
+    down_bits: Annotated[int | None, typer.Option(help="Of down_proj, in place of --bits.")] = None,
+    layers: Annotated[
+        list[str] | None, typer.Option(help="Bits of chosen layers, such as 0-3=6 or 40=8; may be repeated.")
+    ] = None,
+    dense: Annotated[str, typer.Option(help="The other tensors: keep, quantize, or auto.")] = "auto",
+    from_hub: Annotated[
+        bool, typer.Option("--from-hub", help="Download shard by shard; each is deleted before the next.")
+    ] = False,
+    revision: Revision = None,
+    restart: Annotated[bool, typer.Option("--restart", help="Throw away what was begun before.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, time and disk needed.")] = False,
+    json: Json = False,
+) -> None:
+    """Pack a checkpoint: each expert one aligned read, with a checksum.
+
+    It may be stopped at any moment: the same command goes on where it was.
+
+    Examples:
+        flash-moe pack Qwen/Qwen3.5-35B-A3B packed --bits 4 --down-bits 6 --from-hub
+        flash-moe pack Qwen3.5-35B-A3B-4bit packed --bits unchanged
+        flash-moe pack Qwen3.5-35B-A3B packed --layers 0-3=6 --dry-run
+    """
+    from ..packing import PackSettings, prepare
+
+    settings = PackSettings(
+        None if bits == "unchanged" else _integer("--bits", bits), group_size, down_bits, _layer_bits(layers), dense
+    )
+    target = destination.expanduser()
+    with prepare(source, target, settings, from_hub=from_hub, revision=revision, restart=restart) as packing:
+        if dry_run:
+            estimate = packing.estimate()
+            if json:
+                print_json(estimate.to_json())
+            else:
+                typer.echo(str(estimate))
+            return
+        packing.run(progress=not json)
+        lossy, nbytes = packing.plan.lossy, packing.plan.result_bytes
+    if json:
+        print_json({"path": str(target), "bytes": nbytes, "lossy": list(lossy), "quantization_error": _errors(target)})
+        return
+    typer.echo(str(target))
+    for choice in lossy:
+        typer.echo(f"lossy: {choice}")
+    for projection, error in _errors(target).items():
+        typer.echo(f"{projection}: error {error['relative']:.2%} of the weights' size, at most {error['max']:.3g}")
+
+
+def _errors(directory: Path) -> dict[str, dict[str, float]]:
+    from ..packed_format import read_manifest
+
+    manifest = read_manifest(directory)
+    return dict(manifest.quantization_error) if manifest else {}
+
+
+def _layer_bits(texts: list[str] | None) -> dict[int, int]:
+    """``0-3=6`` and ``40=8`` to bits by layer."""
+    chosen: dict[int, int] = {}
+    for text in texts or []:
+        span, _, bits = text.partition("=")
+        first, _, last = span.partition("-")
+        numbers = [_integer("--layers", part, text) for part in (first, last or first, bits)]
+        if numbers[1] - numbers[0] > 10_000:
+            raise RequestError(f"[--layers] must name layers, such as 0-3=6, got {text!r}.")
+        chosen |= dict.fromkeys(range(numbers[0], numbers[1] + 1), numbers[2])
+    return chosen
+
+
+def _integer(option: str, text: str, whole: str | None = None) -> int:
+    if not text.isascii() or not text.isdigit() or len(text) > 9:
+        example = 'a number, or "unchanged"' if whole is None else "layers and bits, such as 0-3=6"
+        raise RequestError(f"[{option}] must be {example}, got {whole or text!r}.")
+    return int(text)

@@ -1,0 +1,175 @@
+"""What a chat reads from and writes to a terminal: lines with history, Markdown while it is written."""
+
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
+from rich.live import Live
+from rich.markdown import Markdown
+from rich.segment import Segment
+from rich.text import Text
+
+from .printable import printable
+
+REFRESH_SECONDS = 0.1
+
+Thinking = Literal["show", "hide", "off"]
+Reader = Callable[[str], str]
+"""Reads one message or answer, given what to ask. Raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
+
+
+def read_line(prompt: str) -> str:
+    """A line of standard input, without editing. Only a terminal is shown the prompt."""
+    if sys.stdin.isatty():
+        return input(prompt)
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.rstrip("\n")
+
+
+def editing_reader(history: Path, words: Sequence[str]) -> Reader:
+    """Messages of several lines with history: Enter sends, Alt-Enter or Ctrl-J begins a line.
+
+    Args:
+        history: A file, made where there is none.
+        words: What Tab completes.
+
+    Raises:
+        ImportError: If prompt_toolkit is not installed.
+    """
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+    from prompt_toolkit.history import FileHistory
+    from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+    keys = KeyBindings()
+
+    @keys.add("enter")
+    def _send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @keys.add("escape", "enter")
+    @keys.add("c-j")
+    def _begin_line(event: KeyPressEvent) -> None:
+        event.current_buffer.insert_text("\n")
+
+    history.parent.mkdir(parents=True, exist_ok=True)
+    session: PromptSession[str] = PromptSession(
+        history=FileHistory(str(history)),
+        completer=WordCompleter(list(words), sentence=True),
+        complete_while_typing=False,
+        key_bindings=keys,
+        multiline=True,
+        prompt_continuation="  ",
+    )
+    return session.prompt
+
+
+class AnswerView:
+    """Shows an answer while it is written. A context manager: leaving it leaves the terminal as it should be.
+
+    On a terminal, finished blocks are printed once and the one being written is drawn again and again. Elsewhere the
+    text goes out as it comes.
+    """
+
+    def __init__(self, console: Console, thinking: Thinking):
+        self._console = console
+        self._thinking = thinking
+        self._kind = "text"
+        self._block = ""
+        self._thought = 0
+        self._drawn = 0.0
+        self._live: Live | None = None
+
+    def __enter__(self) -> "AnswerView":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.finish()
+
+    def write(self, kind: str, text: str) -> None:
+        """A piece of the answer: "thinking" or "text"."""
+        if not self._console.is_terminal:
+            if kind == "text":
+                self._console.file.write(text)
+                self._console.file.flush()
+            return
+        if kind != self._kind:
+            self.finish()
+            self._kind = kind
+        self._block += printable(text)
+        if kind == "thinking" and self._thinking != "show":
+            self._thought += 1
+            self._draw(Text(f"thinking, {self._thought} tokens", style="dim"))
+            return
+        done = finished(self._block)
+        if done:
+            self._print(self._block[:done])
+            self._block = self._block[done:]
+        self._draw(_Tail(self._render(self._block)))
+
+    def progress(self, done: int, total: int) -> None:
+        """Prompt tokens processed."""
+        if self._console.is_terminal and done < total:
+            self._draw(Text(f"reading the prompt, {done:,} of {total:,} tokens", style="dim"))
+
+    def finish(self) -> None:
+        """Print what was not printed yet, and leave the terminal to others."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        block, self._block = self._block, ""
+        if self._kind == "text" or self._thinking == "show":
+            self._print(block)
+
+    def _print(self, block: str) -> None:
+        if block.strip():
+            if self._live is not None:
+                self._live.update(Text(), refresh=True)
+            self._console.print(self._render(block.rstrip("\n")))
+
+    def _render(self, block: str) -> RenderableType:
+        return Text(block, style="dim italic") if self._kind == "thinking" else Markdown(block)
+
+    def _draw(self, renderable: RenderableType) -> None:
+        now = time.monotonic()
+        if now - self._drawn < REFRESH_SECONDS:
+            return
+        self._drawn = now
+        if self._live is None:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        self._live.update(renderable, refresh=True)
+
+
+class _Tail:
+    """The last lines of a renderable, as many as the terminal has room for."""
+
+    def __init__(self, renderable: RenderableType):
+        self._renderable = renderable
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        lines = console.render_lines(self._renderable, options, pad=False)
+        for line in lines[-max(1, console.height - 2) :]:
+            yield from line
+            yield Segment.line()
+
+
+def finished(text: str) -> int:
+    """Characters of Markdown at the beginning of ``text`` that what follows can't change: whole blocks."""
+    position = done = 0
+    fence = ""
+    for line in text.splitlines(keepends=True):
+        position += len(line)
+        bare = line.strip()
+        if not fence and bare.startswith(("```", "~~~")):
+            fence = bare[:3]
+        elif fence and bare.startswith(fence):
+            fence = ""
+        elif not fence and not bare and line.endswith("\n"):
+            done = position
+    return done

@@ -1,0 +1,33 @@
+"""``flash-moe verify``: is a checkpoint what its headers, config.json and checksums say?"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Json, print_json
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
+    full: Annotated[bool, typer.Option("--full", help="Read every byte, not a sample of the records.")] = False,
+    against: Annotated[Path | None, typer.Option(help="The source it was packed from: compares some records.")] = None,
+    json: Json = False,
+) -> None:
+    """Check a checkpoint: structure, shapes, and a packed one's checksums. Exit code 1 if something is wrong.
+
+    Examples:
+        flash-moe verify packed --full
+        flash-moe verify packed --against Qwen3.5-35B-A3B --json
+    """
+    from ..packing.progress import Progress, reporting
+    from ..verification import verify as check
+
+    with reporting(not json, "verify") as report:
+        result = check(path, full=full, against=against, progress=lambda done, total: report(Progress("", done, total)))
+    if json:
+        print_json(result.to_json())
+    else:
+        typer.echo(str(result))
+    if not result.ok:
+        raise typer.Exit(1)

@@ -1,0 +1,209 @@
+"""Packing: from any checkpoint to one whose every expert is one aligned record, safely and in bounded memory.
+
+Non-goals: other containers than safetensors, other quantisations than MLX's affine, and in-place conversion.
+
+Tasks (tasks.py, dense.py) are planned from headers alone (plan.py), run on threads in any order (run.py) and noted
+in a journal once their bytes have reached the disk; the destination (workspace.py) holds nothing outside its work
+folder until the last step.
+"""
+
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from pathlib import Path
+
+import mlx.core as mx
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+
+from ..errors import CheckpointError, PackError, RequestError
+from ..packed_format import MANIFEST_NAME, VERSION, read_manifest
+from ..safetensors_header import INDEX_NAME
+from .estimate import Estimate, estimate
+from .journal import Journal
+from .plan import PackPlan, make_plan
+from .progress import Report, reporting
+from .run import Runner
+from .settings import PackSettings
+from .sources import LocalSource, Source
+from .workspace import RESERVE_BYTES, Workspace, locked
+
+_MAX_SMALL_FILE_BYTES = 256 << 20
+
+
+def pack(
+    source: str | Path,
+    destination: str | Path,
+    *,
+    bits: int | None = 4,
+    group_size: int = 64,
+    down_bits: int | None = None,
+    layer_bits: Mapping[int, int] | None = None,
+    dense: str = "auto",
+    from_hub: bool = False,
+    revision: str | None = None,
+    restart: bool = False,
+    progress: bool | Report = True,
+) -> Path:
+    """Make a packed checkpoint: each expert one aligned read, with a checksum.
+
+    It may be ended at any moment and called again: it goes on where it stopped, and the result is the same bytes.
+
+    Args:
+        source: A checkpoint's directory (Hugging Face or MLX), or a repository on the hub.
+        destination: Directory of the result; empty, or begun by an earlier call.
+        bits: Of the experts' weights: 2, 3, 4, 5, 6 or 8; None leaves them as they are. Weights that are of these
+            bits and this group size already are copied; others are quantised, which loses precision.
+        group_size: Weights that share a scale: 32, 64 or 128.
+        down_bits: Of down_proj, in place of ``bits``.
+        layer_bits: Bits by layer, in place of both.
+        dense: "keep" the other tensors as they are, "quantize" them as mlx_lm.convert does, or "auto": quantise what
+            is not quantised yet, where ``bits`` is given.
+        from_hub: Download from the hub shard by shard, each deleted before the next one comes.
+        revision: Branch, tag or commit of the repository.
+        restart: Throw away what an earlier call with other arguments has begun.
+        progress: Whether to show a bar where stderr is a terminal; or a function of `Progress`.
+
+    Returns:
+        The destination.
+
+    Raises:
+        CheckpointError: If the source can't be used; subclasses say why.
+        DiskFullError: If there is too little room; says how much is missing.
+        PackError: If it can't go on: another packer, another source, a disk or network that fails.
+        RequestError: If an argument is not usable.
+
+    Cost: memory is bounded by about 1 GB, whatever the model; disk by the result, and with ``from_hub`` two shards.
+    """
+    settings = PackSettings(bits, group_size, down_bits, dict(layer_bits or {}), dense)
+    target = Path(os.path.expanduser(destination))
+    with prepare(source, target, settings, from_hub=from_hub, revision=revision, restart=restart) as packing:
+        packing.run(progress)
+    return target
+
+
+@dataclass(frozen=True)
+class Packing:
+    """A packing that is ready to run: destination locked, source's headers read.
+
+    Attributes:
+        plan: What will be done.
+        is_finished: Whether the destination holds the result already.
+    """
+
+    source: Source
+    plan: PackPlan
+    workspace: Workspace
+    is_finished: bool
+
+    def run(self, progress: bool | Report) -> None:
+        """Do what is not done. Raises as `pack`."""
+        if self.is_finished:
+            self.workspace.clean()
+            return
+        journal = self._open_journal()
+        try:
+            with reporting(progress, "pack") as report:
+                runner = Runner(self.plan, self.source, self.workspace, journal, report)
+                self.workspace.need(runner.remaining_bytes + RESERVE_BYTES + self.source.held_bytes)
+                runner.run()
+                runner.finish(_small_files(self.source.checkpoint.directory))
+        finally:
+            journal.close()
+
+    def estimate(self) -> Estimate:
+        """What it will take. What the destination did not hold before, it doesn't hold afterwards."""
+        try:
+            return estimate(self.plan, self.source, self.workspace, self._remaining_bytes())
+        finally:
+            self.workspace.forget_if_new()
+
+    def _remaining_bytes(self) -> int:
+        if self.is_finished:
+            return 0
+        journal = self._open_journal()
+        try:
+            return Runner(self.plan, self.source, self.workspace, journal, lambda moment: None).remaining_bytes
+        finally:
+            journal.close()
+
+    def _open_journal(self) -> Journal:
+        identity = {
+            "version": VERSION,
+            "mlx": mx.__version__,
+            "settings": self.plan.settings.to_json(),
+            "tasks": len(self.plan.tasks),
+            "source": self.source.identity(),
+        }
+        try:
+            return Journal(self.workspace.journal_path, identity)
+        except OSError as error:
+            raise self.workspace.failure(error, self.plan.result_bytes) from error
+
+
+@contextmanager
+def prepare(
+    source: str | Path,
+    destination: Path,
+    settings: PackSettings,
+    *,
+    from_hub: bool = False,
+    revision: str | None = None,
+    restart: bool = False,
+) -> Iterator[Packing]:
+    """Lock a destination, read the source's headers and plan. Arguments and errors as `pack`."""
+    directory = Path(os.path.expanduser(source))
+    local = not from_hub and directory.exists()
+    if local and (directory.resolve() == destination.resolve() or directory.resolve() in destination.resolve().parents):
+        raise RequestError(
+            f"[destination] must lie outside the source {directory}, got {destination}. Name another directory."
+        )
+    if not local and not from_hub and str(source).count("/") != 1:
+        raise CheckpointError(f"[pack] {source} must be a directory or a hub repository, got neither. Check the path.")
+    with locked(destination, restart=restart) as workspace:
+        opened: Source
+        if local:
+            opened = LocalSource(directory)
+        else:
+            from .hub import HubSource
+
+            opened = HubSource(str(source), revision, workspace.folder / "source")
+        plan = make_plan(opened.checkpoint, settings, by_shard=opened.by_shard)
+        yield Packing(opened, plan, workspace, _is_finished(opened, plan, workspace))
+
+
+def _is_finished(source: Source, plan: PackPlan, workspace: Workspace) -> bool:
+    if not workspace.manifest_path.exists():
+        return False
+    manifest = read_manifest(workspace.destination)
+    same = manifest is not None and (
+        manifest.conversion == plan.settings.to_json()
+        and (manifest.source["name"], manifest.source["revision"]) == (source.name, source.revision)
+    )
+    if not same:
+        raise PackError(
+            f"[pack] {workspace.destination} must hold no other packed checkpoint, got one of another source or other "
+            "settings. Name another directory, or begin anew with restart=True (--restart)."
+        )
+    return True
+
+
+def _small_files(directory: Path) -> dict[str, bytes]:
+    """Tokenizer, templates and others that belong to a model, by name."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        patterns = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".safetensors")]
+        if not path.is_file() or not any(fnmatch(path.name, pattern) for pattern in patterns):
+            continue
+        if path.name in ("config.json", INDEX_NAME, MANIFEST_NAME):
+            continue
+        if path.stat().st_size > _MAX_SMALL_FILE_BYTES:
+            raise PackError(
+                f"[pack] {path.name} must be a small file, got {path.stat().st_size} bytes. Move it elsewhere."
+            )
+        found[path.name] = path.read_bytes()
+    return found
+
+
+__all__ = ["Estimate", "PackSettings", "Packing", "pack", "prepare"]

@@ -1,0 +1,209 @@
+"""A repository on the hub, whose shards come one at a time and are deleted once they are packed.
+
+Each shard is first a stand-in: its true header, and nothing behind it but a hole of the true length, which takes no
+room. So everything that is planned from headers is planned as for a directory. `fetch` puts the shard in its place,
+`release` a stand-in again, with the few tensors that are still needed.
+"""
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatch
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+from tqdm.auto import tqdm
+
+from ..checkpoint import Checkpoint
+from ..errors import CheckpointError, CorruptError, MissingTensorError, PackError
+from ..safetensors_header import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo, read_json
+from .sources import header_bytes
+from .workspace import sync_folder
+
+_HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]  # of httpx or, since huggingface-hub 2, of httpx2
+_HASH_BYTES = 8 << 20
+_FIRST_BYTES = 1 << 16
+_COPY_BYTES = 8 << 20
+
+
+class _SilentBar(tqdm):  # type: ignore[misc]
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **(options | {"disable": True}))
+
+
+class HubSource:
+    """One commit of a repository.
+
+    Attributes:
+        folder: Where files lie while they are needed.
+        checkpoint: Opened on the stand-ins.
+    """
+
+    by_shard = True
+
+    def __init__(self, name: str, revision: str | None, folder: Path):
+        """Ask the hub for the commit, fetch small files, and the shards' headers.
+
+        A packing that was begun goes on with its own commit, wherever the branch points now.
+
+        Raises:
+            CheckpointError: If the hub has no such model, or its files can't be used.
+            PackError: If the hub can't be reached.
+        """
+        self.name = name
+        self.folder = folder
+        self._state = folder.parent / "shards"  # NAME.here and NAME.kept: empty files, the state of each shard
+        self._downloads = folder.parent / "downloads"
+        for made in (folder, self._state, self._downloads):
+            made.mkdir(parents=True, exist_ok=True)
+        noted = folder.parent / "revision"
+        if revision is None and noted.exists():
+            revision = noted.read_text()
+        with self._asking("the repository"):
+            info = HfApi().model_info(name, revision=revision, files_metadata=True)
+        self.revision: str | None = info.sha
+        noted.write_text(info.sha or "")
+        files = {file.rfilename: file for file in info.siblings or ()}
+        self._hashes = {file: entry.lfs.sha256 for file, entry in files.items() if entry.lfs}
+        self._sizes: dict[str, int] = {}
+        for file in sorted(files):
+            if "/" not in file and any(fnmatch(file, p) for p in DEFAULT_ALLOW_PATTERNS if "safetensors" not in p):
+                self._download(file, folder)
+        for file in self._shard_names(sorted(files)):
+            if file not in files or files[file].size is None:
+                raise MissingTensorError(
+                    f"[{name}] every file of {INDEX_NAME} must be there, got none named {file}. Ask its owner."
+                )
+            self._sizes[file] = int(files[file].size or 0)
+            if not (folder / file).exists():
+                self._make_stand_in(file, self._header(file), ())
+        self.checkpoint = Checkpoint.open(folder)
+        self.held_bytes = sum(sorted(self._sizes.values())[-2:])
+
+    def identity(self) -> dict[str, Any]:
+        return {"repository": self.name, "revision": self.revision, **{n: str(s) for n, s in self._sizes.items()}}
+
+    def check_unchanged(self) -> None:
+        """A commit doesn't change."""
+
+    def is_kept(self, path: Path) -> bool:
+        """Whether a shard was released, and what had to be kept of it is here."""
+        return (self._state / f"{path.name}.kept").exists()
+
+    def fetch(self, path: Path) -> None:
+        """Download a shard and put it in the place of its stand-in.
+
+        Raises:
+            PackError: If it can't be had, or is another than the hub announced, twice.
+        """
+        here = self._state / f"{path.name}.here"
+        if here.exists() and self._problem(path, path) is None:
+            return
+        problem: str | None = ""
+        for _ in range(2):
+            downloaded = self._download(path.name, self._downloads)
+            problem = self._problem(downloaded, path)
+            if problem is None:
+                os.replace(downloaded, path)
+                sync_folder(self.folder)
+                here.touch()
+                return
+            downloaded.unlink()
+        raise PackError(
+            f"[{self.name}] {path.name} must be what the hub announced, got {problem}, twice. "
+            "Try again later: the same command goes on."
+        )
+
+    def release(self, path: Path, keep: tuple[TensorInfo, ...]) -> None:
+        # In this order: after a crash a stand-in may be taken for nothing else.
+        (self._state / f"{path.name}.here").unlink(missing_ok=True)
+        sync_folder(self._state)
+        self._make_stand_in(path.name, header_bytes(path), keep)
+        (self._state / f"{path.name}.kept").touch()
+
+    def _problem(self, candidate: Path, stand_in: Path) -> str | None:
+        """What is wrong with a downloaded shard."""
+        size = candidate.stat().st_size
+        if size != self._sizes[stand_in.name]:
+            return f"{size} bytes where {self._sizes[stand_in.name]} were announced"
+        if header_bytes(candidate) != header_bytes(stand_in):
+            return "another header"
+        if expected := self._hashes.get(stand_in.name):
+            digest = hashlib.sha256()
+            with candidate.open("rb") as file:
+                while data := file.read(_HASH_BYTES):
+                    digest.update(data)
+            if digest.hexdigest() != expected:
+                return "other bytes (their SHA-256 differs)"
+        return None
+
+    def _make_stand_in(self, name: str, header: bytes, keep: tuple[TensorInfo, ...]) -> None:
+        temporary, path = self.folder / f"{name}.new", self.folder / name
+        with temporary.open("wb") as file:
+            file.write(header)
+            for info in keep:
+                with path.open("rb") as shard:
+                    for begin in range(0, info.nbytes, _COPY_BYTES):
+                        shard.seek(info.offset + begin)
+                        file.seek(info.offset + begin)
+                        file.write(shard.read(min(_COPY_BYTES, info.nbytes - begin)))
+            file.truncate(self._sizes[name])
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        sync_folder(self.folder)
+
+    def _shard_names(self, files: list[str]) -> list[str]:
+        """As `read_shards` finds them."""
+        if INDEX_NAME in files:
+            weight_map = read_json(self.folder / INDEX_NAME, "Ask its owner.").get("weight_map")
+            return sorted({str(v) for v in weight_map.values()}) if isinstance(weight_map, dict) else []
+        names = [name for name in files if name.endswith(".safetensors") and "/" not in name]
+        return [name for name in names if name.startswith("model")] or names
+
+    def _header(self, name: str) -> bytes:
+        """A shard's header, by a request for its first bytes."""
+        start = self._first_bytes(name, _FIRST_BYTES)
+        length = int.from_bytes(start[:8], "little")
+        if not 2 <= length <= min(MAX_HEADER_BYTES, self._sizes[name]):
+            raise CorruptError(f"[{self.name}] {name} must be a safetensors file, got {start[:16]!r}. Ask its owner.")
+        end = 8 + length
+        return (start if len(start) >= end else self._first_bytes(name, end))[:end]
+
+    def _first_bytes(self, name: str, count: int) -> bytes:
+        url = hf_hub_url(self.name, name, revision=self.revision)
+        headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}"}
+        data = b""
+        with self._asking(name), get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+            response.raise_for_status()
+            for piece in response.iter_bytes():
+                data += piece
+                if len(data) >= count:  # a server that doesn't know ranges sends everything
+                    break
+        return data[:count]
+
+    def _download(self, name: str, folder: Path) -> Path:
+        with self._asking(name):
+            return Path(
+                hf_hub_download(self.name, name, revision=self.revision, local_dir=folder, tqdm_class=_SilentBar)
+            )
+
+    @contextmanager
+    def _asking(self, what: str) -> Iterator[None]:
+        try:
+            yield
+        except HFValidationError as error:
+            raise CheckpointError(f"[pack] {self.name} must be a repository's name, got {error}. Check it.") from error
+        except (_HTTPError, OSError) as error:
+            lines = str(error).splitlines()
+            status = getattr(getattr(error, "response", None), "status_code", None)
+            kind = CheckpointError if status in (401, 403, 404) else PackError
+            raise kind(
+                f"[{self.name}] {what} must be served by the hub, got {type(error).__name__}"
+                f"{f': {lines[0]}' if lines else ''}. Check name and network; then the same command goes on."
+            ) from error

@@ -1,0 +1,186 @@
+"""What mlx_lm.convert makes of a checkpoint's dense tensors: names, dtypes, and which modules it quantises, and how.
+
+All by mlx-lm's own model class: its ``sanitize``, ``quant_predicate`` and ``cast_predicate``. Nothing is evaluated
+here but what `evaluate` is asked for.
+"""
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.utils import _get_classes
+
+from ..bank import MLX_DTYPES
+from ..checkpoint import Checkpoint
+from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
+from ..record import Quantization
+from ..safetensors_header import TensorInfo
+from .quantiser import Bytes, to_bytes
+from .settings import MLX_LM_DTYPES
+
+_DTYPE_NAMES = {value: name for name, value in MLX_DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class DenseParameter:
+    """One dense parameter of mlx-lm's model.
+
+    Attributes:
+        name: In the model.
+        source: The stored tensor that it is, byte for byte but for a cast; None where sanitize computes it.
+        shape: Before it is quantised.
+        dtype: As it is kept, or before it is quantised; safetensors' name.
+        quantization: Of its module, or None.
+    """
+
+    name: str
+    source: TensorInfo | None
+    shape: tuple[int, ...]
+    dtype: str
+    quantization: Quantization | None
+
+
+class MlxLmDense:
+    """mlx-lm's view of a checkpoint's dense tensors.
+
+    Attributes:
+        parameters: Dense parameters, in the order of the model's.
+        config: config.json as mlx_lm.convert leaves it, experts' own bits not yet in it.
+        unmatched: Stored tensors that `evaluate` may read.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, quantization: Quantization):
+        """Raises UnsupportedModelError or CorruptError where mlx-lm doesn't know the model."""
+        self._checkpoint = checkpoint
+        config = _known_config(checkpoint.config)
+        self._model = _build(config)
+        self._experts = tuple(f"{path}." for path, m in self._model.named_modules() if isinstance(m, SwitchGLU))
+        if len(self._experts) != len(checkpoint.moe_layers):
+            raise UnsupportedModelError(
+                f"[config.json] mlx-lm's model must have a SwitchGLU in each of {len(checkpoint.moe_layers)} layers, "
+                f'got {len(self._experts)}. Convert it with mlx_lm.convert first, or use dense="keep".'
+            )
+        stored = self._lazy()
+        by_identity = {id(value): checkpoint.tensors[name] for name, value in stored.items()}
+        weights = self._sanitize(stored)
+        expected = {name: value.shape for name, value in tree_flatten(self._model.parameters())}
+        expected = {name: shape for name, shape in expected.items() if not name.startswith(self._experts)}
+        if missing := sorted(expected.keys() - weights.keys()):
+            raise MissingTensorError(
+                f"[{checkpoint.directory.name}] must have {missing[0]}, got {len(missing)} tensors absent. "
+                "Download the checkpoint again."
+            )
+        section: dict[str, Any] = {
+            "group_size": quantization.group_size, "bits": quantization.bits, "mode": "affine"
+        }  # fmt: skip
+        modules = dict(self._model.named_modules())
+        self.parameters: list[DenseParameter] = []
+        for name, shape in expected.items():
+            value = weights[name]
+            if value.shape != shape:
+                raise CorruptError(
+                    f"[{checkpoint.directory.name}] {name} must have shape {shape} by config.json, got {value.shape}. "
+                    "Download the checkpoint again."
+                )
+            path = name.removesuffix(".weight")
+            chosen = None
+            if name.endswith(".weight") and path in modules:
+                chosen = self._quantization(path, modules[path], quantization, section)
+            self.parameters.append(
+                DenseParameter(name, by_identity.get(id(value)), shape, self._dtype(name, value), chosen)
+            )
+        matched = {parameter.source.name for parameter in self.parameters if parameter.source}
+        self.unmatched = tuple(info for name, info in checkpoint.dense.items() if name not in matched)
+        for key in ("_name_or_path", "vision_config"):  # as mlx_lm's save_config
+            config.pop(key, None)
+        config["quantization"] = config["quantization_config"] = section
+        self.config: dict[str, Any] = dict(sorted(config.items()))
+
+    def evaluate(self, parameters: Iterable[DenseParameter]) -> Iterator[tuple[Bytes, ...]]:
+        """Bytes of parameters that sanitize computes, one after the other: of a tensor, or of weight, scales, biases.
+
+        The checkpoint's files are read again: what they hold now counts.
+        """
+        weights = self._sanitize(self._lazy())
+        for parameter in parameters:
+            value = weights.pop(parameter.name).astype(MLX_DTYPES[parameter.dtype])
+            made: tuple[mx.array, ...] = (mx.contiguous(value),)
+            if parameter.quantization:
+                how = parameter.quantization
+                made = mx.quantize(value, group_size=how.group_size, bits=how.bits)
+            mx.eval(*made)
+            yield tuple(to_bytes(array) for array in made)
+
+    def _lazy(self) -> dict[str, mx.array]:
+        stored: dict[str, mx.array] = {}
+        for path in sorted({info.path for info in self._checkpoint.tensors.values()}):
+            stored |= mx.load(str(path))
+        return {name: value for name, value in stored.items() if name in self._checkpoint.tensors}
+
+    def _sanitize(self, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
+        weights = dict(stored)
+        return dict(self._model.sanitize(weights)) if hasattr(self._model, "sanitize") else weights
+
+    def _dtype(self, name: str, value: mx.array) -> str:
+        """As mlx_lm.convert casts: to config.json's dtype, but for what the model excepts."""
+        cast = cast_dtype(self._checkpoint.config)
+        keeps = getattr(self._model, "cast_predicate", lambda _: True)
+        if cast is None or not keeps(name) or not mx.issubdtype(value.dtype, mx.floating):
+            return _DTYPE_NAMES[value.dtype]
+        return cast
+
+    def _quantization(
+        self, path: str, module: Any, default: Quantization, section: dict[str, Any]
+    ) -> Quantization | None:
+        """As mlx_lm's quantize_model decides."""
+        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % default.group_size:
+            return None
+        predicate = getattr(self._model, "quant_predicate", None)
+        chosen = True if predicate is None else predicate(path, module)
+        if not chosen:
+            return None
+        if not isinstance(chosen, dict):
+            return default
+        section[path] = chosen
+        return Quantization(chosen.get("bits", default.bits), chosen.get("group_size", default.group_size))
+
+
+def cast_dtype(config: Mapping[str, Any]) -> str | None:
+    """The dtype that mlx_lm.convert casts floats to, by safetensors' name; None where it casts none."""
+    dtype = config.get("torch_dtype")
+    text = config.get("text_config")
+    if dtype is None and isinstance(text, Mapping):
+        dtype = text.get("dtype")
+    return MLX_LM_DTYPES.get(dtype) if isinstance(dtype, str) else None
+
+
+def is_known(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm has the model type."""
+    try:
+        _get_classes(_known_config(config))
+    except (ValueError, KeyError):
+        return False
+    return True
+
+
+def _known_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of config.json, under the model type that mlx-lm knows: transformers saves a text model as another."""
+    known = copy.deepcopy(dict(config))
+    if known.get("model_type") == "qwen3_5_moe_text":
+        known["model_type"] = "qwen3_5_moe"
+    return known
+
+
+def _build(config: Mapping[str, Any]) -> Any:
+    try:
+        model_class, args_class = _get_classes(dict(config))
+        return model_class(args_class.from_dict(copy.deepcopy(dict(config))))
+    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
+        raise UnsupportedModelError(
+            f"[config.json] must describe a model that mlx-lm knows, got {type(error).__name__}: {error}. "
+            'Use dense="keep", or convert it with mlx_lm.convert first.'
+        ) from error

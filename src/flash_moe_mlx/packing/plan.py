@@ -1,0 +1,286 @@
+"""From a checkpoint's headers and what was asked for to everything that packing will do: files, tasks, config.json."""
+
+import copy
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+from ..checkpoint import Checkpoint
+from ..errors import UnsupportedModelError
+from ..packed_format import PackedLayer
+from ..quantization import mlx_name
+from ..record import Quantization, RecordLayout
+from ..safetensors_header import TensorInfo
+from .dense import CHUNK_BYTES, DenseFile, copy_tasks, row_tasks
+from .mlx_lm_dense import DenseParameter, MlxLmDense, cast_dtype, is_known
+from .settings import Conversion, PackSettings, target_layout
+from .tasks import ExpertTask, Item, Task, merge_runs
+
+_OWN_FAMILIES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
+"""Model types whose dense tensors this library reads in the hub's form too."""
+
+
+@dataclass(frozen=True)
+class LatePart:
+    """A parameter that mlx-lm computes once all source shards were seen, and where it goes."""
+
+    parameter: DenseParameter
+    offsets: tuple[int, ...]  # in the file: of its one tensor, or of weight, scales and biases
+    sizes: tuple[int, ...]
+    output: str
+
+
+@dataclass(frozen=True)
+class PackPlan:
+    """Everything that packing will do. The same headers and settings give the same plan.
+
+    Attributes:
+        layers: The result's layers, checksums not yet known (all 0).
+        lossy: What changes weights, in words; empty if nothing does.
+        dense_files: The result's files of dense tensors.
+        tasks: In the order of the source's shards where possible; each once.
+        late: What is made after all tasks.
+        dense: mlx-lm's view; None where dense tensors are copied.
+        config: The result's config.json.
+    """
+
+    checkpoint: Checkpoint
+    settings: PackSettings
+    layers: tuple[PackedLayer, ...]
+    lossy: tuple[str, ...]
+    dense_files: tuple[DenseFile, ...]
+    tasks: tuple[Task, ...]
+    late: tuple[LatePart, ...]
+    dense: MlxLmDense | None
+    config: Mapping[str, Any]
+
+    @property
+    def result_bytes(self) -> int:
+        """Size of the result's expert and dense files."""
+        return sum(self.file_sizes.values())
+
+    @property
+    def file_sizes(self) -> dict[str, int]:
+        sizes = {layer.file_name: layer.file_bytes for layer in self.layers}
+        return sizes | {file.name: file.nbytes for file in self.dense_files}
+
+    def record_task(self, layer: int, expert: int) -> ExpertTask:
+        """A task that makes one whole record, for comparison."""
+        packed = next(p for p in self.layers if p.layer == layer)
+        layout, conversions = target_layout(
+            layer, self.checkpoint.layout(layer), self.settings, cast_dtype(self.checkpoint.config)
+        )
+        items = _items(self.checkpoint, layer, layout, conversions)
+        return _expert_task(packed, expert, expert + 1, items)
+
+
+def make_plan(checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool) -> PackPlan:
+    """Plan a packing. Reads no tensor data.
+
+    Args:
+        checkpoint: The source.
+        settings: What was asked for.
+        by_shard: Whether shards come one at a time, so that records are made in parts.
+
+    Raises:
+        UnsupportedModelError: If the dense tensors can't be carried over.
+    """
+    cast = cast_dtype(checkpoint.config)
+    layers: list[PackedLayer] = []
+    lossy: set[str] = set()
+    tasks: list[Task] = []
+    for layer in checkpoint.moe_layers:
+        layout, conversions = target_layout(layer, checkpoint.layout(layer), settings, cast)
+        count = checkpoint.num_experts(layer)
+        packed = PackedLayer(layer, module_path(checkpoint, layer), count, layout, (0,) * count)
+        layers.append(packed)
+        lossy |= {_in_words(projection, conversion) for projection, conversion in conversions.items()}
+        tasks += _expert_tasks(checkpoint, packed, _items(checkpoint, layer, layout, conversions), by_shard)
+    quantise = settings.dense == "quantize" or (settings.dense == "auto" and _wants_quantised(checkpoint, settings))
+    if quantise and settings.bits is not None:
+        dense = MlxLmDense(checkpoint, Quantization(settings.bits, settings.group_size))
+        files, dense_tasks, late = _converted_dense(checkpoint, dense)
+        config: dict[str, Any] = copy.deepcopy(dense.config)
+    else:
+        if checkpoint.format.startswith("hf") and checkpoint.config.get("model_type") not in _OWN_FAMILIES:
+            raise UnsupportedModelError(
+                f"[{checkpoint.directory.name}] dense tensors of a Hugging Face {checkpoint.config.get('model_type')} "
+                "must be converted, got them to be kept. Give bits, or convert it with mlx_lm.convert first."
+            )
+        dense, late = None, ()
+        files, dense_tasks = _copied_dense(checkpoint)
+        config = copy.deepcopy(dict(checkpoint.config))
+    _state_expert_bits(config, layers, settings)
+    shards = {path: i for i, path in enumerate(sorted({info.path for info in checkpoint.tensors.values()}))}
+    ordered = sorted([*tasks, *dense_tasks], key=lambda task: max(shards[path] for path in task.needs))
+    return PackPlan(
+        checkpoint, settings, tuple(layers), tuple(sorted(lossy)), files, tuple(ordered), late, dense, config
+    )
+
+
+def module_path(checkpoint: Checkpoint, layer: int) -> str:
+    """Path of a layer's stacked experts in mlx-lm's naming."""
+    if checkpoint.manifest:
+        return checkpoint.manifest.layers[layer].module
+    name = checkpoint.parts(layer)[0].infos[0].name
+    if checkpoint.format == "mlx":
+        return name.rsplit(".", 2)[0]
+    path = name.rpartition(".experts.")[0] + ".switch_mlp"
+    return mlx_name(path) if str(checkpoint.config.get("model_type")).startswith("qwen3_5_moe") else path
+
+
+def _items(
+    checkpoint: Checkpoint, layer: int, layout: RecordLayout, conversions: Mapping[str, Conversion]
+) -> tuple[Item, ...]:
+    stored = dict(zip((p.name for p in checkpoint.layout(layer).parts), checkpoint.parts(layer), strict=True))
+    items: dict[str, Item] = {}
+    for target in layout.parts:
+        conversion = conversions.get(target.projection)
+        if conversion is None or target.part == "bias":
+            items[target.name] = Item({target.part: stored[target.name]}, (target,), None)
+        elif target.part == "weight":
+            names = [p for p in ("weight", "scales", "biases") if f"{target.projection}.{p}" in stored]
+            made = tuple(layout.by_name[f"{target.projection}.{p}"] for p in ("weight", "scales", "biases"))
+            items[target.name] = Item({p: stored[f"{target.projection}.{p}"] for p in names}, made, conversion)
+    return tuple(items.values())
+
+
+def _expert_tasks(
+    checkpoint: Checkpoint, packed: PackedLayer, items: tuple[Item, ...], by_shard: bool
+) -> Iterator[ExpertTask]:
+    source_bytes = checkpoint.layout(packed.layer).payload_bytes
+    step = max(1, CHUNK_BYTES // max(source_bytes, packed.stride))
+
+    def split(expert: int) -> tuple[tuple[int, ...], ...]:
+        """Items that may be made together: all of them, or those that need the same shards."""
+        if not by_shard:
+            return (tuple(range(len(items))),)
+        groups: dict[frozenset[Path], list[int]] = {}
+        for index, item in enumerate(items):
+            groups.setdefault(item.files(expert), []).append(index)
+        return tuple(map(tuple, groups.values()))
+
+    def files(expert: int) -> tuple[frozenset[Path], ...]:
+        return tuple(item.files(expert) for item in items) if by_shard else ()
+
+    for _, same in groupby(range(packed.num_experts), key=files):
+        experts = list(same)
+        for group in split(experts[0]):
+            chosen = tuple(items[index] for index in group)
+            for first in range(experts[0], experts[-1] + 1, step):
+                yield _expert_task(packed, first, min(first + step, experts[-1] + 1), chosen)
+
+
+def _expert_task(packed: PackedLayer, first: int, last: int, items: tuple[Item, ...]) -> ExpertTask:
+    targets = [target for item in items for target in item.targets]
+    runs = merge_runs(targets, packed.layout.parts)
+    whole = len(targets) == len(packed.layout.parts)
+    return ExpertTask(
+        packed.layer, first, last, items, runs, whole, packed.stride, packed.data_offset, packed.file_name
+    )
+
+
+def _copied_dense(checkpoint: Checkpoint) -> tuple[tuple[DenseFile, ...], list[Task]]:
+    by_shard: dict[Path, list[TensorInfo]] = {}
+    for info in checkpoint.dense.values():
+        by_shard.setdefault(info.path, []).append(info)
+    metadata = {"format": "pt" if checkpoint.format.startswith("hf") else "mlx"}
+    names = _dense_names(len(by_shard))
+    files: list[DenseFile] = []
+    tasks: list[Task] = []
+    for name, path in zip(names, sorted(by_shard), strict=True):
+        infos = sorted(by_shard[path], key=lambda info: info.offset)
+        files.append(DenseFile.plan(name, [(info.name, info.dtype, info.shape) for info in infos], metadata))
+        tasks += copy_tasks(files[-1], {info.name: info for info in infos})
+    return tuple(files), tasks
+
+
+def _converted_dense(
+    checkpoint: Checkpoint, dense: MlxLmDense
+) -> tuple[tuple[DenseFile, ...], list[Task], tuple[LatePart, ...]]:
+    def is_late(parameter: DenseParameter) -> bool:
+        cast = parameter.source is not None and parameter.dtype != parameter.source.dtype
+        return parameter.source is None or (cast and parameter.quantization is None)
+
+    groups: dict[Path | None, list[DenseParameter]] = {}
+    for parameter in dense.parameters:
+        groups.setdefault(None if is_late(parameter) or not parameter.source else parameter.source.path, []).append(
+            parameter
+        )
+    paths = [*sorted(path for path in groups if path), *([None] if None in groups else [])]
+    files: list[DenseFile] = []
+    tasks: list[Task] = []
+    late: list[LatePart] = []
+    for name, path in zip(_dense_names(len(paths)), paths, strict=True):
+        specs = [spec for parameter in groups[path] for spec in _stored_as(parameter)]
+        files.append(DenseFile.plan(name, specs, {"format": "mlx"}))
+        by_name = {tensor.name: tensor for tensor in files[-1].tensors}
+        copies: dict[str, TensorInfo] = {}
+        for parameter in groups[path]:
+            if path is None:
+                placed = [by_name[name] for name, _, _ in _stored_as(parameter)]
+                offsets, sizes = tuple(t.offset for t in placed), tuple(t.nbytes for t in placed)
+                late.append(LatePart(parameter, offsets, sizes, files[-1].name))
+            elif parameter.source and parameter.quantization:
+                module = parameter.name.removesuffix(".weight")
+                tasks += row_tasks(files[-1], parameter.source, module, parameter.quantization, parameter.dtype)
+            elif parameter.source:
+                copies[parameter.name] = parameter.source
+        tasks += copy_tasks(files[-1], copies)
+    return tuple(files), tasks, tuple(late)
+
+
+def _stored_as(parameter: DenseParameter) -> list[tuple[str, str, tuple[int, ...]]]:
+    """(name, dtype, shape) of the tensors that a parameter becomes."""
+    quantization = parameter.quantization
+    if quantization is None:
+        return [(parameter.name, parameter.dtype, parameter.shape)]
+    *rows, width = parameter.shape
+    module = parameter.name.removesuffix(".weight")
+    groups = (*rows, width // quantization.group_size)
+    return [
+        (f"{module}.weight", "U32", (*rows, width * quantization.bits // 32)),
+        (f"{module}.scales", parameter.dtype, groups),
+        (f"{module}.biases", parameter.dtype, groups),
+    ]
+
+
+def _dense_names(count: int) -> list[str]:
+    if count == 1:
+        return ["model.safetensors"]
+    return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
+
+
+def _wants_quantised(checkpoint: Checkpoint, settings: PackSettings) -> bool:
+    quantised = any(name.endswith(".scales") for name in checkpoint.dense)
+    return settings.bits is not None and not quantised and is_known(checkpoint.config)
+
+
+def _state_expert_bits(config: dict[str, Any], layers: list[PackedLayer], settings: PackSettings) -> None:
+    """Put into config.json's quantization what differs from its default, under mlx-lm's paths."""
+    chosen = {
+        f"{packed.module}.{projection}": quantization
+        for packed in layers
+        for projection, quantization in packed.layout.quantizations
+    }
+    section = config.get("quantization")
+    if not isinstance(section, dict):
+        if not any(chosen.values()):
+            return
+        bits = settings.bits or next(q.bits for q in chosen.values() if q)
+        section = {"group_size": settings.group_size, "bits": bits, "mode": "affine"}
+    default = section.get("bits"), section.get("group_size")
+    section = {key: value for key, value in section.items() if key not in chosen}
+    for path, quantization in chosen.items():
+        if quantization is None:
+            section[path] = False
+        elif (quantization.bits, quantization.group_size) != default:
+            section[path] = {"group_size": quantization.group_size, "bits": quantization.bits}
+    config["quantization"] = config["quantization_config"] = section
+
+
+def _in_words(projection: str, conversion: Conversion) -> str:
+    before = f"{conversion.source.bits}-bit" if conversion.source else "unquantised"
+    return f"{projection}: {before} to {conversion.target.bits} bits in groups of {conversion.target.group_size}"

@@ -1,0 +1,102 @@
+"""Quantises rows of weights with MLX's own operation, so that the bytes are mlx_lm.convert's.
+
+MLX's operation is single-threaded on the CPU: each worker thread has a stream of its own, and two of them keep two
+cores busy.
+"""
+
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..bank import MLX_DTYPES
+from ..record import Quantization
+from .settings import Conversion
+
+Bytes = np.ndarray
+"""uint8, one dimension, contiguous."""
+
+_NUMPY = {"U32": np.uint32, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_streams = threading.local()
+
+
+@dataclass
+class ErrorSums:
+    """What quantisation changed, as sums that add up over tasks."""
+
+    count: int = 0
+    squared: float = 0.0
+    weight_squared: float = 0.0
+    largest: float = 0.0
+
+    def add(self, other: "ErrorSums") -> None:
+        self.count += other.count
+        self.squared += other.squared
+        self.weight_squared += other.weight_squared
+        self.largest = max(self.largest, other.largest)
+
+    def to_json(self) -> dict[str, float]:
+        """rmse, largest absolute error, and rmse relative to the weights' root mean square."""
+        return {
+            "rmse": (self.squared / self.count) ** 0.5 if self.count else 0.0,
+            "max": self.largest,
+            "relative": (self.squared / self.weight_squared) ** 0.5 if self.weight_squared else 0.0,
+            "weights": self.count,
+        }
+
+
+def quantise(
+    rows: int, parts: Mapping[str, tuple[str, Bytes]], conversion: Conversion, *, measure: bool
+) -> tuple[dict[str, Bytes], ErrorSums | None]:
+    """Quantise whole rows.
+
+    Args:
+        rows: How many.
+        parts: (dtype, bytes) by "weight", and "scales" and "biases" where the source has them.
+        conversion: From what to what.
+        measure: Whether to compare with the weights before, which takes longer than quantising them.
+
+    Returns:
+        Bytes by "weight", "scales" and "biases"; and the error, if asked for.
+    """
+    with mx.stream(_stream()):
+        arrays = {name: _to_mlx(dtype, data, rows) for name, (dtype, data) in parts.items()}
+        if conversion.source:
+            weight = mx.dequantize(arrays["weight"], arrays["scales"], arrays["biases"], **_how(conversion.source))
+        else:
+            weight = arrays["weight"]
+        weight = weight.astype(MLX_DTYPES[conversion.dtype])
+        result = mx.quantize(weight, **_how(conversion.target))
+        sums = _sums(weight, result, conversion.target) if measure else ()
+        mx.eval(*result, *sums)
+        names = ("weight", "scales", "biases")
+        error = ErrorSums(weight.size, *(float(value.item()) for value in sums)) if measure else None
+        return {name: to_bytes(value) for name, value in zip(names, result, strict=True)}, error
+
+
+def to_bytes(value: mx.array) -> Bytes:
+    """An evaluated array's bytes, without a copy."""
+    return np.frombuffer(memoryview(value).cast("B"), np.uint8) if value.size else np.empty(0, np.uint8)
+
+
+def _stream() -> mx.Stream:
+    if not hasattr(_streams, "stream"):
+        _streams.stream = mx.new_stream(mx.default_device())
+    return _streams.stream
+
+
+def _to_mlx(dtype: str, data: Bytes, rows: int) -> mx.array:
+    value = mx.array(data.view(_NUMPY[dtype]).reshape(rows, -1))
+    return value.view(mx.bfloat16) if dtype == "BF16" else value
+
+
+def _how(quantization: Quantization) -> dict[str, int]:
+    return {"group_size": quantization.group_size, "bits": quantization.bits}
+
+
+def _sums(weight: mx.array, result: tuple[mx.array, ...], target: Quantization) -> tuple[mx.array, ...]:
+    before = weight.astype(mx.float32)
+    difference = mx.dequantize(*result, **_how(target)).astype(mx.float32) - before
+    return (difference.square().sum(), before.square().sum(), difference.abs().max())

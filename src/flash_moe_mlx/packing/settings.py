@@ -1,0 +1,128 @@
+"""What is asked of a packing, and what it makes of each projection of each layer."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import RequestError
+from ..quantization import BITS, GROUP_SIZES
+from ..record import Quantization, RecordLayout, RecordPart
+
+DENSE = ("auto", "keep", "quantize")
+
+MLX_LM_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
+"""config.json's dtypes to which mlx_lm.convert casts before it quantises, and their safetensors names."""
+
+
+@dataclass(frozen=True)
+class PackSettings:
+    """What was asked for; checked.
+
+    Attributes:
+        bits: Of the experts' weights; None leaves them as they are.
+        group_size: Weights that share a scale.
+        down_bits: Of down_proj, in place of ``bits``.
+        layer_bits: Of all three projections of the layers named, in place of both.
+        dense: "keep" the dense tensors as they are, "quantize" them as mlx_lm.convert does, or "auto": quantise what
+            is not, where ``bits`` is given.
+    """
+
+    bits: int | None = 4
+    group_size: int = 64
+    down_bits: int | None = None
+    layer_bits: Mapping[int, int] = field(default_factory=dict)
+    dense: str = "auto"
+
+    def __post_init__(self) -> None:
+        named = {"bits": self.bits, "down_bits": self.down_bits}
+        named |= {f"layer_bits of layer {layer}": bits for layer, bits in self.layer_bits.items()}
+        for name, bits in named.items():
+            if bits is not None and (type(bits) is not int or bits not in BITS):
+                raise RequestError(f"[{name}] must be one of {', '.join(map(str, BITS))}, got {bits!r}. Try 4.")
+        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            raise RequestError(f"[group_size] must be 32, 64 or 128, got {self.group_size!r}. Try 64.")
+        if self.dense not in DENSE:
+            raise RequestError(f"[dense] must be one of {', '.join(DENSE)}, got {self.dense!r}. Leave it out for auto.")
+        if self.dense == "quantize" and self.bits is None:
+            raise RequestError('[dense] "quantize" needs bits, got none. Give bits, or dense="keep".')
+
+    def to_json(self) -> dict[str, Any]:
+        """As the manifest and the journal have it."""
+        return {
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "down_bits": self.down_bits,
+            "layer_bits": {str(layer): bits for layer, bits in sorted(self.layer_bits.items())},
+            "dense": self.dense,
+        }
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> "PackSettings":
+        """Raises RequestError for what `to_json` doesn't write."""
+        try:
+            layer_bits = {int(layer): bits for layer, bits in value["layer_bits"].items()}
+            return cls(value["bits"], value["group_size"], value["down_bits"], layer_bits, value["dense"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise RequestError(f"[conversion] must be what pack wrote, got {value!r:.200}. Pack it again.") from error
+
+    def quantization(self, layer: int, projection: str, source: Quantization | None, width: int) -> Quantization | None:
+        """What a projection of a layer is to be: as asked, or as it is.
+
+        As mlx_lm does, a projection whose width the group size doesn't divide is left as it is.
+        """
+        bits = self.bits
+        if projection == "down_proj" and self.down_bits is not None:
+            bits = self.down_bits
+        bits = self.layer_bits.get(layer, bits)
+        if bits is None or width % self.group_size:
+            return source
+        return Quantization(bits, self.group_size)
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """How one projection's weights become others.
+
+    Attributes:
+        source: Their quantisation now; None if they are floats.
+        target: What it becomes.
+        dtype: Of floats on the way, as safetensors names it: scales and biases are of it.
+    """
+
+    source: Quantization | None
+    target: Quantization
+    dtype: str
+
+
+def target_layout(
+    layer: int, source: RecordLayout, settings: PackSettings, cast: str | None
+) -> tuple[RecordLayout, dict[str, Conversion]]:
+    """The packed record of a layer's experts, and the projections that are not copied as they are.
+
+    Args:
+        layer: Number of the layer.
+        source: The record as it is.
+        settings: What was asked for.
+        cast: dtype that config.json names for floats, or None.
+    """
+    specs = {(part.projection, part.part): (part.dtype, part.shape) for part in source.parts}
+    quantizations = dict(source.quantizations)
+    conversions: dict[str, Conversion] = {}
+    for projection, now in source.quantizations:
+        weight = source.by_name[f"{projection}.weight"]
+        rows, width = weight.shape[0], unpacked_width(weight, now)
+        target = settings.quantization(layer, projection, now, width)
+        if target is None or target == now:
+            continue
+        dtype = source.by_name[f"{projection}.scales"].dtype if now else (cast or weight.dtype)
+        conversions[projection] = Conversion(now, target, dtype)
+        quantizations[projection] = target
+        specs[projection, "weight"] = ("U32", (rows, width * target.bits // 32))
+        for part in ("scales", "biases"):
+            specs[projection, part] = (dtype, (rows, width // target.group_size))
+    return RecordLayout.contiguous(specs, quantizations), conversions
+
+
+def unpacked_width(weight: RecordPart, quantization: Quantization | None) -> int:
+    """Inputs of a projection, from its weight's stored shape."""
+    return weight.shape[1] * 32 // quantization.bits if quantization else weight.shape[1]

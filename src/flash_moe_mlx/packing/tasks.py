@@ -1,0 +1,268 @@
+"""The work of a packing, as tasks that may run in any order: each reads from source files and writes one output file.
+
+A task is small (tens of megabytes), always gives the same bytes, and is done again if it was not finished.
+"""
+
+import mmap
+import os
+import threading
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from ..errors import CorruptError, PackError
+from ..expert_tensors import Part
+from ..file_io import ReadOnlyFile
+from ..record import RecordPart
+from .quantiser import Bytes, ErrorSums, quantise
+from .settings import Conversion
+
+_MAX_BUFFERS = 512  # of one vectored read; systems take 1024
+
+ERROR_INTERVAL = 8
+"""Of how many experts the quantisation's error is measured on one."""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Bytes of an output file that a task makes. The file's other bytes are its header, and zeros."""
+
+    offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class TaskResult:
+    """What a task leaves for the journal: the CRC-32 of each segment, and errors by projection."""
+
+    checksums: tuple[int, ...]
+    errors: Mapping[str, ErrorSums]
+
+
+class Task(Protocol):
+    """One piece of work."""
+
+    @property
+    def output(self) -> str:
+        """Name of the output file."""
+        ...
+
+    @property
+    def needs(self) -> frozenset[Path]:
+        """Source files."""
+        ...
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """What it writes."""
+        ...
+
+    def run(self, source: "SourceFiles", write: "Write") -> TaskResult:
+        """Read, convert and write; on a worker thread."""
+        ...
+
+
+Write = Callable[[memoryview, int], None]
+"""Writes bytes at an offset of the task's output file."""
+
+
+class SourceFiles:
+    """Source files, opened once each; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        self._files: dict[Path, ReadOnlyFile] = {}
+
+    def read(self, path: Path, buffers: Sequence[Bytes], offset: int) -> None:
+        """Read consecutive bytes of a file into one buffer after the other.
+
+        Raises:
+            CorruptError: If the file ends before.
+            PackError: If it can't be read.
+        """
+        for first in range(0, len(buffers), _MAX_BUFFERS):
+            some = [buffer.data for buffer in buffers[first : first + _MAX_BUFFERS]]
+            offset += self._read(path, some, offset)
+
+    def _read(self, path: Path, buffers: list[memoryview], offset: int) -> int:
+        total = sum(len(buffer) for buffer in buffers)
+        done = 0
+        while done < total:
+            try:
+                got = os.preadv(self._open(path).fd, buffers, offset + done)
+            except OSError as error:
+                raise PackError(
+                    f"[pack] {path.name} must be readable, got {error}. Check the disk; then the same command goes on."
+                ) from error
+            if got == 0:
+                raise CorruptError(
+                    f"[pack] {path.name} must have {total} bytes at offset {offset}, got {done}: it is truncated. "
+                    "Download it again."
+                )
+            done += got
+            while buffers and got >= len(buffers[0]):
+                got -= len(buffers.pop(0))
+            if buffers:
+                buffers[0] = buffers[0][got:]
+        return total
+
+    def _open(self, path: Path) -> ReadOnlyFile:
+        if path not in self._files:  # two threads may both open it: the loser's is closed when it is collected
+            self._files.setdefault(path, ReadOnlyFile(path, direct=False))
+        return self._files[path]
+
+    def close(self, path: Path | None = None) -> None:
+        """Close one file, or all."""
+        for each in [path] if path else list(self._files):
+            if file := self._files.pop(each, None):
+                file.close()
+
+
+@dataclass(frozen=True)
+class Item:
+    """What is made at once of an expert: one part copied, or one projection's parts quantised.
+
+    Attributes:
+        sources: The parts read, by name: "weight", and "scales" and "biases" where quantised weights are requantised.
+        targets: The parts made, in the packed record.
+        conversion: None where bytes stay as they are.
+    """
+
+    sources: Mapping[str, Part]
+    targets: tuple[RecordPart, ...]
+    conversion: Conversion | None
+
+    def files(self, expert: int) -> frozenset[Path]:
+        return frozenset(part.locate(expert)[0] for part in self.sources.values())
+
+
+@dataclass(frozen=True)
+class ExpertTask:
+    """Experts ``first`` to ``last`` (exclusive) of a layer: whole records, or some items of them.
+
+    Attributes:
+        layer: Number of the layer.
+        items: What to make.
+        runs: (begin, end) inside a record of what the items fill, without gaps of more than alignment.
+        whole: Whether that is everything: then whole records are written at once, padding included.
+        stride: Bytes from record to record.
+        data_offset: Of the first record in the output file.
+    """
+
+    layer: int
+    first: int
+    last: int
+    items: tuple[Item, ...]
+    runs: tuple[tuple[int, int], ...]
+    whole: bool
+    stride: int
+    data_offset: int
+    output: str
+
+    @property
+    def needs(self) -> frozenset[Path]:
+        return frozenset().union(*(item.files(e) for item in self.items for e in range(self.first, self.last)))
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        """A run of a record each, expert by expert."""
+        return tuple(
+            Segment(self.data_offset + expert * self.stride + begin, end - begin)
+            for expert in range(self.first, self.last)
+            for begin, end in self.runs
+        )
+
+    def run(self, source: SourceFiles, write: Write) -> TaskResult:
+        records, errors = self.make(source)
+        checksums = tuple(zlib.crc32(record[begin:end].data) for record in records for begin, end in self.runs)
+        start = self.data_offset + self.first * self.stride
+        if self.whole:
+            write(records.reshape(-1).data, start)
+        else:
+            for number, record in enumerate(records):
+                for begin, end in self.runs:
+                    write(record[begin:end].data, start + number * self.stride + begin)
+        return TaskResult(checksums, errors)
+
+    def make(self, source: SourceFiles) -> tuple[Bytes, dict[str, ErrorSums]]:
+        """Records of shape (last - first, stride); what no item fills is zero. This thread's next call reuses them."""
+        records = _zeros((self.last - self.first, self.stride))
+        errors: dict[str, ErrorSums] = {}
+        for item in self.items:
+            if item.conversion is None:
+                ((_, part),) = item.sources.items()
+                self._read(source, part, records[:, item.targets[0].offset :][:, : item.targets[0].nbytes])
+            else:
+                self._convert(source, item, item.conversion, records, errors)
+        return records, errors
+
+    def _convert(
+        self,
+        source: SourceFiles,
+        item: Item,
+        conversion: Conversion,
+        records: Bytes,
+        errors: dict[str, ErrorSums],
+    ) -> None:
+        parts: dict[str, tuple[str, Bytes]] = {}
+        for name, part in item.sources.items():
+            data = np.empty((self.last - self.first, _nbytes(part)), np.uint8)
+            self._read(source, part, data)
+            parts[name] = (part.dtype, data)
+        rows = item.targets[0].shape[0]
+        for number in range(self.last - self.first):
+            measure = (self.first + number) % ERROR_INTERVAL == 0
+            one = {name: (dtype, data[number]) for name, (dtype, data) in parts.items()}
+            made, error = quantise(rows, one, conversion, measure=measure)
+            for target in item.targets:
+                records[number, target.offset : target.offset + target.nbytes] = made[target.part]
+            if error is not None:
+                errors.setdefault(item.targets[0].projection, ErrorSums()).add(error)
+
+    def _read(self, source: SourceFiles, part: Part, targets: Bytes) -> None:
+        """Read one part of every expert into the rows of ``targets``; what is contiguous in the file at once."""
+        pending: list[Bytes] = []
+        begin: tuple[Path, int] | None = None
+        for number, expert in enumerate(range(self.first, self.last)):
+            path, offset = part.locate(expert)
+            if begin is not None and (path, offset) != (begin[0], begin[1] + len(pending) * targets.shape[1]):
+                source.read(begin[0], pending, begin[1])
+                pending, begin = [], None
+            begin = begin or (path, offset)
+            pending.append(targets[number])
+        if begin is not None:
+            source.read(begin[0], pending, begin[1])
+
+
+_scratch = threading.local()
+
+
+def _zeros(shape: tuple[int, int]) -> Bytes:
+    """Zeros that start on a page, in memory that this thread's next call reuses: fresh pages cost more."""
+    nbytes = shape[0] * shape[1]
+    if len(getattr(_scratch, "pages", b"")) < nbytes:
+        _scratch.pages = mmap.mmap(-1, nbytes)
+    result = np.frombuffer(_scratch.pages, np.uint8, nbytes).reshape(shape)
+    result[:] = 0
+    return result
+
+
+def _nbytes(part: Part) -> int:
+    return prod(part.shape) * {"U32": 4, "F32": 4, "F16": 2, "BF16": 2}[part.dtype]
+
+
+def merge_runs(targets: Sequence[RecordPart], layout_parts: Sequence[RecordPart]) -> tuple[tuple[int, int], ...]:
+    """(begin, end) of neighbouring parts: alignment between two of them belongs to the run."""
+    chosen = {target.name for target in targets}
+    runs: list[tuple[int, int]] = []
+    previous = False
+    for part in layout_parts:
+        if part.name in chosen:
+            begin = runs.pop()[0] if previous else part.offset
+            runs.append((begin, part.offset + part.nbytes))
+        previous = part.name in chosen
+    return tuple(runs)

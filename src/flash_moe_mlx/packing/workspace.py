@@ -1,0 +1,232 @@
+"""The destination of a packing: the folder of unfinished files inside it, its lock, free space, and the last step.
+
+Until the end everything lies in `WORK_FOLDER`, so that the destination holds a whole checkpoint or none. Files are
+renamed into their places one by one, the manifest last.
+"""
+
+import errno
+import fcntl
+import os
+import shutil
+import threading
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import DiskFullError, PackError, RequestError
+from ..file_io import DIRECT_ALIGNMENT
+from ..packed_format import EXPERTS_FOLDER, MANIFEST_NAME, WORK_FOLDER
+from ..stats import format_bytes
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+
+RESERVE_BYTES = 16 << 20
+"""Set aside beside the result's files: journal, manifest, tokenizer, and the file system's own."""
+
+
+class Workspace:
+    """A destination, locked for one packing."""
+
+    def __init__(self, destination: Path, *, restart: bool):
+        """Make the destination if need be, and lock it.
+
+        Raises:
+            PackError: If another packer holds it, or it can't be written.
+            RequestError: If it holds something else.
+        """
+        self.destination = destination
+        self.folder = destination / WORK_FOLDER
+        self._files: dict[tuple[str, bool], int] = {}  # by name, and whether past the page cache
+        self._write_locks: dict[str, threading.Lock] = {}
+        self._lock: int | None = None
+        try:
+            self._is_made = not destination.exists()
+            destination.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(destination, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise PackError(
+                    f"[pack] {destination} must be packed by one process at a time, got a second one. "
+                    "Wait for the first, or end it."
+                ) from error
+            foreign = sorted(name for name in os.listdir(destination) if name != WORK_FOLDER)
+            if foreign and not self.folder.is_dir() and MANIFEST_NAME not in foreign:
+                raise RequestError(
+                    f"[destination] {destination} must be empty or hold what pack began, got {foreign[0]}. "
+                    "Name another directory."
+                )
+            if restart:
+                self._clear()
+            self._is_new = not self.folder.exists()
+            (self.folder / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            self.close()
+            raise self.failure(error, 0) from error
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def journal_path(self) -> Path:
+        return self.folder / "journal"
+
+    @property
+    def manifest_path(self) -> Path:
+        return self.destination / MANIFEST_NAME
+
+    def path_of(self, name: str) -> Path:
+        """Where an output file lies now: unfinished, or in its place."""
+        unfinished, finished = self.folder / name, self.destination / name
+        return finished if finished.exists() and not unfinished.exists() else unfinished
+
+    def create(self, sizes: Mapping[str, int]) -> None:
+        """Make the output files, of zeros that take no room yet."""
+        for name, nbytes in sizes.items():
+            path = self.path_of(name)
+            if path.parent != self.folder and path.parent != self.folder / EXPERTS_FOLDER:
+                continue
+            with path.open("ab") as file:
+                if os.fstat(file.fileno()).st_size != nbytes:
+                    os.truncate(file.fileno(), nbytes)
+
+    def write(self, name: str, data: memoryview, offset: int) -> None:
+        """Write at a position of an output file; safe on several threads. Aligned bytes go past the page cache."""
+        view = data.cast("B")
+        address = np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0
+        aligned = view.nbytes > 0 and not (address | offset | view.nbytes) % DIRECT_ALIGNMENT
+        file = self._open(name, direct=aligned)
+        # The system lets one thread at a time write to a file, and burns the processor of those that wait.
+        with self._write_locks.setdefault(name, threading.Lock()):
+            while view:
+                written = os.pwrite(file, view, offset)
+                view, offset = view[written:], offset + written
+
+    def _open(self, name: str, *, direct: bool) -> int:
+        file = self._files.get((name, direct))
+        if file is None:
+            flags = os.O_RDWR | os.O_CLOEXEC
+            try:
+                opened = os.open(self.path_of(name), flags | (getattr(os, "O_DIRECT", 0) if direct else 0))
+            except OSError as error:
+                if not direct or error.errno != errno.EINVAL:
+                    raise
+                opened = os.open(self.path_of(name), flags)  # a file system without direct writes
+            file = self._files.setdefault((name, direct), opened)
+            if file != opened:
+                os.close(opened)
+        return file
+
+    def sync(self, names: Iterable[str]) -> None:
+        """Wait until what was written to these files has reached the disk."""
+        for name in names:
+            for direct in (False, True):
+                if (name, direct) in self._files:
+                    full_sync(self._files[name, direct])
+
+    def close_files(self) -> None:
+        for file in self._files.values():
+            os.close(file)
+        self._files.clear()
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small output file whole, and wait until it has reached the disk."""
+        path = self.folder / name
+        with path.open("wb") as file:
+            file.write(data)
+            file.flush()
+            full_sync(file.fileno())
+
+    def publish(self, names: list[str], manifest: bytes) -> None:
+        """Move the finished files into their places, the manifest last, and remove the work folder."""
+        self.close_files()
+        (self.destination / EXPERTS_FOLDER).mkdir(exist_ok=True)
+        for name in names:
+            if (self.folder / name).exists():
+                os.replace(self.folder / name, self.destination / name)
+        sync_folder(self.destination / EXPERTS_FOLDER)
+        sync_folder(self.destination)
+        self.put(MANIFEST_NAME, manifest)
+        os.replace(self.folder / MANIFEST_NAME, self.manifest_path)
+        sync_folder(self.destination)
+        shutil.rmtree(self.folder)
+
+    def forget_if_new(self) -> None:
+        """Leave a destination that was not begun before as it was."""
+        if self._is_new:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            with suppress(OSError):  # it holds something, or was there before: then it stays
+                if self._is_made:
+                    self.destination.rmdir()
+
+    def clean(self) -> None:
+        """Remove the work folder of a result that is in its place."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def need(self, nbytes: int) -> None:
+        """Raises DiskFullError where fewer bytes are free."""
+        free = shutil.disk_usage(self.destination).free
+        if free < nbytes:
+            raise _disk_full(self.destination, nbytes, free)
+
+    def failure(self, error: OSError, remaining_bytes: int) -> PackError:
+        """The error to raise for what the system said while something was written."""
+        if error.errno in _FULL:
+            return _disk_full(self.destination, remaining_bytes, shutil.disk_usage(self.destination).free)
+        return PackError(
+            f"[pack] {self.destination} must be writable, got {error}. Check the disk; then the same command goes on."
+        )
+
+    def close(self) -> None:
+        """Close the files and give the lock back."""
+        self.close_files()
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _clear(self) -> None:
+        """Remove what an earlier packing left: its work folder, and the weights of its result."""
+        self.manifest_path.unlink(missing_ok=True)  # first: without it nobody takes the rest for a checkpoint
+        for folder in (self.folder, self.destination / EXPERTS_FOLDER):
+            shutil.rmtree(folder, ignore_errors=True)
+        for path in self.destination.glob("model*.safetensors*"):
+            path.unlink()
+
+
+@contextmanager
+def locked(destination: Path, *, restart: bool) -> Iterator[Workspace]:
+    """A workspace, closed at the end."""
+    workspace = Workspace(destination, restart=restart)
+    try:
+        yield workspace
+    finally:
+        workspace.close()
+
+
+def full_sync(fd: int) -> None:
+    """Wait until a file's bytes have reached the disk, and not only its cache where the system tells them apart."""
+    command = getattr(fcntl, "F_FULLFSYNC", None)  # macOS
+    if command is not None:
+        fcntl.fcntl(fd, command)
+    else:
+        os.fsync(fd)
+
+
+def sync_folder(path: Path) -> None:
+    """Wait until a folder's names have reached the disk."""
+    fd = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _disk_full(destination: Path, needed: int, free: int) -> DiskFullError:
+    missing = max(needed - free, 1)
+    return DiskFullError(
+        f"[pack] the disk of {destination} must have {format_bytes(needed)} free, got {format_bytes(free)}: "
+        f"{format_bytes(missing)} are missing. Free them; then the same command goes on where it stopped.",
+        missing_bytes=missing,
+    )

@@ -1,0 +1,51 @@
+"""ApiError: what is answered where a request can't be served, in the shape that OpenAI's clients read."""
+
+from typing import Any
+
+from ..errors import FlashMoEError, RequestError
+
+
+class ApiError(Exception):
+    """An answer other than 200.
+
+    Attributes:
+        status: HTTP status.
+        message: What must hold, what was found, what to do.
+        param: The field of the request that is wrong, if one is.
+        code: A short name that programs can compare.
+    """
+
+    def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """The JSON body."""
+        kind = "server_error" if self.status >= 500 else _KINDS.get(self.status, "invalid_request_error")
+        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that belong to the status."""
+        return _HEADERS.get(self.status, {})
+
+
+_KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+
+
+def failed_generation(error: BaseException) -> ApiError:
+    """What a client is told of a generation that ended with ``error``.
+
+    The library's own errors are written for people to read; of others only the type is told.
+    """
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error))
+    told = str(error) if isinstance(error, FlashMoEError) else f"the generation failed with {type(error).__name__}"
+    return ApiError(500, told, code="generation_failed")

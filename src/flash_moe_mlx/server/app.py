@@ -1,0 +1,206 @@
+"""The Starlette application: routes, what guards them, and answers whole or streamed."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from concurrent.futures import CancelledError
+from contextlib import asynccontextmanager
+from importlib.resources import files
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from . import metrics
+from .api_error import ApiError, failed_generation
+from .config import ServerConfig
+from .guard import Guard, json_body, refusal
+from .openai_format import DONE, ChatFormat, CompletionFormat, event
+from .parts import AnswerPart, ToolCall
+from .schema import GenerationRequest, parse_chat, parse_completion
+from .worker import Finished, Generation, Worker
+
+logger = logging.getLogger(__name__)
+
+CLIENT_LEFT = 499  # nginx's number; nobody receives it
+
+
+def create_app(model: Any, tokenizer: Any, config: ServerConfig) -> Starlette:
+    """The server of one model, as an ASGI application. Its lifespan ends the worker, not the model.
+
+    Args:
+        model: From :func:`flash_moe_mlx.load`.
+        tokenizer: From :func:`flash_moe_mlx.load`.
+        config: How it is served.
+
+    Raises:
+        MemoryLimitError: If the memory limit can't spare the prefix cache that was asked for.
+    """
+    return _Server(model, tokenizer, config).app
+
+
+class _Server:
+    """Routes over one worker."""
+
+    def __init__(self, model: Any, tokenizer: Any, config: ServerConfig):
+        self._model = model
+        self._config = config
+        self._vocabulary = len(tokenizer)
+        self._worker = Worker(model, tokenizer, max_queue=config.max_queue, prefix_cache=config.prefix_cache)
+        self._page = files(__package__).joinpath("status.html").read_text()
+        self.app = Starlette(
+            routes=[
+                Route("/v1/chat/completions", self._chat, methods=["POST"]),
+                Route("/v1/completions", self._completion, methods=["POST"]),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{name:path}", self._model_named),
+                Route("/health", self._health),
+                Route("/metrics", self._metrics),
+                Route("/stats", self._stats),
+                Route("/", self._status_page),
+            ],
+            exception_handlers={
+                ApiError: lambda request, error: refusal(error),
+                HTTPException: lambda request, error: refusal(ApiError(error.status_code, f"{error.detail}.")),
+                ClientDisconnect: lambda request, error: Response(status_code=CLIENT_LEFT),
+                Exception: lambda request, error: refusal(failed_generation(error)),  # Starlette logs it too
+            },
+            lifespan=self._lifespan,
+        )
+        self.app.add_middleware(Guard, config=config, counts=self._worker.metrics.requests)
+
+    @asynccontextmanager
+    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+        try:
+            yield
+        finally:
+            await self._worker.close()
+
+    async def _chat(self, request: Request) -> Response:
+        return await self._generate(request, parse_chat, ChatFormat)
+
+    async def _completion(self, request: Request) -> Response:
+        return await self._generate(request, parse_completion, CompletionFormat)
+
+    async def _generate(
+        self,
+        request: Request,
+        parse: Callable[..., GenerationRequest],
+        format_type: type[ChatFormat] | type[CompletionFormat],
+    ) -> Response:
+        body = await json_body(request, self._config.max_body_bytes)
+        wanted = parse(body, self._config.model_id, self._vocabulary, self._config.sampling)
+        generation = await self._worker.submit(wanted)
+        answer = format_type(self._config.model_id, wanted.top_logprobs is not None)
+        if wanted.stream:
+            return _EventStream(generation, answer)
+        parts: list[AnswerPart] = []
+        async with _cancelled_when_left(generation, request.receive):
+            async for part in generation:
+                if isinstance(part, Finished):
+                    return JSONResponse(answer.whole(parts, part))
+                parts.append(part)
+            if (error := _failure(generation)) is not None:
+                raise error
+        return Response(status_code=CLIENT_LEFT)
+
+    async def _models(self, request: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [self._description()]})
+
+    async def _model_named(self, request: Request) -> Response:
+        if (name := request.path_params["name"]) != self._config.model_id:
+            raise ApiError(
+                404, f"model must be {self._config.model_id!r}, got {name!r}.", param="model", code="model_not_found"
+            )
+        return JSONResponse(self._description())
+
+    def _description(self) -> dict[str, Any]:
+        context = self._model.streaming.max_context
+        return {
+            "id": self._config.model_id,
+            "object": "model",
+            "created": 0,
+            "owned_by": "flash_moe_mlx",
+            "max_model_len": context,
+        }
+
+    async def _health(self, request: Request) -> Response:
+        return JSONResponse({"status": "ok"})
+
+    async def _metrics(self, request: Request) -> Response:
+        text = metrics.prometheus(self._worker.metrics, self._model, self._worker)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
+
+    async def _stats(self, request: Request) -> Response:
+        figures = metrics.values(self._worker.metrics, self._model, self._worker)
+        return JSONResponse({"model": self._config.model_id, **figures})
+
+    async def _status_page(self, request: Request) -> Response:
+        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
+        return HTMLResponse(self._page, headers={"Content-Security-Policy": policy})
+
+
+class _EventStream(Response):
+    """An answer as server-sent events; what goes wrong after it has begun is its last event."""
+
+    def __init__(self, generation: Generation, answer: ChatFormat | CompletionFormat):
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        del self.headers["content-length"]
+        self._generation = generation
+        self._answer = answer
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with _cancelled_when_left(self._generation, receive):
+            await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            async for chunk in self._chunks():
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b""})
+
+    async def _chunks(self) -> AsyncIterator[bytes]:
+        answer, calls = self._answer, 0
+        for chunk in answer.first():
+            yield event(chunk)
+        async for part in self._generation:
+            if not isinstance(part, Finished):
+                yield event(answer.chunk(part, calls))
+                calls += isinstance(part, ToolCall)
+                continue
+            yield event(answer.last(part))
+            if self._generation.request.include_usage:
+                yield event(answer.usage(part))
+            yield DONE
+            return
+        if (error := _failure(self._generation)) is not None:
+            yield event(error.body)
+
+
+def _failure(generation: Generation) -> ApiError | None:
+    """What a client is told of a generation that did not finish; None if it was the client who ended it."""
+    error = generation.error()
+    if error is None or isinstance(error, CancelledError):
+        return None
+    told = failed_generation(error)
+    if told.status >= 500:
+        logger.error("a generation failed", exc_info=error)
+    return told
+
+
+@asynccontextmanager
+async def _cancelled_when_left(generation: Generation, receive: Receive) -> AsyncIterator[None]:
+    """Within it, a client that leaves ends its generation. Leaving it ends the generation too."""
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        generation.cancel()
+
+    watching = asyncio.ensure_future(watch())
+    try:
+        yield
+    finally:
+        watching.cancel()
+        generation.cancel()

@@ -1,0 +1,167 @@
+"""OpenAI's answers: whole ones and the chunks of streams, from the parts of a generation."""
+
+import json
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from .parts import AnswerPart, TextPart, TokenLogprob, ToolCall
+from .worker import Finished
+
+DONE = b"data: [DONE]\n\n"
+
+
+def event(value: dict[str, Any]) -> bytes:
+    """A server-sent event."""
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+
+
+@dataclass(frozen=True)
+class ChatFormat:
+    """Answers of /v1/chat/completions."""
+
+    model_id: str
+    logprobs: bool
+    id: str = field(default_factory=lambda: f"chatcmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, parts: Sequence[AnswerPart], finished: Finished) -> dict[str, Any]:
+        """The answer in one piece."""
+        texts = [part for part in parts if isinstance(part, TextPart)]
+        content = "".join(part.text for part in texts if part.channel == "content")
+        reasoning = "".join(part.text for part in texts if part.channel == "reasoning")
+        calls = [_call(call) for call in parts if isinstance(call, ToolCall)]
+        message: dict[str, Any] = {"role": "assistant", "content": content if content or not calls else None}
+        if reasoning:
+            message["reasoning_content"] = reasoning
+        if calls:
+            message["tool_calls"] = calls
+        choice = {
+            "index": 0,
+            "message": message,
+            "logprobs": _chat_logprobs([p for part in texts for p in part.logprobs]) if self.logprobs else None,
+            "finish_reason": finished.reason,
+        }
+        return {**self._base("chat.completion"), "choices": [choice], "usage": _usage(finished)}
+
+    def first(self) -> list[dict[str, Any]]:
+        """Chunks that come before the first token."""
+        return [self._chunk({"role": "assistant", "content": ""})]
+
+    def chunk(self, part: AnswerPart, index: int) -> dict[str, Any]:
+        """A part of the answer; ``index`` is how many tool calls came before it."""
+        if isinstance(part, ToolCall):
+            return self._chunk({"tool_calls": [{"index": index, **_call(part)}]})
+        name = "content" if part.channel == "content" else "reasoning_content"
+        return self._chunk({name: part.text}, part.logprobs)
+
+    def last(self, finished: Finished) -> dict[str, Any]:
+        """The chunk that says why the answer ends."""
+        return self._chunk({}, reason=finished.reason)
+
+    def usage(self, finished: Finished) -> dict[str, Any]:
+        """The chunk that stream_options.include_usage asks for."""
+        return {**self._base("chat.completion.chunk"), "choices": [], "usage": _usage(finished)}
+
+    def _base(self, kind: str) -> dict[str, Any]:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model_id}
+
+    def _chunk(
+        self, delta: dict[str, Any], logprobs: Sequence[TokenLogprob] = (), reason: str | None = None
+    ) -> dict[str, Any]:
+        shown = _chat_logprobs(logprobs) if self.logprobs and logprobs else None
+        choice = {"index": 0, "delta": delta, "logprobs": shown, "finish_reason": reason}
+        return {**self._base("chat.completion.chunk"), "choices": [choice]}
+
+
+@dataclass(frozen=True)
+class CompletionFormat:
+    """Answers of /v1/completions."""
+
+    model_id: str
+    logprobs: bool
+    id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    def whole(self, parts: Sequence[AnswerPart], finished: Finished) -> dict[str, Any]:
+        """The answer in one piece."""
+        texts = [part for part in parts if isinstance(part, TextPart)]
+        logprobs = [p for part in texts for p in part.logprobs]
+        body = self._body("".join(part.text for part in texts), logprobs, finished.reason)
+        return {**body, "usage": _usage(finished)}
+
+    def first(self) -> list[dict[str, Any]]:
+        """None: a completion's first chunk is its first token."""
+        return []
+
+    def chunk(self, part: AnswerPart, index: int) -> dict[str, Any]:
+        """A part of the answer."""
+        return self._body(part.text, part.logprobs, None) if isinstance(part, TextPart) else self._body("", (), None)
+
+    def last(self, finished: Finished) -> dict[str, Any]:
+        """The chunk that says why the answer ends."""
+        return self._body("", (), finished.reason)
+
+    def usage(self, finished: Finished) -> dict[str, Any]:
+        """The chunk that stream_options.include_usage asks for."""
+        return {**self._body("", (), None), "choices": [], "usage": _usage(finished)}
+
+    def _body(self, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
+        shown = _completion_logprobs(logprobs) if self.logprobs else None
+        choice = {"index": 0, "text": text, "logprobs": shown, "finish_reason": reason}
+        return {
+            "id": self.id,
+            "object": "text_completion",
+            "created": self.created,
+            "model": self.model_id,
+            "choices": [choice],
+        }
+
+
+def _call(call: ToolCall) -> dict[str, Any]:
+    return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _usage(finished: Finished) -> dict[str, Any]:
+    return {
+        "prompt_tokens": finished.prompt_tokens,
+        "completion_tokens": finished.completion_tokens,
+        "total_tokens": finished.prompt_tokens + finished.completion_tokens,
+        "prompt_tokens_details": {"cached_tokens": finished.cached_tokens},
+    }
+
+
+def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    return {
+        "content": [
+            {**_token(p.text, p.logprob), "top_logprobs": [_token(text, value) for text, value in p.top]}
+            for p in logprobs
+        ],
+        "refusal": None,
+    }
+
+
+def _token(text: str, logprob: float) -> dict[str, Any]:
+    # A token that is a part of a character has no text of its own, so its bytes are not known from it.
+    known = None if "\ufffd" in text else list(text.encode())
+    return {"token": text, "logprob": _finite(logprob), "bytes": known}
+
+
+def _completion_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
+    offsets, offset = [], 0
+    for p in logprobs:
+        offsets.append(offset)
+        offset += len(p.text)
+    return {
+        "tokens": [p.text for p in logprobs],
+        "token_logprobs": [_finite(p.logprob) for p in logprobs],
+        "top_logprobs": [{text: _finite(value) for text, value in p.top} for p in logprobs],
+        "text_offset": offsets,
+    }
+
+
+def _finite(logprob: float) -> float:
+    """JSON has no infinity; OpenAI says -9999 for what is as good as impossible."""
+    return max(logprob, -9999.0)

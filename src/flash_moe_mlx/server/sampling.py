@@ -1,0 +1,66 @@
+"""From a request's sampling parameters to mlx_lm's sampler and logits processors."""
+
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.sample_utils import make_logits_processors, make_sampler
+
+from ..generation import GenerationResponse, LogitsProcessor, Sampler
+from .parts import TokenLogprob
+from .schema import Sampling
+
+
+def sampler_for(sampling: Sampling, vocabulary: int) -> Sampler:
+    """A sampler. Seeds MLX's generator, which is the thread's own, when it draws its first token.
+
+    Without a seed it takes a fresh one: an earlier request's must not decide what this one draws.
+    """
+    sample = make_sampler(
+        sampling.temperature,
+        top_p=sampling.top_p,
+        min_p=sampling.min_p,
+        top_k=sampling.top_k if sampling.top_k < vocabulary else 0,
+    )
+    seeds = [secrets.randbits(64) if sampling.seed is None else sampling.seed % 2**64]
+
+    def seeded(logprobs: mx.array) -> mx.array:
+        if seeds:
+            mx.random.seed(seeds.pop())
+        return sample(logprobs)
+
+    return seeded
+
+
+def processors_for(sampling: Sampling, prompt_tokens: int, context: int) -> list[LogitsProcessor]:
+    """Penalties and biases. Presence and frequency are those in the answer; repetition counts the prompt too."""
+    ours = make_logits_processors(
+        sampling.logit_bias and dict(sampling.logit_bias),
+        sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
+        context,
+    )
+    in_answer = make_logits_processors(
+        presence_penalty=sampling.presence_penalty,
+        presence_context_size=context,
+        frequency_penalty=sampling.frequency_penalty,
+        frequency_context_size=context,
+    )
+    return ours + [_after(prompt_tokens, processor) for processor in in_answer]
+
+
+def _after(start: int, processor: LogitsProcessor) -> LogitsProcessor:
+    return lambda tokens, logits: processor(tokens[start:], logits)
+
+
+def token_logprob(response: GenerationResponse, decode: Callable[[list[int]], str], top: int) -> TokenLogprob:
+    """A token's log-probability and the ``top`` likeliest in its place, likeliest first."""
+    logprobs = np.array(response.logprobs, copy=False)
+    best: Any = np.argpartition(-logprobs, top - 1)[:top] if top else []
+    ordered = sorted(best, key=lambda token: -logprobs[token])
+    return TokenLogprob(
+        decode([response.token]),
+        float(logprobs[response.token]),
+        tuple((decode([int(token)]), float(logprobs[token])) for token in ordered),
+    )

@@ -1,0 +1,252 @@
+"""Request bodies: from JSON that anybody may send to a checked `GenerationRequest`. Imports no MLX.
+
+Fields that OpenAI's API has and that would change the answer, but are not supported, are refused; unknown ones are
+ignored, as other servers do, since clients send many.
+"""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from .api_error import ApiError
+from .messages import check_messages, check_tools
+
+MAX_STOPS = 4
+MAX_TOP_LOGPROBS = 20
+MAX_LOGIT_BIASES = 1024
+COMPLETION_MAX_TOKENS = 16
+"""OpenAI's default for /v1/completions. A chat answer may take the rest of the context."""
+
+_INT64 = 2**63
+_REFUSED = {
+    "functions": "Use tools.", "function_call": "Use tool_choice.", "audio": "Leave it out.", "suffix": "Leave it out.",
+    "prompt_logprobs": "Leave it out.",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are chosen. Temperature 0 is greedy; `repetition_penalty` 1, the others' 0 do nothing."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] | None = None
+
+
+@dataclass(frozen=True)
+class GenerationRequest:
+    """One request, checked.
+
+    Attributes:
+        messages: As chat templates take them; None for a plain completion.
+        prompt: Text or token ids of a plain completion.
+        tools: Tools in the prompt, as they were sent.
+        call_required: The answer must begin with a tool call.
+        parallel_tool_calls: More than one call may be made.
+        thinking: Whether a model that can think before it answers is to; None leaves it to the template.
+        max_tokens: Most tokens to generate; None is what the context has room for.
+        stop: Strings that end the answer and are not part of it.
+        top_logprobs: Alternatives a token; None sends no log-probabilities at all.
+        stream: Send the answer in parts.
+        include_usage: Send the usage at the end of a stream.
+    """
+
+    messages: list[dict[str, Any]] | None
+    prompt: str | list[int]
+    sampling: Sampling
+    max_tokens: int | None
+    stop: tuple[str, ...]
+    top_logprobs: int | None
+    stream: bool
+    include_usage: bool
+    tools: list[dict[str, Any]] | None = None
+    call_required: bool = False
+    parallel_tool_calls: bool = True
+    thinking: bool | None = None
+
+
+def parse_chat(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
+    """The body of /v1/chat/completions.
+
+    Raises:
+        ApiError: 400 naming the field that is wrong, 404 for another model than ``model_id``.
+    """
+    common = _parse_common(body, model_id, vocabulary, defaults)
+    messages = check_messages(body.get("messages"))
+    tools = check_tools(body.get("tools"))
+    choice = body.get("tool_choice")
+    if isinstance(choice, Mapping):
+        function = choice.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
+        tools = [tool for tool in tools or [] if tool["function"]["name"] == name]
+        choice = "required"
+    if choice not in (None, "none", "auto", "required") or (choice == "required" and not tools):
+        raise _wrong("tool_choice", 'be "none", "auto", "required" or name one of the tools', body.get("tool_choice"))
+    alternatives = _integer(body, "top_logprobs", None, 0, MAX_TOP_LOGPROBS)
+    wanted = _boolean(body, "logprobs", False)
+    if alternatives is not None and not wanted:
+        raise _wrong("top_logprobs", "come with logprobs: true", alternatives)
+    template_arguments = _mapping(body, "chat_template_kwargs")
+    if unknown := sorted(set(template_arguments) - {"enable_thinking"}):
+        raise _wrong("chat_template_kwargs", "hold enable_thinking and nothing else", unknown)
+    most = _integer(body, "max_completion_tokens", None, 1, _INT64)
+    return replace(
+        common,
+        messages=messages,
+        tools=None if choice == "none" else tools or None,
+        call_required=choice == "required",
+        parallel_tool_calls=_boolean(body, "parallel_tool_calls", True),
+        thinking=_boolean(template_arguments, "enable_thinking", None),
+        max_tokens=common.max_tokens if most is None else most,
+        top_logprobs=(alternatives or 0) if wanted else None,
+    )
+
+
+def parse_completion(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
+    """The body of /v1/completions. Errors as :func:`parse_chat`."""
+    common = _parse_common(body, model_id, vocabulary, defaults)
+    if _boolean(body, "echo", False):
+        raise _wrong("echo", "be false", True)
+    if _integer(body, "best_of", 1, 1, 128) != 1:
+        raise _wrong("best_of", "be 1", body["best_of"])
+    return replace(
+        common,
+        prompt=_prompt(body.get("prompt"), vocabulary),
+        max_tokens=COMPLETION_MAX_TOKENS if common.max_tokens is None else common.max_tokens,
+        top_logprobs=_integer(body, "logprobs", None, 0, MAX_TOP_LOGPROBS),
+    )
+
+
+def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
+    if not isinstance(body, Mapping):
+        raise ApiError(400, f"the body must be a JSON object, got {_shown(body)}. See docs/server.md.")
+    model = _text(body, "model", model_id)
+    if model != model_id:
+        raise ApiError(
+            404,
+            f"model must be {model_id!r}, got {_shown(model)}. See /v1/models.",
+            param="model",
+            code="model_not_found",
+        )
+    for name, advice in _REFUSED.items():
+        if body.get(name) is not None:
+            raise ApiError(400, f"{name} is not supported. {advice}", param=name, code="unsupported_parameter")
+    if _integer(body, "n", 1, 1, 128) != 1:
+        raise _wrong("n", "be 1", body["n"])
+    if _mapping(body, "response_format").get("type", "text") != "text":
+        raise _wrong("response_format", 'be {"type": "text"}', body["response_format"])
+    stream = _boolean(body, "stream", False)
+    return GenerationRequest(
+        messages=None,
+        prompt="",
+        sampling=_sampling(body, vocabulary, defaults),
+        max_tokens=_integer(body, "max_tokens", None, 1, _INT64),
+        stop=_stop(body.get("stop")),
+        top_logprobs=None,
+        stream=stream,
+        include_usage=_boolean(_mapping(body, "stream_options"), "include_usage", False),
+    )
+
+
+def _sampling(body: Mapping[str, Any], vocabulary: int, defaults: Sampling) -> Sampling:
+    result = Sampling(
+        temperature=_number(body, "temperature", defaults.temperature, 0, 2),
+        top_p=_number(body, "top_p", defaults.top_p, 0, 1),
+        top_k=_integer(body, "top_k", defaults.top_k, 0, _INT64),
+        min_p=_number(body, "min_p", defaults.min_p, 0, 1),
+        seed=_integer(body, "seed", defaults.seed, -_INT64, _INT64),
+        repetition_penalty=_number(body, "repetition_penalty", defaults.repetition_penalty, 0, 10),
+        presence_penalty=_number(body, "presence_penalty", defaults.presence_penalty, -2, 2),
+        frequency_penalty=_number(body, "frequency_penalty", defaults.frequency_penalty, -2, 2),
+        logit_bias=_logit_bias(_mapping(body, "logit_bias"), vocabulary),
+    )
+    for name in ("top_p", "repetition_penalty"):
+        if getattr(result, name) == 0:
+            raise _wrong(name, "be above 0", 0)
+    return result
+
+
+def _logit_bias(biases: Mapping[str, Any], vocabulary: int) -> dict[int, float] | None:
+    if len(biases) > MAX_LOGIT_BIASES:
+        raise _wrong("logit_bias", f"have at most {MAX_LOGIT_BIASES} entries", len(biases))
+    result = {}
+    for token in biases:
+        # MLX would write wherever another number points.
+        if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocabulary):
+            raise _wrong("logit_bias", f"have token ids from 0 to {vocabulary - 1} as keys", token)
+        result[int(token)] = _number(biases, token, 0.0, -100, 100, "logit_bias")
+    return result or None
+
+
+def _stop(value: Any) -> tuple[str, ...]:
+    stops = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
+        raise _wrong("stop", f"be a text or up to {MAX_STOPS} texts, none empty", value)
+    return tuple(stops)
+
+
+def _prompt(value: Any, vocabulary: int) -> str | list[int]:
+    if isinstance(value, list) and len(value) == 1 and isinstance(value[0], str | list):
+        value = value[0]  # a batch of one
+    if isinstance(value, list) and value and all(type(token) is int and 0 <= token < vocabulary for token in value):
+        return value
+    if not isinstance(value, str) or not value:
+        raise _wrong("prompt", f"be one text, or token ids from 0 to {vocabulary - 1}", value)
+    return value
+
+
+def _mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    value = body.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise _wrong(name, "be an object", value)
+    return value or {}
+
+
+def _text(body: Mapping[str, Any], name: str, default: str) -> str:
+    value = body.get(name)
+    if value is not None and not isinstance(value, str):
+        raise _wrong(name, "be a text", value)
+    return default if value is None else value
+
+
+def _boolean(body: Mapping[str, Any], name: str, default: Any) -> Any:
+    value = body.get(name)
+    if value is not None and not isinstance(value, bool):
+        raise _wrong(name, "be true or false", value)
+    return default if value is None else value
+
+
+def _integer(body: Mapping[str, Any], name: str, default: Any, low: int, high: int) -> Any:
+    value = body.get(name)
+    if value is None:
+        return default
+    if type(value) is not int or not low <= value < high + 1:
+        raise _wrong(name, f"be a whole number from {low} to {high}", value)
+    return value
+
+
+def _number(
+    body: Mapping[str, Any], name: str, default: float, low: float, high: float, param: str | None = None
+) -> float:
+    value = body.get(name)
+    if value is None:
+        return default
+    if type(value) not in (int, float) or not low <= value <= high or math.isnan(value):
+        raise _wrong(param or name, f"be a number from {low} to {high}", value)
+    return float(value)
+
+
+def _wrong(name: str, must: str, got: Any) -> ApiError:
+    return ApiError(400, f"{name} must {must}, got {_shown(got)}.", param=name)
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."

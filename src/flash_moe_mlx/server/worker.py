@@ -1,0 +1,270 @@
+"""Worker: the one thread that generates, and the bounded queue before it.
+
+Requests come from the event loop; parts of answers go back to it through an `asyncio.Queue` a request, so that a client
+that reads slowly holds nobody up. Prompts are rendered and encoded on a second thread.
+"""
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from ..errors import MemoryLimitError
+from ..generation import GenerationResponse, stream_generate
+from ..prefix_cache import PrefixCache, chat_prompt
+from ..stats import StreamingStats
+from .api_error import ApiError
+from .metrics import Metrics
+from .parts import AnswerParser, AnswerPart
+from .sampling import processors_for, sampler_for, token_logprob
+from .schema import GenerationRequest
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The end of an answer, with what it took. The reason is "stop", "length" or "tool_calls"."""
+
+    reason: str
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    tokens: list[int]
+    snapshot_at: list[int] | None
+
+
+class Generation:
+    """One request's generation: an asynchronous iterator of its answer's parts, the last of them `Finished`.
+
+    Where that does not come, `error` says why.
+    """
+
+    def __init__(self, request: GenerationRequest, loop: asyncio.AbstractEventLoop):
+        self.request = request
+        self.arrived = time.perf_counter()
+        self.cancelled = threading.Event()
+        self.future: Future[None] | None = None
+        self._loop = loop
+        self._parts: asyncio.Queue[AnswerPart | Finished | None] = asyncio.Queue()
+
+    def put(self, part: AnswerPart | Finished | None) -> None:
+        """Hand over a part, None at the end, from any thread."""
+        self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
+
+    def cancel(self) -> None:
+        """End it: at once if it waits, else before the next layer's reads. Does nothing where it has ended."""
+        self.cancelled.set()
+        if self.future is not None:
+            self.future.cancel()
+
+    async def __aiter__(self) -> AsyncIterator[AnswerPart | Finished]:
+        while (part := await self._parts.get()) is not None:
+            yield part
+
+    def error(self) -> BaseException | None:
+        """What ended it before it was finished; `CancelledError` where nobody wanted the rest. Call it at the end."""
+        if self.future is None or self.cancelled.is_set():
+            return CancelledError()
+        return self.future.exception()
+
+
+class Worker:
+    """Generates for one request at a time. `close` it when done.
+
+    Attributes:
+        metrics: What it counts.
+    """
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_queue: int, prefix_cache: int | str | None = "auto"):
+        """Set memory aside for the prefix cache and start the threads.
+
+        Args:
+            model: From :func:`flash_moe_mlx.load`.
+            tokenizer: From :func:`flash_moe_mlx.load`.
+            max_queue: Requests that may wait beside the one that runs.
+            prefix_cache: Its size; "auto" is the states of three conversations of max_context tokens, or as much as
+                takes a quarter of the expert slots if that is less; None keeps none.
+
+        Raises:
+            MemoryLimitError: If the memory limit can't spare a size that was given.
+        """
+        self.metrics = Metrics()
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_queue = max_queue
+        self._prefix_cache = _make_prefix_cache(model, prefix_cache)
+        self._prompts = ThreadPoolExecutor(1, thread_name_prefix="flash-moe-prompt")
+        self._generations = ThreadPoolExecutor(1, thread_name_prefix="flash-moe-serve")
+        self._admitted: set[Generation] = set()
+        self._current: Generation | None = None
+
+    @property
+    def running(self) -> int:
+        """Generations under way: 0 or 1."""
+        return int(self._current is not None)
+
+    @property
+    def queued(self) -> int:
+        """Requests that wait."""
+        return max(0, len(self._admitted) - self.running)
+
+    @property
+    def stats(self) -> StreamingStats:
+        """The engine's figures."""
+        return self._model.streaming.stats()
+
+    @property
+    def prefix_cache_bytes(self) -> int:
+        """Bytes of the states kept."""
+        return 0 if self._prefix_cache is None else self._prefix_cache.nbytes
+
+    async def submit(self, request: GenerationRequest) -> Generation:
+        """Queue a request. Iterate over what is returned, and `Generation.cancel` it if you stop before its end.
+
+        Raises:
+            ApiError: 429 if the queue is full; 400 if the prompt is too long or the chat template refuses it.
+        """
+        if len(self._admitted) > self._max_queue:
+            raise ApiError(429, f"the queue must have room, got {len(self._admitted)} requests. Try again soon.")
+        loop = asyncio.get_running_loop()
+        generation = Generation(request, loop)
+        self._admitted.add(generation)
+        try:
+            prompt = await loop.run_in_executor(self._prompts, self._prepare, request)
+            generation.future = self._generations.submit(self._run, generation, prompt)
+        finally:
+            if generation.future is None:
+                self._admitted.discard(generation)
+
+        def ended(_: Future[None]) -> None:
+            loop.call_soon_threadsafe(self._admitted.discard, generation)
+            generation.put(None)
+
+        generation.future.add_done_callback(ended)
+        return generation
+
+    async def close(self) -> None:
+        """End every generation, wait for the threads, and give the prefix cache's memory back."""
+        for generation in list(self._admitted):
+            generation.cancel()
+        # What a thread has computed by must go while it lives: MLX would do it when the process ends, too late.
+        cleared = self._generations.submit(mx.clear_streams)
+        await asyncio.wrap_future(cleared)
+        self._prompts.shutdown()
+        self._generations.shutdown()
+        if self._prefix_cache is not None:
+            self._prefix_cache.close()
+
+    def _prepare(self, request: GenerationRequest) -> _Prompt:
+        """Render and encode the prompt. On the prompts' thread."""
+        try:
+            tokens, snapshot_at = self._encode(request)
+        # Text that is no Unicode (lone surrogates), and objects nested deeper than Python goes.
+        except (UnicodeError, RecursionError) as error:
+            raise ApiError(400, f"the prompt must be text that can be encoded, got {type(error).__name__}.") from error
+        limit = self._model.streaming.max_context
+        if not 0 < len(tokens) <= limit:
+            raise ApiError(
+                400,
+                f"the prompt must have 1 to {limit} tokens, got {len(tokens)}. Shorten it, or serve with a larger "
+                "--max-context.",
+                param="prompt" if request.messages is None else "messages",
+                code="context_length_exceeded",
+            )
+        return _Prompt(tokens, snapshot_at)
+
+    def _encode(self, request: GenerationRequest) -> tuple[list[int], list[int] | None]:
+        tokenizer = self._tokenizer
+        if request.messages is None:
+            prompt = request.prompt
+            return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, None
+        if not tokenizer.has_chat_template:
+            raise ApiError(400, "this model must have a chat template, got none. Use /v1/completions.")
+        arguments: dict[str, Any] = {} if request.tools is None else {"tools": request.tools}
+        if request.thinking is not None:
+            arguments["enable_thinking"] = request.thinking
+        if not request.call_required:
+            return chat_prompt(tokenizer, request.messages, **arguments)
+        if not tokenizer.has_tool_calling:
+            raise ApiError(400, "tool_choice must be auto or none: this model's chat template has no tools.")
+        tokens, points = chat_prompt(tokenizer, request.messages, **arguments | {"enable_thinking": False})
+        return [*tokens, *tokenizer.tool_call_start_tokens], points
+
+    def _run(self, generation: Generation, prompt: _Prompt) -> None:
+        """Generate an answer. On the worker's thread."""
+        self._current = generation
+        try:
+            with self._model.streaming.cancellable(generation.cancelled):
+                self._generate(generation, prompt)
+        finally:
+            self._current = None
+
+    def _generate(self, generation: Generation, prompt: _Prompt) -> None:
+        request, tokenizer = generation.request, self._tokenizer
+        parser = AnswerParser(tokenizer, prompt.tokens, request)
+        limit = self._model.streaming.max_context
+        responses = stream_generate(
+            self._model,
+            tokenizer,
+            prompt.tokens,
+            -1 if request.max_tokens is None else request.max_tokens,
+            sampler=sampler_for(request.sampling, len(tokenizer)),
+            logits_processors=processors_for(request.sampling, len(prompt.tokens), limit),
+            prefix_cache=self._prefix_cache,
+            snapshot_at=prompt.snapshot_at,
+        )
+        with closing(responses):
+            for response in self._counted(responses, generation):
+                logprob = None
+                if request.top_logprobs is not None and response.token not in tokenizer.eos_token_ids:
+                    logprob = token_logprob(response, tokenizer.decode, request.top_logprobs)
+                for part in parser.feed(response.text, logprob, last=response.finish_reason is not None):
+                    generation.put(part)
+                if response.finish_reason or parser.stopped:
+                    break
+                if generation.cancelled.is_set():
+                    return
+        cut = response.finish_reason == "length" and not parser.stopped
+        reason = "length" if cut else "tool_calls" if parser.calls else "stop"
+        generation.put(Finished(reason, response.prompt_tokens, response.generation_tokens, response.cached_tokens))
+
+    def _counted(self, responses: Iterator[GenerationResponse], generation: Generation) -> Iterator[GenerationResponse]:
+        last = None
+        for response in responses:
+            now = time.perf_counter()
+            if last is None:
+                self.metrics.first_token(response, generation.arrived)
+            self.metrics.token(response, 0.0 if last is None else now - last)
+            last = now
+            yield response
+
+
+def _make_prefix_cache(model: Any, size: int | str | None) -> PrefixCache | None:
+    if size is None:
+        return None
+    if size != "auto":
+        return PrefixCache(model, size)
+    engine = model.streaming
+    slot_bytes = engine.stats().slot_bytes
+    for nbytes in (3 * engine.state_bytes, max(1, slot_bytes // 4)):
+        try:
+            cache = PrefixCache(model, nbytes)
+        except MemoryLimitError:
+            continue
+        if nbytes <= slot_bytes // 4 or engine.stats().slot_bytes >= slot_bytes * 3 // 4:
+            return cache
+        cache.close()
+    logger.warning("no prefix cache: the memory limit has no room for one, so that every prompt is read in full")
+    return None

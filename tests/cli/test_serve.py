@@ -1,0 +1,83 @@
+"""`flash-moe serve` as a process: what it prints, what docs/server.md says of it, how it ends."""
+
+import json
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from ..support.command_line import refusal
+from .test_main import spawn
+
+pytestmark = pytest.mark.xdist_group("serve")
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = (ROOT / "docs" / "server.md").read_text()
+DOCUMENTED = "http://127.0.0.1:8080"
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    process = spawn("serve", "--port", "0", "--max-context", "512", text=True)
+    try:
+        line = process.stdout.readline()
+        match = re.match(r"Serving demo at (http://127\.0\.0\.1:\d+)/v1, status page at \1/\. Ctrl-C ends it\.", line)
+        assert match, line + process.stderr.read()
+        yield match[1]
+        process.send_signal(signal.SIGINT)
+        rest, errors = process.communicate(timeout=30)
+        assert (process.returncode, rest, errors) == (130, "", "")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+
+
+def test_the_python_example(address: str):
+    (code,) = blocks("python")
+    assert DOCUMENTED in code
+    done = subprocess.run(
+        [sys.executable, "-c", code.replace(DOCUMENTED, address)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert done.stdout == "17 plus 25 is 42."
+
+
+def test_the_curl_example(address: str):
+    (command,) = [block for block in blocks("sh") if block.startswith("curl")]
+    assert DOCUMENTED in command
+    done = subprocess.run(
+        ["sh", "-c", "curl() { command curl -sS \"$@\"; }\n" + command.replace(DOCUMENTED, address)],
+        capture_output=True, text=True, check=True, timeout=60,
+    )  # fmt: skip
+    assert json.loads(done.stdout)["choices"][0]["message"]["content"] == "17 plus 25 is 42."
+
+
+def test_the_documented_routes_exist(address: str):
+    routes = re.findall(r"`(?:GET|POST) ([^`]+)`", PAGE)
+    assert len(routes) == 7
+    for route in routes:
+        assert httpx.get(address + route).status_code in (200, 405)  # 405: it is for POST
+
+
+def test_a_port_that_is_taken_is_told_in_one_line():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        line = refusal("serve", "--port", str(taken.getsockname()[1]))
+    assert "in use" in line
+
+
+def test_sizes_that_are_none_are_told_in_one_line():
+    assert "much" in refusal("serve", "--port", "0", "--max-body", "much")
+    assert "GB" in refusal("serve", "--port", "0", "--prefix-cache", "900GB", "--memory-limit", "1GB")
