@@ -16,7 +16,7 @@ with model.streaming:
     prompt, _ = chat_prompt(tokenizer, [{"role": "user", "content": "Tell me a story about a small fox."}])
     started = time.perf_counter()
     first_token_seconds = None
-    for response in stream_generate(model, tokenizer, prompt, max_tokens=100):
+    for response in stream_generate(model, tokenizer, prompt, max_tokens=60):
         first_token_seconds = first_token_seconds or time.perf_counter() - started
         print(response.text, end="", flush=True)
 

@@ -78,7 +78,7 @@ def chat(
     from ..tools import CALCULATOR, load_tools
     from .chat_session import ChatSession
 
-    console = Console()
+    console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets lines as they are
     offered = [tool for path in tools or [] for tool in load_tools(path)]
     read = _reader(console.is_terminal)
     with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):

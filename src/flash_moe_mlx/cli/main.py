@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import FlashMoEError
-from . import bench, chat, doctor, generate, pack, serve, verify
+from . import bench, chat, doctor, generate, pack, plan, serve, simulate, trace, verify
 from .options import add_command, add_group
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,7 @@ class _Commands(TyperGroup):
             code = INTERRUPTED
         sys.exit(code if isinstance(code, int) else 0)
 
-    def invoke(self, ctx: typer.Context) -> Any:
+    def invoke(self, ctx: Any) -> Any:
         try:
             result = super().invoke(ctx)
             sys.stdout.flush()
@@ -101,6 +101,9 @@ def flash_moe(
 add_command(app, generate.generate)
 add_command(app, chat.chat)
 add_command(app, doctor.doctor)
+add_command(app, plan.plan)
+add_command(app, trace.trace)
+add_command(app, simulate.simulate)
 add_command(app, serve.serve)
 add_command(app, pack.pack)
 add_command(app, verify.verify)

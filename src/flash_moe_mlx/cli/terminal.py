@@ -1,10 +1,11 @@
 """What a chat reads from and writes to a terminal: lines with history, Markdown while it is written."""
 
 import sys
+import termios
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.live import Live
@@ -84,6 +85,7 @@ class AnswerView:
         self._thought = 0
         self._drawn = 0.0
         self._live: Live | None = None
+        self._echo = _Echo()
 
     def __enter__(self) -> "AnswerView":
         return self
@@ -122,6 +124,7 @@ class AnswerView:
         if self._live is not None:
             self._live.stop()
             self._live = None
+            self._echo.restore()
         block, self._block = self._block, ""
         if self._kind == "text" or self._thinking == "show":
             self._print(block)
@@ -141,9 +144,29 @@ class AnswerView:
             return
         self._drawn = now
         if self._live is None:
+            self._echo.silence()
             self._live = Live(console=self._console, auto_refresh=False, transient=True)
             self._live.start()
         self._live.update(renderable, refresh=True)
+
+
+class _Echo:
+    """Keys pressed while an answer is drawn, ^C among them, would be written into it: they are not shown meanwhile."""
+
+    def __init__(self) -> None:
+        self._before: list[Any] | None = None
+
+    def silence(self) -> None:
+        if sys.stdin.isatty():
+            self._before = termios.tcgetattr(sys.stdin)
+            flags = [*self._before]
+            flags[3] &= ~termios.ECHO
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, flags)
+
+    def restore(self) -> None:
+        if self._before is not None:
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
+            self._before = None
 
 
 class _Tail:

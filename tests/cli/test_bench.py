@@ -1,0 +1,81 @@
+"""``flash-moe bench`` and ``doctor`` on the embedded model."""
+
+from pathlib import Path
+
+import pytest
+
+from flash_moe_mlx.cli import doctor as module
+
+from ..support.command_line import document, refusal, succeed
+
+SHORT = ("--prompt-tokens", "16", "--max-tokens", "4", "--memory-limit", "14MB", "--max-context", "128")
+
+
+def test_bench_counts_every_run_in_full():
+    result = document("bench", "--json", "--runs", "2", *SHORT)
+    assert [set(run) for run in result["runs"]] == [set(result["runs"][0])] * 2
+    speeds = sorted(run["generation_tps"] for run in result["runs"])
+    assert result["median_generation_tps"] == pytest.approx(sum(speeds) / 2)
+    assert result["state"] == "warm" and 0 < result["num_slots"] < result["num_experts"]
+
+
+def test_cold_runs_find_no_expert_in_memory():
+    cold, warm = (document("bench", "--json", "--runs", "1", *more, *SHORT) for more in (("--cold",), ()))
+    assert cold["state"] == "cold"
+    assert cold["runs"][0]["hit_rate"] < warm["runs"][0]["hit_rate"]
+    assert "directory" in refusal("bench", "--cold", "--model", "no/such/place")
+
+
+def test_bench_prints_a_line_a_run():
+    lines = succeed("bench", "--runs", "2", *SHORT).splitlines()
+    assert len(lines) == 4 and lines[-1].startswith("median decode ")
+
+
+def test_doctor_measures_the_disk(tmp_path: Path):
+    for where in (("--directory", str(tmp_path)), ("--model", str(module.model_path(None)))):
+        result = document("doctor", "--json", *where)
+        assert result["disk"]["bytes_per_second"] > 0 and result["disk"]["num_reads"] > 0
+        assert result["memory"]["physical_bytes"] >= result["memory"]["default_memory_limit_bytes"] > 0
+        assert result["versions"]["mlx"] and result["backend"] in ("cpu", "cuda", "metal")
+    assert list(tmp_path.iterdir()) == []
+    assert "no/such" in refusal("doctor", "--model", "no/such")
+
+
+def test_doctor_prints_what_json_has():
+    text = succeed("doctor", "--no-disk")
+    assert "backend" in text and "default memory limit" in text and "disk" not in text
+
+
+GOOD = {
+    "backend": "metal",
+    "cpu_kernels": True,
+    "versions": {},
+    "memory": {"physical_bytes": 64e9, "cgroup_limit_bytes": None, "recommended_working_set_bytes": 60e9},
+    "disk": {"direct": True, "bytes_per_second": 5e9},
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, None),
+        ({"disk": None}, None),
+        ({"disk": {"direct": True, "bytes_per_second": 2e8}}, "200.00 MB/s"),
+        ({"disk": {"direct": False, "bytes_per_second": 9e9}}, "no direct reads"),
+        ({"memory": {**GOOD["memory"], "recommended_working_set_bytes": 40e9}}, "iogpu.wired_limit_mb"),
+        ({"memory": {**GOOD["memory"], "cgroup_limit_bytes": 8e9}}, "8.00 GB"),
+        ({"backend": "cpu", "cpu_kernels": False}, "numba"),
+    ],
+)
+def test_advice(changes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setattr(module.os.path, "exists", lambda path: False)
+    advice = module._advice({**GOOD, **changes})
+    assert len(advice) == (words is not None)
+    assert words is None or words in advice[0]
+
+
+def test_advice_about_versions(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "requires", lambda _: ["mlx<0.33,>=0.32", "numpy>=1.26", "numba>=9; extra == 'cpu'"])
+    found = {**GOOD, "versions": {"mlx": "0.40.1", "numpy": "2.4.6", "numba": "0.1"}}
+    assert module._advice(found) == ["mlx 0.40.1 must be <0.33,>=0.32: pip install 'mlx<0.33,>=0.32'."]

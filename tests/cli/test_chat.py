@@ -1,0 +1,185 @@
+"""``flash-moe chat``: through a pipe, in a terminal, and what it draws there."""
+
+import io
+import json
+import os
+import sys
+import termios
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from flash_moe_mlx.cli import chat as module
+from flash_moe_mlx.cli.chat_session import COMMANDS
+from flash_moe_mlx.cli.printable import printable
+from flash_moe_mlx.cli.terminal import AnswerView, finished
+
+from ..support.command_line import refusal, succeed
+
+ROOT = Path(__file__).resolve().parents[2]
+TOOL_CALL = "Use the calculator for 12 * 12."
+
+
+def chat(*lines: str, options: tuple[str, ...] = ()) -> str:
+    """What a chat through a pipe prints."""
+    return succeed("chat", "--max-context", "1024", *options, stdin="".join(f"{line}\n" for line in lines))
+
+
+def test_messages_and_tools_through_a_pipe():
+    text = chat("Hello", TOOL_CALL, "no", TOOL_CALL, "perhaps", "always", TOOL_CALL, "/tools")
+    assert text.startswith("Hello")
+    assert text.count('calls calculate(expression="12 * 12")') == 3
+    assert text.count("gives 144") == 2
+    assert text.count("fails: refused by the user") == 1
+    assert "calculate (always run)" in text
+
+
+def test_a_call_is_refused_where_nobody_answers():
+    assert "fails: refused by the user" in chat(TOOL_CALL)
+
+
+def test_slash_commands(tmp_path: Path):
+    file = tmp_path / "chat.json"
+    text = chat(
+        "/help", "/system", "Hello", "/stats", "/nonsense", f"/save {file}", "/clear", "/stats", "/save", "/load",
+        f"/load {file}", "/system Be brief.", f"/save {file}", f"/load {tmp_path}", "/quit", "Hello",
+    )  # fmt: skip
+    assert all(name in text for name in COMMANDS)
+    assert text.count("Hello!") == 1  # nothing is answered after /quit
+    assert "There is no system prompt." in text and "There is no such command." in text
+    assert "hit rate" in text and "context 0 of 1,024 tokens" in text
+    assert "2 messages are in" in text and "2 messages were in" in text
+    assert text.count("must name a file") == 2 and "must be a saved conversation" in text
+    saved = json.loads(file.read_text())
+    assert saved["system"] == "Be brief."
+    assert [m["role"] for m in saved["messages"]] == ["user", "assistant"]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", "no JSON", '{"system": "", "messages": [{"role": "judge", "content": ""}]}']
+)
+def test_other_files_are_not_loaded(content: str, tmp_path: Path):
+    (tmp_path / "file").write_text(content)
+    assert "must be a saved conversation" in chat(f"/load {tmp_path / 'file'}")
+
+
+def test_tools_of_a_file_and_none(tmp_path: Path):
+    text = chat("/tools", options=("--tools", str(ROOT / "examples/tools/weather.py"), "--no-calculator"))
+    assert "get_weather" in text and "calculate" not in text
+    assert "There are none." in chat("/tools", options=("--no-calculator",))
+    (tmp_path / "tools.py").write_text("x = 1\n")
+    assert "must define functions" in refusal("chat", "--tools", str(tmp_path / "tools.py"), stdin="")
+
+
+def test_an_error_ends_the_turn_and_not_the_chat():
+    text = chat("word " * 2000, "Hello")
+    assert "max_context" in text and "Hello!" in text
+
+
+def test_a_prefix_cache_that_does_not_fit_is_refused():
+    assert "must be at least" in refusal(
+        "chat", "--memory-limit", "14MB", "--prefix-cache", "13MB", "--max-context", "128"
+    )
+    assert module._prefix_cache(None, "0") is None
+
+
+def test_without_prompt_toolkit_there_is_a_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
+    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.setenv("TERM", "xterm")
+    assert module._reader(is_terminal=True).__name__ == "read_line"
+    assert "pip install 'flash_moe_mlx[chat]'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("text", "done"),
+    [
+        ("one\ntwo", ""),
+        ("one\n\ntwo", "one\n\n"),
+        ("one\n\n```\na\n\nb", "one\n\n"),
+        ("```\na\n\nb\n```\n\nc", "```\na\n\nb\n```\n\n"),
+        ("~~~\n```\n\n~~~\n\nc", "~~~\n```\n\n~~~\n\n"),
+        ("one\n ", ""),
+    ],
+)
+def test_finished_blocks(text: str, done: str):
+    assert text[: finished(text)] == done
+
+
+def drawn(thinking: str, *pieces: tuple[str, str]) -> str:
+    """What is on the screen in the end: lines that were not erased again."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=40, height=10, legacy_windows=False)
+    with AnswerView(console, thinking) as view:
+        view.progress(1, 2)
+        for kind, text in pieces:
+            view.write(kind, text)
+    return console.file.getvalue()
+
+
+def test_markdown_is_rendered_and_thinking_dimmed():
+    shown = drawn("show", ("thinking", "Hm.\n"), ("text", "**bo"), ("text", "ld**\n\nnext\x1b[2J"))
+    assert "\x1b[2;3mHm." in shown and "\x1b[1mbold\x1b[0m" in shown and "next\N{REPLACEMENT CHARACTER}" in shown
+    assert shown.index("Hm.") < shown.index("\x1b[1mbold") < shown.rindex("next")
+    hidden = drawn("hide", ("thinking", "Hm.\n"), ("text", "x"))
+    assert "Hm." not in hidden and "x" in hidden
+    assert shown.count("\x1b[?25l") == shown.count("\x1b[?25h") > 0  # the cursor is back
+
+
+def test_control_characters_are_not_shown():
+    assert printable("a\x1b[2J\r\x07\u202eb\tc\n") == "a�[2J���b\tc\n"
+
+
+@pytest.fixture
+def terminal(tmp_path: Path) -> Any:
+    pexpect = pytest.importorskip("pexpect")
+    pytest.importorskip("prompt_toolkit")
+    environment = {
+        **os.environ, "PYTHONPATH": str(ROOT / "src"), "HOME": str(tmp_path), "XDG_CONFIG_HOME": str(tmp_path),
+        "TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1", "COLUMNS": "100", "LINES": "30",
+    }  # fmt: skip
+    child = pexpect.spawn(
+        sys.executable, ["-m", "flash_moe_mlx", "chat", "--max-context", "1024"],
+        env=environment, encoding="utf-8", dimensions=(30, 100), timeout=60,
+    )  # fmt: skip
+    yield child
+    child.close(force=True)
+
+
+READY = "\x1b[?2004h"  # prompt_toolkit waits for a message
+
+
+def test_a_chat_in_a_terminal(terminal: Any, tmp_path: Path):
+    """A call confirmed, one refused, an answer interrupted, a message of two lines, the terminal as it was."""
+    before = termios.tcgetattr(terminal.child_fd)
+    for message, answer, outcome in (("What is 17 + 25?", "yes", "gives 42"), (TOOL_CALL, "no", "fails: refused")):
+        terminal.expect_exact(READY)
+        terminal.send(f"{message}\r")
+        terminal.expect_exact("Run calculate? yes, no, always: ")
+        terminal.send(f"{answer}\r")
+        terminal.expect_exact(outcome)
+        terminal.expect("tok/s")
+    terminal.expect_exact(READY)
+    terminal.send("Tell me a story about a small fox.\r")
+    terminal.expect("fox")  # as it was typed
+    terminal.expect("Once|fox")
+    terminal.send("\x03")
+    terminal.expect_exact("interrupted")
+    terminal.expect_exact(READY)
+    terminal.send("Hello\x1b\rmy friend\r")
+    terminal.expect("tok/s")
+    terminal.expect_exact(READY)
+    terminal.send("\x03")
+    terminal.expect("Ctrl-D leaves")
+    terminal.expect_exact(READY)
+    terminal.send("\x04")
+    terminal.expect_exact("\x1b[?2004l")
+    terminal.expect(sys.modules["pexpect"].EOF)
+    after = termios.tcgetattr(terminal.child_fd)
+    terminal.close()
+    assert terminal.exitstatus == 0
+    assert after == before
+    history = next(tmp_path.rglob("chat_history")).read_text()
+    assert "+Hello\n+my friend\n" in history and "yes" not in history

@@ -1,0 +1,170 @@
+"""What all commands have in common: help, errors, interrupts, closed pipes, completion, start-up."""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+from typer.main import get_command
+
+from flash_moe_mlx import __version__
+from flash_moe_mlx.cli import main
+
+from ..support.command_line import invoke, refusal, succeed
+
+ROOT = Path(__file__).resolve().parents[2]
+HEAVY = {"mlx", "mlx_lm", "numba", "numpy", "transformers", "huggingface_hub", "rich", "prompt_toolkit", "starlette"}
+
+
+def commands(group: Any, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Every command and subcommand by what is typed for it."""
+    found = {}
+    for name, command in group.commands.items():
+        found[" ".join((*path, name))] = command
+        found |= commands(command, (*path, name)) if hasattr(command, "commands") else {}
+    return found
+
+
+COMMANDS = commands(get_command(main.app))
+
+
+def spawn(*arguments: str, **options: Any) -> subprocess.Popen:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    command = [sys.executable, "-m", "flash_moe_mlx", *arguments]
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+
+
+def test_help_lists_the_commands():
+    for arguments in ((), ("--help",), ("-h",)):
+        listed = re.findall(r"^  (\w+)  ", succeed(*arguments).split("Commands:")[1], re.MULTILINE)
+        assert listed == [name for name in COMMANDS if " " not in name]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_says_what_each_option_means_and_ends_with_examples(name: str):
+    text = succeed(*name.split(), "--help")
+    examples = text.partition("Examples:\n")[2].splitlines()
+    assert examples and all(line.startswith("      ") for line in examples)
+    assert any(f"flash-moe {name}" in line for line in examples)
+    silent = [p.name for p in COMMANDS[name].params if not p.help and p.name != "help"]
+    assert silent == []
+
+
+def test_nothing_heavy_is_imported_before_a_command_runs():
+    code = f"import sys; import flash_moe_mlx.cli.main; print(*({HEAVY} & {{m.split('.')[0] for m in sys.modules}}))"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+    assert done.stdout.split() == []
+
+
+def test_version():
+    assert succeed("--version") == f"{__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("nonsense",), r"No such command 'nonsense'\. See flash-moe --help\."),
+        (("generate", "--qqq", "x"), r"No such option: --qqq\. See flash-moe generate --help\."),
+        (("generate", "--max-tokens", "many", "x"), "--max-tokens.*integer.*See flash-moe generate --help"),
+        (("generate", "--max-tokens", "0", "x"), r"\[max_tokens\] must be a number and not 0"),
+        (("generate", "--io", "tape", "x"), r"\[io\] must be one of"),
+        (("generate", "--memory-limit", "much", "x"), r"\[memory_limit\] must be"),
+        (("generate", "--memory-limit", "1kB", "x"), "smallest|at least"),
+        (("generate", "--model", "no/such/place", "x"), r"\[load\] no/such/place must be"),
+        (("generate", "word " * 300, "--max-context", "128"), "max_context = 128"),
+    ],
+)
+def test_errors_are_one_line(arguments: tuple[str, ...], words: str):
+    assert re.search(words, refusal(*arguments))
+
+
+def command_that(error: BaseException | type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command ``fail`` that raises."""
+
+    def fail() -> None:
+        raise error
+
+    monkeypatch.setattr(main.app, "registered_commands", list(main.app.registered_commands))
+    main.app.command()(fail)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "words"),
+    [
+        (PermissionError(13, "Permission denied", "/x/y"), 2, "[/x/y] Permission denied. Check the path."),
+        (OSError("no number"), 2, "[system] no number. Check the path."),
+        (KeyboardInterrupt(), 130, ""),
+        (EOFError(), 130, ""),
+        (typer.Exit(7), 7, ""),
+    ],
+)
+def test_how_commands_end(error: BaseException, code: int, words: str, monkeypatch: pytest.MonkeyPatch):
+    command_that(error, monkeypatch)
+    result = invoke("fail")
+    assert (result.exit_code, result.stdout) == (code, "")
+    assert result.stderr.strip() == (f"flash-moe: {words}" if words else "")
+
+
+def test_our_own_faults_are_not_hidden(monkeypatch: pytest.MonkeyPatch):
+    command_that(ZeroDivisionError(), monkeypatch)
+    with pytest.raises(ZeroDivisionError):
+        invoke("fail")
+
+
+def test_ctrl_c_in_the_middle_of_an_answer_ends_cleanly():
+    with spawn("generate", "Tell me a story about a small fox.", "--max-tokens", "2000") as process:
+        assert process.stdout.read(8)  # the story has begun
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (130, b"")
+
+
+def test_a_closed_pipe_ends_quietly():
+    with spawn("generate", "--help") as process:
+        process.stdout.close()
+        errors = process.stderr.read()
+        process.wait(60)
+    assert (process.returncode, errors) == (141, b"")
+
+
+def test_verbose_shows_where_an_error_was_raised():
+    with spawn("-vv", "bench", "--cold", "--model", "no/such/place") as process:
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 2
+    lines = errors.decode().splitlines()
+    assert any(line.startswith("Traceback") for line in lines) and lines[-1].startswith("flash-moe: [--cold]")
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_shell_completion(shell: str):
+    environment = {
+        **os.environ,
+        "PYTHONPATH": str(ROOT / "src"),
+        "_FLASH_MOE_COMPLETE": f"complete_{shell}",
+        "COMP_WORDS": "flash-moe gen",
+        "COMP_CWORD": "1",
+        "_TYPER_COMPLETE_ARGS": "flash-moe gen",
+        "_TYPER_COMPLETE_FISH_ACTION": "get-args",
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "flash_moe_mlx"], env=environment, capture_output=True, text=True, check=False
+    )
+    assert "generate" in done.stdout and "doctor" not in done.stdout
+
+
+@pytest.mark.serial
+def test_help_is_quick():
+    def seconds() -> float:
+        started = time.perf_counter()
+        with spawn("--help") as process:
+            process.communicate()
+        return time.perf_counter() - started
+
+    assert min(seconds() for _ in range(3)) < 1.0

@@ -1,0 +1,188 @@
+"""What the documentation prints runs as it stands: Python blocks, and commands, on the embedded model.
+
+Everything runs in this process and in a folder that looks like the repository's root, with a checkpoint at
+``path/to/checkpoint``; only servers get a process of their own.
+"""
+
+import ast
+import asyncio
+import inspect
+import logging
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import tomllib
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import flash_moe_mlx
+
+from .support.command_line import invoke
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
+SIGNATURE = re.compile(r"\w+\([^()]*(?:\([^()]*\)[^()]*)*\) ->")
+
+WEATHER = {
+    "type": "function",
+    "function": {
+        "name": "get_weather",
+        "description": "Get the weather in a city.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    },
+}
+
+
+def relative(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+def python_blocks(page: Path) -> list[str]:
+    blocks = [code for language, code in FENCE.findall(page.read_text()) if language == "python"]
+    return [code for code in blocks if not SIGNATURE.match(code)]
+
+
+def command_lines(page: Path) -> list[str]:
+    """Lines of shell blocks and of indented blocks, without their comments."""
+    text = page.read_text()
+    blocks = [code for language, code in FENCE.findall(text) if language in ("sh", "bash", "console")]
+    blocks += [inspect.cleandoc(block) for block in INDENTED.findall(FENCE.sub("", text))]
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    return [line for line in lines if COMMAND.match(line)]
+
+
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:flash-moe|python\d?|make|pip|echo|printf|uv|git|mlx\.\w+)\b")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder: the repository's sources, and what examples call path/to/checkpoint."""
+    for name in ("src", "examples", "benchmarks", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    shutil.copytree(str(files("flash_moe_mlx") / "demo"), tmp_path / "path" / "to" / "checkpoint")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+async def send(text: str) -> None:
+    """In place of a web socket's."""
+
+
+def names_that_readers_have() -> dict[str, Any]:
+    """What the pages take for granted: a loaded model, messages, a place to send to."""
+    model, tokenizer = flash_moe_mlx.load("path/to/checkpoint", memory_limit="2GB")
+    messages = [{"role": "user", "content": "What is 17 + 25?"}]
+    return {
+        "model": model,
+        "tokenizer": tokenizer,
+        "messages": messages,
+        "prompt": tokenizer.apply_chat_template(messages, add_generation_prompt=True),
+        "tools": [WEATHER],
+        "path": "path/to/checkpoint",
+        "socket": type("Socket", (), {"send": staticmethod(send)}),
+    }
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if python_blocks(p)], ids=relative)
+def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """In order, as in a notebook: a block may use what earlier ones made."""
+    (folder / "tools.py").write_text((ROOT / "examples" / "tools" / "weather.py").read_text())
+    names = names_that_readers_have()
+    if page.name == "api.md":  # its examples are those of docstrings
+        names |= {name: getattr(flash_moe_mlx, name) for name in flash_moe_mlx.__all__}
+        names |= {"Part": __import__("flash_moe_mlx.answer").answer.Part}
+    level = logging.getLogger("flash_moe_mlx").level
+    try:
+        for number, code in enumerate(python_blocks(page)):
+            compiled = compile(code, f"{page.name}, block {number + 1}", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+            result = eval(compiled, names)
+            if inspect.iscoroutine(result):
+                asyncio.run(result)
+    finally:
+        logging.getLogger("flash_moe_mlx").setLevel(level)
+
+
+def run_line(line: str) -> str | None:
+    """Run a command line of ours as a shell would; returns what is wrong, or None."""
+    *sources, words = _pipeline(shlex.split(line, comments=True))
+    environment = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+    words = words[len(environment) :]
+    target = None
+    if ">" in words:
+        words, (target,) = words[: words.index(">")], words[words.index(">") + 1 :]
+    stdin = "".join(" ".join(source[1:]) + "\n" for source in sources)
+    if words[1] == "serve":
+        return _serve(words[1:], environment)
+    result = invoke(*words[1:], stdin=stdin)
+    if target is not None:
+        Path(target).write_text(result.stdout)
+    return None if result.exit_code == 0 else f"{line}\nends with {result.exit_code}: {result.output}"
+
+
+def _pipeline(words: list[str]) -> list[list[str]]:
+    if "|" not in words:
+        return [words]
+    place = words.index("|")
+    return [words[:place], *_pipeline(words[place + 1 :])]
+
+
+def _serve(words: list[str], environment: dict[str, str]) -> str | None:
+    """Start a server on a free port, see that it answers, end it with Ctrl-C."""
+    words = [*words, "--port", "0"]
+    with subprocess.Popen(
+        [sys.executable, "-u", "-m", "flash_moe_mlx", *words],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    ) as process:
+        said = process.stdout.readline()
+        process.send_signal(signal.SIGINT)
+        rest, _ = process.communicate(timeout=60)
+    if "http://" in said and process.returncode in (0, 130):
+        return None
+    return f"flash-moe {' '.join(words)} ends with {process.returncode}: {said}{rest}"
+
+
+def fault_of(line: str) -> str | None:
+    """What is wrong with a printed command. Those that build or install are looked up, not run."""
+    words = shlex.split(line, comments=True)
+    if words[0] == "make":
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        return next((f"{line}: there is no such target" for word in words[1:] if word not in targets), None)
+    if words[0] == "pip":
+        extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+        asked = re.findall(r"\[([\w,]+)\]", line)
+        wrong = {extra for names in asked for extra in names.split(",")} - set(extras)
+        return f"{line}: there is no extra {wrong}" if wrong else None
+    if words[0].startswith("python"):
+        script = Path(*words[2].split(".")) if words[1] == "-m" else Path(words[1])
+        found = any((ROOT / path).is_file() for path in (script, script.with_suffix(".py"), script / "__main__.py"))
+        return None if found or words[1:3] == ["-m", "flash_moe_mlx"] else f"{line}: there is no {script}"
+    if "flash-moe" in words:
+        return run_line(line)
+    return f"{line}: a command that no test knows"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", [p for p in PAGES if command_lines(p)], ids=relative)
+def test_commands_run(page: Path, folder: Path):
+    lines = list(dict.fromkeys(command_lines(page)))
+    assert [fault for line in lines if (fault := fault_of(line))] == []
+
+
+def test_the_check_finds_faults(folder: Path):
+    lines = ("make nonsense", "pip install 'flash_moe_mlx[nonsense]'", "python no/script.py", "git nonsense",
+             "flash-moe doctor --nonsense")  # fmt: skip
+    assert all(fault_of(line) for line in lines)
+    assert run_line('echo "What is 17 + 25?" | flash-moe generate > answer.txt') is None
+    assert "42" in Path("answer.txt").read_text()
