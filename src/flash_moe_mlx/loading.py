@@ -17,17 +17,18 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from mlx_lm.utils import load_config as load_mlx_lm_config
 
-from .budget import LayerExperts, divide
+from .budget import Budget, LayerExperts, divide
 from .buffer_cache import BufferCacheShare
 from .checkpoint import Checkpoint
 from .config import StreamingConfig
-from .errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
-from .machine import default_memory_limit_bytes
+from .errors import CheckpointError, CorruptError, MemoryLimitError, MissingTensorError, UnsupportedModelError
+from .io_choice import DEFAULT_THREADS, IoChoice, choose_io, choose_threads
+from .machine import default_memory_limit_bytes, usable_memory_bytes
 from .models.family import Family
 from .models.registry import prepare_family
 from .ops.backend import backend
 from .packed_format import EXPERTS_FOLDER
-from .store import ExpertStore
+from .store import ExpertStore, direct_buffer_bytes
 from .streaming import StreamingEngine
 from .verification import check_other_files
 
@@ -57,7 +58,8 @@ def load(
             at ``max_context`` and scratch. None takes a safe share of this machine.
         max_context: Tokens of prompt and answer that there must be room for.
         num_experts_per_tok: Overrides the router's K. Fewer than the model's own is faster and lossy.
-        io: How expert bytes are read: "auto", "mmap", "pread" or "direct".
+        io: How expert bytes are read: "mmap" or "pread" through the page cache, "direct" past it, or "auto", which
+            chooses by how much of the experts it could hold; ``model.streaming.stats()`` tells what and why.
         verify: Of a packed checkpoint: "full" compares every record that is read with its checksum, and all other
             files before they are loaded; "sample" one record in 16; False none. Stock checkpoints have no checksums.
         revision: Branch, tag or commit of the repository.
@@ -153,6 +155,7 @@ class _Prepared:
     streaming: StreamingConfig
     limit_bytes: int
     store: ExpertStore
+    io_reason: str
 
     def load(self) -> Any:
         model, checkpoint = self.family.model, self.checkpoint
@@ -169,6 +172,7 @@ class _Prepared:
                 self.limit_bytes,
                 self.family.num_experts_per_tok,
                 self.family.lossy,
+                self.io_reason,
             )
             undo.pop_all()
         model.attach(engine)
@@ -197,24 +201,41 @@ def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) ->
     limit_bytes = streaming.memory_limit_bytes
     if limit_bytes is None:
         limit_bytes = default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
-    store = ExpertStore(checkpoint, io="pread" if streaming.io == "auto" else streaming.io, verify=verify)
-    with ExitStack() as undo:
-        undo.callback(store.close)
-        divide(
+    experts = {
+        layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
+        for layer in checkpoint.moe_layers
+    }
+
+    def divided(io_buffer_bytes: int) -> Budget:
+        return divide(
             limit_bytes,
             family.costs,
-            {
-                layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
-                for layer in checkpoint.moe_layers
-            },
+            experts,
             min_slots=family.num_experts_per_tok,
             batch=1,
             tokens=streaming.prefill_step_size,
             length=streaming.max_context,
-            io_buffer_bytes=store.buffer_bytes,
+            io_buffer_bytes=io_buffer_bytes,
         )
+
+    choice, threads = IoChoice(streaming.io, "as asked for"), DEFAULT_THREADS
+    slot_bytes = divided(direct_buffer_bytes(threads) if choice.io == "direct" else 0).slot_bytes
+    if streaming.io == "auto":
+        expert_bytes = sum(e.record_bytes * e.num_experts for e in experts.values())
+        choice = choose_io(checkpoint.expert_files, expert_bytes, slot_bytes, limit_bytes, usable_memory_bytes())
+        if choice.io == "direct":
+            record_bytes = max(e.record_bytes for e in experts.values())
+            threads = choose_threads(checkpoint.expert_files, record_bytes, expert_bytes)
+            try:
+                divided(direct_buffer_bytes(threads))
+            except MemoryLimitError:
+                choice = IoChoice("pread", "the limit has no room for the buffers of direct reads")
+    store = ExpertStore(checkpoint, io=choice.io, num_threads=threads, verify=verify)
+    with ExitStack() as undo:
+        undo.callback(store.close)
+        divided(store.buffer_bytes)
         undo.pop_all()
-    return _Prepared(checkpoint, family, streaming, limit_bytes, store)
+    return _Prepared(checkpoint, family, streaming, limit_bytes, store, choice.reason)
 
 
 def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:

@@ -96,6 +96,7 @@ class StreamingEngine:
         limit_bytes: int,
         num_experts_per_tok: int,
         lossy: Sequence[str] = (),
+        io_reason: str = "",
     ):
         """Divide the limit and allocate the slots; call after the dense weights are in memory."""
         self._store = store
@@ -107,6 +108,7 @@ class StreamingEngine:
         }
         self._k = num_experts_per_tok
         self._lossy = tuple(lossy)
+        self._io_reason = io_reason
         self._limit_bytes = limit_bytes
         self._reserved = (1, config.prefill_step_size, config.max_context)
         self._snapshots: list[Snapshots] = []
@@ -393,6 +395,7 @@ class StreamingEngine:
             num_slots=sum(budget.num_slots.values()),
             num_experts=sum(e.num_experts for e in self._experts.values()),
             io=self._store.io,
+            io_reason=self._io_reason,
             lossy=self._lossy,
         )
 

@@ -17,6 +17,11 @@ class _OwnArrays:
     """Arrays that may be written in place unless somebody has seen them since they were copied."""
 
     _exposed = True
+    state: Any
+
+    def pending(self) -> Any:
+        """What may not have been evaluated yet."""
+        return self.state if self._exposed else ()
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles share the arrays
         self._exposed = True
@@ -47,10 +52,6 @@ class ArraysCache(_OwnArrays, mlx_caches.ArraysCache):
             self._arrays = [_copy(array) for array in self._arrays]
             self._exposed = False
         return self._arrays
-
-    def pending(self) -> Any:
-        """What may not have been evaluated yet."""
-        return self.state if self._exposed else ()
 
     def empty(self) -> bool:
         return self._arrays[0] is None
@@ -92,10 +93,6 @@ class KVCache(_OwnArrays, mlx_caches.KVCache):
             self._values = _copy(self._values, self.offset, room)
             self._exposed = False
         return self._keys, self._values
-
-    def pending(self) -> Any:
-        """What may not have been evaluated yet."""
-        return self.state if self._exposed else ()
 
     def empty(self) -> bool:
         return self._keys is None

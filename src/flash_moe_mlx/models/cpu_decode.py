@@ -20,7 +20,7 @@ from ..ops.cpu.kernels import Format, affine, dense, order
 from ..ops.cpu.tape import Operation, Tape
 from ..record import Quantization, RecordLayout
 from ..streaming import StreamingEngine
-from .caches import ArraysCache, KVCache
+from .caches import KVCache
 from .layers import Linear, SwiGLU
 from .mixers import GatedAttention, GatedDeltaNet
 
@@ -193,7 +193,8 @@ class _Attention:
     attend: Operation
     join: Operation
 
-    def set(self, keys: mx.array, values: mx.array, position: int) -> None:
+    def set(self, arrays: Sequence[mx.array], position: int) -> None:
+        keys, values = arrays
         stride = keys.shape[2] * keys.shape[3]
         at = address(view(keys, np.float32)), address(view(values, np.float32)), stride
         self.place.arguments[13:17] = (*at, position)
@@ -208,7 +209,8 @@ class _Delta:
     convolve: Operation
     delta: Operation
 
-    def set(self, window: mx.array, state: mx.array) -> None:
+    def set(self, arrays: Sequence[mx.array], position: int) -> None:
+        window, state = arrays
         self.convolve.arguments[1] = address(view(window, np.float32))
         self.delta.arguments[5] = address(view(state, np.float32))
 
@@ -223,7 +225,9 @@ class _Layer:
     hits: ExpertTape
     misses: ExpertTape
     combine: Operation
-    whole: Tape = field(init=False)  # shared expert and experts that are in memory, combined, and the next layer's begin
+    whole: Tape = field(
+        init=False
+    )  # shared expert and experts that are in memory, combined, and the next layer's begin
     early: Tape = field(init=False)  # the first half of it
     late: Tape = field(init=False)  # experts that had to be read, combined, and the next layer's begin
 
@@ -241,7 +245,8 @@ class CPUDecoder:
         self._engine: StreamingEngine = model.streaming
         self._held = _held(model)
         attention = next((layer.self_attn for layer in text.layers if not layer.is_linear), None)
-        self._rope, self._half = (None, 0) if attention is None else (attention.rope, attention.rotary_dim // 2)
+        self._rope: Any = None if attention is None else attention.rope
+        self._half: int = 0 if attention is None else attention.rotary_dim // 2
         self._k = config.num_experts_per_tok
         self._hidden = empty(config.hidden_size)
         self._ids, self._weights = np.zeros(self._k, np.int64), empty(self._k)
@@ -287,11 +292,9 @@ class CPUDecoder:
         if self._rope is not None:
             self._turn(position)
         for layer, arrays, cache in zip(self._layers, room, caches, strict=True):
+            layer.mixer.set(arrays, position)
             if isinstance(layer.mixer, _Attention):
-                layer.mixer.set(*arrays, position)
                 cache.offset += 1
-            else:
-                layer.mixer.set(*arrays)
         self._first.play()
         for number, layer in enumerate(self._layers):
             self._experts(number, layer)
@@ -330,6 +333,7 @@ class CPUDecoder:
             raise UnsupportedLayerError("a dense layer")
         hidden = self._hidden
         x, mixed, normed = Vector(config.hidden_size), empty(config.hidden_size), Vector(config.hidden_size)
+        mixer: _Attention | _Delta
         if layer.is_linear:
             mixer, body = self._delta(config, layer.linear_attn, x, mixed)
         else:

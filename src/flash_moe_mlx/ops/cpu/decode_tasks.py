@@ -115,7 +115,8 @@ def _delta(args, head):  # type: ignore[no-untyped-def]
         unit[0, i], unit[1, i] = q[i] * q_scale, k[i] * k_scale
     qk *= q_scale * k_scale
     step = load_f32(a[1], head) + load_f32(a[4], head)
-    softplus = max(step, np.float32(0.0)) + math.log1p(math.exp(-abs(step)))
+    positive = step if step > np.float32(0.0) else np.float32(0.0)
+    softplus = positive + math.log1p(math.exp(-abs(step)))
     decay = np.float32(math.exp(-math.exp(load_f32(a[3], head)) * softplus))
     beta = np.float32(1.0) / (np.float32(1.0) + np.float32(math.exp(-load_f32(a[2], head))))
     for row in range(v_dim):
@@ -215,7 +216,9 @@ def _join(args, head):  # type: ignore[no-untyped-def]
     highest, total = _LOWEST, np.float32(0.0)
     splits = (a[1] + SPLIT - 1) // SPLIT
     for split in range(splits):
-        highest = max(highest, load_f32(a[0], (split * heads + head) * (dim + 2) + dim))
+        top = np.float32(load_f32(a[0], (split * heads + head) * (dim + 2) + dim))
+        if top > highest:
+            highest = top
     for split in range(splits):
         part = floats_at(a[0] + 4 * (split * heads + head) * (dim + 2), dim + 2)
         fade = exponential(part[dim] - highest)

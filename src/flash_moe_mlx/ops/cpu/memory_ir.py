@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from .vector_ir import BF16, F16, F32, LANES, Emitter, signature_of

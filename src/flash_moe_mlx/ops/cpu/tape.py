@@ -94,4 +94,3 @@ class Tape:
     def play(self) -> None:
         """Run all operations to their end."""
         run(_play_kernel, self._table, int(self._table[:, _TASKS].sum()), alone=self._alone)
-

@@ -183,9 +183,9 @@ def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Cal
 
     Writes the sums of ``q * scale * x`` over whole steps plus those of ``bias * sum(x)`` over all groups. All arguments
     are int64: addresses of the first row's packed bytes, of x as ``prepare`` orders it, of the rows' scales and biases,
-    stored as ``kind``, ``groups`` a row, of x's sums a group, and of the results, float32; ``steps`` of 16 lanes. Several
-    rows at once, ``apart`` rows from each other, share the loads of x and fill the multiplier's latency; each row's bits
-    are those of a row alone.
+    stored as ``kind``, ``groups`` a row, of x's sums a group, and of the results, float32; ``steps`` of 16 lanes.
+    Several rows at once, ``apart`` rows from each other, share the loads of x and fill the multiplier's latency; each
+    row's bits are those of a row alone.
     """
     step = LANES * lane_weights(bits)
     groups_a_step, steps_a_group = step // group_size, group_size // step
