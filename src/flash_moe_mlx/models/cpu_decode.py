@@ -4,6 +4,7 @@ MLX's lazy evaluation hands over to another thread and back at every result that
 layer. Here a layer is one call of compiled code, from the experts of one layer to the router's choice of the next.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,6 +82,25 @@ def _product(linear: nn.Module, x: Vector, y: Any) -> Operation:
     arguments = (*own, bias, kind, *x.input(form), weight.shape[0], x.size, row_bytes, y)
     nbytes = weight.shape[0] * row_bytes
     return Operation(products.matrix(form), products.blocks(weight.shape[0]), *arguments, nbytes=nbytes)
+
+
+def _projections(mixer: GatedDeltaNet, x: Vector, parts: Sequence[np.ndarray]) -> list[Operation]:
+    """The mixer's projections, split into qkv, z, b and a."""
+    linears = mixer.projections()
+    outputs = [empty(linear.weight.shape[0]) for linear in linears]
+    # Where each value lies, by splitting positions in place of values.
+    starts = np.cumsum([0, *(output.size for output in outputs)])
+    positions = [mx.arange(start, end)[None, None] for start, end in itertools.pairwise(starts.tolist())]
+    gathers = []
+    for place, part in zip(mixer.split(*positions), parts, strict=True):
+        index = np.array(place, np.int64).reshape(-1)
+        source = int(np.searchsorted(starts, index[0], "right")) - 1
+        if index.size == outputs[source].size and (np.diff(index) == 1).all():
+            outputs[source] = part
+        else:
+            gathers.append(Operation(tasks.gather, 1, outputs[source], index - starts[source], part.size, part))
+    products_ = [_product(linear, x, output) for linear, output in zip(linears, outputs, strict=True)]
+    return [*_together(products_), *_together(gathers)]
 
 
 def _norm(norm: nn.RMSNorm, x: np.ndarray, added: Any, y: Vector) -> Operation:
@@ -364,12 +384,9 @@ class CPUDecoder:
         return _Layer(mixer, begin, [shared.gate_up, *shared.order, shared.down], hits, misses, combine)
 
     def _delta(self, config: Any, mixer: GatedDeltaNet, x: Vector, y: np.ndarray) -> tuple[_Delta, list[Operation]]:
-        projections = ("in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a")
-        if any(name not in mixer for name in projections):
-            raise UnsupportedLayerError(type(mixer).__name__)
         channels, heads = config.linear_conv_dim, config.linear_num_value_heads
         qkv, z, b, a = empty(channels), empty(config.linear_value_dim), empty(heads), empty(heads)
-        inputs = _together([_product(mixer[n], x, out) for n, out in zip(projections, (qkv, z, b, a), strict=True)])
+        inputs = _projections(mixer, x, (qkv, z, b, a))
         convolved, out = empty(channels), Vector(config.linear_value_dim)
         taps = config.linear_conv_kernel_dim
         weights = [floats(array) for array in (mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, mixer.norm.weight)]

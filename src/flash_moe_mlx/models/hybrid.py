@@ -104,6 +104,7 @@ class HybridModel(nn.Module):
         self.config = config
         self.model_type = config.model_type
         self._cpu_decoder: CPUDecoder | None = None
+        self._has_other_layers = False  # than CPUDecoder knows
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -131,7 +132,7 @@ class HybridModel(nn.Module):
 
     def _decoder(self) -> "CPUDecoder | None":
         """What runs single tokens on the CPU; None on a GPU, without numba, or where it does not know the model."""
-        if not use_cpu_kernels() or self.dtype != mx.float32:
+        if not use_cpu_kernels() or self.dtype != mx.float32 or self._has_other_layers:
             return None
         from .cpu_decode import CPUDecoder, UnsupportedLayerError
 
@@ -140,6 +141,7 @@ class HybridModel(nn.Module):
                 self._cpu_decoder = CPUDecoder(self, self.streaming.max_context)
             except UnsupportedLayerError as error:
                 logger.info("tokens are decoded through MLX: %s", error)
+                self._has_other_layers = True
                 return None
         return self._cpu_decoder
 

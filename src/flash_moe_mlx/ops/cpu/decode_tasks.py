@@ -69,6 +69,14 @@ def _order(args, number):  # type: ignore[no-untyped-def]
     prepare(x, a[2], floats_at(a[3], max(a[2], 1)), a[4], ordered, sums)
 
 
+def _gather(args, _):  # type: ignore[no-untyped-def]
+    """(x, index, size, y): ``y[i] = x[index[i]]``."""
+    a = words(args, 4)
+    index, y = words(a[1], a[2]), floats_at(a[3], a[2])
+    for i in range(len(y)):
+        y[i] = load_f32(a[0], index[i])
+
+
 def _convolve(args, number):  # type: ignore[no-untyped-def]
     """(x, window, weight, channels, taps, y): SiLU of a causal convolution, CHANNELS a task; the window moves on."""
     a = words(args, 6)
@@ -271,7 +279,7 @@ def _combine(args, number):  # type: ignore[no-untyped-def]
         hidden[i] += total[i] + gate * shared[i]
 
 
-norm, order, convolve, delta, place_heads, attend, join, choose, combine = (
+norm, order, gather, convolve, delta, place_heads, attend, join, choose, combine = (
     task(function, fastmath=VECTORISED)
-    for function in (_norm, _order, _convolve, _delta, _place_heads, _attend, _join, _choose, _combine)
+    for function in (_norm, _order, _gather, _convolve, _delta, _place_heads, _attend, _join, _choose, _combine)
 )
