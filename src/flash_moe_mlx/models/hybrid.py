@@ -134,7 +134,8 @@ class HybridModel(nn.Module):
         """What runs single tokens on the CPU; None on a GPU, without numba, or where it does not know the model."""
         if not use_cpu_kernels() or self.dtype != mx.float32 or self._has_other_layers:
             return None
-        from .cpu_decode import CPUDecoder, UnsupportedLayerError
+        from .cpu_decode import CPUDecoder
+        from .cpu_parts import UnsupportedLayerError
 
         if self._cpu_decoder is None or not self._cpu_decoder.fits():
             try:
