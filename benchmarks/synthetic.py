@@ -46,6 +46,7 @@ class Dimensions:
 
 LOCAL_SHARE = 80 / 256
 """Of the experts that local routing picks from, another set in each layer."""
+_ROUTERS = 1 << 20  # their seed, in place of a shard's number: the same routers, however many layers follow
 _FAVOUR = 16.0  # length of their router rows over that of the others
 
 PRESETS = {
@@ -167,7 +168,7 @@ def write_checkpoint(
         group_size: Weights that share a scale.
         seed: Of the weights.
         routing: "uniform", or "local": each layer picks from ``LOCAL_SHARE`` of its experts.
-        like: A checkpoint that differs in its routing alone: its other shards are hard-linked, not written.
+        like: A checkpoint that differs in its routing alone, or has more layers: its other shards are hard-linked.
 
     Returns:
         The directory.
@@ -177,18 +178,19 @@ def write_checkpoint(
     shards = d.num_hidden_layers + 2
     weight_map: dict[str, str] = {}
     for shard in range(shards):
-        writer = _Writer(np.random.default_rng((seed, shard)), bits, group_size)
-        name = f"model-{shard + 1:05d}-of-{shards:05d}.safetensors"
+        routers = shard == shards - 1
+        writer = _Writer(np.random.default_rng((seed, _ROUTERS if routers else shard)), bits, group_size)
+        name = _shard_name(shard, d)
         if shard == 0:
             writer.matrix("language_model.model.embed_tokens", d.vocab_size, d.hidden_size, gain=np.sqrt(d.hidden_size))
             writer.normal("language_model.model.norm.weight", (d.hidden_size,), 0.1, 1.0)
             writer.matrix("language_model.lm_head", d.vocab_size, d.hidden_size)
-        elif shard <= d.num_hidden_layers:
+        elif not routers:
             _layer(writer, d, shard - 1)
         else:
             _routers(writer, d, routing)
-        if like and shard <= d.num_hidden_layers:
-            os.link(like / name, directory / name)
+        if like and not routers:
+            os.link(like / _shard_name(shard, dimensions_of(like)), directory / name)
         else:
             writer.write(directory / name)
         weight_map |= {tensor: name for tensor, *_ in writer.tensors}
@@ -213,6 +215,10 @@ def dimensions_of(directory: Path) -> Dimensions:
     """Of a checkpoint that this wrote."""
     text = json.loads((directory / "config.json").read_text())["text_config"]
     return Dimensions(**{field.name: text[field.name] for field in fields(Dimensions)})
+
+
+def _shard_name(shard: int, d: Dimensions) -> str:
+    return f"model-{shard + 1:05d}-of-{d.num_hidden_layers + 2:05d}.safetensors"
 
 
 def _mlp(index: int) -> str:

@@ -37,7 +37,8 @@ def option(parameter: Any) -> str:
     if isinstance(default, bool):
         shown = f"`{(parameter.opts if default else parameter.secondary_opts)[0]}`" if parameter.secondary_opts else ""
     else:
-        shown = "" if default in (None, "", ()) else f"`{getattr(default, 'value', default)}`"
+        values = default if isinstance(default, list | tuple) else [default]
+        shown = ", ".join(f"`{getattr(value, 'value', value)}`" for value in values if value not in (None, ""))
     required = " Required." if parameter.required else ""
     return f"| {name} | {(parameter.help or '').replace('|', chr(92) + '|')}{required} | {shown} |"
 

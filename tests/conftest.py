@@ -2,6 +2,7 @@
 
 from importlib.util import find_spec
 
+import hypothesis
 import pytest
 
 
@@ -21,3 +22,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in without.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+hypothesis.settings.register_profile("fuzz", max_examples=25_000, deadline=None)  # --hypothesis-profile=fuzz

@@ -17,11 +17,12 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 
 # A module imports only from those before it. The same list, with what each does, is in docs/architecture.md.
 ORDER = [
-    "errors", "record", "machine", "config", "stats", "safetensors_header", "quantization", "expert_tensors",
-    "packed_format", "checkpoint", "trace", "policies", "slots", "routing", "simulation", "budget",
+    "errors", "record", "machine", "config", "stats", "safetensors_header", "hub_headers", "quantization",
+    "expert_tensors", "packed_format", "checkpoint", "trace", "policies", "slots", "routing", "simulation", "budget",
     "file_io", "disk_probe", "record_check", "store", "buffer_cache", "bank", "cache", "streaming",
     "packing", "verification", "ops", "moe", "models", "loading", "prefix_cache", "generation",
-    "async_generation", "answer", "tools", "conversation", "plan", "plot", "server", "cli",
+    "async_generation", "answer", "tools", "conversation", "speed", "planner",
+    "planning", "profiling", "plot", "server", "cli",
 ]  # fmt: skip
 
 MAX_LINES = 500
@@ -30,7 +31,8 @@ MAX_ENVIRONMENT_VARIABLES = 5
 EXPORTED = {
     "load", "load_model", "generate", "stream_generate", "stream_generate_async", "GenerationResponse",
     "PrefixCache", "chat_prompt", "Conversation", "load_tools",
-    "pack", "verify", "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
+    "pack", "verify", "plan", "Plan", "profile",
+    "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",
     "RequestError",
     "__version__",

@@ -119,8 +119,8 @@ def test_embed_in_fastapi():
                     break
                 assert time.monotonic() < deadline and process.poll() is None
                 time.sleep(0.1)
-            assert (answer.status_code, answer.text) == (200, "17 plus 25 is 42.")
-            assert httpx.get(f"{address}/stats").json()["tokens"] > 14
+            assert answer.status_code == 200 and "42" in answer.text
+            assert httpx.get(f"{address}/stats").json()["tokens"] > 20
         finally:
             process.send_signal(signal.SIGINT)
     assert process.returncode == 0

@@ -141,6 +141,9 @@ def test_installed_wheel_generates(python: Path, distributions: tuple[Path, Path
     assert kernels == package / "kernels"
     assert sources(kernels) == sources(ROOT / "kernels")
     run(python, "-m", "pip", "check", cwd=tmp_path)
+    # The command, its tools and their processes, without the extra "chat".
+    chat = f"printf 'Use the calculator for 12 * 12.\\nyes\\n' | {python.with_name('flash-moe')} chat"
+    assert "gives 144" in run("sh", "-c", chat, cwd=tmp_path)
 
 
 def test_editable_install_generates(python: Path, source_tree: Path, tmp_path: Path):

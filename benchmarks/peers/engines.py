@@ -2,14 +2,16 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+
+from benchmarks.synthetic import dimensions_of, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = 2
 ENGINES = ("ours", "llama.cpp", "llama.cpp-ra128", "mlx-lm", "mlx-lm-float32", "mlx-optiq")
 READ_AHEAD_KIB = {"llama.cpp-ra128": 128}
-"""Of the disk while an engine runs, where it is not the machine's own. A page fault reads this much, and llama.cpp faults
+"""Of the disk while an engine runs, where it is not the machine's own. A page fault reads this much; llama.cpp faults
 its weights in: of 8 MiB, as this project's machine has it, nearly all is thrown away again under a small limit. 128 is
 Linux's default."""
 
@@ -37,7 +39,14 @@ class Places:
             folder / "optiq",
         )
 
-    def model(self, engine: str, routing: str) -> Path:
+    def model(self, engine: str, routing: str, layers: int | None = None) -> Path:
+        """Of a case. One with fewer layers is linked together if need be."""
+        if layers is not None:
+            path = self.checkpoint.with_name(f"{self.checkpoint.name}-{layers}-layers")
+            if not path.exists():
+                dimensions = replace(dimensions_of(self.checkpoint), num_hidden_layers=layers)
+                write_checkpoint(path, dimensions, like=self.checkpoint)
+            return path
         if engine.startswith("llama.cpp"):
             return self.local_gguf if routing == "local" else self.gguf
         return self.local_checkpoint if routing == "local" else self.checkpoint

@@ -42,12 +42,14 @@ class Run:
     mb_token: float | None = None
     wait_share: float | None = None
     disk_gb_s: float | None = None
+    disk_after_gb_s: float | None = None
     disk_depth: int | None = None
     bound_tok_s: float | None = None
     storage_mb_token: float | None = None
     read_ahead_kib: int | None = None
     rss_gb: float | None = None
     memory_limit: int | None = None
+    ids: str = ""
     note: str = ""
 
     @classmethod
@@ -70,6 +72,7 @@ class _Seen:
     seconds: list[float] = field(default_factory=list)
     figures: list[list[float]] = field(default_factory=list)
     storage: list[int] = field(default_factory=list)
+    ids: list[str] = field(default_factory=list)
     stats: dict[str, object] = field(default_factory=dict)
 
     def warmup(self, case: Case, seconds: float) -> int:
@@ -108,7 +111,7 @@ def measure(
         phase_seconds: The most that warming up takes, and then measuring.
         limit_seconds: After which the child is stopped, whatever it has got to.
     """
-    model = model or places.model(engine, case.routing)
+    model = model or places.model(engine, case.routing, case.layers)
     if memory_limit is None:
         whole = case.limit_bytes or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") - 2_000_000_000
         memory_limit = whole - OVERHEAD_BYTES
@@ -116,8 +119,8 @@ def measure(
     ours = engine.startswith("ours")
     run.memory_limit = memory_limit if ours else None
     drop_caches()
-    rate, run.disk_depth = disk_rate(_largest(model), _record_bytes(places.checkpoint))
-    run.disk_gb_s = rate / 1e9
+    before, run.disk_depth = disk_rate(_largest(model), _record_bytes(model))
+    run.disk_gb_s = before / 1e9
     if case.warm:
         _read_through(model)
     with tempfile.TemporaryDirectory() as name, open(Path(name) / "errors", "w+") as errors:
@@ -128,15 +131,18 @@ def measure(
             read_ahead(_largest(model), READ_AHEAD_KIB.get(engine)) as run.read_ahead_kib,
             control_group("flash-moe-peers", case.limit_bytes) as group,
         ):
+            words += ["--greedy"] if case.greedy else []
             child = group.start([*words, *extra], environment, errors)
             seen = _listen(child, case, phase_seconds, time.monotonic() + limit_seconds)
             run.status = "killed for memory" if group.killed() else "ok"
             run.rss_gb = group.most_rss_bytes / 1e9
+        after, _ = disk_rate(_largest(model), _record_bytes(model))
+        run.disk_after_gb_s = after / 1e9
         errors.seek(0)
         if not seen.prompt_s:
             run.status = "time is up" if child.returncode == -15 else run.status if run.status != "ok" else "failed"
             run.note = " ".join(errors.read()[-300:].split())
-    _figures(run, seen, case, phase_seconds, rate)
+    _figures(run, seen, case, phase_seconds, (before + after) / 2)
     return run
 
 
@@ -153,6 +159,7 @@ def _listen(child: subprocess.Popen[str], case: Case, phase_seconds: float, dead
                 seen.storage.append(_storage_bytes(child.pid))
             elif kind == "token":
                 seen.seconds.append(float(words[1]))
+                seen.ids.append(words[2])
                 seen.figures.append(list(map(float, words[3:])))
                 seen.storage.append(_storage_bytes(child.pid))
                 warm = seen.warmup(case, phase_seconds)
@@ -183,6 +190,7 @@ def _lines(child: subprocess.Popen[str], deadline: float) -> Iterator[str]:
 
 def _figures(run: Run, seen: _Seen, case: Case, phase_seconds: float, rate: float) -> None:
     run.load_s, run.prompt = seen.load_s, case.prompt
+    run.ids = " ".join(seen.ids) if case.greedy else ""
     if seen.prompt_s:
         run.prompt_tok_s = case.prompt / seen.prompt_s
     if case.measures_prompt:
@@ -242,8 +250,11 @@ def _largest(model: Path) -> Path:
     return _parts(model)[-1]
 
 
-def _record_bytes(checkpoint: Path) -> int:
-    text = json.loads((checkpoint / "config.json").read_text())["text_config"]
+def _record_bytes(model: Path) -> int:
+    """Of one expert; a GGUF has the experts of the 35B."""
+    if not model.is_dir():
+        return 1_769_472
+    text = json.loads((model / "config.json").read_text())["text_config"]
     return 3 * text["hidden_size"] * text["moe_intermediate_size"] * 9 // 16
 
 

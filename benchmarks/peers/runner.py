@@ -24,7 +24,8 @@ def load_ours(path: Path, arguments: argparse.Namespace) -> Any:
     from flash_moe_mlx import load_model
 
     options = json.loads(arguments.options)
-    return load_model(path, memory_limit=arguments.memory_limit, max_context=arguments.max_context, **options)
+    context = arguments.prompt + arguments.decode + 8
+    return load_model(path, memory_limit=arguments.memory_limit, max_context=context, **options)
 
 
 def load_mlx_lm(path: Path, arguments: argparse.Namespace) -> Any:
@@ -56,7 +57,6 @@ def main() -> None:
     parser.add_argument("--prompt", type=int, default=1)
     parser.add_argument("--decode", type=int, default=8)
     parser.add_argument("--memory-limit", type=int)
-    parser.add_argument("--max-context", type=int, default=1024)
     parser.add_argument("--cache-experts", type=int, default=0, help="mlx-optiq's rows a projection")
     parser.add_argument("--options", default="{}", help="more of load_model's arguments, as JSON")
     parser.add_argument("--greedy", action="store_true")

@@ -9,7 +9,8 @@ from benchmarks.peers.cases import CASES, Case
 Row = dict[str, str]
 _COLUMNS = (
     "case", "engine", "tok/s", "min", "max", "runs", "tokens", "load s", "hit rate", "read MB/token",
-    "from disk MB/token", "disk GB/s", "I/O bound tok/s", "of bound", "anonymous GB", "against", "target",
+    "from disk MB/token", "disk GB/s before", "after", "I/O bound tok/s", "of bound",
+    "anonymous GB", "against", "target",
 )  # fmt: skip
 
 
@@ -36,7 +37,15 @@ def _ratio(case: Case, engine: str, rows: dict[str, list[Row]]) -> tuple[str, st
         if own == engine and ours:
             asked.append(f"{least:g} x {peer}")
             against.append(f"{statistics.median(ours) / statistics.median(theirs):.2f} x" if theirs else "-")
+            if case.greedy and theirs:
+                against[-1] += _same_tokens(rows[own], rows[peer])
     return ", ".join(against), ", ".join(asked)
+
+
+def _same_tokens(ours: list[Row], theirs: list[Row]) -> str:
+    pairs = [(a["ids"].split(), b["ids"].split()) for a in ours for b in theirs]
+    same = all(a[: len(b)] == b[: len(a)] for a, b in pairs)
+    return f", {'the same' if same else 'OTHER'} {min(len(ids) for pair in pairs for ids in pair)} tokens"
 
 
 def table(runs: list[Row]) -> str:
@@ -64,6 +73,7 @@ def table(runs: list[Row]) -> str:
                 _median(own, "mb_token"),
                 _median(own, "storage_mb_token"),
                 _median(own, "disk_gb_s"),
+                _median(own, "disk_after_gb_s"),
                 _median(own, "bound_tok_s"),
                 f"{statistics.median(bounds):.0%}" if bounds else "",
                 _median(own, "rss_gb"),

@@ -34,7 +34,9 @@ if TYPE_CHECKING:
     from .generation import GenerationResponse, generate, stream_generate
     from .loading import load, load_model
     from .packing import pack
+    from .planning import Plan, plan
     from .prefix_cache import PrefixCache, chat_prompt
+    from .profiling import profile
     from .tools import load_tools
     from .verification import verify
 
@@ -55,6 +57,9 @@ __all__ = [
     "load_tools",
     "pack",
     "verify",
+    "plan",
+    "Plan",
+    "profile",
     "FlashMoEError",
     "CheckpointError",
     "MissingTensorError",
@@ -84,6 +89,9 @@ _MODULES = {
     "GenerationResponse": "generation",
     "pack": "packing",
     "verify": "verification",
+    "plan": "planning",
+    "Plan": "planning",
+    "profile": "profiling",
 }
 
 

@@ -173,8 +173,8 @@ class Checkpoint:
             raise CheckpointError(
                 f"[checkpoint] {directory} must be a checkpoint's directory, got {got}. Check the path."
             )
-        config = read_json(directory / "config.json", "Check the path, or download the checkpoint again.")
         manifest = read_manifest(directory)
+        config = read_json(directory / "config.json", "Check the path, or download the checkpoint again.")
         tensors = read_shards(directory)
         for layer in manifest.layers.values() if manifest else ():
             tensors[layer.tensor_name] = read_layer(directory, layer)

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ from .buffer_cache import BufferCacheShare
 from .checkpoint import Checkpoint
 from .config import StreamingConfig
 from .errors import CheckpointError, CorruptError, MemoryLimitError, MissingTensorError, UnsupportedModelError
-from .io_choice import DEFAULT_THREADS, IoChoice, choose_io, choose_threads
+from .io_choice import DEFAULT_THREADS, choose_io, choose_threads
 from .machine import default_memory_limit_bytes, usable_memory_bytes
 from .models.family import Family
 from .models.registry import prepare_family
@@ -191,51 +191,116 @@ class _Prepared:
             mx.eval([value for value in module.values() if isinstance(value, mx.array)])
 
 
-def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
+def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Checkpoint, Family]:
+    """What headers and config.json say of a checkpoint, checked. No weight is read.
+
+    Raises:
+        CheckpointError: If the files can't be used.
+        RequestError: If an argument of load's can't be had with this model.
+    """
     checkpoint = Checkpoint.open(directory)
-    if verify == "full" and checkpoint.manifest:
-        check_other_files(directory, checkpoint.manifest)
     stored = _lazy_dense(checkpoint)
     family = prepare_family(checkpoint, stored, streaming, _activation_dtype(stored))
     _check_tensors(family, directory.name)
-    limit_bytes = streaming.memory_limit_bytes
-    if limit_bytes is None:
-        limit_bytes = default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
-    experts = {
-        layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
-        for layer in checkpoint.moe_layers
-    }
+    return checkpoint, family
 
-    def divided(io_buffer_bytes: int) -> Budget:
-        return divide(
-            limit_bytes,
-            family.costs,
-            experts,
-            min_slots=family.num_experts_per_tok,
-            batch=1,
-            tokens=streaming.prefill_step_size,
-            length=streaming.max_context,
-            io_buffer_bytes=io_buffer_bytes,
-        )
 
-    choice, threads = IoChoice(streaming.io, "as asked for"), DEFAULT_THREADS
-    slot_bytes = divided(direct_buffer_bytes(threads) if choice.io == "direct" else 0).slot_bytes
-    if streaming.io == "auto":
-        expert_bytes = sum(e.record_bytes * e.num_experts for e in experts.values())
-        choice = choose_io(checkpoint.expert_files, expert_bytes, slot_bytes, limit_bytes, usable_memory_bytes())
-        if choice.io == "direct":
-            record_bytes = max(e.record_bytes for e in experts.values())
-            threads = choose_threads(checkpoint.expert_files, record_bytes, expert_bytes)
-            try:
-                divided(direct_buffer_bytes(threads))
-            except MemoryLimitError:
-                choice = IoChoice("pread", "the limit has no room for the buffers of direct reads")
-    store = ExpertStore(checkpoint, io=choice.io, num_threads=threads, verify=verify)
+def divide_limit(
+    limit_bytes: int, checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, io_buffer_bytes: int
+) -> Budget:
+    """Where the bytes of a limit will go.
+
+    Raises:
+        MemoryLimitError: If the limit can't hold.
+    """
+    return divide(
+        limit_bytes,
+        family.costs,
+        {
+            layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
+            for layer in checkpoint.moe_layers
+        },
+        min_slots=family.num_experts_per_tok,
+        batch=1,
+        tokens=streaming.prefill_step_size,
+        length=streaming.max_context,
+        io_buffer_bytes=io_buffer_bytes,
+    )
+
+
+def choose_limit(streaming: StreamingConfig) -> int:
+    """The limit asked for, or a safe share of this machine."""
+    if streaming.memory_limit_bytes is not None:
+        return streaming.memory_limit_bytes
+    return default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
+
+
+@dataclass(frozen=True)
+class Reads:
+    """How experts will be read.
+
+    Attributes:
+        io: "mmap", "pread" or "direct".
+        num_threads: I/O threads.
+        reason: Why so.
+    """
+
+    io: str
+    num_threads: int
+    reason: str
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that they take."""
+        return direct_buffer_bytes(self.num_threads) if self.io == "direct" else 0
+
+
+def choose_reads(
+    limit_bytes: int, checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, *, probe: bool = True
+) -> Reads:
+    """What load's ``io`` means for a checkpoint and a limit; "auto" is decided here.
+
+    Args:
+        limit_bytes: The memory limit.
+        checkpoint: Opened.
+        family: Of it.
+        streaming: load's arguments.
+        probe: Find the number of threads by a short probe of the files, where it isn't remembered.
+
+    Raises:
+        MemoryLimitError: If the limit can't hold.
+    """
+    reads = Reads(streaming.io, DEFAULT_THREADS, "as asked for")
+    slot_bytes = divide_limit(limit_bytes, checkpoint, family, streaming, reads.buffer_bytes).slot_bytes
+    if streaming.io != "auto":
+        return reads
+    records = {layer: checkpoint.layout(layer).record_bytes for layer in checkpoint.moe_layers}
+    expert_bytes = sum(nbytes * checkpoint.num_experts(layer) for layer, nbytes in records.items())
+    choice = choose_io(checkpoint.expert_files, expert_bytes, slot_bytes, limit_bytes, usable_memory_bytes())
+    reads = Reads(choice.io, DEFAULT_THREADS, choice.reason)
+    if reads.io == "direct":
+        if probe:
+            threads = choose_threads(checkpoint.expert_files, max(records.values()), expert_bytes)
+            reads = replace(reads, num_threads=threads)
+        try:
+            divide_limit(limit_bytes, checkpoint, family, streaming, reads.buffer_bytes)
+        except MemoryLimitError:
+            return Reads("pread", DEFAULT_THREADS, "the limit has no room for the buffers of direct reads")
+    return reads
+
+
+def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
+    checkpoint, family = inspect_checkpoint(directory, streaming)
+    if verify == "full" and checkpoint.manifest:
+        check_other_files(directory, checkpoint.manifest)
+    limit_bytes = choose_limit(streaming)
+    reads = choose_reads(limit_bytes, checkpoint, family, streaming)
+    store = ExpertStore(checkpoint, io=reads.io, num_threads=reads.num_threads, verify=verify)
     with ExitStack() as undo:
         undo.callback(store.close)
-        divided(store.buffer_bytes)
+        divide_limit(limit_bytes, checkpoint, family, streaming, store.buffer_bytes)
         undo.pop_all()
-    return _Prepared(checkpoint, family, streaming, limit_bytes, store, choice.reason)
+    return _Prepared(checkpoint, family, streaming, limit_bytes, store, reads.reason)
 
 
 def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:

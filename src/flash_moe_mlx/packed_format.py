@@ -182,7 +182,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     """
     path = directory / MANIFEST_NAME
     if not path.exists():
-        if (directory / WORK_FOLDER).is_dir() and not (directory / "config.json").exists():
+        if (directory / WORK_FOLDER).is_dir():
             raise MissingTensorError(
                 f"[{directory.name}] must be packed to the end, got an unfinished one. "
                 'Run the same "flash-moe pack" again: it goes on where it stopped.'

@@ -7,7 +7,7 @@ import numpy as np
 
 from .errors import RequestError
 from .policies import LRU, AgedLFU, Belady, Policy
-from .slots import SlotTable
+from .slots import SlotTable, waves
 from .trace import DECODE, PREFILL, RoutingTrace
 
 PolicyMaker = Callable[[Sequence[Sequence[int]]], Policy]
@@ -82,8 +82,8 @@ def replay(
         table = SlotTable(slots, make([experts for experts, _, _, _ in requests]))
         for number, (experts, counts, tokens, phase) in enumerate(requests):
             ordered, hits = table.order(experts, counts, tokens)
-            for start in range(0, len(ordered), slots):
-                table.claim(ordered[start : start + slots])
+            for group in waves(ordered, slots):
+                table.claim(group)
                 table.publish()
             if number >= skip_passes:
                 counted[:, phase, column] += hits, len(ordered) - hits

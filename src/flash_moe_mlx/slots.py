@@ -5,6 +5,18 @@ from collections.abc import Sequence
 from .policies import Policy
 
 
+def waves(ordered: Sequence[int], num_slots: int) -> list[list[int]]:
+    """Experts in groups that fit the slots. Later ones take half of them, so that the most useful of what is in stay.
+
+    Measured in simulation: 1 to 4 points of hit rate in the decode after a prompt (experiment 033).
+    """
+    groups, start, size = [], 0, num_slots
+    while start < len(ordered):
+        groups.append(list(ordered[start : start + size]))
+        start, size = start + size, max(num_slots // 2, 1)
+    return groups
+
+
 class SlotTable:
     """Slots of one layer: experts in them, and slots that are free or being filled.
 

@@ -1,5 +1,6 @@
 """Counters of the streaming engine and what they render to. Plain data: no MLX import."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from html import escape
 
@@ -106,8 +107,14 @@ class StreamingStats:
         return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
 
     def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.rows())
-        return f"<table>{cells}</table>"
+        return table_html(self.rows())
+
+
+def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
+    """Rows of text as an HTML table; the first cell of each is its name."""
+    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)] if head else []
+    lines += [f"<th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) for row in rows]
+    return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def format_bytes(nbytes: float) -> str:

@@ -21,6 +21,7 @@ from .cache import ExpertCache, Fetch
 from .config import StreamingConfig, parse_size
 from .errors import MemoryLimitError, RequestError, StoreError
 from .record import RecordLayout
+from .slots import waves
 from .stats import Counters, StreamingStats, format_bytes
 from .store import ExpertStore
 from .trace import DECODE, PREFILL, TraceRecorder
@@ -243,8 +244,7 @@ class StreamingEngine:
         ordered, hits = self._cache.order(layer, experts.tolist(), uses, tokens)
         self._counters.hits += hits
         self._counters.misses += len(ordered) - hits
-        size = self._cache.num_slots(layer)
-        groups = [ordered[start : start + size] for start in range(0, len(ordered), size)]
+        groups = waves(ordered, self._cache.num_slots(layer))
         return self._waves(layer, groups, self._acquire(layer, groups[0]) if groups else None)
 
     def token(self, layer: int, experts: list[int]) -> TokenFetch:

@@ -1,12 +1,13 @@
 """Several clients at once, and long conversations."""
 
+import threading
 import time
 from collections.abc import Iterator
 
 import pytest
 
 from ..support import concurrent_clients
-from ..support.serving import client, demo, wait_until
+from ..support.serving import TIGHT, client, demo, stats, wait_until
 
 pytestmark = pytest.mark.serial
 
@@ -15,13 +16,14 @@ SECONDS = 10
 
 @pytest.fixture(scope="module")
 def address() -> Iterator[str]:
-    with demo("40MB", max_context=2048) as running:
+    with demo(max_context=2048) as running:
         yield running
 
 
-def test_eight_clients_get_what_one_gets(address: str):
+def test_eight_clients_get_what_one_gets():
     """Two minutes of it: python -m tests.support.concurrent_clients 120."""
-    outcome = concurrent_clients.run(address, SECONDS)
+    with demo(**TIGHT) as tight:
+        outcome = concurrent_clients.run(tight, SECONDS)
     assert outcome.errors == {}
     assert outcome.different == []
     assert outcome.answers >= 2 * len(concurrent_clients.CONVERSATIONS)
@@ -59,10 +61,6 @@ def test_the_second_turn_of_a_long_conversation_is_answered_soon(address: str):
 
 def test_the_queue_is_served_in_turn(address: str):
     """What waits behind a long answer is answered after it, and meanwhile the server says so."""
-    import threading
-
-    import httpx
-
     api = client(address)
     ended: list[str] = []
 
@@ -73,8 +71,8 @@ def test_the_queue_is_served_in_turn(address: str):
     threads = [threading.Thread(target=ask, args=args) for args in (("first", 60), ("second", 1))]
     for thread in threads:
         thread.start()
-        wait_until(lambda: httpx.get(f"{address}/stats").json()["running_requests"])
-    wait_until(lambda: httpx.get(f"{address}/stats").json()["queued_requests"] or ended)
+        wait_until(lambda: stats(address)["running_requests"])
+    wait_until(lambda: stats(address)["queued_requests"] or ended)
     for thread in threads:
         thread.join(60)
     assert ended == ["first", "second"]

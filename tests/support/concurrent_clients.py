@@ -13,7 +13,7 @@ from typing import Any
 
 import openai
 
-from .serving import STORY, SUM, WEATHER, WEATHER_TOOL, client, demo
+from .serving import STORY, SUM, TIGHT, WEATHER, WEATHER_TOOL, client, demo, stats
 
 CLIENTS = 8
 FACTS = {"role": "system", "content": "Ana has a red boat. Bob has a blue kite. Eva has a green coat."}
@@ -33,15 +33,27 @@ Answer = tuple[Any, ...]
 def ask(api: openai.OpenAI, conversation: dict[str, Any], stream: bool) -> Answer:
     """The answer's tokens, its tool calls, and why it ended."""
     options = {"model": "demo", "temperature": 0, "logprobs": True, **conversation}
-    if stream:
-        with api.chat.completions.stream(**options, stream_options={"include_usage": True}) as events:
-            answer = events.get_final_completion()
-    else:
+    if not stream:
         answer = api.chat.completions.create(**options)
-    choice = answer.choices[0]
-    tokens = [token.token for token in choice.logprobs.content] if choice.logprobs else []
-    calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
-    return tokens, calls, choice.message.content or "", choice.finish_reason, answer.usage.completion_tokens
+        (choice,), usage = answer.choices, answer.usage
+        logprobs = choice.logprobs.content
+        calls = [(call.function.name, call.function.arguments) for call in choice.message.tool_calls or []]
+        return (
+            [t.token for t in logprobs],
+            calls,
+            choice.message.content or "",
+            choice.finish_reason,
+            usage.completion_tokens,
+        )
+    tokens, calls, text, reason, usage = [], [], "", None, None
+    for chunk in api.chat.completions.create(**options, stream=True, stream_options={"include_usage": True}):
+        usage = chunk.usage
+        for choice in chunk.choices:
+            tokens += [t.token for t in choice.logprobs.content] if choice.logprobs else []
+            calls += [(call.function.name, call.function.arguments) for call in choice.delta.tool_calls or []]
+            text += choice.delta.content or ""
+            reason = choice.finish_reason
+    return tokens, calls, text, reason, usage.completion_tokens
 
 
 @dataclass
@@ -88,12 +100,14 @@ def run(address: str, seconds: float, clients: int = CLIENTS) -> Outcome:
 
 def main() -> None:
     seconds = float(sys.argv[1])
-    limit = sys.argv[2] if len(sys.argv) > 2 else "14MB"
-    with demo(limit, max_context=256) as address:
+    with demo(**TIGHT) as address:
         started = time.monotonic()
         outcome = run(address, seconds)
         took = time.monotonic() - started
-    print(f"{CLIENTS} clients, {took:.0f} s, demo at {limit}: {outcome.answers} answers, {outcome.tokens} tokens")
+        hit_rate = stats(address)["expert_hit_rate"]
+    print(
+        f"{CLIENTS} clients, {took:.0f} s, hit rate {hit_rate:.1%}: {outcome.answers} answers, {outcome.tokens} tokens"
+    )
     print(f"{len(outcome.different)} differ from a single client's, {sum(outcome.errors.values())} errors")
     for different in outcome.different[:3]:
         print(different)

@@ -29,6 +29,8 @@ WEATHER_TOOL = {
     },
 }
 CHAT = "/v1/chat/completions"
+TIGHT: dict[str, Any] = {"memory_limit": "22MB", "max_context": 256, "prefix_cache": "3MB"}
+"""The demo's arguments with room for about half of its experts, and for four copies of states."""
 
 
 @contextlib.contextmanager

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import sys
 from typing import Annotated
 
 import typer
@@ -90,6 +91,7 @@ def serve(
             typer.echo(f"Serving {config.model_id} at {address}/v1, status page at {address}/. Ctrl-C ends it.")
             if not local and api_key is None:
                 typer.echo("Everybody on the network may use it: set FLASH_MOE_API_KEY to a key.", err=True)
+            logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)  # failures are shown in any case
             logged = logging.getLogger("flash_moe_mlx").isEnabledFor(logging.INFO)
             settings = uvicorn.Config(
                 app,

@@ -104,9 +104,13 @@ class HubSource:
         here = self._state / f"{path.name}.here"
         if here.exists() and self._problem(path, path) is None:
             return
-        problem: str | None = ""
+        problem: str | None = None
         for _ in range(2):
-            downloaded = self._download(path.name, self._downloads)
+            try:
+                downloaded = self._download(path.name, self._downloads)
+            except PackError as error:
+                problem = f"an error ({error})"
+                continue
             problem = self._problem(downloaded, path)
             if problem is None:
                 os.replace(downloaded, path)

@@ -219,7 +219,6 @@ class Runner:
         if self._unsynced:
             self._begin_commit()
             self._end_commit()
-        self._tell()
 
     def _commit_rest(self) -> None:
         """Note what can be noted; on a full disk even that may fail, and then it is done again."""

@@ -49,7 +49,9 @@ class _Server:
     def __init__(self, model: Any, tokenizer: Any, config: ServerConfig):
         self._model = model
         self._config = config
-        self._vocabulary = len(tokenizer)
+        # Ids beyond the logits would be written to memory that isn't theirs, and tokenizers may know more.
+        logits = getattr(getattr(model, "config", getattr(model, "args", None)), "vocab_size", None)
+        self._vocabulary = min(len(tokenizer), logits or len(tokenizer))
         self._worker = Worker(model, tokenizer, max_queue=config.max_queue, prefix_cache=config.prefix_cache)
         self._page = files(__package__).joinpath("status.html").read_text()
         self.app = Starlette(

@@ -1,0 +1,79 @@
+"""``flash-moe simulate``: replay recorded routing through eviction policies and numbers of slots."""
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import Json, MaxContext, Model, print_json
+
+
+def simulate(
+    trace: Annotated[Path, typer.Argument(help="What flash-moe trace wrote.")],
+    policy: Annotated[list[str], typer.Option(help="lfu, lru or belady; may be given several times.")] = ["lfu"],  # noqa: B006
+    slots: Annotated[
+        list[int] | None, typer.Option(help="Experts of each layer in memory; may be given several times.")
+    ] = None,
+    memory_limit: Annotated[
+        list[str] | None,
+        typer.Option(help='With --model: a limit, such as "8GB", instead of slots; may be given several times.'),
+    ] = None,
+    model: Model = None,
+    max_context: MaxContext = 8192,
+    disk_rate: Annotated[
+        str | None, typer.Option(help='With --model: what the disk reads a second, such as "3GB"; probed without it.')
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Predict the hit rate of recorded routing at other memory limits and under other eviction policies.
+
+    With a model named, its speed at that hit rate too.
+
+    Examples:
+        flash-moe simulate routing.npz --slots 4 --slots 8 --policy lfu --policy lru --policy belady
+    """
+    from ..errors import RequestError
+    from ..simulation import replay
+    from ..trace import RoutingTrace
+
+    routing = RoutingTrace.read(trace)
+    if memory_limit and model is None:
+        raise RequestError("[simulate] --memory-limit needs --model, got none. Name it, or use --slots.")
+    shares: list[tuple[str, Any]] = [(str(n), n) for n in slots or ()]
+    planner = None
+    if model is not None:
+        from ..config import parse_size
+        from ..planner import Planner
+
+        planner = Planner.open(
+            model, max_context=max_context, disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate)
+        )
+        shares += [(limit, planner.divide(parse_size(limit)).num_slots) for limit in memory_limit or ()]
+    if not shares:
+        every = routing.num_experts
+        least = routing.experts.shape[2]
+        shares = [(str(n), n) for n in sorted({max(least, every * part // 8) for part in (1, 2, 4, 6, 8)})]
+    results = []
+    for name, num_slots in shares:
+        for kind in policy:
+            found = replay(routing, num_slots, kind)
+            results.append(
+                {
+                    "slots": name,
+                    "policy": kind,
+                    "hit_rate": found.hit_rate,
+                    "decode_hit_rate": found.decode_hit_rate,
+                    "misses_per_token": found.decode_misses_per_token,
+                    "tokens_per_second": planner and planner.tokens_per_second(found.decode_hit_rate),
+                }
+            )
+    if json:
+        print_json({"trace": str(trace), "tokens": len(routing.phase), "results": results})
+        return
+    typer.echo(f"{'slots':>10}  policy  hit rate  decode  misses a token" + ("   tok/s" if planner else ""))
+    for r in results:
+        speed = f"  {r['tokens_per_second']:6.2f}" if r["tokens_per_second"] else ""
+        typer.echo(
+            f"{r['slots']:>10}  {r['policy']:<6}  {r['hit_rate']:8.1%}  {r['decode_hit_rate']:6.1%}  "
+            f"{r['misses_per_token']:14.1f}{speed}"
+        )

@@ -1,0 +1,35 @@
+"""``flash-moe trace``: record which experts a model's routers pick."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Io, MaxContext, MemoryLimit, Model, NumExpertsPerTok, Revision, open_model
+
+
+def trace(
+    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("routing.npz"),
+    model: Model = None,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 256,
+    memory_limit: MemoryLimit = None,
+    max_context: MaxContext = 8192,
+    io: Io = "auto",
+    num_experts_per_tok: NumExpertsPerTok = None,
+    revision: Revision = None,
+) -> None:
+    """Generate an answer and record the routing, for flash-moe simulate and flash-moe plan.
+
+    Examples:
+        flash-moe trace "What is 17 + 25?" --output routing.npz
+    """
+    from .. import stream_generate
+
+    with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+        tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        with loaded.streaming.trace(output):
+            for response in stream_generate(loaded, tokenizer, tokens, max_tokens):
+                typer.echo(response.text, nl=False)
+        stats = loaded.streaming.stats()
+    typer.echo(f"\n\n{stats.tokens} tokens in {output}; hit rate {stats.hit_rate:.1%} with {stats.num_slots} slots.")

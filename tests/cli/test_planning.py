@@ -1,0 +1,63 @@
+"""flash-moe plan, trace and simulate, on the embedded model."""
+
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+from flash_moe_mlx.speed import Speed
+
+from ..support.command_line import document, refusal, succeed
+
+LIMIT = ("--memory-limit", "14MB", "--max-context", "128")
+
+
+@pytest.fixture(autouse=True)
+def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flash_moe_mlx.planner.measure_speed", lambda rate: Speed(10e9, 1e-3, rate))
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("trace") / "routing.npz"
+    printed = succeed("trace", "What is 17 + 25?", "--output", str(path), "--max-tokens", "12", *LIMIT)
+    assert "42" in printed and str(path) in printed
+    return path
+
+
+def test_plan_as_text_and_json(trace: Path):
+    text = succeed("plan", *LIMIT, "--disk-rate", "1GB")
+    assert "14.00 MB" in text and "local routing" in text and "the disk gives 1.00 GB/s" in text
+    result = document("plan", *LIMIT, "--disk-rate", "1GB", "--trace", str(trace), "--json")
+    assert result["fits"] and result["at_limit"]["num_slots"] == 49
+    assert [e["routing"] for e in result["at_limit"]["expectations"]] == ["trace", "local", "uniform"]
+
+
+def test_plan_says_what_does_not_fit():
+    assert "does not fit" in succeed("plan", "--memory-limit", "1MB", "--max-context", "128", "--disk-rate", "1GB")
+    assert "memory_limit" in refusal("plan", "--memory-limit", "much")
+
+
+def test_simulate_predicts_what_trace_measured(trace: Path):
+    printed = succeed("trace", "What is 17 + 25?", "--output", str(trace), "--max-tokens", "12", *LIMIT)
+    measured = float(printed.split("hit rate ")[1].split("%")[0]) / 100
+    arguments = ("--model", str(files("flash_moe_mlx") / "demo"), *LIMIT, "--disk-rate", "1GB", "--json")
+    (result,) = document("simulate", str(trace), *arguments)["results"]
+    assert result["hit_rate"] == pytest.approx(measured, abs=0.02)
+    assert result["tokens_per_second"] > 0
+
+
+def test_simulate_compares_policies_and_slots(trace: Path):
+    several = ("--slots", "4", "--slots", "8", "--policy", "lru", "--policy", "belady")
+    rates = {
+        (r["slots"], r["policy"]): r["decode_hit_rate"]
+        for r in document("simulate", str(trace), *several, "--json")["results"]
+    }
+    assert rates["4", "lru"] <= rates["4", "belady"] <= rates["8", "belady"] and len(rates) == 4
+    assert len(succeed("simulate", str(trace)).splitlines()) == 1 + 4, "a head; 4, 8, 12 and 16 slots"
+
+
+def test_simulate_refuses(trace: Path):
+    assert "--model" in refusal("simulate", str(trace), "--memory-limit", "1GB")
+    assert "fifo" in refusal("simulate", str(trace), "--policy", "fifo")
+    assert "routing trace" in refusal("simulate", str(trace.with_name("none.npz")))
