@@ -21,12 +21,19 @@ from .budget import Budget, LayerExperts, divide
 from .buffer_cache import BufferCacheShare
 from .checkpoint import Checkpoint
 from .config import StreamingConfig
-from .errors import CheckpointError, CorruptError, MemoryLimitError, MissingTensorError, UnsupportedModelError
+from .errors import (
+    CheckpointError,
+    CorruptError,
+    MemoryLimitError,
+    MissingTensorError,
+    RequestError,
+    UnsupportedModelError,
+)
 from .io_choice import DEFAULT_THREADS, choose_io, choose_threads
 from .machine import default_memory_limit_bytes, usable_memory_bytes
 from .models.family import Family
 from .models.registry import prepare_family
-from .ops.backend import backend
+from .ops.backend import backend, use_cpu_kernels
 from .packed_format import EXPERTS_FOLDER
 from .store import ExpertStore, direct_buffer_bytes
 from .streaming import StreamingEngine
@@ -45,6 +52,7 @@ def load(
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     io: str = "auto",
+    activation_bits: int | None = None,
     verify: str | bool = "sample",
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
@@ -60,6 +68,8 @@ def load(
         num_experts_per_tok: Overrides the router's K. Fewer than the model's own is faster and lossy.
         io: How expert bytes are read: "mmap" or "pread" through the page cache, "direct" past it, or "auto", which
             chooses by how much of the experts it could hold; ``model.streaming.stats()`` tells what and why.
+        activation_bits: 8 rounds what single tokens are multiplied with to 8 bits a group, as llama.cpp does, on the
+            CPU: faster and lossy (logits change by 1 to 2 %). None is exact.
         verify: Of a packed checkpoint: "full" compares every record that is read with its checksum, and all other
             files before they are loaded; "sample" one record in 16; False none. Stock checkpoints have no checksums.
         revision: Branch, tag or commit of the repository.
@@ -74,7 +84,7 @@ def load(
         MemoryLimitError: If the limit can't hold; raised before weights are read, names the smallest that works.
         RequestError: If an argument is not usable.
     """
-    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
+    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io, activation_bits)
     prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify)
     with ExitStack() as undo:
         undo.callback(prepared.store.close)
@@ -92,11 +102,12 @@ def load_model(
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     io: str = "auto",
+    activation_bits: int | None = None,
     verify: str | bool = "sample",
     revision: str | None = None,
 ) -> Any:
     """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
-    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
+    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io, activation_bits)
     return _prepare(_resolve(path, revision), streaming, verify).load()
 
 
@@ -289,8 +300,20 @@ def choose_reads(
     return reads
 
 
+def _with_rounded_activations(family: Family, bits: int) -> Family:
+    if not (hasattr(family.model, "activation_bits") and use_cpu_kernels()):
+        raise RequestError(
+            f"[activation_bits] must be left out where the CPU kernels don't decode, got {bits}. They decode "
+            'Qwen3.5-MoE and Qwen3-Next on the CPU, with numba: pip install "flash-moe-mlx[cpu]".'
+        )
+    family.model.activation_bits = bits
+    return replace(family, lossy=(*family.lossy, f"{bits}-bit activations in decode"))
+
+
 def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
     checkpoint, family = inspect_checkpoint(directory, streaming)
+    if streaming.activation_bits is not None:
+        family = _with_rounded_activations(family, streaming.activation_bits)
     if verify == "full" and checkpoint.manifest:
         check_other_files(directory, checkpoint.manifest)
     limit_bytes = choose_limit(streaming)

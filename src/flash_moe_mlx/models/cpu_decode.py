@@ -20,6 +20,7 @@ from ..streaming import StreamingEngine
 from .caches import KVCache
 from .cpu_parts import (
     ExpertTape,
+    Pool,
     UnsupportedLayerError,
     Vector,
     normed,
@@ -90,6 +91,7 @@ class CPUDecoder:
         """
         config, text = model.config, model.text_model
         self._engine: StreamingEngine = model.streaming
+        self._pool = Pool(int8=model.activation_bits == 8)
         self._held = _held(model)
         attention = next((layer.self_attn for layer in text.layers if not layer.is_linear), None)
         self._rope: Any = None if attention is None else attention.rope
@@ -103,7 +105,7 @@ class CPUDecoder:
         self._splits = splits
         self._layers = [self._layer(config, index, layer) for index, layer in enumerate(text.layers)]
         self._logits = empty(config.vocab_size)
-        last, output = Vector(config.hidden_size), model.output_projection
+        last, output = self._pool.vector("last", config.hidden_size), model.output_projection
         head = product(output, last, self._logits)
         end = [normed(text.norm, self._hidden, 0, last), *last.orders, head]
         self._first = Tape(self._layers[0].begin)
@@ -179,19 +181,20 @@ class CPUDecoder:
         if not isinstance(layer.mlp, StreamingMoE):
             raise UnsupportedLayerError("a dense layer")
         hidden = self._hidden
-        x, mixed, after = Vector(config.hidden_size), empty(config.hidden_size), Vector(config.hidden_size)
+        pool, size = self._pool, config.hidden_size
+        x, mixed, after = pool.vector("x", size), pool.floats("mixed", size), pool.vector("after", size)
         mixer: _Attention | _Delta
         if layer.is_linear:
             mixer, body = self._delta(config, layer.linear_attn, x, mixed)
         else:
             mixer, body = self._attention(config, layer.self_attn, x, mixed)
         mlp = layer.mlp
-        logits, gate, shared_y = empty(config.num_experts), empty(1), empty(config.hidden_size)
+        logits, gate = pool.floats("router", config.num_experts), pool.floats("gate", 1)
+        shared_y, y = pool.floats("shared", size), pool.floats("experts", self._k, size)
         router = together([product(mlp.gate, after, logits)], [product(mlp.shared_expert_gate, after, gate)])
-        shared = shared_expert(mlp.shared_expert, after, shared_y)
-        y = empty(self._k, config.hidden_size)
+        shared = shared_expert(mlp.shared_expert, after, shared_y, pool)
         layout = self._engine.layout(index)
-        hits, misses = (routed_experts(layout, after, self._k, y) for _ in range(2))
+        hits, misses = (routed_experts(name, layout, after, self._k, y, pool) for name in ("hits", "misses"))
         choose = Operation(
             tasks.choose, 1, logits, config.num_experts, self._k, int(mlp.norm_topk_prob), self._ids, self._weights
         )
@@ -204,7 +207,6 @@ class CPUDecoder:
             *router,
             choose,
         ]
-        size = config.hidden_size
         combine = Operation(
             tasks.combine, -(-size // tasks.CHANNELS), y, self._k, size, self._weights, shared_y, gate, hidden
         )
@@ -212,9 +214,11 @@ class CPUDecoder:
 
     def _delta(self, config: Any, mixer: GatedDeltaNet, x: Vector, y: np.ndarray) -> tuple[_Delta, list[Operation]]:
         channels, heads = config.linear_conv_dim, config.linear_num_value_heads
-        qkv, z, b, a = empty(channels), empty(config.linear_value_dim), empty(heads), empty(heads)
-        inputs = projections_of(mixer, x, (qkv, z, b, a))
-        convolved, out = empty(channels), Vector(config.linear_value_dim)
+        pool, values = self._pool, config.linear_value_dim
+        sizes = {"qkv": channels, "z": values, "b": heads, "a": heads}
+        qkv, z, b, a = (pool.floats(name, size) for name, size in sizes.items())
+        inputs = projections_of(mixer, x, (qkv, z, b, a), pool)
+        convolved, out = pool.floats("convolved", channels), pool.vector("delta", values)
         taps = config.linear_conv_kernel_dim
         weights = [floats(array) for array in (mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, mixer.norm.weight)]
         convolve = Operation(
@@ -246,9 +250,10 @@ class CPUDecoder:
         self, config: Any, mixer: GatedAttention, x: Vector, y: np.ndarray
     ) -> tuple[_Attention, list[Operation]]:
         heads, kv_heads, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
-        q, k, v = empty(2 * heads * dim), empty(kv_heads * dim), empty(kv_heads * dim)
+        pool = self._pool
+        q, k, v = (pool.floats(name, size * dim) for name, size in (("q", 2 * heads), ("k", kv_heads), ("v", kv_heads)))
         inputs = together([product(mixer[f"{n}_proj"], x, out) for n, out in (("q", q), ("k", k), ("v", v))])
-        turned, out = empty(heads * dim), Vector(heads * dim)
+        turned, out = pool.floats("turned", heads * dim), pool.vector("attended", heads * dim)
         place = Operation(
             tasks.place_heads,
             heads + kv_heads,

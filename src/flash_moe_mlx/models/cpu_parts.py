@@ -1,7 +1,7 @@
 """Parts of a decode step on the CPU: operations on vectors, from a model's modules and from records of experts."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,26 +26,67 @@ class UnsupportedLayerError(Exception):
 class Vector:
     """One or more rows of float32 between operations, and the orders in which products want to read them."""
 
-    def __init__(self, size: int, rows: int = 1, ranks: np.ndarray | None = None):
+    def __init__(self, size: int, rows: int = 1, ranks: np.ndarray | None = None, *, int8: bool = False):
+        """Args: values a row, rows, which of them an operation's tasks take, whether products read it in 8 bits."""
         self.size = size
+        self.int8 = int8
         self.data = empty(rows, size)
         self.orders: list[Operation] = []
         self._rows, self._ranks = rows, ranks
-        self._ordered: dict[tuple[int, int], tuple[np.ndarray, np.ndarray]] = {}
+        self._ordered: dict[tuple[int, int, bool], tuple[np.ndarray, np.ndarray]] = {}
+
+    def format(self, form: Format) -> Format:
+        """How matrices stored in this format are multiplied with this vector."""
+        return form.rounded(self.size) if self.int8 else form
 
     def input(self, form: Format) -> tuple[Any, Any]:
-        """What products with matrices of a format read: x, and its sums a group."""
+        """What products with matrices of a format, as ``format`` gives it, read: x, and its sums a group."""
         if not form.bits:
             return self.data, 0
-        lane_weights, factors = order(form)
-        key = (form.bits, form.group_size)
+        key = (form.bits, form.group_size, form.int8)
         if key not in self._ordered:
-            ordered, sums = empty(self._rows, self.size), empty(self._rows, form.groups(self.size))
-            ranks = 0 if self._ranks is None else self._ranks
-            arguments = (self.data, self.size, lane_weights, factors, form.group_size, ordered, sums, ranks)
-            self.orders.append(Operation(tasks.order, self._rows, *arguments, beside=bool(self.orders)))
+            groups, ranks = form.groups(self.size), 0 if self._ranks is None else self._ranks
+            ordered: np.ndarray
+            how: tuple[Any, ...]
+            operation: Operation
+            if form.int8:
+                ordered, sums = np.empty((self._rows, self.size), np.int8), empty(self._rows, 2, groups)
+                how = (form.group_size, ordered, sums, ranks)
+                operation = Operation(tasks.round_x, self._rows, self.data, self.size, *how)
+            else:
+                ordered, sums = empty(self._rows, self.size), empty(self._rows, groups)
+                how = (form.group_size, ordered, sums, ranks)
+                operation = Operation(tasks.order, self._rows, self.data, self.size, *order(form), *how)
+            operation.row[3] = int(bool(self.orders))
+            self.orders.append(operation)
             self._ordered[key] = ordered, sums
         return self._ordered[key]
+
+
+class Pool:
+    """Memory of a step by name. Layers run one after the other, so those of one shape share theirs."""
+
+    def __init__(self, *, int8: bool):
+        """Args: whether products of 4-bit weights read vectors in 8 bits."""
+        self._int8 = int8
+        self._made: dict[tuple[Any, ...], Any] = {}
+
+    def floats(self, name: str, *shape: int) -> np.ndarray:
+        """Uninitialised float32."""
+        return self._get((name, "floats", *shape), lambda: empty(*shape))
+
+    def integers(self, name: str, size: int) -> np.ndarray:
+        """Zeros, int64."""
+        return self._get((name, "integers", size), lambda: np.zeros(size, np.int64))
+
+    def vector(self, name: str, size: int, rows: int = 1, ranks: np.ndarray | None = None) -> Vector:
+        """As `Vector`."""
+        return self._get((name, size, rows), lambda: Vector(size, rows, ranks, int8=self._int8))
+
+    def _get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
+        if key not in self._made:
+            self._made[key] = make()
+        return self._made[key]
 
 
 def together(*groups: Sequence[Operation]) -> list[Operation]:
@@ -68,7 +109,7 @@ def product(linear: nn.Module, x: Vector, y: Any) -> Operation:
     stored = weight if linear.quantization is None else linear.scales
     if stored.dtype not in KINDS:
         raise UnsupportedLayerError(str(stored.dtype))
-    form = _format(linear.quantization, KINDS[stored.dtype])
+    form = x.format(_format(linear.quantization, KINDS[stored.dtype]))
     own = (weight, 0, 0) if linear.quantization is None else (weight, linear.scales, linear.biases)
     bias, kind = (linear.bias, KINDS[linear.bias.dtype]) if "bias" in linear else (0, 0)
     row_bytes = form.row_bytes(x.size)
@@ -77,10 +118,10 @@ def product(linear: nn.Module, x: Vector, y: Any) -> Operation:
     return Operation(products.matrix(form), products.blocks(weight.shape[0]), *arguments, nbytes=nbytes)
 
 
-def projections_of(mixer: GatedDeltaNet, x: Vector, parts: Sequence[np.ndarray]) -> list[Operation]:
+def projections_of(mixer: GatedDeltaNet, x: Vector, parts: Sequence[np.ndarray], pool: Pool) -> list[Operation]:
     """The mixer's projections, split into qkv, z, b and a."""
     linears = mixer.projections()
-    outputs = [empty(linear.weight.shape[0]) for linear in linears]
+    outputs = [pool.floats(f"projected {i}", linear.weight.shape[0]) for i, linear in enumerate(linears)]
     # Where each value lies, by splitting positions in place of values.
     starts = np.cumsum([0, *(output.size for output in outputs)])
     positions = [mx.arange(start, end)[None, None] for start, end in itertools.pairwise(starts.tolist())]
@@ -129,7 +170,7 @@ class ExpertTape:
         tape.set_tasks(self.down, count * self.blocks[1])
 
 
-def routed_experts(layout: RecordLayout, x: Vector, k: int, y: np.ndarray) -> ExpertTape:
+def routed_experts(name: str, layout: RecordLayout, x: Vector, k: int, y: np.ndarray, pool: Pool) -> ExpertTape:
     """Up to k records of one layer, whose outputs are rows of y."""
     forms, places = {}, {}
     for projection in ("gate_proj", "up_proj", "down_proj"):
@@ -141,10 +182,10 @@ def routed_experts(layout: RecordLayout, x: Vector, k: int, y: np.ndarray) -> Ex
         forms[projection] = _format(quantization, kind)
         present = [layout.by_name[name].offset for name in names if name in layout.by_name]
         places[projection] = (*present, *[0] * (3 - len(present)))
-    return _ffn(forms, places, layout.intermediate_size, x, k, y)
+    return _ffn(name, forms, places, layout.intermediate_size, x, k, y, pool)
 
 
-def shared_expert(shared: SwiGLU, x: Vector, y: np.ndarray) -> ExpertTape:
+def shared_expert(shared: SwiGLU, x: Vector, y: np.ndarray, pool: Pool) -> ExpertTape:
     """The shared expert, as a record that begins at address 0."""
     forms, places = {}, {}
     for projection in ("gate_proj", "up_proj", "down_proj"):
@@ -157,17 +198,24 @@ def shared_expert(shared: SwiGLU, x: Vector, y: np.ndarray) -> ExpertTape:
         forms[projection] = _format(linear.quantization, KINDS[parts[-1].dtype])
         addresses = [address(view(part, np.uint8)) for part in parts]
         places[projection] = (*addresses, *[0] * (3 - len(addresses)))
-    return _ffn(forms, places, shared.gate_proj.weight.shape[0], x, 1, y)
+    return _ffn("shared", forms, places, shared.gate_proj.weight.shape[0], x, 1, y, pool)
 
 
 def _ffn(
-    forms: dict[str, Format], places: dict[str, tuple[int, ...]], width: int, x: Vector, k: int, y: np.ndarray
+    name: str,
+    forms: dict[str, Format],
+    places: dict[str, tuple[int, ...]],
+    width: int,
+    x: Vector,
+    k: int,
+    y: np.ndarray,
+    pool: Pool,
 ) -> ExpertTape:
-    gate, down = forms["gate_proj"], forms["down_proj"]
-    if forms["up_proj"] != gate:
+    if forms["up_proj"] != forms["gate_proj"]:
         raise UnsupportedLayerError("gate_proj and up_proj differ")
-    records, ranks = np.zeros(k, np.int64), np.arange(k)
-    h, u = Vector(width, k, ranks), empty(k, width)
+    records, ranks = pool.integers(f"{name} records", k), pool.integers(f"{name} ranks", k)
+    h, u = pool.vector(f"{name} h", width, k, ranks), pool.floats(f"{name} u", k, width)
+    gate, down = x.format(forms["gate_proj"]), h.format(forms["down_proj"])
     row_bytes = gate.row_bytes(x.size)
     first = Operation(
         products.gate_up(gate),

@@ -95,9 +95,11 @@ class HybridModel(nn.Module):
 
     Attributes:
         streaming: The running engine; set by ``attach``.
+        activation_bits: 8 rounds what single tokens are multiplied with on the CPU; None is exact.
     """
 
     streaming: StreamingEngine
+    activation_bits: int | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..gated_delta import L2_EPS
 from .elementwise import exponential, prepare, sigmoid
+from .int8_ir import round_to_int8
 from .jit import VECTORISED, serial, task
 from .memory_ir import load_f32, pointer
 
@@ -67,6 +68,16 @@ def _order(args, number):  # type: ignore[no-untyped-def]
     ordered = numba.carray(pointer(a[5] + 4 * row * size), (1, size), np.float32)
     sums = numba.carray(pointer(a[6] + 4 * row * groups), (1, groups), np.float32)
     prepare(x, a[2], floats_at(a[3], max(a[2], 1)), a[4], ordered, sums)
+
+
+def _round(args, number):  # type: ignore[no-untyped-def]
+    """(x, size, group size, rounded, sums, ranks): ``round_to_int8`` of row ranks[number], a task."""
+    a = words(args, 6)
+    size, groups = a[1], a[1] // a[2]
+    row = words(a[5], number + 1)[number] if a[5] else 0
+    rounded = numba.carray(pointer(a[3] + row * size), (size,), np.int8)
+    sums = numba.carray(pointer(a[4] + 8 * row * groups), (2, groups), np.float32)
+    round_to_int8(floats_at(a[0] + 4 * row * size, size), a[2], rounded, sums)
 
 
 def _gather(args, _):  # type: ignore[no-untyped-def]
@@ -279,7 +290,7 @@ def _combine(args, number):  # type: ignore[no-untyped-def]
         hidden[i] += total[i] + gate * shared[i]
 
 
-norm, order, gather, convolve, delta, place_heads, attend, join, choose, combine = (
+norm, order, round_x, gather, convolve, delta, place_heads, attend, join, choose, combine = (
     task(function, fastmath=VECTORISED)
-    for function in (_norm, _order, _gather, _convolve, _delta, _place_heads, _attend, _join, _choose, _combine)
+    for function in (_norm, _order, _round, _gather, _convolve, _delta, _place_heads, _attend, _join, _choose, _combine)
 )

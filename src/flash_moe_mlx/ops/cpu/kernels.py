@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from .elementwise import affine_tail, dense_tail, read_float
+from .int8_ir import INT8_STEP, make_int8_dots
 from .jit import compiled
 from .memory_ir import add_one, load_f32, store_f32
 from .tile_ir import MR, NR, PACK_BLOCK, make_multiply, make_unpack
@@ -42,16 +43,23 @@ TILE_K = 256
 class Format(NamedTuple):
     """How a matrix is stored: ``bits`` in groups of ``group_size``, or with bits 0 unquantised.
 
-    ``kind`` is that of scales and biases, or of the unquantised weights: BF16, F16 or F32.
+    ``kind`` is that of scales and biases, or of the unquantised weights: BF16, F16 or F32. With ``int8``, x is rounded
+    to 8 bits a group: lossy.
     """
 
     bits: int
     group_size: int
     kind: int
+    int8: bool = False
 
     @property
     def name(self) -> str:
-        return f"q{self.bits}g{self.group_size}k{self.kind}" if self.bits else f"dense{self.kind}"
+        name = f"q{self.bits}g{self.group_size}k{self.kind}" if self.bits else f"dense{self.kind}"
+        return f"{name}x8" if self.int8 else name
+
+    def rounded(self, inputs: int) -> "Format":
+        """The same with x in 8 bits, where there are products of its weights with integers."""
+        return self._replace(int8=self.bits == 4 and inputs % INT8_STEP == 0)
 
     def row_bytes(self, inputs: int) -> int:
         """Bytes of one row of the packed weights."""
@@ -201,14 +209,20 @@ def product_rows_of(format_: Format) -> Callable[..., None]:
 
     Writes the products of ``count`` consecutive rows with x, as ``prepare`` ordered it, to y.
     """
-    bits, group_size, kind = format_
+    bits, group_size, kind, int8 = format_
+
+    def dots(rows: int) -> Callable[..., None]:
+        if int8:
+            return make_int8_dots(group_size, kind, rows)
+        return make_quantized_dots(bits, group_size, kind, rows) if bits else make_dense_dots(kind, rows)
+
     bindings = {
         "BITS": bits,
         "GROUP_SIZE": group_size,
         "KIND": kind,
         "STEP": LANES * (lane_weights(bits) if bits else DENSE_FIELDS),
-        "row_dots": make_quantized_dots(bits, group_size, kind, DOT_ROWS) if bits else make_dense_dots(kind, DOT_ROWS),
-        "one_row_dot": make_quantized_dots(bits, group_size, kind, 1) if bits else make_dense_dots(kind, 1),
+        "row_dots": dots(DOT_ROWS),
+        "one_row_dot": dots(1),
     }
     return compiled(_rows, format_.name, bindings)
 
@@ -219,7 +233,7 @@ def matvec_kernel(format_: Format) -> Callable[..., int]:
 
     Writes (outputs,) float32 to each job's Y from x that ``prepare`` ordered. jobs has shape (P, 8), int64.
     """
-    bits, group_size, kind = format_
+    bits, group_size, kind, _ = format_
     bindings = {"BITS": bits, "GROUP_SIZE": group_size, "KIND": kind, "product_rows": product_rows_of(format_)}
     return compiled(_matvec, format_.name, bindings)
 
@@ -227,7 +241,7 @@ def matvec_kernel(format_: Format) -> Callable[..., int]:
 @cache
 def tiles_kernel(format_: Format) -> Callable[..., int]:
     """``kernel`` as of ``matvec_kernel`` for ROWS rows of x a job, in their own order: writes (ROWS, outputs)."""
-    bits, group_size, kind = format_
+    bits, group_size, kind, _ = format_
     bindings = {
         "BITS": bits,
         "GROUP_SIZE": group_size,

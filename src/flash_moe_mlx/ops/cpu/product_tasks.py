@@ -13,6 +13,7 @@ from .memory_ir import load_f32, store_f32
 
 # Names that `task` binds a format's values to.
 SCALE_BYTES = GROUP_SIZE = 0
+X_BYTES, SUMS_BYTES = 4, 4  # of a value of x, and of what is known of a group of them
 product_rows: Any = None
 
 
@@ -77,8 +78,8 @@ def _down(args, number):  # type: ignore[no-untyped-def]
         row_bytes,
         record + a[4] + skipped,
         record + a[5] + skipped,
-        a[1] + 4 * rank * inputs,
-        a[2] + 4 * rank * groups,
+        a[1] + X_BYTES * rank * inputs,
+        a[2] + SUMS_BYTES * rank * groups,
         a[9] + 4 * (rank * outputs + first),
         count,
         inputs,
@@ -90,6 +91,8 @@ def _task_of(function: Any, format_: Format) -> Any:
     bindings = {
         "GROUP_SIZE": format_.group_size or 1,
         "SCALE_BYTES": (4 if format_.kind == 2 else 2) if format_.bits else 0,
+        "X_BYTES": 1 if format_.int8 else 4,
+        "SUMS_BYTES": 8 if format_.int8 else 4,
         "product_rows": product_rows_of(format_),
     }
     return task(function, format_.name, bindings)

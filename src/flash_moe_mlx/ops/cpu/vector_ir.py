@@ -160,6 +160,21 @@ class Emitter:
         sign = builder.shl(builder.and_(wide, constant(0x8000)), constant(16))
         return builder.bitcast(builder.or_(bits, sign), floats)
 
+    def add_biases(
+        self, totals: list[ir.Value], biases: list[ir.Value], sums: ir.Value, groups: ir.Value, kind: int
+    ) -> None:
+        """Add to the totals of several rows the products of their biases, stored as ``kind``, with x's sums."""
+        builder, (word, size) = self.builder, (_I32 if kind == F32 else _I16, FLOAT_BYTES[kind])
+        vectors = builder.udiv(self.offset(groups, LANES - 1), _I64(LANES))
+        with cgutils.for_range(builder, vectors) as loop:
+            first = self.scaled(loop.index, LANES)
+            left = builder.trunc(builder.sub(groups, first), _I32)
+            mask = builder.icmp_signed("<", ir.Constant(_VI32, list(range(LANES))), self.splat(left))
+            values = self.masked_load(self.offset(sums, self.scaled(first, 4)), mask)
+            for total, row in zip(totals, biases, strict=True):
+                stored = self.masked_words(self.offset(row, self.scaled(first, size)), mask, word)
+                builder.store(self.fma(self.floats(stored, kind), values, builder.load(total)), total)
+
     def words(self, address: ir.Value, bits: int) -> list[ir.Value]:
         """The 16 lanes' words of one step, one for each field."""
         if bits in (2, 4, 8):
@@ -222,16 +237,7 @@ def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Cal
                     few = emit.floats(emit.load(ir.VectorType(word, taken), at), kind)
                     scale = emit.shuffle(few, [lane * taken // LANES for lane in range(LANES)])
                     builder.store(emit.fma(products[row], scale, builder.load(totals[row])), totals[row])
-            vectors = builder.udiv(emit.offset(groups, LANES - 1), _I64(LANES))
-            with cgutils.for_range(builder, vectors) as loop:
-                first = emit.scaled(loop.index, LANES)
-                left = builder.trunc(builder.sub(groups, first), _I32)
-                mask = builder.icmp_signed("<", ir.Constant(_VI32, list(range(LANES))), emit.splat(left))
-                values = emit.masked_load(emit.offset(sums, emit.scaled(first, 4)), mask)
-                for row in range(rows):
-                    stored = emit.masked_words(emit.offset(row_biases[row], emit.scaled(first, size)), mask, word)
-                    total = builder.load(totals[row])
-                    builder.store(emit.fma(emit.floats(stored, kind), values, total), totals[row])
+            emit.add_biases(totals, row_biases, sums, groups, kind)
             for row in range(rows):
                 emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, emit.scaled(apart, 4 * row)))
             return context.get_dummy_value()
