@@ -7,8 +7,10 @@ Memory is the peak resident set of a process of its own.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import random
 import shutil
 import statistics
 import subprocess
@@ -68,21 +70,64 @@ def pack(source: Path, work: Path, bits: str) -> dict[str, float]:
     return result
 
 
+def kill(source: Path, work: Path, bits: str, times: int, seed: int) -> None:
+    """Kill a packing at random moments, go on, and compare the result with that of one that nobody killed."""
+    chosen = random.Random(seed)
+    options = json.dumps({"bits": None if bits == "unchanged" else int(bits)})
+
+    def start(target: Path) -> subprocess.Popen[bytes]:
+        return subprocess.Popen([sys.executable, "-c", CHILD, source, target, options], stdout=subprocess.DEVNULL)
+
+    whole, killed = work / "whole", work / "killed"
+    begin = time.perf_counter()
+    start(whole).wait()
+    seconds = time.perf_counter() - begin
+    kills = []
+    for number in range(times):
+        child = start(killed)
+        # Imports take the first seconds; each run gets about a share of the whole, and some more.
+        moment = chosen.uniform(1.0, 2.0 + 1.5 * seconds / times)
+        time.sleep(moment)
+        child.kill()
+        kills.append(child.wait() == -9)
+        left = len(list((killed / ".flash-moe-pack").glob("journal"))) if killed.exists() else 0
+        print(f"kill {number + 1} after {moment:.1f} s: killed {kills[-1]}, journal {bool(left)}")
+    start(killed).wait()
+    same = digests(whole) == digests(killed)
+    print(f"{sum(kills)} of {times} killed; files equal to an uninterrupted packing's: {same}")
+    shutil.rmtree(whole)
+    shutil.rmtree(killed)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    return {
+        str(path.relative_to(folder)): hashlib.file_digest(path.open("rb"), "sha256").hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--bits", action="append", default=[])
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--kills", type=int, default=0, help="kill it so many times instead, and compare the result")
     a = parser.parse_args()
     a.work.mkdir(parents=True, exist_ok=True)
+    if a.kills:
+        kill(a.source, a.work, (a.bits or ["unchanged"])[0], a.kills, seed=0)
+        return
     nbytes = size(a.source)
     copies: list[float] = []
     packs: dict[str, list[dict[str, float]]] = {bits: [] for bits in a.bits or ["unchanged"]}
     for _ in range(a.runs):
         copies.append(copy(a.source, a.work))
+        print(f"copy {copies[-1]:.1f} s", flush=True)
         for bits, runs in packs.items():
             runs.append(pack(a.source, a.work, bits))
+            print(f"pack, bits {bits}: {runs[-1]}", flush=True)
     gb = nbytes / 1e9
     print(f"source {gb:.2f} GB")
     print(f"copy: {gb / statistics.median(copies):.2f} GB/s, runs {[round(gb / s, 2) for s in copies]}")

@@ -27,7 +27,7 @@ POLICIES: dict[str, PolicyMaker] = {
     "lru": lambda _: LRU(),
     **{
         f"lfu {half}/{fresh:.2f}": lambda _, half=half, fresh=fresh: AgedLFU(half, fresh)
-        for half, fresh in ((32, 1), (16, 1 / 4), (24, 1 / 4), (32, 1 / 4), (64, 1 / 4))
+        for half, fresh in ((32, 1), (16, 1 / 4), (32, 1 / 4), (64, 1 / 4))
     },
     "belady": Belady,
 }

@@ -1,11 +1,13 @@
 """What the documentation prints runs as it stands: Python blocks, and commands, on the embedded model.
 
-Everything runs in this process and in a folder that looks like the repository's root, with a checkpoint at
-``path/to/checkpoint``; only servers get a process of their own.
+Everything runs in this process and in a folder that looks like the repository's root, with the embedded model where
+pages say ``path/to/checkpoint`` or name a checkpoint. Of commands that name a repository on the hub, arguments and
+options are checked.
 """
 
 import ast
 import asyncio
+import contextlib
 import inspect
 import logging
 import os
@@ -14,23 +16,31 @@ import shlex
 import shutil
 import signal
 import subprocess
-import sys
+import threading
 import tomllib
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+import uvicorn
+from typer import TyperException
+from typer.main import get_command
 
 import flash_moe_mlx
+from flash_moe_mlx.cli.main import app
 
 from .support.command_line import invoke
+from .support.serving import demo, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
 SIGNATURE = re.compile(r"\w+\([^()]*(?:\([^()]*\)[^()]*)*\) ->")
+
+HUB = re.compile(r"(?:Qwen|mlx-community)/")
+SERVER = "http://127.0.0.1:8080"
 
 WEATHER = {
     "type": "function",
@@ -56,11 +66,11 @@ def command_lines(page: Path) -> list[str]:
     text = page.read_text()
     blocks = [code for language, code in FENCE.findall(text) if language in ("sh", "bash", "console")]
     blocks += [inspect.cleandoc(block) for block in INDENTED.findall(FENCE.sub("", text))]
-    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.splitlines()]
+    lines = [line.strip().removeprefix("$ ") for block in blocks for line in block.replace("\\\n", "").splitlines()]
     return [line for line in lines if COMMAND.match(line)]
 
 
-COMMAND = re.compile(r"(?:\w+=\S+ )*(?:flash-moe|python\d?|make|pip|echo|printf|uv|git|mlx\.\w+)\b")
+COMMAND = re.compile(r"(?:\w+=\S+ )*(?:flash-moe|python\d?|make|pip|echo|printf|curl|uv|git|mlx\.\w+)\b")
 
 
 @pytest.fixture
@@ -68,7 +78,9 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The current folder: the repository's sources, and what examples call path/to/checkpoint."""
     for name in ("src", "examples", "benchmarks", "docs"):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copytree(str(files("flash_moe_mlx") / "demo"), tmp_path / "path" / "to" / "checkpoint")
+    for name in ("path/to/checkpoint", "Qwen3.5-35B-A3B-4bit"):
+        shutil.copytree(str(files("flash_moe_mlx") / "demo"), tmp_path / name)
+    (tmp_path / "Qwen3.5-35B-A3B").symlink_to(ROOT / "examples" / "train_demo" / "checkpoint")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -100,15 +112,21 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
     if page.name == "api.md":  # its examples are those of docstrings
         names |= {name: getattr(flash_moe_mlx, name) for name in flash_moe_mlx.__all__}
         names |= {"Part": __import__("flash_moe_mlx.answer").answer.Part}
+    blocks = python_blocks(page)
     level = logging.getLogger("flash_moe_mlx").level
-    try:
-        for number, code in enumerate(python_blocks(page)):
-            compiled = compile(code, f"{page.name}, block {number + 1}", "exec", ast.PyCF_ALLOW_TOP_LEVEL_AWAIT)
+    served = demo() if any(SERVER in code for code in blocks) else contextlib.nullcontext(SERVER)
+    with served as address, contextlib.ExitStack() as stack:
+        stack.callback(logging.getLogger("flash_moe_mlx").setLevel, level)
+        for number, code in enumerate(blocks):
+            compiled = compile(
+                code.replace(SERVER, address),
+                f"{page.name}, block {number + 1}",
+                "exec",
+                ast.PyCF_ALLOW_TOP_LEVEL_AWAIT,
+            )
             result = eval(compiled, names)
             if inspect.iscoroutine(result):
                 asyncio.run(result)
-    finally:
-        logging.getLogger("flash_moe_mlx").setLevel(level)
 
 
 def run_line(line: str) -> str | None:
@@ -120,12 +138,26 @@ def run_line(line: str) -> str | None:
     if ">" in words:
         words, (target,) = words[: words.index(">")], words[words.index(">") + 1 :]
     stdin = "".join(" ".join(source[1:]) + "\n" for source in sources)
-    if words[1] == "serve":
-        return _serve(words[1:], environment)
-    result = invoke(*words[1:], stdin=stdin)
+    if any(HUB.match(word) for word in words):
+        return _parse(words[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        if words[1] == "serve":
+            return _serve(words[1:])
+        result = invoke(*words[1:], stdin=stdin)
     if target is not None:
         Path(target).write_text(result.stdout)
     return None if result.exit_code == 0 else f"{line}\nends with {result.exit_code}: {result.output}"
+
+
+def _parse(words: list[str]) -> str | None:
+    group = get_command(app)
+    try:
+        group.commands[words[0]].make_context(words[0], words[1:], parent=group.make_context("flash-moe", []))
+    except TyperException as error:
+        return f"flash-moe {' '.join(words)}: {error.format_message()}"
+    return None
 
 
 def _pipeline(words: list[str]) -> list[list[str]]:
@@ -135,22 +167,24 @@ def _pipeline(words: list[str]) -> list[list[str]]:
     return [words[:place], *_pipeline(words[place + 1 :])]
 
 
-def _serve(words: list[str], environment: dict[str, str]) -> str | None:
-    """Start a server on a free port, see that it answers, end it with Ctrl-C."""
-    words = [*words, "--port", "0"]
-    with subprocess.Popen(
-        [sys.executable, "-u", "-m", "flash_moe_mlx", *words],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src"), **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    ) as process:
-        said = process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        rest, _ = process.communicate(timeout=60)
-    if "http://" in said and process.returncode in (0, 130):
+def _serve(words: list[str]) -> str | None:
+    """Start a server on a free port, and end it with Ctrl-C as soon as it answers."""
+    run = uvicorn.Server.run
+
+    def run_until_started(server: uvicorn.Server, sockets: list[Any]) -> None:
+        def interrupt() -> None:
+            wait_until(lambda: server.started)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        threading.Thread(target=interrupt).start()
+        run(server, sockets)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(uvicorn.Server, "run", run_until_started)
+        result = invoke(*words, "--port", "0")
+    if "http://" in result.stdout and result.exit_code in (0, 130):
         return None
-    return f"flash-moe {' '.join(words)} ends with {process.returncode}: {said}{rest}"
+    return f"flash-moe {' '.join(words)} ends with {result.exit_code}: {result.output}"
 
 
 def fault_of(line: str) -> str | None:
@@ -168,6 +202,11 @@ def fault_of(line: str) -> str | None:
         script = Path(*words[2].split(".")) if words[1] == "-m" else Path(words[1])
         found = any((ROOT / path).is_file() for path in (script, script.with_suffix(".py"), script / "__main__.py"))
         return None if found or words[1:3] == ["-m", "flash_moe_mlx"] else f"{line}: there is no {script}"
+    if words[0] == "curl":
+        with demo() as address:
+            line = line.replace(SERVER, address)
+            done = subprocess.run(["sh", "-c", f"{line} --fail-with-body"], capture_output=True, text=True, check=False)
+        return None if done.returncode == 0 else f"{line}: {done.stdout}{done.stderr}"
     if "flash-moe" in words:
         return run_line(line)
     return f"{line}: a command that no test knows"

@@ -47,7 +47,13 @@ def layer(number: int = 0, experts: int = 3) -> PackedLayer:
 MANIFEST = Manifest(
     layers={0: layer(0), 11: layer(11, 5)},
     files={"model.safetensors": StoredFile(1000, 7), "config.json": StoredFile(10, 0xFFFFFFFF)},
-    source={"name": "someone/model", "revision": None, "format": "mlx", "files": {"model.safetensors": 5000}},
+    source={
+        "name": "someone/model",
+        "revision": None,
+        "samples": None,
+        "format": "mlx",
+        "files": {"model.safetensors": 5000},
+    },
     conversion={"bits": 4},
     quantization_error={},
 )

@@ -17,8 +17,8 @@ from flash_moe_mlx.routing import LOCAL, make_routing
 from flash_moe_mlx.simulation import replay
 from flash_moe_mlx.speed import Speed, TokenWork, measure_speed
 
-from .support.hub import Hub, serve_hub
 from .support.models import make_small, smallest_limit
+from .support.range_hub import Hub, serve_hub
 
 DEMO = Path(str(files("flash_moe_mlx") / "demo"))
 SPEED = Speed(weight_bytes_per_second=10e9, layer_seconds=1e-3, disk_bytes_per_second=1e9)
@@ -74,10 +74,13 @@ def test_the_best_limit_is_the_smallest_that_is_nearly_as_fast(demo: Plan):
 
 
 def test_seconds_of_a_token_are_its_parts():
-    work = TokenWork(layers=10, weight_bytes=10**9)
+    work = TokenWork(layers=10, weight_bytes=10**9, expert_bytes=14 * 10**7, shared_bytes=10**7)
+    missed = 5 * 10**7
+    alone = replace(SPEED, overlap=0.0)
     assert SPEED.token_seconds(work, 0) == pytest.approx(0.1 + 0.01)
-    assert SPEED.token_seconds(work, 5 * 10**7) == pytest.approx(0.11 + 0.05)
-    assert replace(SPEED, overlap=0.5).token_seconds(work, 5 * 10**7) == pytest.approx(0.11 + 0.025)
+    assert alone.token_seconds(work, missed) == pytest.approx(0.11 + 0.05)
+    assert SPEED.token_seconds(work, missed) == pytest.approx(0.11 + 0.05 - 0.01)
+    assert replace(SPEED, disk_bytes_per_second=1e12).token_seconds(work, missed) == pytest.approx(0.11)
     assert replace(SPEED, disk_bytes_per_second=None).token_seconds(work, 1) is None
 
 

@@ -9,7 +9,7 @@ from benchmarks.synthetic import dimensions_of, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = 2
-ENGINES = ("ours", "llama.cpp", "llama.cpp-ra128", "mlx-lm", "mlx-lm-float32", "mlx-optiq")
+ENGINES = ("ours", "llama.cpp", "llama.cpp-ra128", "mlx-lm", "mlx-lm-float32", "mlx-optiq", "mlx-optiq-float32")
 READ_AHEAD_KIB = {"llama.cpp-ra128": 128}
 """Of the disk while an engine runs, where it is not the machine's own. A page fault reads this much; llama.cpp faults
 its weights in: of 8 MiB, as this project's machine has it, nearly all is thrown away again under a small limit. 128 is
@@ -73,7 +73,7 @@ def command(
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     if engine.startswith("llama.cpp"):
         return [str(places.driver()), str(model), str(tokens), *amounts, "--threads", str(THREADS)], environment
-    if engine == "mlx-optiq":
+    if engine.startswith("mlx-optiq"):
         environment["PYTHONPATH"] += f":{places.optiq}"
     words = [sys.executable, "-m", "benchmarks.peers.runner", engine, str(model), str(tokens), *amounts]
     if memory_limit is not None:

@@ -29,13 +29,9 @@ def load_ours(path: Path, arguments: argparse.Namespace) -> Any:
 
 
 def load_mlx_lm(path: Path, arguments: argparse.Namespace) -> Any:
-    import mlx.core as mx
     from mlx_lm.utils import load_model
 
     model, _ = load_model(path)
-    if arguments.engine.endswith("float32"):
-        model.set_dtype(mx.float32)  # MLX's CPU products in bfloat16 are ten times slower, and accumulate in it
-        mx.eval(model.parameters())
     return model
 
 
@@ -64,7 +60,14 @@ def main() -> None:
 
     loaders: dict[str, Callable[[Path, argparse.Namespace], Any]] = {"mlx-lm": load_mlx_lm, "mlx-optiq": load_optiq}
     started = time.perf_counter()
-    model = loaders.get(arguments.engine.removesuffix("-float32"), load_ours)(arguments.model, arguments)
+    name, float32, _ = arguments.engine.partition("-float32")
+    model = loaders.get(name, load_ours)(arguments.model, arguments)
+    if float32:
+        import mlx.core as mx
+
+        # MLX's CPU products in bfloat16 are several times slower, and accumulate in it.
+        model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
     print(f"load {time.perf_counter() - started:.3f}", flush=True)
     for line in decode(model, arguments):
         print(line, flush=True)

@@ -56,10 +56,6 @@ class AnswerEnd:
     response: GenerationResponse
 
 
-def _refuse(_: ToolCall) -> bool:
-    return False
-
-
 Event = Part | ToolCall | ToolOutcome | AnswerEnd
 
 
@@ -78,8 +74,8 @@ class Conversation:
         tokenizer: From :func:`flash_moe_mlx.load`; must have a chat template.
         system: The system prompt; empty for none.
         tools: What the model may call.
-        confirm: Asked before each call; a call that it refuses is not run, and the model is told so. By default every
-            call is refused.
+        confirm: Asked before each call; a call that it refuses is not run, and the model is told so. None refuses
+            every call.
         prefix_cache: Spares the prefill of what earlier turns have in common.
         max_tokens: Most tokens of one answer; -1 for no limit.
         sampler: As in :func:`stream_generate`.
@@ -97,7 +93,7 @@ class Conversation:
     tokenizer: Any
     system: str = ""
     tools: Sequence[Tool] = ()
-    confirm: Callable[[ToolCall], bool] = _refuse
+    confirm: Callable[[ToolCall], bool] | None = None
     prefix_cache: PrefixCache | None = None
     max_tokens: int = 2048
     sampler: Sampler | None = None
@@ -233,7 +229,7 @@ class Conversation:
         if tool is None:
             names = ", ".join(tool.name for tool in self.tools)
             return ToolResult(f"there is no tool {call.name}, only {names}", ok=False)
-        if not self.confirm(call):
+        if self.confirm is None or not self.confirm(call):
             return ToolResult(REFUSED, ok=False)
         return tool.run(
             call.arguments, timeout_seconds=self.tool_timeout_seconds, max_characters=self.max_tool_characters

@@ -129,7 +129,7 @@ class Manifest:
     Attributes:
         layers: By number, ascending.
         files: Every other file of the checkpoint by name: dense shards, config.json, the tokenizer's.
-        source: Of what it was packed: "name", "revision" (or None), "format" and "files" (bytes by name).
+        source: Of what it was packed: "name", "revision", "samples", "format" and "files" (bytes by name).
         conversion: The settings that it was packed with.
         quantization_error: By projection, where weights were quantised: "rmse", "max", "relative" and "experts".
     """
@@ -213,7 +213,7 @@ def parse_manifest(data: bytes) -> Manifest:
     numbers = [layer.layer for layer in layers]
     if numbers != sorted(set(numbers)):
         raise _corrupt("layers must ascend", numbers)
-    source = _object(fields["source"], "source", {"name", "revision", "format", "files"})
+    source = _object(fields["source"], "source", {"name", "revision", "samples", "format", "files"})
     return Manifest(
         layers={layer.layer: layer for layer in layers},
         files=dict(_files(fields["files"])),

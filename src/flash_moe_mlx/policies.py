@@ -15,8 +15,11 @@ HALF_LIFE = 32
 FRESH_WEIGHT = 0.25
 """What a newcomer's score counts where hits are rare: enough for cycles of up to 2 ``HALF_LIFE`` tokens."""
 
-RARE = 1.5
-"""Hits are rare up to this many times those of a fixed choice of experts: in a cycle they come in bunches."""
+RARE = 1.3
+"""Hits are rare up to this many times the odds of a fixed choice of experts: in a cycle they come in bunches."""
+
+HITS_HALF_LIFE = 4
+"""Half-lives of a use after which a hit counts half, so that a cycle's bunches even out."""
 
 _FIRST_EXPERTS = 64  # arrays grow with the largest number seen
 _LARGEST_INCREMENT = 1e200
@@ -52,12 +55,17 @@ class _ByScore:
     def __init__(self) -> None:
         self._score = np.zeros(_FIRST_EXPERTS)
         self._held = np.zeros(_FIRST_EXPERTS, bool)  # whether it is in memory
+        self._num_experts = 0  # as far as is known: the largest number seen tells
 
     def _grow(self, experts: Sequence[int]) -> None:
-        if (most := max(experts, default=0)) >= len(self._score):
-            more = max(most + 1, 2 * len(self._score)) - len(self._score)
-            score, held = np.pad(self._score, (0, more)), np.pad(self._held, (0, more))
-            self._score, self._held = score, held
+        if (most := max(experts, default=0)) < self._num_experts:
+            return
+        # An interrupt between two of these lines costs nothing: the next call takes them again.
+        if most >= len(self._score):
+            size = max(most + 1, 2 * len(self._score))
+            self._held = np.pad(self._held, (0, size - len(self._held)))
+            self._score = np.pad(self._score, (0, size - len(self._score)))
+        self._num_experts = most + 1
 
     def entered(self, experts: Sequence[int], displaced: bool) -> None:
         self._grow(experts)
@@ -117,7 +125,7 @@ class AgedLFU(_ByScore):
         self._increment = 1.0  # grows instead of all scores shrinking
         self._growth = 2 ** (1 / half_life)
         self._fresh: set[int] = set()
-        self._asked = self._missed = 0.0  # experts, aged like their scores
+        self._asked = self._missed = 0.0  # experts, aged
 
     def used(self, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1) -> None:
         self._grow(experts)
@@ -134,8 +142,9 @@ class AgedLFU(_ByScore):
         if self._increment > _LARGEST_INCREMENT:
             self._score /= self._increment
             self._increment = 1.0
-        self._asked = aged * self._asked + len(experts)
-        self._missed *= aged
+        kept = aged ** (1 / HITS_HALF_LIFE)
+        self._asked = kept * self._asked + len(experts)
+        self._missed *= kept
         self._fresh.difference_update(experts)
 
     def entered(self, experts: Sequence[int], displaced: bool) -> None:
@@ -157,9 +166,9 @@ class AgedLFU(_ByScore):
         return score
 
     def _hits_are_rare(self, missing: int) -> bool:
-        """Whether a fixed choice would hit about as often, if all experts that were ever used were equally likely."""
-        hit_rate = 1 - (self._missed + missing) / self._asked if self._asked else 0.0
-        return bool(hit_rate * np.count_nonzero(self._score) <= RARE * np.count_nonzero(self._held))
+        """Whether a fixed choice would hit about as often, if all experts were equally likely."""
+        missed, held = self._missed + missing, np.count_nonzero(self._held)
+        return bool((self._asked - missed) * (self._num_experts - held) <= RARE * missed * held)
 
     def restore(self, present: Iterable[int]) -> None:
         super().restore(present)

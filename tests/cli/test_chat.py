@@ -30,7 +30,7 @@ def chat(*lines: str, options: tuple[str, ...] = ()) -> str:
 
 def test_messages_and_tools_through_a_pipe():
     text = chat("Hello", TOOL_CALL, "no", TOOL_CALL, "perhaps", "always", TOOL_CALL, "/tools")
-    assert text.startswith("Hello")
+    assert text.partition("calls")[0].strip()
     assert text.count('calls calculate(expression="12 * 12")') == 3
     assert text.count("gives 144") == 2
     assert text.count("fails: refused by the user") == 1
@@ -48,7 +48,7 @@ def test_slash_commands(tmp_path: Path):
         f"/load {file}", "/system Be brief.", f"/save {file}", f"/load {tmp_path}", "/quit", "Hello",
     )  # fmt: skip
     assert all(name in text for name in COMMANDS)
-    assert text.count("Hello!") == 1  # nothing is answered after /quit
+    assert text.endswith("Check the path.\n")  # nothing is answered after /quit
     assert "There is no system prompt." in text and "There is no such command." in text
     assert "hit rate" in text and "context 0 of 1,024 tokens" in text
     assert "2 messages are in" in text and "2 messages were in" in text
@@ -76,7 +76,7 @@ def test_tools_of_a_file_and_none(tmp_path: Path):
 
 def test_an_error_ends_the_turn_and_not_the_chat():
     text = chat("word " * 2000, "Hello")
-    assert "max_context" in text and "Hello!" in text
+    assert text.rpartition("larger max_context.")[2].strip()
 
 
 def test_a_prefix_cache_that_does_not_fit_is_refused():
@@ -167,6 +167,7 @@ def test_a_chat_in_a_terminal(terminal: Any, tmp_path: Path):
     terminal.expect("Once|fox")
     terminal.send("\x03")
     terminal.expect_exact("interrupted")
+    assert "^C" not in terminal.before  # it would be written into the answer
     terminal.expect_exact(READY)
     terminal.send("Hello\x1b\rmy friend\r")
     terminal.expect("tok/s")

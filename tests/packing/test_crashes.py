@@ -153,6 +153,45 @@ def test_a_damaged_journal_is_used_as_far_as_it_is_whole(
     assert contents(tmp_path / "packed") == expected
 
 
+def test_a_file_that_somebody_removed_is_made_again(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """And does not stay the zeros that a new file is, whatever the journal says."""
+    small_tasks(monkeypatch)
+    with pytest.raises(KeyboardInterrupt):
+        pack(source, tmp_path / "packed", bits=4, progress=stop_at(0.9))
+    (tmp_path / "packed" / WORK_FOLDER / "experts" / "layer_00.safetensors").unlink()
+    pack(source, tmp_path / "packed", bits=4)
+    assert contents(tmp_path / "packed") == expected
+
+
+def test_nothing_is_noted_after_a_failed_fsync(
+    source: Path, expected: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """The system tells of lost bytes once: a second fsync of the file succeeds, though they are gone."""
+    fsync, noted, failed = os.fsync, [], []
+    append = Journal.append
+
+    def fail_once(fd: int) -> None:
+        if len(noted) == 1 and not failed:
+            failed.append(fd)
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(fd)
+
+    def note(self: Journal, results: Any) -> None:
+        noted.append(results)
+        append(self, results)
+
+    small_tasks(monkeypatch)
+    monkeypatch.setattr(os, "fsync", fail_once)
+    monkeypatch.setattr(Journal, "append", note)
+    with pytest.raises(PackError, match="must be writable"):
+        pack(source, tmp_path / "packed", bits=4)
+    assert len(noted) == 1 and failed
+    pack(source, tmp_path / "packed", bits=4)
+    assert contents(tmp_path / "packed") == expected
+
+
 def test_journal_keeps_results_to_the_bit(tmp_path: Path):
     result = TaskResult((0, 2**32 - 1), {"up_proj": ErrorSums(3, 0.1, 1 / 3, 2e-9)})
     journal = Journal(tmp_path / "journal", {"a": 1})

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from flash_moe_mlx import load_model, pack, verify
+from flash_moe_mlx import pack, verify
 from flash_moe_mlx.checkpoint import Checkpoint
 from flash_moe_mlx.errors import CheckpointError, PackError, RequestError, UnsupportedModelError
 from flash_moe_mlx.packing import PackSettings, prepare
@@ -77,13 +78,14 @@ def test_a_record_is_one_aligned_range(stock: Path, tmp_path: Path):
     assert expert_parts(packed) == expert_parts(before)
 
 
-@pytest.mark.parametrize(("bits", "group_size"), [(2, 64), (3, 128), (4, 64), (5, 32), (6, 64), (8, 32)])
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "bits", "group_size"),
+    [("hf-fused", 2, 64), ("hf-fused", 3, 128), ("hf-fused", 4, 64), ("hf-fused", 5, 32), ("hf-fused", 6, 64),
+     ("hf-fused", 8, 32), ("hf-per-expert", 4, 64), ("hf-per-expert", 3, 32), ("mlx", 4, 64)],
+)  # fmt: skip
 def test_bytes_are_those_of_mlx_lm_convert(
     sources: dict[str, Path], tmp_path: Path, format: str, bits: int, group_size: int
 ):
-    if format == "mlx" and bits != 4:
-        pytest.skip("one is enough: its dense part goes the same way")
     expected = converted(sources, tmp_path / "expected", bits, group_size)
     packed = Checkpoint.open(pack(sources[format], tmp_path / "packed", bits=bits, group_size=group_size))
     assert expert_parts(packed) == expert_parts(expected)
@@ -259,6 +261,16 @@ def test_a_finished_packing_is_left_alone(stock: Path, tmp_path: Path):
     assert verify(packed, full=True, against=stock)
 
 
+def test_a_source_that_has_changed_since_is_not_taken_for_the_one_packed(stock: Path, tmp_path: Path):
+    source = Path(shutil.copytree(stock, tmp_path / "source"))
+    packed = pack(source, tmp_path / "packed", bits=None)
+    with (source / "model.safetensors").open("r+b") as file:
+        file.seek(-100, 2)
+        file.write(b"other")
+    with pytest.raises(PackError, match="got one of another source"):
+        pack(source, packed, bits=None)
+
+
 REFUSED: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "bits": ({"bits": 7}, RequestError, r"\[bits\] must be one of 2, 3, 4, 5, 6, 8, got 7"),
     "bits text": ({"bits": "4"}, RequestError, r"\[bits\]"),
@@ -302,24 +314,30 @@ def test_other_families_dense_part_is_not_kept_as_the_hub_has_it(tmp_path: Path)
 
 
 MEMORY_CHILD = """
-import resource, sys
-import mlx.core as mx
-import flash_moe_mlx.packing as packing
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-packing.pack(sys.argv[1], sys.argv[2], bits=4, progress=False)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+import re, sys
+from flash_moe_mlx.packing import dense, pack, plan, run
+
+def peak():
+    return int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]) * 1024
+
+dense.CHUNK_BYTES = plan.CHUNK_BYTES = 2 << 20
+run._BUFFER_CACHE_BYTES = 8 << 20
+before = peak()
+pack(sys.argv[1], sys.argv[2], bits=4, progress=False)
+print(peak() - before)
 """
 
 
 @pytest.mark.serial
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path):
-    """A tensor of 256 MB and experts of 400 MB, and threads' buffers of 32 MB each: far less than the model."""
-    config = chat_config(dtype="bfloat16", num_hidden_layers=2, full_attention_interval=2, vocab_size=2**20,
-                         moe_intermediate_size=1024, num_experts=256)  # fmt: skip
+    """A model of 330 MB, of which 134 MB are two tensors, in pieces of 2 MB: it is never there as a whole."""
+    config = chat_config(dtype="bfloat16", num_hidden_layers=2, full_attention_interval=2, vocab_size=2**18,
+                         moe_intermediate_size=1024, num_experts=128)  # fmt: skip
     source = make_checkpoint(tmp_path / "source", "hf-fused", config=config, shards=3)
+    assert sum(path.stat().st_size for path in source.glob("*.safetensors")) > 300e6
     done = subprocess.run(
         [sys.executable, "-c", MEMORY_CHILD, source, tmp_path / "packed"], check=True, capture_output=True, text=True,
         env=os.environ,
     )  # fmt: skip
-    assert int(done.stdout) * 1024 < 500e6
-    assert load_model(tmp_path / "packed", memory_limit="1GB", max_context=64)
+    assert 0 < int(done.stdout) < 100e6

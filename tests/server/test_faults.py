@@ -36,7 +36,7 @@ def served_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
     model, tokenizer = flash_moe_mlx.load(directory, memory_limit=limit)
     engine = model.streaming
     store = engine._store = engine._cache._source = FaultyStore(engine._store)
-    store.engine = engine
+    store.engine, store.tokenizer = engine, tokenizer
     with engine, served(model, tokenizer, max_queue=1, max_body_bytes=20_000) as address:
         yield address, store
 
@@ -193,6 +193,16 @@ def test_a_body_in_chunks_is_bounded_too(address: str):
 def test_chat_needs_a_template(address: str):
     answer = post(address, body={"messages": [{"role": "user", "content": "Hi"}]})
     assert answer.status_code == 400 and "template" in answer.json()["error"]["message"]
+
+
+def test_messages_that_the_template_refuses(address: str, store: FaultyStore):
+    inner = store.tokenizer._tokenizer
+    inner.chat_template, store.tokenizer.has_chat_template = "{{ raise_exception('roles must alternate') }}", True
+    try:
+        answer = post(address, body={"messages": [{"role": "user", "content": "Hi"}]})
+    finally:
+        inner.chat_template, store.tokenizer.has_chat_template = None, False
+    assert answer.status_code == 400 and "roles must alternate" in answer.json()["error"]["message"]
 
 
 def test_other_requests_get_the_same_shape(address: str):

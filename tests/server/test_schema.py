@@ -35,7 +35,7 @@ WRONG_CHAT: list[tuple[str, Any]] = [
     ("messages", [{"role": "assistant", "tool_calls": ["f"]}]),
     ("tools", {}), ("tools", [1]), ("tools", [{"type": "web"}]), ("tools", [{"type": "function"}]),
     ("tools", [{"type": "function", "function": {"name": "a b"}}]),
-    ("tools", [{"type": "function", "function": {"name": "f", "parameters": {"properties": []}}}]),
+    ("tools", [{"type": "function", "function": {"name": "f", "parameters": {"properties": [1]}}}]),
     ("tools", [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": 1}}}}]),
     ("tools", [WEATHER_TOOL] * 129), ("tool_choice", "required"), ("tool_choice", 3), ("tool_choice", {"function": []}),
     ("top_logprobs", 3), ("logprobs", 3), ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}),
@@ -91,6 +91,12 @@ def test_null_is_not_given():
     names = {name for name, _ in WRONG_CHAT + WRONG_BOTH} - {"messages"}
     assert chat(**dict.fromkeys(names)) == chat()
     assert chat().max_tokens is None and completion().max_tokens == 16
+
+
+def test_tools_need_no_description_and_no_parameters():
+    tool = {"type": "function", "function": {"name": "f", "description": None, "parameters": None}}
+    assert chat(tools=[tool]).tools == [tool]
+    assert chat(tools=[tool], tool_choice="none").tools is None
 
 
 def test_defaults_are_the_servers():

@@ -29,7 +29,7 @@ def address() -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def guarded() -> Iterator[str]:
-    with demo(api_key=KEY) as running:
+    with demo(api_key=KEY, max_queue=0) as running:
         yield running
 
 
@@ -102,6 +102,11 @@ def test_without_the_key_401(guarded: str):
     assert httpx.get(f"{guarded}/health").status_code == 200
     page = httpx.get(f"{guarded}/")
     assert page.status_code == 200 and KEY not in page.text
+
+
+def test_without_a_queue_one_after_the_other_is_answered(guarded: str):
+    for _ in range(20):
+        assert post(guarded, body={"messages": SUM, "max_tokens": 1}, headers=BEARER).status_code == 200
 
 
 def test_the_page_loads_nothing_from_elsewhere(address: str):

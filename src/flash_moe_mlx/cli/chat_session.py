@@ -1,7 +1,6 @@
 """A chat in a terminal: messages, slash commands, and the confirmation of tool calls."""
 
 import json
-import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -78,7 +77,6 @@ class ChatSession:
                 self._console.print(Text(printable(str(error)), style="red"))
 
     def _turn(self, text: str) -> None:
-        started = time.perf_counter()
         end: AnswerEnd | None = None
         try:
             with AnswerView(self._console, self._thinking) as self._view, closing(self._chat.send(text)) as events:
@@ -103,15 +101,15 @@ class ChatSession:
             if not self._console.is_terminal:
                 self._console.print()
         if end is not None and self._console.is_terminal:
-            self._show_end(end, time.perf_counter() - started)
+            self._show_end(end)
 
-    def _show_end(self, end: AnswerEnd, seconds: float) -> None:
+    def _show_end(self, end: AnswerEnd) -> None:
         response = end.response
         cut = "; cut at the most tokens of an answer" if response.finish_reason == "length" else ""
         self._note(
             f"{response.prompt_tokens:,} prompt tokens ({response.cached_tokens:,} cached), "
             f"{response.generation_tokens:,} tokens, {response.generation_tps:.1f} tok/s, "
-            f"hit rate {response.streaming.hit_rate:.0%}, {seconds:.1f} s{cut}"
+            f"hit rate {response.streaming.hit_rate:.0%}{cut}"
         )
 
     def _show_result(self, outcome: ToolOutcome) -> None:

@@ -34,7 +34,7 @@ def pack(
     Examples:
         flash-moe pack Qwen/Qwen3.5-35B-A3B packed --bits 4 --down-bits 6 --from-hub
         flash-moe pack Qwen3.5-35B-A3B-4bit packed --bits unchanged
-        flash-moe pack Qwen3.5-35B-A3B packed --layers 0-3=6 --dry-run
+        flash-moe pack Qwen3.5-35B-A3B packed-6 --layers 0-3=6 --dry-run
     """
     from ..packing import PackSettings, prepare
 

@@ -18,7 +18,7 @@ def verify(
 
     Examples:
         flash-moe verify packed --full
-        flash-moe verify packed --against Qwen3.5-35B-A3B --json
+        flash-moe verify packed --against Qwen3.5-35B-A3B-4bit --json
     """
     from ..packing.progress import Progress, reporting
     from ..verification import verify as check

@@ -179,7 +179,8 @@ def _is_finished(source: Source, plan: PackPlan, workspace: Workspace) -> bool:
     manifest = read_manifest(workspace.destination)
     same = manifest is not None and (
         manifest.conversion == plan.settings.to_json()
-        and (manifest.source["name"], manifest.source["revision"]) == (source.name, source.revision)
+        and [manifest.source[key] for key in ("name", "revision", "samples")]
+        == [source.name, source.revision, source.samples]
     )
     if not same:
         raise PackError(

@@ -45,6 +45,7 @@ class HubSource:
     """
 
     by_shard = True
+    samples: str | None = None
 
     def __init__(self, name: str, revision: str | None, folder: Path):
         """Ask the hub for the commit, fetch small files, and the shards' headers.

@@ -32,8 +32,8 @@ _COMMIT_SECONDS = 10.0
 _UNCOMMITTED_BYTES = 4 * _COMMIT_BYTES
 """What may be written ahead of the disk before everything waits for it."""
 _BUFFER_CACHE_BYTES = 128 << 20
-_THREADS = min(2 * available_cores(), 16)
-"""Each waits for the disk about half of its time."""
+_THREADS = min(2 * available_cores(), 8)
+"""Each waits for the disk about half of its time, and holds up to about 100 MB."""
 
 
 class Runner:
@@ -46,7 +46,10 @@ class Runner:
         self._sizes = [sum(segment.nbytes for segment in task.segments) for task in plan.tasks]
         self._late_sizes = [sum(part.sizes) for part in plan.late]
         self._total = sum(self._sizes) + sum(self._late_sizes)
+        self._done_bytes = sum(map(self._size, journal.results))
         self._unsynced: dict[int, TaskResult] = {}
+        self._unsynced_bytes = 0
+        self._disk_failed = False
         self._committing: tuple[Future[None], dict[int, TaskResult]] | None = None
         self._committer = ThreadPoolExecutor(1, "flash-moe-commit")
         self._step = ""
@@ -55,8 +58,7 @@ class Runner:
     @property
     def remaining_bytes(self) -> int:
         """Bytes that are still to be written."""
-        committing = self._committing[1] if self._committing else {}
-        return self._total - sum(map(self._done_bytes, (self._journal.results, committing, self._unsynced)))
+        return self._total - self._done_bytes
 
     def run(self) -> None:
         """Do all tasks that are not done.
@@ -65,7 +67,10 @@ class Runner:
             PackError: If something can't be written or read; what is done is noted.
             CorruptError: If a source file is truncated.
         """
-        self._workspace.create(self._plan.file_sizes)
+        made = self._workspace.create(self._plan.file_sizes)
+        for number in [n for n in self._journal.results if self._output(n) in made]:  # somebody removed the file
+            del self._journal.results[number]
+            self._done_bytes -= self._size(number)
         with (
             BufferCacheShare(_BUFFER_CACHE_BYTES),
             self._committer,
@@ -137,7 +142,7 @@ class Runner:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
                     result = future.result()  # raises what the task raised
-                    self._unsynced[running.pop(future)] = result
+                    self._note(running.pop(future), result)
                     submit()
                 self._tell()
                 if self._is_commit_due():
@@ -151,7 +156,7 @@ class Runner:
             wait(running)
             for future, number in running.items():
                 if not future.cancelled() and future.exception() is None:
-                    self._unsynced[number] = future.result()
+                    self._note(number, future.result())
 
     def _run_task(self, task: Task) -> TaskResult:
         name = task.output
@@ -182,22 +187,27 @@ class Runner:
         for (number, part), made in zip(parts.items(), made_parts, strict=True):
             for data, offset in zip(made, part.offsets, strict=True):
                 self._workspace.write(part.output, data.data, offset)
-            self._unsynced[number] = TaskResult(tuple(zlib.crc32(data.data) for data in made), {})
+            self._note(number, TaskResult(tuple(zlib.crc32(data.data) for data in made), {}))
             self._tell()
 
     # --- what is done ---
 
+    def _note(self, number: int, result: TaskResult) -> None:
+        self._unsynced[number] = result
+        self._unsynced_bytes += self._size(number)
+        self._done_bytes += self._size(number)
+
     def _is_commit_due(self) -> bool:
-        waiting = self._done_bytes(self._unsynced)
         if self._committing and not self._committing[0].done():
-            return waiting >= _UNCOMMITTED_BYTES
-        return waiting >= _COMMIT_BYTES or time.monotonic() - self._last_commit > _COMMIT_SECONDS
+            return self._unsynced_bytes >= _UNCOMMITTED_BYTES
+        return self._unsynced_bytes >= _COMMIT_BYTES or time.monotonic() - self._last_commit > _COMMIT_SECONDS
 
     def _begin_commit(self) -> None:
         """Note finished tasks once their bytes have reached the disk; others go on meanwhile."""
         self._end_commit()
         batch = dict(sorted(self._unsynced.items()))
         self._unsynced.clear()
+        self._unsynced_bytes = 0
         self._committing = self._committer.submit(self._sync_and_note, batch), batch
         self._last_commit = time.monotonic()
 
@@ -210,8 +220,12 @@ class Runner:
         self._journal.results |= batch
 
     def _sync_and_note(self, batch: Mapping[int, TaskResult]) -> None:
-        self._workspace.sync({self._output(number) for number in batch})
-        self._journal.append(batch)
+        try:
+            self._workspace.sync({self._output(number) for number in batch})
+            self._journal.append(batch)
+        except OSError:
+            self._disk_failed = True
+            raise
 
     def _commit(self) -> None:
         """Wait until everything that is finished is noted."""
@@ -221,20 +235,21 @@ class Runner:
             self._end_commit()
 
     def _commit_rest(self) -> None:
-        """Note what can be noted; on a full disk even that may fail, and then it is done again."""
+        """Note what can be noted; after a failed fsync nothing: the system may have dropped bytes, and says it once."""
         with suppress(OSError):
-            self._commit()
+            if not self._disk_failed:
+                self._commit()
 
     def _output(self, number: int) -> str:
         count = len(self._plan.tasks)
         return self._plan.tasks[number].output if number < count else self._plan.late[number - count].output
 
-    def _done_bytes(self, numbers: Mapping[int, object]) -> int:
+    def _size(self, number: int) -> int:
         count = len(self._sizes)
-        return sum(self._sizes[n] if n < count else self._late_sizes[n - count] for n in numbers)
+        return self._sizes[number] if number < count else self._late_sizes[number - count]
 
     def _tell(self) -> None:
-        self._report(Progress(self._step, self._total - self.remaining_bytes, self._total))
+        self._report(Progress(self._step, self._done_bytes, self._total))
 
     # --- the result ---
 
@@ -312,6 +327,7 @@ class Runner:
             "name": self._source.name,
             "revision": self._source.revision,
             "format": checkpoint.format,
+            "samples": self._source.samples,
             "files": {path.relative_to(checkpoint.directory).as_posix(): end for path, end in sorted(ends.items())},
         }
 

@@ -22,6 +22,7 @@ class Source(Protocol):
         by_shard: Whether shards come one at a time.
         name: For the manifest: a directory's or a repository's.
         revision: The commit, or None.
+        samples: A hash of samples of its files, or None where the revision says which they are.
         held_bytes: What its shards take on the destination's disk while they are here, at most.
     """
 
@@ -29,6 +30,7 @@ class Source(Protocol):
     by_shard: bool
     name: str
     revision: str | None
+    samples: str | None
     held_bytes: int
 
     def identity(self) -> dict[str, Any]:
@@ -68,6 +70,8 @@ class LocalSource:
             self.revision = parts[-1]
             self.name = parts[-3].removeprefix("models--").replace("--", "/")
         self._identity = self._fingerprint()
+        hashes = [text.rpartition(" ")[2] for _, text in sorted(self._identity.items())]
+        self.samples: str | None = hashlib.sha256(" ".join(hashes).encode()).hexdigest()[:16]
 
     def identity(self) -> dict[str, Any]:
         return self._identity
@@ -106,8 +110,9 @@ def fingerprint(path: Path) -> str:
         with path.open("rb", buffering=0) as file:
             status = os.fstat(file.fileno())
             digest.update(file.read(1 << 20))
+            last = max(status.st_size - _SAMPLE_BYTES, 0)
             for number in range(_SAMPLES):
-                digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, number * status.st_size // _SAMPLES))
+                digest.update(os.pread(file.fileno(), _SAMPLE_BYTES, number * last // (_SAMPLES - 1)))
     except OSError as error:
         raise PackError(f"[pack] {path} must be readable, got {error}. Check the file.") from error
     return f"{status.st_size} {status.st_mtime_ns} {digest.hexdigest()[:16]}"

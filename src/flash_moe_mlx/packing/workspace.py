@@ -29,45 +29,43 @@ RESERVE_BYTES = 16 << 20
 class Workspace:
     """A destination, locked for one packing."""
 
-    def __init__(self, destination: Path, *, restart: bool):
+    def __init__(self, destination: Path):
+        self.destination = destination
+        self.folder = destination / WORK_FOLDER
+        self._files: dict[tuple[str, bool], int] = {}  # by name, and whether past the page cache
+        self._write_locks: dict[str, threading.Lock] = {}
+        self._lock: int | None = None
+        self._is_made = self._is_new = False
+
+    def claim(self, *, restart: bool) -> None:
         """Make the destination if need be, and lock it.
 
         Raises:
             PackError: If another packer holds it, or it can't be written.
             RequestError: If it holds something else.
         """
-        self.destination = destination
-        self.folder = destination / WORK_FOLDER
-        self._files: dict[tuple[str, bool], int] = {}  # by name, and whether past the page cache
-        self._write_locks: dict[str, threading.Lock] = {}
-        self._lock: int | None = None
         try:
-            self._is_made = not destination.exists()
-            destination.mkdir(parents=True, exist_ok=True)
-            self._lock = os.open(destination, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise PackError(
-                    f"[pack] {destination} must be packed by one process at a time, got a second one. "
-                    "Wait for the first, or end it."
-                ) from error
-            foreign = sorted(name for name in os.listdir(destination) if name != WORK_FOLDER)
+            self._is_made = not self.destination.exists()
+            self.destination.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.destination, os.O_RDONLY | os.O_CLOEXEC)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            foreign = sorted(name for name in os.listdir(self.destination) if name != WORK_FOLDER)
             if foreign and not self.folder.is_dir() and MANIFEST_NAME not in foreign:
                 raise RequestError(
-                    f"[destination] {destination} must be empty or hold what pack began, got {foreign[0]}. "
+                    f"[destination] {self.destination} must be empty or hold what pack began, got {foreign[0]}. "
                     "Name another directory."
                 )
             if restart:
                 self._clear()
             self._is_new = not self.folder.exists()
             (self.folder / EXPERTS_FOLDER).mkdir(parents=True, exist_ok=True)
+        except BlockingIOError as error:
+            raise PackError(
+                f"[pack] {self.destination} must be packed by one process at a time, got a second one. "
+                "Wait for the first, or end it."
+            ) from error
         except OSError as error:
-            self.close()
-            raise self.failure(error, 0) from error
-        except BaseException:
-            self.close()
-            raise
+            raise self.failure(error, RESERVE_BYTES) from error
 
     @property
     def journal_path(self) -> Path:
@@ -82,15 +80,20 @@ class Workspace:
         unfinished, finished = self.folder / name, self.destination / name
         return finished if finished.exists() and not unfinished.exists() else unfinished
 
-    def create(self, sizes: Mapping[str, int]) -> None:
-        """Make the output files, of zeros that take no room yet."""
+    def create(self, sizes: Mapping[str, int]) -> set[str]:
+        """Make the output files that are not there, of zeros that take no room yet. Returns their names."""
+        made = set()
         for name, nbytes in sizes.items():
             path = self.path_of(name)
-            if path.parent != self.folder and path.parent != self.folder / EXPERTS_FOLDER:
-                continue
-            with path.open("ab") as file:
-                if os.fstat(file.fileno()).st_size != nbytes:
-                    os.truncate(file.fileno(), nbytes)
+            if not path.exists() or path.stat().st_size != nbytes:
+                path = self.folder / name
+                path.unlink(missing_ok=True)
+                with path.open("xb") as file:
+                    file.truncate(nbytes)
+                made.add(name)
+        for folder in (self.folder / EXPERTS_FOLDER, self.folder, self.destination):
+            sync_folder(folder)
+        return made
 
     def write(self, name: str, data: memoryview, offset: int) -> None:
         """Write at a position of an output file; safe on several threads. Aligned bytes go past the page cache."""
@@ -174,7 +177,8 @@ class Workspace:
     def failure(self, error: OSError, remaining_bytes: int) -> PackError:
         """The error to raise for what the system said while something was written."""
         if error.errno in _FULL:
-            return _disk_full(self.destination, remaining_bytes, shutil.disk_usage(self.destination).free)
+            there = next(path for path in (self.destination, *self.destination.absolute().parents) if path.exists())
+            return _disk_full(self.destination, remaining_bytes, shutil.disk_usage(there).free)
         return PackError(
             f"[pack] {self.destination} must be writable, got {error}. Check the disk; then the same command goes on."
         )
@@ -197,9 +201,10 @@ class Workspace:
 
 @contextmanager
 def locked(destination: Path, *, restart: bool) -> Iterator[Workspace]:
-    """A workspace, closed at the end."""
-    workspace = Workspace(destination, restart=restart)
+    """A workspace that is claimed, and closed at the end. Raises as `Workspace.claim`."""
+    workspace = Workspace(destination)
     try:
+        workspace.claim(restart=restart)
         yield workspace
     finally:
         workspace.close()

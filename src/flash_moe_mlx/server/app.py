@@ -15,6 +15,7 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
+from ..errors import FlashMoEError
 from . import metrics
 from .api_error import ApiError, failed_generation
 from .config import ServerConfig
@@ -67,6 +68,7 @@ class _Server:
             ],
             exception_handlers={
                 ApiError: lambda request, error: refusal(error),
+                FlashMoEError: lambda request, error: refusal(failed_generation(error)),
                 HTTPException: lambda request, error: refusal(ApiError(error.status_code, f"{error.detail}.")),
                 ClientDisconnect: lambda request, error: Response(status_code=CLIENT_LEFT),
                 Exception: lambda request, error: refusal(failed_generation(error)),  # Starlette logs it too

@@ -40,10 +40,10 @@ def check_tools(value: Any) -> list[dict[str, Any]] | None:
             raise ApiError(400, f'{where}.type must be "function", got {_kind(tool.get("type"))}.', param="tools")
         function = _object(tool.get("function"), f"{where}.function")
         _name(function.get("name"), f"{where}.function.name")
-        if not isinstance(function.get("description", ""), str):
+        if not isinstance(function.get("description") or "", str):
             raise ApiError(400, f"{where}.function.description must be a text.", param="tools")
-        parameters = _object(function.get("parameters", {}), f"{where}.function.parameters")
-        properties = _object(parameters.get("properties", {}), f"{where}.function.parameters.properties")
+        parameters = _object(function.get("parameters") or {}, f"{where}.function.parameters")
+        properties = _object(parameters.get("properties") or {}, f"{where}.function.parameters.properties")
         for name, schema in properties.items():
             _object(schema, f"{where}.function.parameters.properties.{name}")
     return value

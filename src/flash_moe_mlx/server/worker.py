@@ -55,7 +55,7 @@ class Generation:
         self.request = request
         self.arrived = time.perf_counter()
         self.cancelled = threading.Event()
-        self.future: Future[None] | None = None
+        self.future: Future[Finished | None] | None = None
         self._loop = loop
         self._parts: asyncio.Queue[AnswerPart | Finished | None] = asyncio.Queue()
 
@@ -148,8 +148,11 @@ class Worker:
             if generation.future is None:
                 self._admitted.discard(generation)
 
-        def ended(_: Future[None]) -> None:
+        def ended(future: Future[Finished | None]) -> None:
+            # First its place: who has an answer may ask again at once.
             loop.call_soon_threadsafe(self._admitted.discard, generation)
+            if not future.cancelled() and future.exception() is None:
+                generation.put(future.result())
             generation.put(None)
 
         generation.future.add_done_callback(ended)
@@ -202,16 +205,16 @@ class Worker:
         tokens, points = chat_prompt(tokenizer, request.messages, **arguments | {"enable_thinking": False})
         return [*tokens, *tokenizer.tool_call_start_tokens], points
 
-    def _run(self, generation: Generation, prompt: _Prompt) -> None:
+    def _run(self, generation: Generation, prompt: _Prompt) -> Finished | None:
         """Generate an answer. On the worker's thread."""
         self._current = generation
         try:
             with self._model.streaming.cancellable(generation.cancelled):
-                self._generate(generation, prompt)
+                return self._generate(generation, prompt)
         finally:
             self._current = None
 
-    def _generate(self, generation: Generation, prompt: _Prompt) -> None:
+    def _generate(self, generation: Generation, prompt: _Prompt) -> Finished | None:
         request, tokenizer = generation.request, self._tokenizer
         parser = AnswerParser(tokenizer, prompt.tokens, request)
         limit = self._model.streaming.max_context
@@ -235,10 +238,10 @@ class Worker:
                 if response.finish_reason or parser.stopped:
                     break
                 if generation.cancelled.is_set():
-                    return
+                    return None
         cut = response.finish_reason == "length" and not parser.stopped
         reason = "length" if cut else "tool_calls" if parser.calls else "stop"
-        generation.put(Finished(reason, response.prompt_tokens, response.generation_tokens, response.cached_tokens))
+        return Finished(reason, response.prompt_tokens, response.generation_tokens, response.cached_tokens)
 
     def _counted(self, responses: Iterator[GenerationResponse], generation: Generation) -> Iterator[GenerationResponse]:
         last = None
