@@ -3,6 +3,7 @@
 from functools import cached_property
 
 import mlx.core as mx
+import numpy as np
 
 from .errors import ShapeError
 from .record import RecordLayout
@@ -52,6 +53,11 @@ class ExpertBank:
     @cached_property
     def _bytes(self) -> memoryview:
         return memoryview(self.array).cast("B")
+
+    @cached_property
+    def address(self) -> int:
+        """Address of the first slot's first byte, on backends whose memory the processor reads."""
+        return int(np.frombuffer(self._bytes, np.uint8).ctypes.data)
 
     def slot(self, index: int) -> memoryview:
         """Writable bytes of one slot, ``record_bytes`` long."""

@@ -180,6 +180,7 @@ class StreamingConfig:
         num_experts_per_tok: Overrides the router's K; fewer than the model's own is lossy.
         io: How expert bytes are read: "auto", "mmap", "pread" or "direct".
         prefill_step_size: Tokens a forward pass that scratch memory is set aside for.
+        activation_bits: 8 rounds what single tokens are multiplied with (lossy); None is exact.
     """
 
     memory_limit_bytes: int | None = None
@@ -187,6 +188,7 @@ class StreamingConfig:
     num_experts_per_tok: int | None = None
     io: str = "auto"
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
+    activation_bits: int | None = None
 
     @classmethod
     def from_arguments(
@@ -195,6 +197,7 @@ class StreamingConfig:
         max_context: int,
         num_experts_per_tok: int | None,
         io: str,
+        activation_bits: int | None = None,
     ) -> "StreamingConfig":
         """Check load's arguments.
 
@@ -210,6 +213,10 @@ class StreamingConfig:
                 f"[num_experts_per_tok] must be a number from 1, got {num_experts_per_tok!r}. Leave it out for the "
                 "model's own."
             )
+        if activation_bits not in (None, 8):
+            raise RequestError(
+                f"[activation_bits] must be 8, or None for exact products, got {activation_bits!r}. Leave it out."
+            )
         if io not in IO_MODES:
             raise RequestError(f"[io] must be one of {', '.join(IO_MODES)}, got {io!r}. Leave it out for auto.")
         return cls(
@@ -217,5 +224,6 @@ class StreamingConfig:
             max_context=max_context,
             num_experts_per_tok=num_experts_per_tok,
             io=io,
+            activation_bits=activation_bits,
             prefill_step_size=min(DEFAULT_PREFILL_STEP_SIZE, max_context),
         )

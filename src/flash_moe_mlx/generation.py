@@ -20,7 +20,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .config import DEFAULT_PREFILL_STEP_SIZE
 from .errors import RequestError
-from .models.caches import context_length
+from .models.caches import context_length, pending_states
 from .prefix_cache import PrefixCache
 from .stats import GenerationStats
 
@@ -255,7 +255,7 @@ class _Steps:
         self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings))
         self.note(tokens)
         self._quantize_caches()
-        mx.eval([cache.state for cache in self.caches], self._seen)
+        mx.eval(pending_states(self.caches), self._seen)
         mx.clear_cache()
 
     def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
@@ -271,7 +271,7 @@ class _Steps:
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token, logprobs = self._sampler(logprobs), logprobs.squeeze(0)
         # All that outlives the step: a lazy array could be evaluated by this thread alone.
-        mx.eval(token, logprobs, [cache.state for cache in self.caches], self._seen)
+        mx.eval(token, logprobs, pending_states(self.caches), self._seen)
         return token, logprobs
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,21 @@ from .budget import Budget, LayerExperts, divide
 from .buffer_cache import BufferCacheShare
 from .checkpoint import Checkpoint
 from .config import StreamingConfig
-from .errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
-from .machine import default_memory_limit_bytes
+from .errors import (
+    CheckpointError,
+    CorruptError,
+    MemoryLimitError,
+    MissingTensorError,
+    RequestError,
+    UnsupportedModelError,
+)
+from .io_choice import DEFAULT_THREADS, choose_io, choose_threads
+from .machine import default_memory_limit_bytes, usable_memory_bytes
 from .models.family import Family
 from .models.registry import prepare_family
-from .ops.backend import backend
+from .ops.backend import backend, use_cpu_kernels
 from .packed_format import EXPERTS_FOLDER
-from .store import ExpertStore
+from .store import ExpertStore, direct_buffer_bytes
 from .streaming import StreamingEngine
 from .verification import check_other_files
 
@@ -44,6 +52,7 @@ def load(
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     io: str = "auto",
+    activation_bits: int | None = None,
     verify: str | bool = "sample",
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
@@ -57,7 +66,10 @@ def load(
             at ``max_context`` and scratch. None takes a safe share of this machine.
         max_context: Tokens of prompt and answer that there must be room for.
         num_experts_per_tok: Overrides the router's K. Fewer than the model's own is faster and lossy.
-        io: How expert bytes are read: "auto", "mmap", "pread" or "direct".
+        io: How expert bytes are read: "mmap" or "pread" through the page cache, "direct" past it, or "auto", which
+            chooses by how much of the experts it could hold; ``model.streaming.stats()`` tells what and why.
+        activation_bits: 8 rounds what single tokens are multiplied with to 8 bits a group, as llama.cpp does, on the
+            CPU: faster and lossy (logits change by 1 to 2 %). None is exact.
         verify: Of a packed checkpoint: "full" compares every record that is read with its checksum, and all other
             files before they are loaded; "sample" one record in 16; False none. Stock checkpoints have no checksums.
         revision: Branch, tag or commit of the repository.
@@ -72,7 +84,7 @@ def load(
         MemoryLimitError: If the limit can't hold; raised before weights are read, names the smallest that works.
         RequestError: If an argument is not usable.
     """
-    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
+    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io, activation_bits)
     prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify)
     with ExitStack() as undo:
         undo.callback(prepared.store.close)
@@ -90,11 +102,12 @@ def load_model(
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     io: str = "auto",
+    activation_bits: int | None = None,
     verify: str | bool = "sample",
     revision: str | None = None,
 ) -> Any:
     """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
-    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io)
+    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io, activation_bits)
     return _prepare(_resolve(path, revision), streaming, verify).load()
 
 
@@ -153,6 +166,7 @@ class _Prepared:
     streaming: StreamingConfig
     limit_bytes: int
     store: ExpertStore
+    io_reason: str
 
     def load(self) -> Any:
         model, checkpoint = self.family.model, self.checkpoint
@@ -169,6 +183,7 @@ class _Prepared:
                 self.limit_bytes,
                 self.family.num_experts_per_tok,
                 self.family.lossy,
+                self.io_reason,
             )
             undo.pop_all()
         model.attach(engine)
@@ -231,22 +246,84 @@ def choose_limit(streaming: StreamingConfig) -> int:
     return default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
 
 
-def open_store(checkpoint: Checkpoint, streaming: StreamingConfig, verify: str | bool = False) -> ExpertStore:
-    """The store that load reads experts from."""
-    return ExpertStore(checkpoint, io="pread" if streaming.io == "auto" else streaming.io, verify=verify)
+@dataclass(frozen=True)
+class Reads:
+    """How experts will be read.
+
+    Attributes:
+        io: "mmap", "pread" or "direct".
+        num_threads: I/O threads.
+        reason: Why so.
+    """
+
+    io: str
+    num_threads: int
+    reason: str
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that they take."""
+        return direct_buffer_bytes(self.num_threads) if self.io == "direct" else 0
+
+
+def choose_reads(
+    limit_bytes: int, checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, *, probe: bool = True
+) -> Reads:
+    """What load's ``io`` means for a checkpoint and a limit; "auto" is decided here.
+
+    Args:
+        limit_bytes: The memory limit.
+        checkpoint: Opened.
+        family: Of it.
+        streaming: load's arguments.
+        probe: Find the number of threads by a short probe of the files, where it isn't remembered.
+
+    Raises:
+        MemoryLimitError: If the limit can't hold.
+    """
+    reads = Reads(streaming.io, DEFAULT_THREADS, "as asked for")
+    slot_bytes = divide_limit(limit_bytes, checkpoint, family, streaming, reads.buffer_bytes).slot_bytes
+    if streaming.io != "auto":
+        return reads
+    records = {layer: checkpoint.layout(layer).record_bytes for layer in checkpoint.moe_layers}
+    expert_bytes = sum(nbytes * checkpoint.num_experts(layer) for layer, nbytes in records.items())
+    choice = choose_io(checkpoint.expert_files, expert_bytes, slot_bytes, limit_bytes, usable_memory_bytes())
+    reads = Reads(choice.io, DEFAULT_THREADS, choice.reason)
+    if reads.io == "direct":
+        if probe:
+            threads = choose_threads(checkpoint.expert_files, max(records.values()), expert_bytes)
+            reads = replace(reads, num_threads=threads)
+        try:
+            divide_limit(limit_bytes, checkpoint, family, streaming, reads.buffer_bytes)
+        except MemoryLimitError:
+            return Reads("pread", DEFAULT_THREADS, "the limit has no room for the buffers of direct reads")
+    return reads
+
+
+def _with_rounded_activations(family: Family, bits: int) -> Family:
+    if not (hasattr(family.model, "activation_bits") and use_cpu_kernels()):
+        raise RequestError(
+            f"[activation_bits] must be left out where the CPU kernels don't decode, got {bits}. They decode "
+            'Qwen3.5-MoE and Qwen3-Next on the CPU, with numba: pip install "flash-moe-mlx[cpu]".'
+        )
+    family.model.activation_bits = bits
+    return replace(family, lossy=(*family.lossy, f"{bits}-bit activations in decode"))
 
 
 def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
     checkpoint, family = inspect_checkpoint(directory, streaming)
+    if streaming.activation_bits is not None:
+        family = _with_rounded_activations(family, streaming.activation_bits)
     if verify == "full" and checkpoint.manifest:
         check_other_files(directory, checkpoint.manifest)
     limit_bytes = choose_limit(streaming)
-    store = open_store(checkpoint, streaming, verify)
+    reads = choose_reads(limit_bytes, checkpoint, family, streaming)
+    store = ExpertStore(checkpoint, io=reads.io, num_threads=reads.num_threads, verify=verify)
     with ExitStack() as undo:
         undo.callback(store.close)
         divide_limit(limit_bytes, checkpoint, family, streaming, store.buffer_bytes)
         undo.pop_all()
-    return _Prepared(checkpoint, family, streaming, limit_bytes, store)
+    return _Prepared(checkpoint, family, streaming, limit_bytes, store, reads.reason)
 
 
 def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:

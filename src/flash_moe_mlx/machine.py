@@ -46,17 +46,18 @@ def _read_limit(path: Path) -> list[int]:
     return [int(text)] if text.isdigit() and int(text) < 1 << 60 else []
 
 
+def usable_memory_bytes() -> int:
+    """Memory of this machine, or of this process's control group where that is less."""
+    return min(size for size in (physical_memory_bytes(), cgroup_limit_bytes()) if size is not None)
+
+
 def default_memory_limit_bytes(recommended_working_set_bytes: int | None = None) -> int:
     """A safe share of what this process may use, where the caller names no limit.
 
     Args:
         recommended_working_set_bytes: Metal's figure for this GPU, where there is one.
     """
-    usable = min(
-        size
-        for size in (physical_memory_bytes(), cgroup_limit_bytes(), recommended_working_set_bytes)
-        if size is not None
-    )
+    usable = min(size for size in (usable_memory_bytes(), recommended_working_set_bytes) if size is not None)
     return max(int(usable * SAFE_SHARE) - PROCESS_OVERHEAD_BYTES, 1)
 
 

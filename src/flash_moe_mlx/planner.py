@@ -13,7 +13,7 @@ from .config import StreamingConfig
 from .disk_probe import probe_disk
 from .errors import MemoryLimitError, RequestError
 from .hub_headers import download_headers
-from .loading import choose_limit, divide_limit, inspect_checkpoint, open_store
+from .loading import choose_limit, choose_reads, divide_limit, inspect_checkpoint
 from .machine import PROCESS_OVERHEAD_BYTES, cgroup_limit_bytes, physical_memory_bytes
 from .models.family import Family
 from .routing import LOCAL, UNIFORM, make_routing
@@ -73,7 +73,6 @@ class Planner:
         checkpoint: Checkpoint,
         family: Family,
         config: StreamingConfig,
-        io_buffer_bytes: int,
         speed: Speed,
         trace: RoutingTrace | None = None,
     ):
@@ -85,7 +84,6 @@ class Planner:
                 "layers. Record one with this model."
             )
         self._checkpoint, self._family, self._config = checkpoint, family, config
-        self._io_buffer_bytes = io_buffer_bytes
         self._trace = trace
         self._work = TokenWork.of(checkpoint, family)
         self._made: dict[tuple[str, int], RoutingTrace] = {}
@@ -115,8 +113,6 @@ class Planner:
         config = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, "auto")
         with _directory_of(path_or_repo, revision) as (directory, is_local):
             checkpoint, family = inspect_checkpoint(directory, config)
-            with open_store(checkpoint, config) as store:
-                io_buffer_bytes = store.buffer_bytes
             if speed is None:
                 if disk_bytes_per_second is None and is_local:
                     record_bytes = min(checkpoint.layout(layer).payload_bytes for layer in checkpoint.moe_layers)
@@ -125,7 +121,7 @@ class Planner:
                 speed = measure_speed(disk_bytes_per_second)
             elif disk_bytes_per_second is not None:
                 speed = replace(speed, disk_bytes_per_second=disk_bytes_per_second)
-            return cls(checkpoint, family, config, io_buffer_bytes, speed, trace)
+            return cls(checkpoint, family, config, speed, trace)
 
     @property
     def expert_bytes(self) -> int:
@@ -138,7 +134,8 @@ class Planner:
         Raises:
             MemoryLimitError: If it can't hold.
         """
-        return divide_limit(limit_bytes, self._checkpoint, self._family, self._config, self._io_buffer_bytes)
+        parts = (limit_bytes, self._checkpoint, self._family, self._config)
+        return divide_limit(*parts, choose_reads(*parts, probe=False).buffer_bytes)
 
     def limits(self, count: int) -> list[int]:
         """Limits from the smallest to the largest that this machine holds, or to the one where all experts fit."""

@@ -238,7 +238,7 @@ def _covers(snapshot: _Snapshot, tokens: np.ndarray) -> bool:
 def _compact(cache: Any) -> Any:
     """A copy of a cache, lazily, in buffers of its own that are no larger than what they hold."""
     result = copy.deepcopy(cache)
-    if type(result) is KVCache and result.keys is not None:
+    if isinstance(result, KVCache) and result.keys is not None:
         # It grows by 256 tokens at a time.
         result.keys, result.values = result.keys[..., : result.offset, :], result.values[..., : result.offset, :]
     result.state = tree_map(lambda value: mx.contiguous(value) if isinstance(value, mx.array) else value, result.state)

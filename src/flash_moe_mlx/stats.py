@@ -69,6 +69,7 @@ class StreamingStats:
         num_experts: Experts of the checkpoint, all layers together.
         io: How expert bytes are read.
         lossy: What was asked for that changes results; empty by default.
+        io_reason: Why ``io`` is what it is.
     """
 
     tokens: int
@@ -85,6 +86,7 @@ class StreamingStats:
     num_experts: int
     io: str
     lossy: tuple[str, ...] = ()
+    io_reason: str = ""
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) pairs in the order in which they are shown."""
@@ -96,7 +98,7 @@ class StreamingStats:
             ("peak memory", f"{format_bytes(self.peak_memory_bytes)} of {format_bytes(self.memory_limit_bytes)}"),
             ("dense weights", format_bytes(self.dense_bytes)),
             ("expert slots", f"{self.num_slots:,} of {self.num_experts:,} ({format_bytes(self.slot_bytes)})"),
-            ("I/O mode", self.io),
+            ("I/O mode", f"{self.io} ({self.io_reason})" if self.io_reason else self.io),
         ]
         return rows + [("lossy", choice) for choice in self.lossy]
 

@@ -41,6 +41,11 @@ MAX_PIECE_BYTES = 1024 * 1024
 _DIRECT_BUFFER_BYTES = MAX_PIECE_BYTES + 2 * DIRECT_ALIGNMENT  # a piece, and what alignment adds at both ends
 
 
+def direct_buffer_bytes(num_threads: int) -> int:
+    """Bytes of the buffers that a store with ``io="direct"`` has."""
+    return num_threads * _DIRECT_BUFFER_BYTES
+
+
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
     """One expert's record, and where it is to go.
@@ -316,7 +321,7 @@ class ExpertStore:
     @property
     def buffer_bytes(self) -> int:
         """Bytes of the store's own buffers."""
-        return self.num_threads * _DIRECT_BUFFER_BYTES if self.io == "direct" and not self._closed else 0
+        return direct_buffer_bytes(self.num_threads) if self.io == "direct" and not self._closed else 0
 
     def close(self) -> None:
         """End the threads, close and unmap the files. Reads not yet begun fail; may be called again."""

@@ -44,6 +44,35 @@ class Wave:
     slots: Mapping[int, int]
 
 
+class TokenFetch:
+    """Experts of one layer for one token: some in memory, the others being read.
+
+    Attributes:
+        misses: Experts that are being read.
+    """
+
+    def __init__(self, fetch: Fetch, bank: ExpertBank, counters: Counters):
+        self.misses = fetch.misses
+        self._fetch = fetch
+        self._bank = bank
+        self._counters = counters
+
+    def addresses(self, experts: Sequence[int]) -> list[int]:
+        """Where each expert's record begins in memory; those of misses are whole after ``wait``."""
+        base, size = self._bank.address, self._bank.layout.record_bytes
+        return [base + self._fetch.slots[expert] * size for expert in experts]
+
+    def wait(self) -> None:
+        """Wait until the misses are in memory.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        started = time.perf_counter()
+        self._counters.bytes_read += self._fetch.wait()
+        self._counters.read_seconds += time.perf_counter() - started
+
+
 class Snapshots(Protocol):
     """Copies of states, whose bytes are counted in the memory limit."""
 
@@ -68,6 +97,7 @@ class StreamingEngine:
         limit_bytes: int,
         num_experts_per_tok: int,
         lossy: Sequence[str] = (),
+        io_reason: str = "",
     ):
         """Divide the limit and allocate the slots; call after the dense weights are in memory."""
         self._store = store
@@ -79,6 +109,7 @@ class StreamingEngine:
         }
         self._k = num_experts_per_tok
         self._lossy = tuple(lossy)
+        self._io_reason = io_reason
         self._limit_bytes = limit_bytes
         self._reserved = (1, config.prefill_step_size, config.max_context)
         self._snapshots: list[Snapshots] = []
@@ -190,6 +221,10 @@ class StreamingEngine:
         """H of a layer's experts."""
         return self._layouts[layer].hidden_size
 
+    def layout(self, layer: int) -> RecordLayout:
+        """What a record of a layer looks like."""
+        return self._layouts[layer]
+
     def waves(self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None) -> Iterator[Wave]:
         """Bring experts of a layer into memory, as many at a time as there are slots for.
 
@@ -212,10 +247,28 @@ class StreamingEngine:
         groups = waves(ordered, self._cache.num_slots(layer))
         return self._waves(layer, groups, self._acquire(layer, groups[0]) if groups else None)
 
-    def _acquire(self, layer: int, experts: list[int]) -> Fetch:
+    def token(self, layer: int, experts: list[int]) -> TokenFetch:
+        """Begin to bring one token's distinct experts into memory: ``waves`` of one row, for CPU kernels.
+
+        The caller computes with them before it calls this again.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        self._check_cancelled()
+        self._settle()
+        fetch = self._cache.acquire(layer, experts)
+        self._counters.misses += len(fetch.misses)
+        self._counters.hits += len(experts) - len(fetch.misses)
+        return TokenFetch(fetch, self._cache.bank(layer), self._counters)
+
+    def _check_cancelled(self) -> None:
         cancelled = getattr(self._local, "cancelled", None)
         if cancelled is not None and cancelled.is_set():
             raise CancelledError
+
+    def _acquire(self, layer: int, experts: list[int]) -> Fetch:
+        self._check_cancelled()
         self._settle()
         return self._cache.acquire(layer, experts, counted=True)
 
@@ -250,10 +303,11 @@ class StreamingEngine:
                 mx.eval(output)
             self._unread = None
 
-    def record(self, layer: int, experts: np.ndarray, weights: mx.array) -> None:
+    def record(self, layer: int, experts: np.ndarray, weights: mx.array | np.ndarray) -> None:
         """Note a router's choice, ids and weights of shape (T, K), if a trace is being recorded."""
         if self._recorder is not None and not self._recorder.closed:
-            self._recorder.record(layer, experts, np.array(weights.astype(mx.float32)))
+            floats = weights.astype(mx.float32) if isinstance(weights, mx.array) else weights
+            self._recorder.record(layer, experts, np.array(floats))
 
     # What generation and snapshots call.
 
@@ -341,6 +395,7 @@ class StreamingEngine:
             num_slots=sum(budget.num_slots.values()),
             num_experts=sum(e.num_experts for e in self._experts.values()),
             io=self._store.io,
+            io_reason=self._io_reason,
             lossy=self._lossy,
         )
 

@@ -1,13 +1,13 @@
 """The decoder that Qwen3.5-MoE and Qwen3-Next share: layers of mixer and MoE, caches, logits, the hub's layout."""
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from math import prod
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.models.cache import ArraysCache, KVCache
 
 from ..checkpoint import Checkpoint
 from ..config import ModelConfig, StreamingConfig
@@ -16,11 +16,16 @@ from ..moe import RoutedExperts, StreamingMoE
 from ..ops.backend import use_cpu_kernels, use_kernels
 from ..record import DTYPE_BYTES, Quantization
 from ..streaming import StreamingEngine
-from .caches import context_length, unpadded_rows
+from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .costs import HybridCosts
 from .family import Family, convert, dense_bytes, load_bytes
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .mixers import GatedAttention, GatedDeltaNet, mix
+
+if TYPE_CHECKING:
+    from .cpu_decode import CPUDecoder
+
+logger = logging.getLogger(__name__)
 
 _SHIFTED_NORMS = (
     ".input_layernorm.weight",
@@ -90,14 +95,18 @@ class HybridModel(nn.Module):
 
     Attributes:
         streaming: The running engine; set by ``attach``.
+        activation_bits: 8 rounds what single tokens are multiplied with on the CPU; None is exact.
     """
 
     streaming: StreamingEngine
+    activation_bits: int | None = None
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
         self.model_type = config.model_type
+        self._cpu_decoder: CPUDecoder | None = None
+        self._has_other_layers = False  # than CPUDecoder knows
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -122,6 +131,22 @@ class HybridModel(nn.Module):
     @property
     def layers(self) -> list[DecoderLayer]:
         return self.text_model.layers
+
+    def _decoder(self) -> "CPUDecoder | None":
+        """What runs single tokens on the CPU; None on a GPU, without numba, or where it does not know the model."""
+        if not use_cpu_kernels() or self.dtype != mx.float32 or self._has_other_layers:
+            return None
+        from .cpu_decode import CPUDecoder
+        from .cpu_parts import UnsupportedLayerError
+
+        if self._cpu_decoder is None or not self._cpu_decoder.fits():
+            try:
+                self._cpu_decoder = CPUDecoder(self, self.streaming.max_context)
+            except UnsupportedLayerError as error:
+                logger.info("tokens are decoded through MLX: %s", error)
+                self._has_other_layers = True
+                return None
+        return self._cpu_decoder
 
     def make_cache(self) -> list[Any]:
         """Empty caches of one sequence, one a layer: mlx_lm's ArraysCache or KVCache."""
@@ -158,6 +183,10 @@ class HybridModel(nn.Module):
         length = tokens + context_length(cache)
         rows = unpadded_rows(cache, tokens)
         with self.streaming.forward_pass(batch, tokens, length, routed_tokens=None if rows is None else len(rows)):
+            if batch * tokens == 1 and (decoder := self._decoder()) is not None:
+                room = [c.own() if isinstance(c, ArraysCache | KVCache) else None for c in cache]
+                if all(arrays is not None for arrays in room):
+                    return decoder.step(hidden, cache, room)
             hidden = text(hidden.astype(self.dtype), cache, rows)
         hidden = text.norm(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])
         return self.output_projection(hidden)

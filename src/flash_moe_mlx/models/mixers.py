@@ -44,8 +44,9 @@ class GatedAttention(nn.Module):
         self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         rope = dict(config.rope_parameters)
+        self.rotary_dim = int(config.head_dim * rope.get("partial_rotary_factor", 0.25))
         self.rope = initialize_rope(
-            int(config.head_dim * rope.get("partial_rotary_factor", 0.25)),
+            self.rotary_dim,
             base=float(rope.get("rope_theta", 10_000.0)),
             traditional=False,
             scaling_config=rope or None,
@@ -102,15 +103,19 @@ class GatedDeltaNet(nn.Module):
         self.norm = RMSNormGated(config.linear_value_head_dim, config.rms_norm_eps)
         self.out_proj = Linear(config.linear_value_dim, config.hidden_size, quantization_of(f"{path}.out_proj"))
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        """Projections of (B, L, H): qkv (B, L, C), z (B, L, Hv * Dv), b and a (B, L, Hv)."""
+    def projections(self) -> tuple[Linear, ...]:
+        """The stored projections of (B, L, H)."""
+        raise NotImplementedError
+
+    def split(self, *projected: mx.array) -> tuple[mx.array, ...]:
+        """Their results as qkv (B, L, C), z (B, L, Hv * Dv), b and a (B, L, Hv)."""
         raise NotImplementedError
 
     def __call__(self, x: mx.array, cache: Any) -> mx.array:
         """Shapes (B, L, H) in and out; the cache is advanced by L."""
         config, (batch, length, _) = self.config, x.shape
         mask = create_ssm_mask(x, cache)
-        qkv, z, b, a = self.project(x)
+        qkv, z, b, a = self.split(*(projection(x) for projection in self.projections()))
         window = cache[0]
         if window is None:
             window = mx.zeros((batch, config.linear_conv_kernel_dim - 1, config.linear_conv_dim), qkv.dtype)

@@ -31,8 +31,11 @@ class SplitGatedDeltaNet(GatedDeltaNet):
         ):
             setattr(self, name, Linear(config.hidden_size, outputs, quantization_of(f"{path}.{name}")))
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        return self.in_proj_qkv(x), self.in_proj_z(x), self.in_proj_b(x), self.in_proj_a(x)
+    def projections(self) -> tuple[Linear, ...]:
+        return self.in_proj_qkv, self.in_proj_z, self.in_proj_b, self.in_proj_a
+
+    def split(self, *projected: mx.array) -> tuple[mx.array, ...]:
+        return projected
 
 
 class LanguageModel(nn.Module):

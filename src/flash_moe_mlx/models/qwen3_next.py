@@ -30,13 +30,17 @@ class FusedGatedDeltaNet(GatedDeltaNet):
             config.hidden_size, 2 * config.linear_num_value_heads, quantization_of(f"{path}.in_proj_ba")
         )
 
-    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-        config, (batch, length, _) = self.config, x.shape
+    def projections(self) -> tuple[Linear, ...]:
+        return self.in_proj_qkvz, self.in_proj_ba
+
+    def split(self, *projected: mx.array) -> tuple[mx.array, ...]:
+        qkvz, ba = projected
+        config, (batch, length, _) = self.config, qkvz.shape
         heads, width = config.linear_num_key_heads, config.linear_key_head_dim
         values = config.linear_value_dim // heads
-        by_head = self.in_proj_qkvz(x).reshape(batch, length, heads, -1)
+        by_head = qkvz.reshape(batch, length, heads, -1)
         q, k, v, z = mx.split(by_head, [width, 2 * width, 2 * width + values], axis=-1)
-        b, a = mx.split(self.in_proj_ba(x).reshape(batch, length, heads, -1), 2, axis=-1)
+        b, a = mx.split(ba.reshape(batch, length, heads, -1), 2, axis=-1)
         qkv = mx.concatenate([part.reshape(batch, length, -1) for part in (q, k, v)], axis=-1)
         return qkv, z.reshape(batch, length, -1), b.reshape(batch, length, -1), a.reshape(batch, length, -1)
 

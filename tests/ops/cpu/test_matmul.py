@@ -10,7 +10,13 @@ from ..oracle import assert_close, dequantize, quantize, wide
 
 pytest.importorskip("numba")
 
+import numba
+from llvmlite import binding as llvm
+
 from flash_moe_mlx.ops.cpu import matmul
+from flash_moe_mlx.ops.cpu.arrays import address, view
+from flash_moe_mlx.ops.cpu.int8_ir import make_int8_dots, round_to_int8
+from flash_moe_mlx.ops.cpu.vector_ir import F32
 from flash_moe_mlx.ops.dense_matmul import dense_matmul
 from flash_moe_mlx.ops.dequant_matvec import dequant_matvec, dequant_matvec_reference
 
@@ -136,3 +142,33 @@ def test_two_threads_at_once():
     for thread in threads:
         thread.join()
     assert wrong == []
+
+
+@pytest.mark.parametrize("group_size", [32, 64, 128])
+def test_integer_products_do_not_hang_on_the_processor(group_size: int) -> None:
+    """With and without instructions for them: the same bits, and those of exact arithmetic on the rounded x."""
+    rng = np.random.default_rng(group_size)
+    x = rng.normal(size=256).astype(np.float32)
+    weight, scales, biases = mx.quantize(mx.array(rng.normal(size=(3, 256))), group_size=group_size, bits=4)
+    groups = 256 // group_size
+    rounded, sums = np.empty(256, np.int8), np.empty((2, groups), np.float32)
+    round_to_int8(x, group_size, rounded, sums)
+    # Of 128 values those at even places come first.
+    restored = rounded.reshape(2, 2, 64).transpose(0, 2, 1).reshape(groups, group_size) * sums[1][:, None]
+    assert np.abs(restored.reshape(-1) - x).max() <= 0.51 * sums[1].max()
+    expected = np.array(mx.dequantize(weight, scales, biases, group_size=group_size, bits=4)) @ restored.reshape(-1)
+    results = []
+    for vnni in (False, *([True] if llvm.get_host_cpu_features().get("avx512vnni") else [])):
+        dots = make_int8_dots(group_size, F32, 1, vnni=vnni)
+
+        def row(weights, scales, biases, x, sums, groups, out, dots=dots):  # type: ignore[no-untyped-def]
+            for i in range(3):
+                offset = 4 * i * groups
+                dots(weights + 128 * i, 128, x, scales + offset, biases + offset, sums, groups, 2, out + 4 * i, 1)
+
+        y = np.empty(3, np.float32)
+        memory = [view(part, np.uint8) for part in (weight, scales, biases)]
+        numba.njit(row)(*(address(part) for part in (*memory, rounded, sums)), groups, address(y))
+        results.append(y)
+    assert np.abs(results[0] - expected).max() < 1e-4 * np.abs(expected).max()
+    assert all(np.array_equal(results[0], other) for other in results)

@@ -88,9 +88,9 @@ def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type:
                 for row in range(rows):
                     x, out = query[row].ctypes.data, scores[row].ctypes.data
                     for j in range(0, count // 4 * 4, 4):
-                        _dots(key + j * keys[3], keys[3], x, 0, 0, dims // NR, out + 4 * j)
+                        _dots(key + j * keys[3], keys[3], x, 0, 0, 0, 0, dims // NR, out + 4 * j, 1)
                     for j in range(count // 4 * 4, count):
-                        _one_dot(key + j * keys[3], keys[3], x, 0, 0, dims // NR, out + 4 * j)
+                        _one_dot(key + j * keys[3], keys[3], x, 0, 0, 0, 0, dims // NR, out + 4 * j, 1)
             else:
                 for column in range(0, KEYS, LANES):
                     row = min(column, count - 1)

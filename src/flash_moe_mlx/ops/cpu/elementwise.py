@@ -3,7 +3,7 @@
 import numpy as np
 
 from .jit import serial
-from .memory_ir import load_bf16, load_f16, load_f32, load_u8, store_f32
+from .memory_ir import load_bf16, load_f16, load_f32, load_u8
 from .vector_ir import BF16, F16, LANES
 
 _LOG2E = np.float32(1.44269504)
@@ -42,20 +42,6 @@ def swiglu(gate, up):  # type: ignore[no-untyped-def]
 
 
 @serial
-def read_floats(source, count, kind, target):  # type: ignore[no-untyped-def]
-    """Read ``count`` numbers stored as ``kind`` at address ``source`` into float32 at address ``target``."""
-    if kind == BF16:
-        for i in range(count):
-            store_f32(target, i, load_bf16(source, i))
-    elif kind == F16:
-        for i in range(count):
-            store_f32(target, i, load_f16(source, i))
-    else:
-        for i in range(count):
-            store_f32(target, i, load_f32(source, i))
-
-
-@serial
 def read_float(source, index, kind):  # type: ignore[no-untyped-def]
     """The number ``index`` of those stored as ``kind`` at address ``source``."""
     if kind == BF16:
@@ -66,7 +52,7 @@ def read_float(source, index, kind):  # type: ignore[no-untyped-def]
 
 
 @serial
-def affine_tail(weights, bits, group_size, first, count, x, scales):  # type: ignore[no-untyped-def]
+def affine_tail(weights, bits, group_size, kind, first, count, x, scales):  # type: ignore[no-untyped-def]
     """Sum of ``q * scale * x`` over weights ``first`` to ``count`` of a row: what is left of whole steps."""
     total = np.float32(0.0)
     last_byte = (count * bits - 1) // 8
@@ -76,7 +62,7 @@ def affine_tail(weights, bits, group_size, first, count, x, scales):  # type: ig
         if byte < last_byte:
             word |= load_u8(weights, byte + 1) << 8
         q = np.float32((word >> shift) & ((1 << bits) - 1))
-        total += q * load_f32(scales, i // group_size) * load_f32(x, i)
+        total += q * read_float(scales, i // group_size, kind) * load_f32(x, i)
     return total
 
 

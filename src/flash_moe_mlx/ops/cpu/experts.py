@@ -46,8 +46,9 @@ def matrices(layout: RecordLayout, projection: str, addresses: Mapping[str, np.n
     if weights is None:
         raise KeyError(names[0])
     return Matrices(
-        dense(RECORD_KINDS[kind]) if quantization is None else affine(quantization.bits, quantization.group_size),
-        RECORD_KINDS[kind],
+        dense(RECORD_KINDS[kind])
+        if quantization is None
+        else affine(quantization.bits, quantization.group_size, RECORD_KINDS[kind]),
         layout.by_name[names[0]].shape[0],
         weights,
         None if quantization is None else scales,

@@ -33,10 +33,23 @@ def compiled(
     numba finds a cached kernel by its name. Values in a closure would be part of the key too, but those
     of intrinsics differ from process to process. Kernels run without the interpreter's lock.
     """
-    copy = FunctionType(function.__code__, {**function.__globals__, **(bindings or {})}, function.__name__)
+    copy = _bound(function, name, bindings or {})
+    return numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")(copy)
+
+
+def task(
+    function: Any, name: str = "", bindings: Mapping[str, Any] | None = None, fastmath: bool | set[str] = False
+) -> Any:
+    """As ``compiled``, of two int64, callable by its ``address`` from other kernels: an operation of a ``Tape``."""
+    copy = _bound(function, name, bindings or {})
+    return numba.cfunc("void(int64, int64)", cache=True, fastmath=fastmath, error_model="numpy")(copy)
+
+
+def _bound(function: Any, name: str, bindings: Mapping[str, Any]) -> FunctionType:
+    copy = FunctionType(function.__code__, {**function.__globals__, **bindings}, function.__name__)
     copy.__defaults__, copy.__module__ = function.__defaults__, function.__module__
     copy.__qualname__ = f"{function.__name__}_{name}_{_sources_digest()}"
-    return numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")(copy)
+    return copy
 
 
 def serial(function: Any) -> Callable[..., Any]:

@@ -43,7 +43,6 @@ class Matrices:
 
     Attributes:
         format: How weights are stored.
-        kind: Of scales and biases: BF16, F16 or F32.
         outputs: Rows of each matrix.
         weights: Address of each matrix's first byte. Shape (P,), int64.
         scales: Likewise, or None where unquantised.
@@ -53,7 +52,6 @@ class Matrices:
     """
 
     format: Format
-    kind: int
     outputs: int
     weights: np.ndarray
     scales: np.ndarray | None = None
@@ -66,7 +64,7 @@ class Matrices:
 
         def described(matrices: Matrices) -> tuple[object, ...]:
             bias_kind = None if matrices.bias is None else matrices.bias_kind
-            return matrices.format, matrices.kind, matrices.outputs, bias_kind
+            return matrices.format, matrices.outputs, bias_kind
 
         if described(self) != described(other):
             return None
@@ -113,7 +111,7 @@ def row_products(x: np.ndarray, matrices: Matrices, index: np.ndarray, y: np.nda
         x = ordered
     jobs[:, X] = address(x) + x_rows * x.strides[0]
     jobs[:, Y] = address(y) + np.arange(len(index)) * y.strides[0]
-    scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.kind, matrices.bias_kind)
+    scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.bias_kind)
     work = len(jobs) * matrices.outputs * form.row_bytes(inputs)
     run(matvec_kernel(form), jobs, *scalars, alone=work < ALONE_BYTES)
 
@@ -145,7 +143,7 @@ def block_products(
     jobs[:, X] = address(x) + x_starts * x.strides[0]
     jobs[:, Y] = address(y) + y_starts * y.strides[0]
     jobs[:, ROWS] = rows
-    scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.kind, matrices.bias_kind)
+    scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.bias_kind)
     run(tiles_kernel(form), jobs, *scalars)
 
 
@@ -179,8 +177,8 @@ def quantized_matmul(
     """
     memory = [view(part, np.uint8) for part in (weight, scales, biases)]
     weights, own_scales, own_biases = (np.array([address(part)]) for part in memory)
-    form, kind = affine(bits, group_size), KINDS[scales.dtype]
-    return _product(x, Matrices(form, kind, weight.shape[0], weights, own_scales, own_biases))
+    form = affine(bits, group_size, KINDS[scales.dtype])
+    return _product(x, Matrices(form, weight.shape[0], weights, own_scales, own_biases))
 
 
 def takes_dense(weight: mx.array) -> bool:
@@ -194,4 +192,4 @@ def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
     Result in the dtype of x; sums are float32.
     """
     kind, memory = KINDS[weight.dtype], view(weight, np.uint8)
-    return _product(x, Matrices(dense(kind), kind, weight.shape[0], np.array([address(memory)])))
+    return _product(x, Matrices(dense(kind), weight.shape[0], np.array([address(memory)])))

@@ -1,9 +1,9 @@
-"""Memory by address in kernels: numbers as they are stored, a dot product, and the counters that threads share."""
+"""Memory by address in kernels: numbers as they are stored, arrays, functions, and the counters that threads share."""
 
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from .vector_ir import BF16, F16, F32, LANES, Emitter, signature_of
@@ -53,26 +53,6 @@ def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped
 
 
 @intrinsic
-def dot(typing_context, a, b, count):  # type: ignore[no-untyped-def]
-    """``dot(a, b, count)``: sum of products of float32 at two addresses."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        emit = Emitter(builder)
-        a, b, count = arguments
-        total = emit.variable(ir.Constant(_VF32, [0.0] * LANES))
-        vectors = builder.udiv(emit.offset(count, LANES - 1), _I64(LANES))
-        with cgutils.for_range(builder, vectors) as loop:
-            left = builder.trunc(builder.sub(count, emit.scaled(loop.index, LANES)), _I32)
-            mask = builder.icmp_signed("<", ir.Constant(_VI32, list(range(LANES))), emit.splat(left))
-            at = emit.scaled(loop.index, LANES * 4)
-            x, y = (emit.masked_load(builder.add(address, at), mask) for address in (a, b))
-            builder.store(emit.fma(x, y, builder.load(total)), total)
-        return emit.sum(builder.load(total))
-
-    return signature_of(3, types.float32), generate
-
-
-@intrinsic
 def add_one(typing_context, address):  # type: ignore[no-untyped-def]
     """``add_one(address)``: the int64 there, which is one more afterwards. Atomic: threads draw tasks with it."""
 
@@ -92,3 +72,25 @@ def load_i64(typing_context, address):  # type: ignore[no-untyped-def]
         return builder.load_atomic(pointer, "acquire", 8, typ=_I64)
 
     return signature_of(1, types.int64), generate
+
+
+@intrinsic
+def pointer(typing_context, address):  # type: ignore[no-untyped-def]
+    """``pointer(address)``: for ``numba.carray``."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
+
+    return signature_of(1, types.voidptr), generate
+
+
+@intrinsic
+def call(typing_context, function, arguments_, task):  # type: ignore[no-untyped-def]
+    """``call(function, arguments, task)``: run the function at an address on two int64."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        type_ = ir.FunctionType(ir.VoidType(), [_I64, _I64])
+        builder.call(builder.inttoptr(arguments[0], type_.as_pointer()), arguments[1:])
+        return context.get_dummy_value()
+
+    return signature_of(3, types.void), generate

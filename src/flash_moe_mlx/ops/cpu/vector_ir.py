@@ -70,6 +70,13 @@ class Emitter:
         arguments = [self.builder.inttoptr(address, ir.PointerType()), _I32(4), mask, ir.Constant(_VF32, [0.0] * LANES)]
         return self._masked(_VF32, "llvm.masked.load.v16f32.p0", arguments)
 
+    def masked_words(self, address: ir.Value, mask: ir.Value, word: ir.IntType) -> ir.Value:
+        """16 integers as they are stored, zero where the mask is false."""
+        vector = ir.VectorType(word, LANES)
+        pointer = self.builder.inttoptr(address, ir.PointerType())
+        arguments = [pointer, _I32(1), mask, ir.Constant(vector, [0] * LANES)]
+        return self._masked(vector, f"llvm.masked.load.v16i{word.width}.p0", arguments)
+
     def masked_store(self, value: ir.Value, address: ir.Value, mask: ir.Value) -> None:
         """Store 16 floats where the mask is true."""
         arguments = [value, self.builder.inttoptr(address, ir.PointerType()), _I32(4), mask]
@@ -153,6 +160,21 @@ class Emitter:
         sign = builder.shl(builder.and_(wide, constant(0x8000)), constant(16))
         return builder.bitcast(builder.or_(bits, sign), floats)
 
+    def add_biases(
+        self, totals: list[ir.Value], biases: list[ir.Value], sums: ir.Value, groups: ir.Value, kind: int
+    ) -> None:
+        """Add to the totals of several rows the products of their biases, stored as ``kind``, with x's sums."""
+        builder, (word, size) = self.builder, (_I32 if kind == F32 else _I16, FLOAT_BYTES[kind])
+        vectors = builder.udiv(self.offset(groups, LANES - 1), _I64(LANES))
+        with cgutils.for_range(builder, vectors) as loop:
+            first = self.scaled(loop.index, LANES)
+            left = builder.trunc(builder.sub(groups, first), _I32)
+            mask = builder.icmp_signed("<", ir.Constant(_VI32, list(range(LANES))), self.splat(left))
+            values = self.masked_load(self.offset(sums, self.scaled(first, 4)), mask)
+            for total, row in zip(totals, biases, strict=True):
+                stored = self.masked_words(self.offset(row, self.scaled(first, size)), mask, word)
+                builder.store(self.fma(self.floats(stored, kind), values, builder.load(total)), total)
+
     def words(self, address: ir.Value, bits: int) -> list[ir.Value]:
         """The 16 lanes' words of one step, one for each field."""
         if bits in (2, 4, 8):
@@ -171,65 +193,73 @@ def signature_of(argument_count: int, result: types.Type) -> Any:
     return result(*[types.int64] * argument_count)
 
 
-def make_quantized_dots(bits: int, group_size: int, rows: int) -> Callable[..., None]:
-    """Build ``dots(weights, row_bytes, x, scales, groups, steps, out)``: sums of ``q * scale * x`` over whole steps.
+def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Callable[..., None]:
+    """Build ``dots(weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart)``.
 
-    All arguments are int64: addresses of the first row's packed bytes, of x as ``prepare`` orders it, of the rows'
-    float32 scales, ``groups`` a row, and of the results, float32; ``steps`` of 16 lanes. Several rows at once share the
-    loads of x and fill the multiplier's latency; each row's bits are those of a row alone.
+    Writes the sums of ``q * scale * x`` over whole steps plus those of ``bias * sum(x)`` over all groups. All arguments
+    are int64: addresses of the first row's packed bytes, of x as ``prepare`` orders it, of the rows' scales and biases,
+    stored as ``kind``, ``groups`` a row, of x's sums a group, and of the results, float32; ``steps`` of 16 lanes.
+    Several rows at once, ``apart`` rows from each other, share the loads of x and fill the multiplier's latency; each
+    row's bits are those of a row alone.
     """
     step = LANES * lane_weights(bits)
     groups_a_step, steps_a_group = step // group_size, group_size // step
+    word, size = (_I32 if kind == F32 else _I16), FLOAT_BYTES[kind]
 
     @intrinsic
-    def quantized_dots(typing_context, weights, row_bytes, x, scales, groups, steps, out):  # type: ignore[no-untyped-def]
+    def quantized_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            weights, row_bytes, x, scales, groups, steps, out = arguments
+            weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart = arguments
             zero = ir.Constant(_VF32, [0.0] * LANES)
             totals = [emit.variable(zero) for _ in range(rows)]
-            starts = [builder.add(weights, emit.scaled(row_bytes, row)) for row in range(rows)]
-            row_scales = [builder.add(scales, emit.scaled(groups, 4 * row)) for row in range(rows)]
+            starts = [builder.add(weights, emit.scaled(builder.mul(row_bytes, apart), row)) for row in range(rows)]
+            row_groups = [emit.scaled(builder.mul(groups, apart), size * row) for row in range(rows)]
+            row_scales = [builder.add(scales, offset) for offset in row_groups]
+            row_biases = [builder.add(biases, offset) for offset in row_groups]
             with cgutils.for_range(builder, steps) as loop:
                 at = emit.scaled(loop.index, step * bits // 8)
                 words = [emit.words(builder.add(start, at), bits) for start in starts]
                 base = emit.offset(x, emit.scaled(loop.index, step * 4))
-                sums = [zero] * rows
+                products = [zero] * rows
                 for field, shift in enumerate(field_shifts(bits)):
                     values = emit.load(_VF32, emit.offset(base, field * LANES * 4), align=4)
                     for row in range(rows):
-                        sums[row] = emit.fma(emit.field(words[row][field], bits, shift), values, sums[row])
+                        products[row] = emit.fma(emit.field(words[row][field], bits, shift), values, products[row])
                 for row in range(rows):
-                    if groups_a_step:
-                        at = emit.offset(row_scales[row], emit.scaled(loop.index, groups_a_step * 4))
-                        few = emit.load(ir.VectorType(_F32, groups_a_step), at, align=4)
-                        scale = emit.shuffle(few, [lane * groups_a_step // LANES for lane in range(LANES)])
-                    else:
-                        group = builder.udiv(loop.index, _I64(steps_a_group))
-                        scale = emit.splat(emit.load(_F32, emit.offset(row_scales[row], emit.scaled(group, 4))))
-                    builder.store(emit.fma(sums[row], scale, builder.load(totals[row])), totals[row])
+                    taken = max(groups_a_step, 1)
+                    group = (
+                        emit.scaled(loop.index, groups_a_step)
+                        if groups_a_step
+                        else builder.udiv(loop.index, _I64(steps_a_group))
+                    )
+                    at = emit.offset(row_scales[row], emit.scaled(group, size))
+                    few = emit.floats(emit.load(ir.VectorType(word, taken), at), kind)
+                    scale = emit.shuffle(few, [lane * taken // LANES for lane in range(LANES)])
+                    builder.store(emit.fma(products[row], scale, builder.load(totals[row])), totals[row])
+            emit.add_biases(totals, row_biases, sums, groups, kind)
             for row in range(rows):
-                emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, 4 * row))
+                emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, emit.scaled(apart, 4 * row)))
             return context.get_dummy_value()
 
-        return signature_of(7, types.void), generate
+        return signature_of(10, types.void), generate
 
     return quantized_dots
 
 
 def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
-    """Build ``dots`` as of ``make_quantized_dots`` for rows stored as ``kind``; x in its own order, scales unused."""
+    """Build ``dots`` as of ``make_quantized_dots`` for rows stored as ``kind``; x in its own order, groups unused."""
     word = _I32 if kind == F32 else _I16
     stride = LANES * FLOAT_BYTES[kind]
 
     @intrinsic
-    def dense_dots(typing_context, weights, row_bytes, x, scales, groups, steps, out):  # type: ignore[no-untyped-def]
+    def dense_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart):  # type: ignore[no-untyped-def]
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
-            weights, row_bytes, x, _, _, steps, out = arguments
+            weights, row_bytes, x, _, _, _, _, steps, out, apart = arguments
             zero = ir.Constant(_VF32, [0.0] * LANES)
             totals = [[emit.variable(zero) for _ in range(DENSE_FIELDS)] for _ in range(rows)]
-            starts = [builder.add(weights, emit.scaled(row_bytes, row)) for row in range(rows)]
+            starts = [builder.add(weights, emit.scaled(builder.mul(row_bytes, apart), row)) for row in range(rows)]
             with cgutils.for_range(builder, steps) as loop:
                 at = emit.scaled(loop.index, DENSE_FIELDS * stride)
                 base = emit.offset(x, emit.scaled(loop.index, DENSE_FIELDS * LANES * 4))
@@ -242,9 +272,9 @@ def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
             for row in range(rows):
                 fields = [builder.load(total) for total in totals[row]]
                 pairs = builder.fadd(fields[0], fields[1]), builder.fadd(fields[2], fields[3])
-                emit.store(emit.sum(builder.fadd(*pairs)), emit.offset(out, 4 * row))
+                emit.store(emit.sum(builder.fadd(*pairs)), emit.offset(out, emit.scaled(apart, 4 * row)))
             return context.get_dummy_value()
 
-        return signature_of(7, types.void), generate
+        return signature_of(10, types.void), generate
 
     return dense_dots

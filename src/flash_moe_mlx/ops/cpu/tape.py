@@ -1,0 +1,96 @@
+"""Tape: a decode step as a list of operations that threads run without coming back to Python.
+
+One row of x through one layer is some fifteen operations of 1 to 300 microseconds. Called one by one, each would cost
+as much in Python, in MLX's hand-over to its thread and in waking threads. A tape's operations begin in order, each
+when all before it have ended; the tasks of one are drawn by all threads.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from .arrays import address, view
+from .jit import compiled
+from .memory_ir import add_one, call, load_i64
+from .threads import run
+
+ALONE_BYTES = 1 << 18
+"""A tape that reads less is run by the calling thread alone: waking another takes as long."""
+
+_TASKS = 2  # columns of the table: function, arguments, tasks, beside
+
+
+def _play(table, total, state):  # type: ignore[no-untyped-def]
+    counter = state.ctypes.data
+    operation, first, needed = 0, 0, 0
+    while True:
+        task = add_one(counter)
+        # By value, not from the table: a thread that comes late may find the next call's numbers there.
+        if task >= total:
+            break
+        while task >= first + table[operation, 2]:
+            first += table[operation, 2]
+            operation += 1
+            if not table[operation, 3]:
+                needed = first
+        while load_i64(counter + 8) < needed:
+            pass
+        call(table[operation, 0], table[operation, 1], task - first)
+        add_one(counter + 8)
+    return total
+
+
+_play_kernel = compiled(_play)
+
+
+class Operation:
+    """One operation: a compiled function of (address of its arguments, number of its task).
+
+    Attributes:
+        arguments: Its numbers and addresses; may be changed between plays. Shape (A,), int64.
+    """
+
+    def __init__(self, function: Any, tasks: int, *arguments: Any, beside: bool = False, nbytes: int = 0):
+        """Bind a function.
+
+        Args:
+            function: From ``jit.task``.
+            tasks: How many tasks it has.
+            *arguments: int, float, or an array of either library, which is passed as its address and kept alive.
+            beside: It may begin when the operation before it begins.
+            nbytes: About how much it reads, for ``ALONE_BYTES``.
+        """
+        self._kept = (function, arguments)
+        self.arguments = np.array([_packed(value) for value in arguments], np.int64)
+        self.nbytes = nbytes
+        self.row = [function.address, address(self.arguments), tasks, int(beside)]
+
+
+def _packed(value: Any) -> int:
+    if isinstance(value, mx.array):
+        return address(view(value, np.uint8))
+    if isinstance(value, np.ndarray):
+        return address(value)
+    if isinstance(value, float):
+        return int(np.float32(value).view(np.uint32))
+    return int(value)
+
+
+class Tape:
+    """Operations in order."""
+
+    def __init__(self, operations: Sequence[Operation]):
+        self._operations = tuple(operations)
+        self._table = np.array([operation.row for operation in operations], np.int64)
+        self._alone = sum(operation.nbytes for operation in operations) < ALONE_BYTES
+        self._place = {id(operation): place for place, operation in enumerate(operations)}
+
+    def set_tasks(self, operation: Operation, tasks: int) -> None:
+        """Change how many tasks an operation has here; 0 leaves it out."""
+        self._table[self._place[id(operation)], _TASKS] = tasks
+
+    def play(self) -> None:
+        """Run all operations to their end."""
+        run(_play_kernel, self._table, int(self._table[:, _TASKS].sum()), alone=self._alone)
