@@ -65,8 +65,9 @@ class Profile:
 def profile(model: Any) -> Iterator[Profile]:
     """Measure where the time of this model's forward passes goes, in one thread.
 
-    Each part is waited for before the next begins, which costs time itself: read shares from it, not speeds. What is
-    no part of a named phase, such as norms, is "other".
+    Each part is waited for before the next begins, and a decoder that runs several parts in one call is not used
+    meanwhile. Both cost time: read shares from it, not speeds. What is no part of a named phase, such as norms, is
+    "other".
 
     Args:
         model: A model that `load` returned.
@@ -148,4 +149,5 @@ def _timed(cls: type, phase: str, clock: _Clock) -> type:
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
         return clock.run(phase, lambda *a, **o: cls.__call__(self, *a, **o), inputs, options)
 
-    return type(cls.__name__, (cls,), {"__call__": __call__, "__module__": cls.__module__})
+    members = {"__call__": __call__, "__module__": cls.__module__, "_decoder": lambda _: None}
+    return type(cls.__name__, (cls,), members)

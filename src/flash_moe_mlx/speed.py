@@ -27,14 +27,14 @@ class Speed:
     Attributes:
         weight_bytes_per_second: Quantised weights that pass through the processor.
         layer_seconds: What a layer takes beside its weights: calls, norms, small products.
-        disk_bytes_per_second: Records read at random places, as many at once as a token misses; None if not known.
-        overlap: Share of the shorter of computing and reading that happens during the other, 0 to 1.
+        disk_bytes_per_second: Records read at random places; None if not known.
+        overlap: Share of the time of a layer's shared expert and of its experts in memory that reads go on in, 0 to 1.
     """
 
     weight_bytes_per_second: float
     layer_seconds: float
     disk_bytes_per_second: float | None = None
-    overlap: float = 0.0
+    overlap: float = 1.0
 
     def token_seconds(self, work: "TokenWork", missed_bytes: float) -> float | None:
         """Seconds of one decoded token; None if something has to be read and the disk's rate is not known."""
@@ -43,8 +43,8 @@ class Speed:
             return computing
         if self.disk_bytes_per_second is None:
             return None
-        reading = missed_bytes / self.disk_bytes_per_second
-        return computing + reading - self.overlap * min(computing, reading)
+        meanwhile = (work.shared_bytes + work.expert_bytes - missed_bytes) / self.weight_bytes_per_second
+        return computing + max(missed_bytes / self.disk_bytes_per_second - self.overlap * meanwhile, 0.0)
 
 
 @dataclass(frozen=True)
@@ -54,10 +54,14 @@ class TokenWork:
     Attributes:
         layers: Decoder layers.
         weight_bytes: Dense weights and K experts of every layer, and recurrent states, read and written.
+        expert_bytes: Of them, routed experts'.
+        shared_bytes: Of them, shared experts'.
     """
 
     layers: int
     weight_bytes: int
+    expert_bytes: int
+    shared_bytes: int
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, family: Family) -> "TokenWork":
@@ -72,7 +76,8 @@ class TokenWork:
         )
         states = 2 * family.costs.state_bytes(1, 1)
         layers = checkpoint.setting("num_hidden_layers") or len(checkpoint.moe_layers)
-        return cls(layers, family.costs.dense_bytes - skipped + experts + states)
+        shared = sum(value.nbytes for name, value in family.weights.items() if ".shared_expert" in name)
+        return cls(layers, family.costs.dense_bytes - skipped + experts + states, experts, shared)
 
 
 def measure_speed(disk_bytes_per_second: float | None = None) -> Speed:
