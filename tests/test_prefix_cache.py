@@ -414,6 +414,6 @@ def test_mlx_lm_saves_and_loads_caches(loaded: Loaded, attention_only: Loaded, t
         expected = [r.token for r in stream_generate(model, tokenizer, tail, TOKENS, prompt_cache=cache)]
         restored, metadata = load_prompt_cache(file, return_metadata=True)
         assert metadata == {"model": name}
-        assert [type(c) for c in restored] == [type(c) for c in cache]
+        assert [type(c).__name__ for c in restored] == [type(c).__name__ for c in cache]
         assert [r.token for r in stream_generate(model, tokenizer, tail, TOKENS, prompt_cache=restored)] == expected
         assert run((model, tokenizer), PROMPT + answer + tail)[0] == expected
