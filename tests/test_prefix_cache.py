@@ -254,12 +254,16 @@ def test_a_template_that_refuses(chatting: Loaded):
 
 
 def test_few_points_of_a_long_conversation(loaded: Loaded, cache: PrefixCache):
-    assert cache.points([20, 30, 40, 50], 0, 60) == [20, 40, 50]
-    assert cache.points([20, 30, 40, 60], 20, 60) == [30, 40]
-    assert cache.points([MIN_SNAPSHOT_TOKENS - 1, 30], 0, 60) == [30]
+    near = MIN_SNAPSHOT_TOKENS
+    assert cache.points([20, 40, 60, 80], 0, 90) == [20, 60, 80]
+    assert cache.points([20, 40, 60, 90], 20, 90) == [40, 60]
+    assert cache.points([near - 1, 30], 0, 60) == [30]
+    assert cache.points([20, 19 + near, 20 + near, 21 + near], 0, 60) == [20, 20 + near]
+    # From a copy the same points follow as from scratch: the prefill's chunks, and so the bits, are the same.
+    assert cache.points([20, 19 + near, 20 + near, 21 + near], 20, 60) == [20 + near]
     assert cache.points(None, 0, 60) == [59]
-    run(loaded, PROMPT, prefix_cache=cache, snapshot_at=[3, 20, 30, 40, 50])
-    assert [len(s.tokens) for s in cache._snapshots] == [20, 40, 50, 60 + TOKENS - 1]
+    run(loaded, PROMPT, prefix_cache=cache, snapshot_at=[3, 16, 20, 32, 40, 50])
+    assert [len(s.tokens) for s in cache._snapshots] == [16, 32, 50, 60 + TOKENS - 1]
 
 
 # --- bytes ---

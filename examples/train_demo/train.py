@@ -20,9 +20,10 @@ import torch
 from data import MIX, conversations
 from fake_quant import quantized
 from packed_loss import packed_loss
-from packing import PAD, batches
 from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
 from vocabulary import MAX_TOKENS, load_tokenizer, template_only, train_tokenizer
+
+from packing import PAD, batches
 
 WARM_UP_CALLS = 3  # before a CUDA graph is captured
 

@@ -147,9 +147,14 @@ class PrefixCache:
         return True
 
     def points(self, snapshot_at: Sequence[int] | None, reused: int, length: int) -> list[int]:
-        """Where a prompt of ``length`` tokens is to be copied, of the points asked for; None asks for its end."""
-        asked = [length - 1] if snapshot_at is None else snapshot_at
-        points = sorted({p for p in asked if max(reused + 1, MIN_SNAPSHOT_TOKENS) <= p < length})
+        """Where a prompt of ``length`` tokens is to be copied, of the points asked for; None asks for its end.
+
+        One that comes soon after another, or after what is reused, is left out: each costs a forward pass of its own.
+        """
+        points: list[int] = []
+        for p in sorted([length - 1] if snapshot_at is None else snapshot_at):
+            if (points[-1] if points else reused) + MIN_SNAPSHOT_TOKENS <= p < length:
+                points.append(p)
         return points if len(points) <= NEW_SNAPSHOTS else [points[0], *points[1 - NEW_SNAPSHOTS :]]
 
     def clear(self) -> None:

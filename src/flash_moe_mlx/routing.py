@@ -68,7 +68,7 @@ def make_routing(
     total = turns * (prompt_tokens + tokens)
     experts = np.empty((total, layers, k), np.int16)
     for token in range(total):
-        for layer in np.flatnonzero(rng.random(layers) < locality.drift) if used < num_experts else ():
+        for layer in np.flatnonzero(rng.random(layers) < locality.drift).tolist() if used < num_experts else ():
             inside, outside = (
                 rng.choice(np.flatnonzero(np.isfinite(weights[layer]) == kind)) for kind in (True, False)
             )

@@ -25,8 +25,8 @@ MAX_WIDTH = 2048
 """Widest expert of which two rows of h fit into threadgroup memory."""
 
 MAX_BYTES = 16 << 20
-"""Bytes of a call's experts above which three launches beat two. On an H100 two took 16 against 20 us at 7 MB, as long at
-14 MB, and longer from 28 MB on: a token's experts run one after the other in them."""
+"""Bytes of a call's experts above which three launches beat two. On an H100 two took 16 against 20 us at 7 MB, as long
+at 14 MB, and longer from 28 MB on: a token's experts run one after the other in them."""
 
 SIMD_GROUPS = 4
 MIN_SIMD_GROUPS = 2048
