@@ -32,7 +32,6 @@ def test_eight_clients_get_what_one_gets():
 def test_the_second_turn_of_a_long_conversation_is_answered_soon(address: str):
     """A prompt of 1,000 tokens, an answer, and another question: a fifth of the time to the first token, at most."""
     api = client(address)
-    facts = " ".join(f"Ana has {n} boats. Bob has a blue kite." for n in range(2, 64))
 
     def ask(messages: list) -> tuple[float, str, int, int]:
         """Seconds to the first token, the answer, tokens of the prompt, and how many of them were cached."""
@@ -49,14 +48,19 @@ def test_the_second_turn_of_a_long_conversation_is_answered_soon(address: str):
         return first, text, usage.prompt_tokens, usage.prompt_tokens_details.cached_tokens
 
     ask([{"role": "user", "content": "Hello"}])  # kernels are compiled
-    messages = [{"role": "system", "content": facts}, {"role": "user", "content": "What is 17 + 25?"}]
-    first, answer, tokens, cached = ask(messages)
-    assert tokens >= 1000 and cached == 0
-    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "What is 3 + 4?"}]
-    second, _, longer, cached = ask(messages)
-    print(f"{tokens} tokens: {first * 1e3:.0f} ms; {longer} tokens, {cached} cached: {second * 1e3:.0f} ms")
-    assert longer > tokens and longer - cached < 40
-    assert second <= first / 5
+    firsts, seconds = [], []
+    for name in ("Ana", "Bob", "Eva"):
+        facts = " ".join(f"{name} has {n} boats and a blue kite." for n in range(2, 64))
+        messages = [{"role": "system", "content": facts}, {"role": "user", "content": "What is 17 + 25?"}]
+        first, answer, tokens, cached = ask(messages)
+        assert tokens >= 1000 and cached == 0
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "What is 3 + 4?"}]
+        second, _, longer, cached = ask(messages)
+        assert longer > tokens and longer - cached < 40
+        print(f"{tokens} tokens: {first * 1e3:.0f} ms; {longer} tokens, {cached} cached: {second * 1e3:.0f} ms")
+        firsts.append(first)
+        seconds.append(second)
+    assert min(seconds) <= min(firsts) / 5
 
 
 def test_the_queue_is_served_in_turn(address: str):
