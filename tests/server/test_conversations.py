@@ -72,11 +72,12 @@ def test_the_queue_is_served_in_turn(address: str):
         api.completions.create(model="demo", prompt="Once there was", max_tokens=tokens, logit_bias={"2": -100})
         ended.append(name)
 
-    threads = [threading.Thread(target=ask, args=args) for args in (("first", 60), ("second", 1))]
-    for thread in threads:
-        thread.start()
-        wait_until(lambda: stats(address)["running_requests"])
+    threads = [threading.Thread(target=ask, args=args) for args in (("first", 200), ("second", 1))]
+    threads[0].start()
+    wait_until(lambda: stats(address)["running_requests"])
+    threads[1].start()
     wait_until(lambda: stats(address)["queued_requests"] or ended)
+    assert ended == [], "the second has not waited"
     for thread in threads:
         thread.join(60)
     assert ended == ["first", "second"]
