@@ -90,7 +90,9 @@ def test_a_client_that_leaves_frees_the_engine_within_a_second(
         body if not in_decode else {**body, "prompt": PROMPT[:1]},
         lambda: stats(address)["generated_tokens_total"] > generated if in_decode else busy(address),
     )
-    assert wait_until(lambda: not busy(address)) < 1 < PASS_SECONDS
+    freed = wait_until(lambda: not busy(address))
+    print(f"freed {freed:.2f} s after the client left, of a forward pass of {PASS_SECONDS:.0f} s")
+    assert freed < 1 < PASS_SECONDS
     assert stats(address)["generated_tokens_total"] <= generated + 1
     store.delay = 0.0
     assert ask(address).json()["choices"][0]["text"] == before
