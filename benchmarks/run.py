@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from flash_moe_mlx import MemoryLimitError, load, stream_generate
+from flash_moe_mlx import MemoryLimitError, load, load_model, stream_generate
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_TOKENS = 128
@@ -55,7 +55,7 @@ def drop_pages(model: Path) -> None:
 def limits_of(model: Path, max_context: int) -> list[int]:
     """The smallest limit that works, the one at which all experts fit, and their middle."""
     try:
-        load(model, memory_limit=1, max_context=max_context)
+        load_model(model, memory_limit=1, max_context=max_context)
     except MemoryLimitError as error:
         smallest = error.smallest_limit_bytes
     at_least = slot_bytes(model, smallest, max_context)
@@ -64,7 +64,7 @@ def limits_of(model: Path, max_context: int) -> list[int]:
 
 
 def slot_bytes(model: Path, limit: int | str, max_context: int) -> int:
-    loaded, _ = load(model, memory_limit=limit, max_context=max_context)
+    loaded = load_model(model, memory_limit=limit, max_context=max_context)
     with loaded.streaming as streaming:
         return streaming.stats().slot_bytes
 
