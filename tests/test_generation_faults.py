@@ -5,6 +5,7 @@ import os
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -133,12 +134,16 @@ def test_a_model_used_by_another_thread_than_loaded_it(loaded: Loaded, expected:
     assert run(loaded) == expected[17]
 
 
-def test_trace_holds_the_routing(loaded: Loaded, tmp_path: Path):
+def test_trace_holds_the_routing(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, _ = loaded
     chosen: list[np.ndarray] = []
-    for layer in model.layers:
-        inner = layer.mlp.routed.record
-        layer.mlp.routed.record = lambda ids, weights, inner=inner: (chosen.append(ids.copy()), inner(ids, weights))
+    inner = model.streaming.record
+
+    def note(layer: int, ids: np.ndarray, weights: Any) -> None:
+        chosen.append(ids.copy())
+        inner(layer, ids, weights)
+
+    monkeypatch.setattr(model.streaming, "record", note)
     with model.streaming.trace(tmp_path / "routing.npz"):
         run(loaded)
     count = len(chosen)

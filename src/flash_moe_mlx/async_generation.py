@@ -60,6 +60,8 @@ async def stream_generate_async(
     def end() -> None:
         if responses is not None:
             responses.close()
+        # MLX can abort the process at its end where a thread is gone whose streams drew random numbers.
+        mx.clear_streams()
 
     try:
         while (response := await loop.run_in_executor(executor, step)) is not None:
