@@ -98,7 +98,7 @@ def kernels(
     """Time the kernels beside MLX's and mlx-lm's own on the same work, on this machine's backend.
 
     MoE layers, quantised products and the gated delta rule at the dimensions of three models. A GPU compiles
-    each kernel first.
+    each kernel first, which takes minutes; two CPU cores take more than half an hour without --quick.
 
     Examples:
         flash-moe bench kernels --quick
