@@ -6,7 +6,6 @@ checkpoint reads these too. A hole takes no room on the disk, and reads as zeros
 
 import os
 import re
-import struct
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_session, hf_hub_url
@@ -22,7 +21,8 @@ FIRST_BYTES = 1 << 17
 _SAFETENSORS = re.compile(r"(?:experts/)?[^/\\\x00-\x1f]{1,200}\.safetensors")
 _JSON = ("config.json", "model.safetensors.index.json", "experts.json")
 _TOTAL = re.compile(r"bytes \d+-\d+/(\d{1,19})")
-_HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]  # of httpx or, since huggingface-hub 2, of httpx2
+HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
+"""What goes wrong between here and the hub: httpx's or, since huggingface-hub 2, httpx2's."""
 
 
 def download_headers(repository: str, directory: Path, revision: str | None = None) -> None:
@@ -46,8 +46,8 @@ def download_headers(repository: str, directory: Path, revision: str | None = No
                 (directory / name).write_bytes(_first_bytes(url, MAX_HEADER_BYTES)[0])
             elif _SAFETENSORS.fullmatch(name):
                 _write_header(url, directory / name)
-    # OSError covers "no such repository" and files, HTTPError what goes wrong between here and the hub.
-    except (_HTTPError, HFValidationError, OSError) as error:
+    # OSError covers "no such repository" and files.
+    except (HTTPError, HFValidationError, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(".")
         raise CheckpointError(
             f"[plan] {repository} must be a local directory or a repository that the hub serves, got {reason}. "
@@ -56,14 +56,27 @@ def download_headers(repository: str, directory: Path, revision: str | None = No
 
 
 def _write_header(url: str, path: Path) -> None:
-    start, size = _first_bytes(url, FIRST_BYTES)
-    (length,) = struct.unpack("<Q", start[:8].ljust(8, b"\0"))
-    if 8 + length > len(start) and length <= MAX_HEADER_BYTES:
-        start, size = _first_bytes(url, 8 + length)
+    header, size = read_header(url)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
-        file.write(start[: 8 + length])
+        file.write(header)
         os.truncate(file.fileno(), size)
+
+
+def read_header(url: str) -> tuple[bytes, int]:
+    """A safetensors file's header with the eight bytes of its length, and the file's size.
+
+    What comes back is as long as the file says, at most MAX_HEADER_BYTES; whether it is a header is not checked.
+
+    Raises:
+        CorruptError: If the server gives no size.
+        HTTPError: If the file can't be had.
+    """
+    start, size = _first_bytes(url, FIRST_BYTES)
+    end = 8 + int.from_bytes(start[:8], "little")
+    if len(start) < end <= 8 + MAX_HEADER_BYTES:
+        start, size = _first_bytes(url, end)
+    return start[:end], size
 
 
 def _first_bytes(url: str, count: int) -> tuple[bytes, int]:
@@ -79,5 +92,5 @@ def _first_bytes(url: str, count: int) -> tuple[bytes, int]:
         total = _TOTAL.fullmatch(response.headers.get("Content-Range", ""))
         length = total[1] if total else response.headers.get("Content-Length", "")
     if not length.isdigit() or int(length) > MAX_FILE_BYTES:
-        raise CorruptError(f"[plan] {brief(url)} must have a size, got {brief(length)}. Download the checkpoint.")
+        raise CorruptError(f"[hub] {brief(url)} must have a size, got {brief(length)}. Download the checkpoint.")
     return data[:count], int(length)

@@ -10,7 +10,7 @@ from typing import Any
 
 import mlx.core as mx
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HFValidationError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -29,6 +29,7 @@ from .errors import (
     RequestError,
     UnsupportedModelError,
 )
+from .hub_headers import HTTPError
 from .io_choice import DEFAULT_THREADS, choose_io, choose_threads
 from .machine import default_memory_limit_bytes, usable_memory_bytes
 from .models.family import Family
@@ -42,7 +43,6 @@ from .verification import check_other_files
 logger = logging.getLogger(__name__)
 
 _SMALL_BUFFER_CACHE = 4 << 20
-_HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]  # of httpx or, since huggingface-hub 2, of httpx2
 
 
 def load(
@@ -124,8 +124,8 @@ def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
                 name, revision=revision, allow_patterns=[*DEFAULT_ALLOW_PATTERNS, f"{EXPERTS_FOLDER}/*.safetensors"]
             )
         )
-    # OSError covers "not in the local cache", HTTPError what goes wrong between here and the hub.
-    except (_HTTPError, HFValidationError, OSError) as error:
+    # OSError covers "not in the local cache".
+    except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
             f"[load] {name} must be a local directory or a repository that the hub serves, got {_brief(error)} "
             "Check name and network, or pass a local path."

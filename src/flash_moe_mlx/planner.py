@@ -14,7 +14,7 @@ from .disk_probe import probe_disk
 from .errors import MemoryLimitError, RequestError
 from .hub_headers import download_headers
 from .loading import choose_limit, choose_reads, divide_limit, inspect_checkpoint
-from .machine import PROCESS_OVERHEAD_BYTES, cgroup_limit_bytes, physical_memory_bytes
+from .machine import PROCESS_OVERHEAD_BYTES, usable_memory_bytes
 from .models.family import Family
 from .routing import LOCAL, UNIFORM, make_routing
 from .simulation import replay
@@ -142,8 +142,7 @@ class Planner:
         smallest = self.smallest_limit_bytes
         missing = ((self.num_experts[layer] - self._asked(layer)) * size for layer, size in self.record_bytes.items())
         most = smallest + sum(missing)
-        usable = min(size for size in (physical_memory_bytes(), cgroup_limit_bytes()) if size is not None)
-        top = max(min(most, max(usable - PROCESS_OVERHEAD_BYTES, self.limit_bytes)), smallest)
+        top = max(min(most, max(usable_memory_bytes() - PROCESS_OVERHEAD_BYTES, self.limit_bytes)), smallest)
         return sorted({round(smallest + i * (top - smallest) / (count - 1)) for i in range(count)})
 
     def at(self, limit_bytes: int) -> LimitPlan:

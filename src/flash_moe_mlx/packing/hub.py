@@ -13,21 +13,19 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, get_session, hf_hub_download, hf_hub_url
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+from huggingface_hub import HfApi, hf_hub_download, hf_hub_url
+from huggingface_hub.errors import HFValidationError
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from tqdm.auto import tqdm
 
 from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, CorruptError, MissingTensorError, PackError
+from ..hub_headers import HTTPError, read_header
 from ..safetensors_header import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo, read_json
 from .sources import header_bytes
 from .workspace import sync_folder
 
-_HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]  # of httpx or, since huggingface-hub 2, of httpx2
 _HASH_BYTES = 8 << 20
-_FIRST_BYTES = 1 << 16
 _COPY_BYTES = 8 << 20
 
 
@@ -173,24 +171,12 @@ class HubSource:
 
     def _header(self, name: str) -> bytes:
         """A shard's header, by a request for its first bytes."""
-        start = self._first_bytes(name, _FIRST_BYTES)
-        length = int.from_bytes(start[:8], "little")
+        with self._asking(name):
+            header, _ = read_header(hf_hub_url(self.name, name, revision=self.revision))
+        length = int.from_bytes(header[:8], "little")
         if not 2 <= length <= min(MAX_HEADER_BYTES, self._sizes[name]):
-            raise CorruptError(f"[{self.name}] {name} must be a safetensors file, got {start[:16]!r}. Ask its owner.")
-        end = 8 + length
-        return (start if len(start) >= end else self._first_bytes(name, end))[:end]
-
-    def _first_bytes(self, name: str, count: int) -> bytes:
-        url = hf_hub_url(self.name, name, revision=self.revision)
-        headers = build_hf_headers() | {"Range": f"bytes=0-{count - 1}"}
-        data = b""
-        with self._asking(name), get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
-            response.raise_for_status()
-            for piece in response.iter_bytes():
-                data += piece
-                if len(data) >= count:  # a server that doesn't know ranges sends everything
-                    break
-        return data[:count]
+            raise CorruptError(f"[{self.name}] {name} must be a safetensors file, got {header[:16]!r}. Ask its owner.")
+        return header
 
     def _download(self, name: str, folder: Path) -> Path:
         with self._asking(name):
@@ -204,7 +190,7 @@ class HubSource:
             yield
         except HFValidationError as error:
             raise CheckpointError(f"[pack] {self.name} must be a repository's name, got {error}. Check it.") from error
-        except (_HTTPError, OSError) as error:
+        except (HTTPError, OSError) as error:
             lines = str(error).splitlines()
             status = getattr(getattr(error, "response", None), "status_code", None)
             kind = CheckpointError if status in (401, 403, 404) else PackError

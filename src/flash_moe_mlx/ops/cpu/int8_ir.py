@@ -4,16 +4,15 @@ from collections.abc import Callable
 
 import numpy as np
 from llvmlite import binding, ir
-from numba.core import cgutils, types
-from numba.extending import intrinsic
+from numba.core import cgutils
 
 from .jit import serial
-from .vector_ir import F32, FLOAT_BYTES, LANES, Emitter, signature_of
+from .vector_ir import LANES, Emitter, Step, make_group_dots
 
 INT8_STEP = 128
 """Weights of a row that a step takes: 64 bytes."""
 
-_I16, _I32, _F32 = ir.IntType(16), ir.IntType(32), ir.FloatType()
+_I32, _F32 = ir.IntType(32), ir.FloatType()
 _VI32, _VF32 = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 _NIBBLES = 0x0F0F0F0F
 
@@ -43,43 +42,24 @@ def make_int8_dots(group_size: int, kind: int, rows: int, *, vnni: bool | None =
     asks it).
     """
     taken = INT8_STEP // group_size
-    word, size = (_I32 if kind == F32 else _I16), FLOAT_BYTES[kind]
     has_vnni = binding.get_host_cpu_features().get("avx512vnni", False) if vnni is None else vnni
 
-    @intrinsic
-    def int8_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            emit = Emitter(builder)
-            weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart = arguments
-            zero = ir.Constant(_VF32, [0.0] * LANES)
-            totals = [emit.variable(zero) for _ in range(rows)]
-            starts = [builder.add(weights, emit.scaled(builder.mul(row_bytes, apart), row)) for row in range(rows)]
-            row_groups = [emit.scaled(builder.mul(groups, apart), size * row) for row in range(rows)]
-            x_scales = emit.offset(sums, emit.scaled(groups, 4))
-            with cgutils.for_range(builder, steps) as loop:
-                base = emit.offset(x, emit.scaled(loop.index, INT8_STEP))
-                even, odd = emit.load(_VI32, base), emit.load(_VI32, emit.offset(base, INT8_STEP // 2))
-                group = emit.scaled(loop.index, taken)
-                of_x = emit.load(ir.VectorType(_F32, taken), emit.offset(x_scales, emit.scaled(group, 4)))
-                for row in range(rows):
-                    stored = emit.load(_VI32, emit.offset(starts[row], emit.scaled(loop.index, INT8_STEP // 2)))
-                    low = builder.and_(stored, _constant(_NIBBLES))
-                    high = builder.and_(builder.lshr(stored, _constant(4)), _constant(_NIBBLES))
-                    total = _add_products(emit, _constant(0), low, even, has_vnni)
-                    total = _add_products(emit, total, high, odd, has_vnni)
-                    at = emit.offset(scales, row_groups[row], emit.scaled(group, size))
-                    few = builder.fmul(emit.floats(emit.load(ir.VectorType(word, taken), at), kind), of_x)
-                    scale = emit.shuffle(few, [lane * taken // LANES for lane in range(LANES)])
-                    product = emit.fma(builder.sitofp(total, _VF32), scale, builder.load(totals[row]))
-                    builder.store(product, totals[row])
-            emit.add_biases(totals, [emit.offset(biases, offset) for offset in row_groups], sums, groups, kind)
-            for row in range(rows):
-                emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, emit.scaled(apart, 4 * row)))
-            return context.get_dummy_value()
+    def products_of(emit: Emitter, step: Step) -> tuple[list[ir.Value], ir.Value, ir.Value]:
+        builder = emit.builder
+        base = emit.offset(step.x, emit.scaled(step.index, INT8_STEP))
+        even, odd = emit.load(_VI32, base), emit.load(_VI32, emit.offset(base, INT8_STEP // 2))
+        group = emit.scaled(step.index, taken)
+        x_scales = emit.offset(step.sums, emit.scaled(step.groups, 4), emit.scaled(group, 4))
+        products = []
+        for start in step.rows:
+            stored = emit.load(_VI32, emit.offset(start, emit.scaled(step.index, INT8_STEP // 2)))
+            low = builder.and_(stored, _constant(_NIBBLES))
+            high = builder.and_(builder.lshr(stored, _constant(4)), _constant(_NIBBLES))
+            total = _add_products(emit, _constant(0), low, even, has_vnni)
+            products.append(builder.sitofp(_add_products(emit, total, high, odd, has_vnni), _VF32))
+        return products, group, emit.load(ir.VectorType(_F32, taken), x_scales)
 
-        return signature_of(10, types.void), generate
-
-    return int8_dots
+    return make_group_dots(products_of, taken, kind, rows)
 
 
 @serial

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from ...machine import CGROUP_ROOT
+from ...machine import CGROUP_ROOT, available_cores
 from .jit import serial
 from .memory_ir import load_i64
 
@@ -73,8 +73,7 @@ def _text(path: Path) -> str:
 @lru_cache(maxsize=1)
 def num_threads() -> int:
     """Threads of a kernel: processors that this process may run on, at most its cgroup's quota rounded up."""
-    threads = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    quota = cgroup_cpus()
+    threads, quota = available_cores(), cgroup_cpus()
     return max(1, threads if quota is None else min(threads, int(-(-quota // 1))))
 
 

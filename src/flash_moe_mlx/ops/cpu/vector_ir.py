@@ -6,6 +6,7 @@ many rows, tokens or threads there are. LLVM splits the vectors to what the proc
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from llvmlite import ir
@@ -193,6 +194,68 @@ def signature_of(argument_count: int, result: types.Type) -> Any:
     return result(*[types.int64] * argument_count)
 
 
+@dataclass(frozen=True)
+class Step:
+    """What the loop over a row's weights knows in one step.
+
+    Attributes:
+        index: Of the step.
+        rows: Addresses of the rows' first bytes.
+        x: Address of x.
+        groups: A row.
+        sums: Address of x's sums a group.
+    """
+
+    index: ir.Value
+    rows: list[ir.Value]
+    x: ir.Value
+    groups: ir.Value
+    sums: ir.Value
+
+
+StepProducts = Callable[[Emitter, Step], tuple[list[ir.Value], ir.Value, ir.Value | None]]
+"""One step's products of q and x, 16 lanes a row; the step's first group; x's own scales of its groups, if it has."""
+
+
+def make_group_dots(step_products: StepProducts, taken: int, kind: int, rows: int) -> Callable[..., None]:
+    """Build the ``dots`` of ``make_quantized_dots``: what all forms of x share.
+
+    Args:
+        step_products: The products of a step of weights.
+        taken: Groups that a step touches.
+        kind: How scales and biases are stored.
+        rows: Rows at once.
+    """
+    word, size = (_I32 if kind == F32 else _I16), FLOAT_BYTES[kind]
+
+    @intrinsic
+    def group_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart):  # type: ignore[no-untyped-def]
+        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+            emit = Emitter(builder)
+            weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart = arguments
+            totals = [emit.variable(ir.Constant(_VF32, [0.0] * LANES)) for _ in range(rows)]
+            starts = [builder.add(weights, emit.scaled(builder.mul(row_bytes, apart), row)) for row in range(rows)]
+            row_groups = [emit.scaled(builder.mul(groups, apart), size * row) for row in range(rows)]
+            row_scales = [builder.add(scales, offset) for offset in row_groups]
+            with cgutils.for_range(builder, steps) as loop:
+                products, group, x_scales = step_products(emit, Step(loop.index, starts, x, groups, sums))
+                for row in range(rows):
+                    at = emit.offset(row_scales[row], emit.scaled(group, size))
+                    few = emit.floats(emit.load(ir.VectorType(word, taken), at), kind)
+                    if x_scales is not None:
+                        few = builder.fmul(few, x_scales)
+                    scale = emit.shuffle(few, [lane * taken // LANES for lane in range(LANES)])
+                    builder.store(emit.fma(products[row], scale, builder.load(totals[row])), totals[row])
+            emit.add_biases(totals, [builder.add(biases, offset) for offset in row_groups], sums, groups, kind)
+            for row in range(rows):
+                emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, emit.scaled(apart, 4 * row)))
+            return context.get_dummy_value()
+
+        return signature_of(10, types.void), generate
+
+    return group_dots
+
+
 def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Callable[..., None]:
     """Build ``dots(weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart)``.
 
@@ -202,49 +265,23 @@ def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Cal
     Several rows at once, ``apart`` rows from each other, share the loads of x and fill the multiplier's latency; each
     row's bits are those of a row alone.
     """
-    step = LANES * lane_weights(bits)
-    groups_a_step, steps_a_group = step // group_size, group_size // step
-    word, size = (_I32 if kind == F32 else _I16), FLOAT_BYTES[kind]
+    step_weights = LANES * lane_weights(bits)
+    groups_a_step, steps_a_group = step_weights // group_size, group_size // step_weights
 
-    @intrinsic
-    def quantized_dots(typing_context, weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart):  # type: ignore[no-untyped-def]
-        def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-            emit = Emitter(builder)
-            weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart = arguments
-            zero = ir.Constant(_VF32, [0.0] * LANES)
-            totals = [emit.variable(zero) for _ in range(rows)]
-            starts = [builder.add(weights, emit.scaled(builder.mul(row_bytes, apart), row)) for row in range(rows)]
-            row_groups = [emit.scaled(builder.mul(groups, apart), size * row) for row in range(rows)]
-            row_scales = [builder.add(scales, offset) for offset in row_groups]
-            row_biases = [builder.add(biases, offset) for offset in row_groups]
-            with cgutils.for_range(builder, steps) as loop:
-                at = emit.scaled(loop.index, step * bits // 8)
-                words = [emit.words(builder.add(start, at), bits) for start in starts]
-                base = emit.offset(x, emit.scaled(loop.index, step * 4))
-                products = [zero] * rows
-                for field, shift in enumerate(field_shifts(bits)):
-                    values = emit.load(_VF32, emit.offset(base, field * LANES * 4), align=4)
-                    for row in range(rows):
-                        products[row] = emit.fma(emit.field(words[row][field], bits, shift), values, products[row])
-                for row in range(rows):
-                    taken = max(groups_a_step, 1)
-                    group = (
-                        emit.scaled(loop.index, groups_a_step)
-                        if groups_a_step
-                        else builder.udiv(loop.index, _I64(steps_a_group))
-                    )
-                    at = emit.offset(row_scales[row], emit.scaled(group, size))
-                    few = emit.floats(emit.load(ir.VectorType(word, taken), at), kind)
-                    scale = emit.shuffle(few, [lane * taken // LANES for lane in range(LANES)])
-                    builder.store(emit.fma(products[row], scale, builder.load(totals[row])), totals[row])
-            emit.add_biases(totals, row_biases, sums, groups, kind)
+    def products_of(emit: Emitter, step: Step) -> tuple[list[ir.Value], ir.Value, None]:
+        at = emit.scaled(step.index, step_weights * bits // 8)
+        words = [emit.words(emit.offset(start, at), bits) for start in step.rows]
+        base = emit.offset(step.x, emit.scaled(step.index, step_weights * 4))
+        products = [ir.Constant(_VF32, [0.0] * LANES)] * rows
+        for field, shift in enumerate(field_shifts(bits)):
+            values = emit.load(_VF32, emit.offset(base, field * LANES * 4), align=4)
             for row in range(rows):
-                emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, emit.scaled(apart, 4 * row)))
-            return context.get_dummy_value()
+                products[row] = emit.fma(emit.field(words[row][field], bits, shift), values, products[row])
+        if groups_a_step:
+            return products, emit.scaled(step.index, groups_a_step), None
+        return products, emit.builder.udiv(step.index, _I64(steps_a_group)), None
 
-        return signature_of(10, types.void), generate
-
-    return quantized_dots
+    return make_group_dots(products_of, max(groups_a_step, 1), kind, rows)
 
 
 def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
