@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import struct
-import sys
-from collections.abc import Iterator
 from math import prod
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPTS = ROOT / "examples" / "train_demo"
 CHECKPOINT = SCRIPTS / "checkpoint"
 DEMO = ROOT / "src" / "flash_moe_mlx" / "demo"
@@ -28,14 +26,6 @@ TOOL = {
         },
     },
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Iterator[None]:
-    """The example's scripts import each other by bare name, as they run."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
 
 
 @pytest.fixture(scope="module")

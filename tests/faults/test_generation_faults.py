@@ -3,59 +3,20 @@
 import gc
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import flash_moe_mlx
 from flash_moe_mlx import RequestError, ShortReadError, StoreError, stream_generate
-from flash_moe_mlx.models.qwen3_5_moe import Model
 from flash_moe_mlx.trace import DECODE, PREFILL
 
-from .support.models import VOCABULARY, make_converted, smallest_limit
-from .support.refusals import held
-from .support.stores import FaultyStore
-
-PROMPT = np.random.default_rng(6).integers(1, VOCABULARY, 17).tolist()
-OTHER = np.random.default_rng(7).integers(1, VOCABULARY, 5).tolist()
-Loaded = tuple[Model, TokenizerWrapper]
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_converted(tmp_path_factory.mktemp("checkpoint"), bits=4)
-
-
-@pytest.fixture
-def loaded(directory: Path) -> Iterator[Loaded]:
-    """The fewest slots that work: nearly every step reads."""
-    model, tokenizer = flash_moe_mlx.load(directory, memory_limit=smallest_limit(directory))
-    with model.streaming:
-        yield model, tokenizer
-
-
-@pytest.fixture(scope="module")
-def expected(directory: Path) -> dict[int, list[int]]:
-    """Tokens of an undisturbed model, by the prompt's length."""
-    model, tokenizer = flash_moe_mlx.load(directory, memory_limit="1GB")
-    with model.streaming:
-        return {len(prompt): run((model, tokenizer), prompt) for prompt in (PROMPT, OTHER)}
-
-
-def run(loaded: Loaded, prompt: list[int] = PROMPT) -> list[int]:
-    return [response.token for response in stream_generate(*loaded, prompt, 10)]
-
-
-def inject(model: Model, fault: Callable[[int, int], Exception | None]) -> FaultyStore:
-    """Put a store that fails between the model and its own."""
-    engine = model.streaming
-    engine._store = engine._cache._source = FaultyStore(engine._store, fault=fault)
-    return engine._store
+from ..support.faulty_models import OTHER, PROMPT, Loaded, inject, run
+from ..support.refusals import held
 
 
 def after(count: int, error: BaseException) -> Callable[[int, int], BaseException | None]:

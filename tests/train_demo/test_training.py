@@ -1,7 +1,5 @@
 """The demo's training loss is that of transformers' own forward pass, document by document."""
 
-import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -9,15 +7,7 @@ import pytest
 
 pytestmark = pytest.mark.oracle
 
-SCRIPTS = Path(__file__).parents[1] / "examples" / "train_demo"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def scripts() -> Iterator[None]:
-    """The example's scripts import each other by bare name, as they run."""
-    sys.path.insert(0, str(SCRIPTS))
-    yield
-    sys.path.remove(str(SCRIPTS))
+SCRIPTS = Path(__file__).parents[2] / "examples" / "train_demo"
 
 
 @pytest.fixture(scope="module")

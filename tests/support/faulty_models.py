@@ -1,0 +1,27 @@
+"""What tests of faults do with a small model: prompts, a run of it, a store that fails under it."""
+
+from collections.abc import Callable
+
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from flash_moe_mlx import stream_generate
+from flash_moe_mlx.models.qwen3_5_moe import Model
+
+from .models import VOCABULARY
+from .stores import FaultyStore
+
+PROMPT = np.random.default_rng(6).integers(1, VOCABULARY, 17).tolist()
+OTHER = np.random.default_rng(7).integers(1, VOCABULARY, 5).tolist()
+Loaded = tuple[Model, TokenizerWrapper]
+
+
+def run(loaded: Loaded, prompt: list[int] = PROMPT) -> list[int]:
+    return [response.token for response in stream_generate(*loaded, prompt, 10)]
+
+
+def inject(model: Model, fault: Callable[[int, int], BaseException | None]) -> FaultyStore:
+    """Put a store that fails between the model and its own."""
+    engine = model.streaming
+    engine._store = engine._cache._source = FaultyStore(engine._store, fault=fault)
+    return engine._store
