@@ -52,8 +52,23 @@ class GenerationStats:
         return cls(counters.hit_rate, counters.bytes_read, counters.read_seconds, counters.hits, counters.misses)
 
 
+class NamedRows:
+    """What prints as a short table of ``rows()``, and as HTML in a notebook."""
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) pairs in the order in which they are shown."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows())
+        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
+
+    def _repr_html_(self) -> str:
+        return table_html(self.rows())
+
+
 @dataclass(frozen=True)
-class StreamingStats:
+class StreamingStats(NamedRows):
     """A running engine at one moment. Prints as a short table, and as HTML in a notebook.
 
     Attributes:
@@ -101,13 +116,6 @@ class StreamingStats:
             ("I/O mode", f"{self.io} ({self.io_reason})" if self.io_reason else self.io),
         ]
         return rows + [("lossy", choice) for choice in self.lossy]
-
-    def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
-
-    def _repr_html_(self) -> str:
-        return table_html(self.rows())
 
 
 def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:

@@ -8,14 +8,13 @@ import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from html import escape
 from pathlib import Path
 from typing import Any
 
 from .checkpoint import Checkpoint
 from .errors import CheckpointError, CorruptError, FlashMoEError, MissingTensorError, RequestError
 from .packed_format import MANIFEST_NAME, Manifest, PackedLayer
-from .stats import format_bytes
+from .stats import NamedRows, format_bytes
 
 SAMPLED_RECORDS = 4
 """Records of each layer that are read where not all are: the first, the last and what lies between evenly."""
@@ -43,7 +42,7 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Report:
+class Report(NamedRows):
     """What a check found. Prints as a short table, and as HTML in a notebook; true if nothing is wrong.
 
     Attributes:
@@ -100,14 +99,6 @@ class Report:
             "compared": self.compared, "bytes_read": self.bytes_read,
             "problems": [vars(problem) for problem in self.problems],
         }  # fmt: skip
-
-    def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
-
-    def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.rows())
-        return f"<table>{cells}</table>"
 
 
 def verify(

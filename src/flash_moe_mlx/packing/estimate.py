@@ -4,11 +4,10 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from ..machine import available_cores
-from ..stats import format_bytes
+from ..stats import NamedRows, format_bytes
 from .plan import PackPlan
 from .sources import Source
 from .tasks import ExpertTask, SourceFiles
@@ -18,7 +17,7 @@ _PROBE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Estimate:
+class Estimate(NamedRows):
     """Sizes, room and time. Prints as a short table, and as HTML in a notebook.
 
     Attributes:
@@ -55,14 +54,6 @@ class Estimate:
     def to_json(self) -> dict[str, Any]:
         """As ``flash-moe pack --dry-run --json`` prints it."""
         return vars(self) | {"lossy": list(self.lossy)}
-
-    def __str__(self) -> str:
-        width = max(len(name) for name, _ in self.rows())
-        return "\n".join(f"{name:<{width}}  {value}" for name, value in self.rows())
-
-    def _repr_html_(self) -> str:
-        cells = "".join(f"<tr><th>{escape(name)}</th><td>{escape(value)}</td></tr>" for name, value in self.rows())
-        return f"<table>{cells}</table>"
 
 
 def estimate(plan: PackPlan, source: Source, workspace: Workspace, remaining_bytes: int) -> Estimate:
