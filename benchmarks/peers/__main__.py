@@ -18,6 +18,7 @@ from benchmarks.peers import checks
 from benchmarks.peers.cases import CASES, Case
 from benchmarks.peers.engines import ENGINES, Places
 from benchmarks.peers.measure import Run, measure
+from benchmarks.peers.simulated_disk import throttle
 from benchmarks.peers.table import plot, read_runs, table
 
 
@@ -36,6 +37,7 @@ def main() -> None:
     run.add_argument("--alternations", type=int, default=3)
     run.add_argument("--phase-seconds", type=float, default=45)
     run.add_argument("--limit-seconds", type=float, default=170)
+    run.add_argument("--disk-gb-s", type=float, help="hold reading from the models' disk to this rate")
     run.add_argument("--options", default="{}", help="more of our load_model's arguments, as JSON")
     show = commands.add_parser("table", help="the table of all runs")
     memory = commands.add_parser("memory", help="does ours stay within its limit?")
@@ -67,6 +69,8 @@ def main() -> None:
         return
     if not arguments.runs.exists():
         arguments.runs.write_text(Run.header() + "\n")
+    if arguments.disk_gb_s:
+        throttle(arguments.folder, arguments.disk_gb_s)
     derived = {case.prompt_is for case in CASES.values()}
     for _ in range(arguments.alternations):
         for name in arguments.case or [name for name in CASES if name not in derived]:
