@@ -252,7 +252,7 @@ class _Steps:
     def prefill(self, tokens: mx.array, embeddings: mx.array | None) -> None:
         """Advance the caches by a chunk of the prompt; no logits are computed."""
         self._begin(tokens, embeddings)
-        self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings))
+        self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=0)
         self.note(tokens)
         self._quantize_caches()
         mx.eval(pending_states(self.caches), self._seen)

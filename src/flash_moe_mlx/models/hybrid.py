@@ -19,7 +19,7 @@ from ..streaming import StreamingEngine
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .costs import HybridCosts
 from .family import Family, convert, dense_bytes, load_bytes
-from .layers import Embedding, Linear, QuantizationOf, SwiGLU
+from .layers import MATVEC_ROWS, Embedding, Linear, QuantizationOf, SwiGLU
 from .mixers import GatedAttention, GatedDeltaNet, mix
 
 if TYPE_CHECKING:
@@ -165,11 +165,13 @@ class HybridModel(nn.Module):
             inputs: Token ids. Shape (B, L).
             cache: One cache a layer, advanced by L; None starts from an empty context.
             input_embeddings: Used in place of the tokens' own. Shape (B, L, H).
-            logits_to_keep: Only this many last positions; None keeps all L.
+            logits_to_keep: Only this many last positions, 0 for none; None keeps all L.
 
         Returns:
-            Shape (B, L or logits_to_keep, vocabulary). The output projection is lazy where it can be:
-            logits that nobody evaluates cost nothing on a GPU.
+            Shape (B, L or logits_to_keep, vocabulary). With None and more than 8 positions in all they are lazy:
+            a prompt's logits that nobody evaluates cost neither time nor memory. MLX's product, which computes
+            them then, is slow on a CPU: ask for them with ``logits_to_keep=L``. The limit counts one position a
+            sequence; what is returned beyond that is the caller's.
 
         Raises:
             MemoryLimitError: If the limit can't hold a pass of this size.
@@ -186,10 +188,13 @@ class HybridModel(nn.Module):
             if batch * tokens == 1 and (decoder := self._decoder()) is not None:
                 room = [c.own() if isinstance(c, ArraysCache | KVCache) else None for c in cache]
                 if all(arrays is not None for arrays in room):
-                    return decoder.step(hidden, cache, room)
+                    return decoder.step(hidden, cache, room)[:, :logits_to_keep]
             hidden = text(hidden.astype(self.dtype), cache, rows)
-        hidden = text.norm(hidden if logits_to_keep is None else hidden[:, -logits_to_keep:])
-        return self.output_projection(hidden)
+        if logits_to_keep is None and batch * tokens > MATVEC_ROWS:
+            return self.output_projection.deferred(text.norm(hidden))
+        if logits_to_keep == 0:
+            return mx.zeros((batch, 0, self.config.vocab_size), self.dtype)
+        return self.output_projection(text.norm(hidden[:, -(logits_to_keep or tokens) :]))
 
 
 def prepare_hybrid(

@@ -7,7 +7,7 @@ import mlx.nn as nn
 
 from ..ops.backend import use_cpu_kernels
 from ..ops.dense_matmul import dense_matmul
-from ..ops.dequant_matvec import dequant_matvec
+from ..ops.dequant_matvec import dequant_matvec, dequant_matvec_reference
 from ..record import Quantization
 
 MATVEC_ROWS = 8
@@ -48,6 +48,15 @@ class Linear(nn.Module):
                 )
             y = y.reshape(*x.shape[:-1], -1)
         y = y.astype(x.dtype)
+        return y + self.bias if "bias" in self else y
+
+    def deferred(self, x: mx.array) -> mx.array:
+        """As a call, in MLX's own operations on every backend: nothing is computed until somebody evaluates it."""
+        if self.quantization is None:
+            y = (x @ self.weight.T).astype(x.dtype)
+        else:
+            bits, group_size = self.quantization.bits, self.quantization.group_size
+            y = dequant_matvec_reference(x, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
         return y + self.bias if "bias" in self else y
 
 

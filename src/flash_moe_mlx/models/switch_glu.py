@@ -89,7 +89,7 @@ class StreamingModel:
         batch, tokens = (inputs if input_embeddings is None else input_embeddings).shape[:2]
         with self.streaming.forward_pass(batch, tokens, tokens + context_length(cache)):
             logits = super().__call__(inputs, cache=cache, **extra)  # type: ignore[misc]
-        return logits if logits_to_keep is None else logits[:, -logits_to_keep:]
+        return logits if logits_to_keep is None else logits[:, max(tokens - logits_to_keep, 0) :]
 
 
 def prepare(
