@@ -1,5 +1,6 @@
 """Slots in MLX memory and the cache over them, with a source that fills records with their expert's number."""
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
@@ -13,6 +14,7 @@ from flash_moe_mlx.cache import ExpertCache
 from flash_moe_mlx.errors import MemoryLimitError, ShapeError, StoreError
 from flash_moe_mlx.policies import LRU, AgedLFU, Policy
 from flash_moe_mlx.record import Quantization, RecordLayout
+from flash_moe_mlx.slots import waves
 from flash_moe_mlx.store import ReadRequest
 
 LAYOUT = RecordLayout.contiguous(
@@ -188,3 +190,38 @@ def test_experts_of_a_large_pass_come_hottest_last() -> None:
     for wave in ([5, 2], [3, 1]):
         cache.acquire(0, wave, counted=True).wait()
     assert set(cache.present(0)) == {3, 1}
+
+
+@settings(deadline=None)
+@given(
+    slots=st.integers(1, 9),
+    passes=st.lists(st.sets(st.integers(0, 15), min_size=1), min_size=1, max_size=4),
+    tokens=st.sampled_from([1, 100]),
+)
+def test_a_wave_stays_while_the_next_is_read(slots: int, passes: list[set[int]], tokens: int) -> None:
+    """And each expert of a pass comes once, is read at most once, and not at all if it was in memory."""
+    cache, source = make_cache(slots)
+    for wanted in passes:
+        ordered, hits = cache.order(0, sorted(wanted), None, tokens)
+        present, read = set(cache.present(0)), len(source.reads)
+        groups = waves(ordered, hits, slots, tokens)
+        assert sorted(expert for group in groups for expert in group) == sorted(wanted)
+        fetch = cache.acquire(0, groups[0], counted=True)
+        fetch.wait()
+        for group, following in itertools.pairwise([*groups, []]):
+            current = fetch
+            if following:
+                keep = group if slots > 1 else ()
+                fetch = cache.acquire(0, following, counted=True, keep=keep)
+                fetch.wait()  # it lands while the first one is being computed
+            if slots > 1:
+                assert {contents(cache, 0, slot) for slot in current.slots.values()} == set(group)
+        assert set(source.reads[read:]) == {(0, expert) for expert in wanted - present}
+        assert len(source.reads[read:]) == len(wanted - present)
+
+
+def test_what_is_kept_counts_as_asked_for() -> None:
+    cache, _ = make_cache(3)
+    cache.acquire(0, [1, 2]).wait()
+    with pytest.raises(MemoryLimitError, match="4 experts"):
+        cache.acquire(0, [3, 4], keep=[1, 2])

@@ -129,26 +129,27 @@ class ExpertCache:
         """
         return self._settled(layer).order(experts, counts, tokens)
 
-    def acquire(self, layer: int, experts: Sequence[int], *, counted: bool = False) -> Fetch:
+    def acquire(self, layer: int, experts: Sequence[int], *, counted: bool = False, keep: Sequence[int] = ()) -> Fetch:
         """Slots for distinct experts of a layer; reads of the absent ones are under way on return.
 
-        The caller must have waited for every computation that reads this layer's slots.
+        The caller must have waited for every computation that reads this layer's slots, but those of ``keep``.
 
         Args:
             layer: The layer.
             experts: Distinct expert ids.
             counted: `order` has counted them as used.
+            keep: Experts in memory that stay there.
 
         Raises:
             MemoryLimitError: If they are more than the layer has slots.
         """
         slots = self._settled(layer)
-        if len(experts) > slots.bank.num_slots:
+        if len(experts) + len(keep) > slots.bank.num_slots:
             raise MemoryLimitError(
-                f"[ExpertCache] layer {layer} has {slots.bank.num_slots} slots, {len(experts)} experts were asked "
-                "for at once. Raise memory_limit."
+                f"[ExpertCache] layer {layer} has {slots.bank.num_slots} slots, {len(experts) + len(keep)} experts "
+                "were asked for at once. Raise memory_limit."
             )
-        assigned = slots.claim(experts if counted else slots.order(experts)[0])
+        assigned = slots.claim(experts if counted else slots.order(experts)[0], keep)
         misses = tuple(slots.filling)
         reads = None
         if misses:

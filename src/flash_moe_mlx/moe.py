@@ -17,11 +17,8 @@ from .ops.expert_batch import expert_ffn_grouped
 from .ops.expert_ffn import Activation, expert_ffn
 from .ops.expert_ffn_combine import expert_ffn_combine
 from .ops.moe_combine import moe_combine
+from .slots import PAIRWISE_TOKENS
 from .streaming import Wave
-
-MATVEC_TOKENS = 8
-"""Up to this many tokens, each (token, expert) pair is computed on its own; beyond it, tokens are
-grouped by expert. Chosen by the number of tokens alone, so that bits do not depend on the budget."""
 
 
 class ExpertFetcher(Protocol):
@@ -70,7 +67,7 @@ class RoutedExperts:
         Raises:
             StoreError: If a record can't be read.
         """
-        compute = self._by_pair if len(ids) <= MATVEC_TOKENS else self._by_expert
+        compute = self._by_pair if len(ids) <= PAIRWISE_TOKENS else self._by_expert
         return compute(x, ids, self.fetch(ids) if waves is None else waves)
 
     def combined(
@@ -84,7 +81,7 @@ class RoutedExperts:
         residual: mx.array,
     ) -> mx.array:
         """``moe_combine`` of the experts' outputs, shape (T, H); one operation where all experts are in one wave."""
-        if len(ids) <= MATVEC_TOKENS and self._activation is None:
+        if len(ids) <= PAIRWISE_TOKENS and self._activation is None:
             first = list(islice(waves, 1))
             slots = _slot_table(first[0].slots, ids) if first else None
             if slots is not None and (slots >= 0).all():

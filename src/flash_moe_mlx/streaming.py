@@ -226,11 +226,11 @@ class StreamingEngine:
         return self._layouts[layer]
 
     def waves(self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None) -> Iterator[Wave]:
-        """Bring experts of a layer into memory, as many at a time as there are slots for.
+        """Bring experts of a layer into memory, in waves that the slots hold.
 
-        Reads of the first wave are under way on return, and waited for when it is asked for. Those present
-        come first, so that the first wave evicts none that is wanted. The caller must have evaluated what it
-        computed from one wave before it asks for the next.
+        Reads of the first wave are under way on return, and waited for when it is asked for; those of the next one
+        go on while the caller computes. Those present come first, so that none that is wanted is evicted. The
+        caller must have evaluated what it computed from one wave before it asks for the next.
 
         Args:
             experts: Distinct expert ids, ascending.
@@ -244,7 +244,7 @@ class StreamingEngine:
         ordered, hits = self._cache.order(layer, experts.tolist(), uses, tokens)
         self._counters.hits += hits
         self._counters.misses += len(ordered) - hits
-        groups = waves(ordered, self._cache.num_slots(layer))
+        groups = waves(ordered, hits, self._cache.num_slots(layer), tokens)
         return self._waves(layer, groups, self._acquire(layer, groups[0]) if groups else None)
 
     def token(self, layer: int, experts: list[int]) -> TokenFetch:
@@ -267,22 +267,22 @@ class StreamingEngine:
         if cancelled is not None and cancelled.is_set():
             raise CancelledError
 
-    def _acquire(self, layer: int, experts: list[int]) -> Fetch:
+    def _acquire(self, layer: int, experts: list[int], keep: Sequence[int] = ()) -> Fetch:
         self._check_cancelled()
         self._settle()
-        return self._cache.acquire(layer, experts, counted=True)
+        return self._cache.acquire(layer, experts, counted=True, keep=keep)
 
     def _waves(self, layer: int, groups: list[list[int]], first: Fetch | None) -> Iterator[Wave]:
-        fetch = first
-        for group in groups:
-            if fetch is None:
-                fetch = self._acquire(layer, group)
+        fetch, num_slots = first, self._cache.num_slots(layer)
+        for group, following in itertools.zip_longest(groups, groups[1:]):
+            current = self._acquire(layer, group) if fetch is None else fetch
             started = time.perf_counter()
-            self._counters.bytes_read += fetch.wait()
-            if fetch.misses:
+            self._counters.bytes_read += current.wait()
+            if current.misses:
                 self._counters.read_seconds += time.perf_counter() - started
-            yield Wave(self._cache.bank(layer), fetch.slots)
-            fetch = None
+            ahead = following is not None and len(group) + len(following) <= num_slots
+            fetch = self._acquire(layer, following, group) if ahead else None
+            yield Wave(self._cache.bank(layer), current.slots)
 
     def reading(self, output: mx.array) -> None:
         """Say that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
