@@ -34,7 +34,7 @@ TASK_ROWS = 64
 
 DOT_ROWS = 2
 """Of them, rows whose products are computed side by side. They are half a task apart: processors read ahead in
-streams, and those of neighbours end with the row (experiments 050)."""
+streams, and those of neighbours end with the row (experiment 051)."""
 
 TILE_K = 256
 """Weights of a row that are unpacked at once: a tile is 64 KiB and stays in the second-level cache."""
