@@ -1,6 +1,5 @@
 """Several sequences at once: each expert that any of them wants is read once, and every one gets its own tokens."""
 
-import gc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ import flash_moe_mlx
 from flash_moe_mlx import MemoryLimitError, stream_generate
 from flash_moe_mlx.trace import DECODE
 
-from .support.models import VOCABULARY, chat_config, make_converted, smallest_limit
+from .support.models import VOCABULARY, chat_config, forget_peak, make_converted, smallest_limit
 from .support.numerics import RELATIVE_RMS, assert_close
 
 Loaded = tuple[Any, TokenizerWrapper]
@@ -196,8 +195,7 @@ def test_a_batch_takes_its_memory_from_the_slots(
     with model.streaming as engine:
         assert engine.stats().num_slots == EXPERTS * LAYERS
         caches = [type(cache).merge([cache] * 8) for cache in model.make_cache()]
-        gc.collect()  # arrays of other tests' models, waiting in cycles, would count
-        mx.reset_peak_memory()
+        forget_peak()
         for _ in range(2):
             mx.eval(model(mx.array(RNG.integers(1, VOCABULARY, batch[:2])), cache=caches, logits_to_keep=1))
             with engine.forward_pass(*batch):

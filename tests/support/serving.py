@@ -17,6 +17,8 @@ import flash_moe_mlx
 from flash_moe_mlx.server.app import create_app
 from flash_moe_mlx.server.config import ServerConfig
 
+from .models import forget_peak
+
 STORY = [{"role": "user", "content": "Tell me a story about a small fox."}]
 SUM = [{"role": "user", "content": "What is 17 + 25?"}]
 WEATHER = [{"role": "user", "content": "What is the weather in Lisbon?"}]
@@ -54,6 +56,7 @@ def served(model: Any, tokenizer: Any, **config: Any) -> Iterator[str]:
 def demo(memory_limit: str = "1GB", max_context: int = 8192, **config: Any) -> Iterator[str]:
     """Serve the embedded model; yields the address."""
     demo_path = files("flash_moe_mlx") / "demo"
+    forget_peak()
     model, tokenizer = flash_moe_mlx.load(demo_path, memory_limit=memory_limit, max_context=max_context)
     with model.streaming, served(model, tokenizer, **config) as address:
         yield address
