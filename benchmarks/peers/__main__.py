@@ -24,7 +24,7 @@ from benchmarks.peers.table import plot, read_runs, table
 
 def engines_of(case: Case) -> list[str]:
     """Ours first, then those that its targets name."""
-    return list(dict.fromkeys(["ours", *(peer for _, peer, _ in case.targets)]))
+    return list(dict.fromkeys(["ours", *(name for own, peer, _ in case.targets for name in (own, peer))]))
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
                     CASES[name],
                     engine,
                     places,
-                    extra=("--options", arguments.options) if engine == "ours" else (),
+                    extra=("--options", arguments.options) if engine.startswith("ours") else (),
                     phase_seconds=arguments.phase_seconds,
                     limit_seconds=arguments.limit_seconds,
                 )

@@ -47,8 +47,8 @@ class Case:
         return self.tokens == 0
 
 
-def _against_llama(least: float) -> tuple[tuple[str, str, float], ...]:
-    return (("ours", "llama.cpp", least), ("ours", "llama.cpp-ra128", least))
+def _against_llama(least: float, ours: str = "ours") -> tuple[tuple[str, str, float], ...]:
+    return ((ours, "llama.cpp", least), (ours, "llama.cpp-ra128", least))
 
 
 _EIGHT = _against_llama(8)
@@ -58,10 +58,11 @@ CASES = {
         Case("decode-12gib-uniform", 12, "uniform", targets=_EIGHT),
         Case("decode-8gib-uniform", 8, "uniform", targets=_EIGHT),
         Case("decode-4gib-uniform", 4, "uniform", targets=_EIGHT),
-        Case("decode-8gib-local", 8, "local", prompt=128, warmup=32, tokens=32, targets=_against_llama(0.7)),
+        Case("decode-8gib-local", 8, "local", prompt=128, warmup=32, tokens=32,
+             targets=_against_llama(0.7) + _against_llama(0.9, "ours-8bit")),
         Case("decode-4gib-local", 4, "local", targets=_EIGHT),
         Case("decode-unlimited", None, "uniform", prompt=512, warmup=8, tokens=32, warm=True,
-             targets=_against_llama(0.7), prompt_is="prefill-unlimited"),
+             targets=_against_llama(0.7) + _against_llama(1.0, "ours-8bit"), prompt_is="prefill-unlimited"),
         Case("prefill-unlimited", None, "uniform", prompt=512, warmup=0, tokens=0, warm=True,
              targets=_against_llama(0.7)),
         Case("prefill-8gib", 8, "uniform", prompt=512, warmup=0, tokens=0, targets=_against_llama(1.0)),

@@ -9,7 +9,16 @@ from benchmarks.synthetic import dimensions_of, write_checkpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 THREADS = 2
-ENGINES = ("ours", "llama.cpp", "llama.cpp-ra128", "mlx-lm", "mlx-lm-float32", "mlx-optiq", "mlx-optiq-float32")
+ENGINES = (
+    "ours",
+    "ours-8bit",
+    "llama.cpp",
+    "llama.cpp-ra128",
+    "mlx-lm",
+    "mlx-lm-float32",
+    "mlx-optiq",
+    "mlx-optiq-float32",
+)
 READ_AHEAD_KIB = {"llama.cpp-ra128": 128}
 """Of the disk while an engine runs, where it is not the machine's own. A page fault reads this much; llama.cpp faults
 its weights in: of 8 MiB, as this project's machine has it, nearly all is thrown away again under a small limit. 128 is

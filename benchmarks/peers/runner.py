@@ -24,6 +24,8 @@ def load_ours(path: Path, arguments: argparse.Namespace) -> Any:
     from flash_moe_mlx import load_model
 
     options = json.loads(arguments.options)
+    if arguments.engine == "ours-8bit":
+        options["activation_bits"] = 8
     context = arguments.prompt + arguments.decode + 8
     return load_model(path, memory_limit=arguments.memory_limit, max_context=context, **options)
 
