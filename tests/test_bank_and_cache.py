@@ -204,18 +204,18 @@ def test_a_wave_stays_while_the_next_is_read(slots: int, passes: list[set[int]],
     for wanted in passes:
         ordered, hits = cache.order(0, sorted(wanted), None, tokens)
         present, read = set(cache.present(0)), len(source.reads)
-        groups = waves(ordered, hits, slots, tokens)
-        assert sorted(expert for group in groups for expert in group) == sorted(wanted)
-        fetch = cache.acquire(0, groups[0], counted=True)
+        planned = waves(ordered, hits, slots, tokens)
+        assert sorted(expert for wave in planned for expert in wave.experts) == sorted(wanted)
+        fetch = cache.acquire(0, planned[0].experts, counted=True)
         fetch.wait()
-        for group, following in itertools.pairwise([*groups, []]):
+        for wave, following in itertools.zip_longest(planned, planned[1:]):
             current = fetch
-            if following:
-                keep = group if slots > 1 else ()
-                fetch = cache.acquire(0, following, counted=True, keep=keep)
+            if following is not None:
+                assert following.keep == (wave.experts if slots > 1 else [])
+                fetch = cache.acquire(0, following.experts, counted=True, keep=following.keep)
                 fetch.wait()  # it lands while the first one is being computed
             if slots > 1:
-                assert {contents(cache, 0, slot) for slot in current.slots.values()} == set(group)
+                assert {contents(cache, 0, slot) for slot in current.slots.values()} == set(wave.experts)
         assert set(source.reads[read:]) == {(0, expert) for expert in wanted - present}
         assert len(source.reads[read:]) == len(wanted - present)
 

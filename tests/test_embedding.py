@@ -26,7 +26,7 @@ import flash_moe_mlx
 from flash_moe_mlx import RequestError, StoreError, generate, stream_generate, stream_generate_async
 from flash_moe_mlx.models.qwen3_5_moe import Model
 
-from .support.models import VOCABULARY, chat_config, make_converted, smallest_limit
+from .support.models import VOCABULARY, chat_config, make_converted, smallest_limit, with_fewest_slots
 from .support.stores import FaultyStore
 
 CHILD = Path(__file__).parent / "support" / "embedding_child.py"
@@ -57,10 +57,8 @@ def other_directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded(directory: Path) -> Iterator[Loaded]:
-    """The fewest slots that work: nearly every step reads."""
-    model, tokenizer = flash_moe_mlx.load(directory, memory_limit=smallest_limit(directory))
-    with model.streaming:
-        yield model, tokenizer
+    with with_fewest_slots(directory) as pair:
+        yield pair
 
 
 @pytest.fixture(scope="module")

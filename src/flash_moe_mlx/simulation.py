@@ -82,11 +82,9 @@ def replay(
         table = SlotTable(slots, make([experts for experts, _, _, _ in requests]))
         for number, (experts, counts, tokens, phase) in enumerate(requests):
             ordered, hits = table.order(experts, counts, tokens)
-            computed: list[int] = []
-            for group in waves(ordered, hits, slots, tokens):
-                table.claim(group, computed if len(computed) + len(group) <= slots else ())
+            for wave in waves(ordered, hits, slots, tokens):
+                table.claim(*wave)
                 table.publish()
-                computed = group
             if number >= skip_passes:
                 counted[:, phase, column] += hits, len(ordered) - hits
     decoded = int((trace.phase == DECODE).sum())

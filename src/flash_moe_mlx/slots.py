@@ -1,6 +1,7 @@
 """SlotTable: which expert of a layer is in which slot. Bookkeeping without memory; simulations use it too."""
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 from .policies import Policy
 
@@ -11,10 +12,17 @@ WAVE = 32
 """Experts of a prompt that are computed while the next ones are read: enough to keep threads and disk busy."""
 
 
-def waves(ordered: Sequence[int], hits: int, num_slots: int, tokens: int) -> list[list[int]]:
-    """Experts in groups, of which two beside each other fit the slots: one is computed while the next is read.
+class PlannedWave(NamedTuple):
+    """Experts of one wave, and those of the one before, where slots hold both: they stay while this one is read."""
 
-    All are one group where that is possible and nothing would be gained.
+    experts: list[int]
+    keep: list[int]
+
+
+def waves(ordered: Sequence[int], hits: int, num_slots: int, tokens: int) -> list[PlannedWave]:
+    """Experts in waves, of which two beside each other fit the slots: one is computed while the next is read.
+
+    All are one wave where that is possible and nothing would be gained.
 
     Args:
         ordered: Distinct experts, as `SlotTable.order` returns them.
@@ -23,10 +31,12 @@ def waves(ordered: Sequence[int], hits: int, num_slots: int, tokens: int) -> lis
         tokens: Of the forward pass.
     """
     if len(ordered) <= num_slots and (tokens <= PAIRWISE_TOKENS or hits == len(ordered)):
-        return [list(ordered)] if ordered else []
+        return [PlannedWave(list(ordered), [])] if ordered else []
     size = max(min(num_slots // 2, WAVE), 1)
     present, missing = ordered[:hits], ordered[hits:]
-    return [list(part[i : i + size]) for part in (present, missing) for i in range(0, len(part), size)]
+    groups = [list(part[i : i + size]) for part in (present, missing) for i in range(0, len(part), size)]
+    before = [[], *groups] if num_slots > 1 else [[] for _ in groups]
+    return [PlannedWave(group, keep) for group, keep in zip(groups, before, strict=False)]
 
 
 class SlotTable:

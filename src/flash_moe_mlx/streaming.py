@@ -21,7 +21,7 @@ from .cache import ExpertCache, Fetch
 from .config import StreamingConfig, parse_size
 from .errors import MemoryLimitError, RequestError, StoreError
 from .record import RecordLayout
-from .slots import waves
+from .slots import PlannedWave, waves
 from .stats import Counters, StreamingStats, format_bytes
 from .store import ExpertStore
 from .trace import DECODE, PREFILL, TraceRecorder
@@ -244,8 +244,8 @@ class StreamingEngine:
         ordered, hits = self._cache.order(layer, experts.tolist(), uses, tokens)
         self._counters.hits += hits
         self._counters.misses += len(ordered) - hits
-        groups = waves(ordered, hits, self._cache.num_slots(layer), tokens)
-        return self._waves(layer, groups, self._acquire(layer, groups[0]) if groups else None)
+        planned = waves(ordered, hits, self._cache.num_slots(layer), tokens)
+        return self._waves(layer, planned, self._acquire(layer, planned[0]) if planned else None)
 
     def token(self, layer: int, experts: list[int]) -> TokenFetch:
         """Begin to bring one token's distinct experts into memory: ``waves`` of one row, for CPU kernels.
@@ -267,21 +267,20 @@ class StreamingEngine:
         if cancelled is not None and cancelled.is_set():
             raise CancelledError
 
-    def _acquire(self, layer: int, experts: list[int], keep: Sequence[int] = ()) -> Fetch:
+    def _acquire(self, layer: int, wave: PlannedWave) -> Fetch:
         self._check_cancelled()
         self._settle()
-        return self._cache.acquire(layer, experts, counted=True, keep=keep)
+        return self._cache.acquire(layer, wave.experts, counted=True, keep=wave.keep)
 
-    def _waves(self, layer: int, groups: list[list[int]], first: Fetch | None) -> Iterator[Wave]:
-        fetch, num_slots = first, self._cache.num_slots(layer)
-        for group, following in itertools.zip_longest(groups, groups[1:]):
-            current = self._acquire(layer, group) if fetch is None else fetch
+    def _waves(self, layer: int, planned: list[PlannedWave], first: Fetch | None) -> Iterator[Wave]:
+        fetch = first
+        for wave, following in itertools.zip_longest(planned, planned[1:]):
+            current = self._acquire(layer, wave) if fetch is None else fetch
             started = time.perf_counter()
             self._counters.bytes_read += current.wait()
             if current.misses:
                 self._counters.read_seconds += time.perf_counter() - started
-            ahead = following is not None and len(group) + len(following) <= num_slots
-            fetch = self._acquire(layer, following, group) if ahead else None
+            fetch = self._acquire(layer, following) if following is not None and following.keep else None
             yield Wave(self._cache.bank(layer), current.slots)
 
     def reading(self, output: mx.array) -> None:

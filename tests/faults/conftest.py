@@ -8,7 +8,7 @@ import pytest
 import flash_moe_mlx
 
 from ..support.faulty_models import OTHER, PROMPT, Loaded, run
-from ..support.models import make_converted, smallest_limit
+from ..support.models import make_converted, with_fewest_slots
 
 
 @pytest.fixture(scope="module")
@@ -18,10 +18,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def loaded(directory: Path) -> Iterator[Loaded]:
-    """The fewest slots that work: nearly every step reads."""
-    model, tokenizer = flash_moe_mlx.load(directory, memory_limit=smallest_limit(directory))
-    with model.streaming:
-        yield model, tokenizer
+    with with_fewest_slots(directory) as pair:
+        yield pair
 
 
 @pytest.fixture(scope="module")

@@ -12,10 +12,11 @@ import mlx_lm.utils
 import numpy as np
 import pytest
 from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from flash_moe_mlx.errors import MemoryLimitError
-from flash_moe_mlx.loading import load_model
+from flash_moe_mlx.loading import load, load_model
 from flash_moe_mlx.models.qwen3_5_moe import Model
 
 from .checkpoints import make_checkpoint, text_config
@@ -90,6 +91,14 @@ def streamed(directory: Path, memory_limit: int | str = "1GB", **arguments: Any)
     model = load_model(directory, memory_limit=memory_limit, **arguments)
     with model.streaming:
         yield model
+
+
+@contextmanager
+def with_fewest_slots(directory: Path) -> Iterator[tuple[Model, TokenizerWrapper]]:
+    """Our model and its tokenizer at the smallest limit, where nearly every step reads; closed at the end."""
+    model, tokenizer = load(directory, memory_limit=smallest_limit(directory))
+    with model.streaming:
+        yield model, tokenizer
 
 
 def greedy(model: Any, prompt: list[int], count: int, cache: list[Any] | None = None) -> tuple[list[int], float]:
