@@ -180,6 +180,9 @@ class StreamingEngine:
                 self._recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
             try:
                 yield
+            except BaseException:
+                self._store.drain()  # reads of what would have come next
+                raise
             finally:
                 self._begin_unread()
             self._counters.tokens += routed

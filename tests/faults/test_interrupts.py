@@ -14,6 +14,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from flash_moe_mlx import moe
+from flash_moe_mlx.ops.expert_batch import expert_ffn_grouped
 from flash_moe_mlx.store import ReadRequest
 
 from ..support.faulty_models import OTHER, PROMPT, Loaded, inject, run
@@ -61,6 +63,31 @@ def test_an_interrupt_in_a_real_wait(loaded: Loaded, expected: dict[int, list[in
         run(loaded)
     assert reads.calls > 40
     assert reads.running == 0
+    assert run(loaded) == expected[17]
+
+
+def test_no_read_outlives_an_interrupted_pass(
+    loaded: Loaded, expected: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
+):
+    """A prompt's next wave is being read while one is computed: it is waited for before the caller goes on."""
+    model, _ = loaded
+    store = inject(model, lambda layer, expert: None)
+    store.delay = 0.1
+    under_way: list[bool] = []
+
+    def interrupted(*arguments: Any) -> mx.array:
+        under_way.append(not store._batches[-1].done())
+        if under_way[-1]:
+            raise KeyboardInterrupt
+        return expert_ffn_grouped(*arguments)
+
+    monkeypatch.setattr(moe, "expert_ffn_grouped", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(loaded)
+    assert under_way[-1]
+    assert store._batches[-1].done()
+    store.delay = 0
+    monkeypatch.undo()
     assert run(loaded) == expected[17]
 
 
