@@ -30,9 +30,11 @@ def waves(ordered: Sequence[int], hits: int, num_slots: int, tokens: int) -> lis
         num_slots: S.
         tokens: Of the forward pass.
     """
-    if len(ordered) <= num_slots and (tokens <= PAIRWISE_TOKENS or hits == len(ordered)):
+    fit = len(ordered) <= num_slots
+    if fit and (tokens <= PAIRWISE_TOKENS or hits == len(ordered) or len(ordered) <= WAVE):
         return [PlannedWave(list(ordered), [])] if ordered else []
-    size = max(min(num_slots // 2, WAVE), 1)
+    # Where some have to leave, larger waves would push out what decode wants: experiment 062.
+    size = WAVE if fit else max(min(num_slots // 4, WAVE), 1)
     present, missing = ordered[:hits], ordered[hits:]
     groups = [list(part[i : i + size]) for part in (present, missing) for i in range(0, len(part), size)]
     before = [[], *groups] if num_slots > 1 else [[] for _ in groups]

@@ -178,12 +178,13 @@ class StreamingEngine:
             routed = batch * tokens if routed_tokens is None else routed_tokens
             if self._recorder is not None and not self._recorder.closed:
                 self._recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
+            finished = False
             try:
                 yield
-            except BaseException:
-                self._store.drain()  # reads of what would have come next
-                raise
+                finished = True
             finally:
+                if not finished:
+                    self._store.drain()  # reads of what would have come next
                 self._begin_unread()
             self._counters.tokens += routed
 
