@@ -30,7 +30,7 @@ C_TYPES = {
     mx.int32: "int32_t", mx.bool_: "uchar", mx.uint8: "uchar",
 }  # fmt: skip
 GUARD_BYTES = 65536
-"""Bytes behind each output that a kernel must leave alone."""
+"""Bytes behind each array: of an output, those a kernel must leave alone; of an input, NaN that it must not read."""
 
 MAX_CONSTANT_ELEMENTS = 8
 """MLX passes inputs of fewer elements in Metal's constant address space."""
@@ -157,7 +157,7 @@ def launch(
     order: str = "ascending",
     edit: Any = None,
 ) -> list[mx.array]:
-    """Run a kernel. Outputs are NaN before.
+    """Run a kernel. Outputs are NaN before, and NaN lies behind the inputs: a mutant may read it.
 
     Args:
         kernel: As for ``kernel_source.launch``, like the next three.
@@ -176,7 +176,8 @@ def launch(
     make = cl.mem_flags.COPY_HOST_PTR
     arguments = []
     for argument, array in zip(kernel_source.read_kernel(kernel.name).inputs, inputs, strict=True):
-        arguments.append(cl.Buffer(context(), make, hostbuf=to_numpy(array)))
+        held = np.concatenate([to_numpy(array).reshape(-1).view(np.uint8), np.full(GUARD_BYTES, 0xFF, np.uint8)])
+        arguments.append(cl.Buffer(context(), make, hostbuf=held))
         if f"int* {argument}_shape" in text:
             arguments.append(cl.Buffer(context(), make, hostbuf=np.array(array.shape, np.int32)))
     results = []
