@@ -11,6 +11,7 @@ import pytest
 from flash_moe_mlx.errors import RequestError
 from flash_moe_mlx.models import hybrid
 from flash_moe_mlx.ops.backend import use_cpu_kernels
+from flash_moe_mlx.trace import NOT_RECORDED, RoutingTrace
 
 from .support.models import VOCABULARY, chat_config, make_converted, smallest_limit, streamed
 from .support.numerics import assert_close
@@ -72,6 +73,22 @@ def test_bits_do_not_depend_on_what_is_in_memory(directory: Path) -> None:
     with streamed(directory, smallest_limit(directory)) as model:
         assert np.array_equal(decode(model, prefilled(model), PROMPT, PROMPT + 12), expected)
         assert 0 < model.streaming.stats().hit_rate < 1
+
+
+def test_two_tokens_at_once_are_two_steps(directory: Path, tmp_path: Path) -> None:
+    with streamed(directory) as model:
+        expected = decode(model, prefilled(model), PROMPT, PROMPT + 4)
+        first, second = (mx.array(TOKENS[:, i : i + 2]) for i in (PROMPT, PROMPT + 2))
+        with model.streaming.trace(tmp_path / "trace.npz"):
+            cache = prefilled(model)
+            assert np.array_equal(np.array(model(first, cache=cache))[0], expected[:2])
+            assert np.array_equal(np.array(model(second, cache=cache, logits_to_keep=1))[0], expected[3:])
+        cache = prefilled(model)
+        assert model(first, cache=cache, logits_to_keep=0).shape == (1, 0, VOCABULARY)
+        assert np.array_equal(np.array(model(second, cache=cache, logits_to_keep=2))[0], expected[2:])
+        trace = RoutingTrace.read(tmp_path / "trace.npz")
+        assert trace.passes.tolist() == [PROMPT, 2, 2]
+        assert (trace.experts != NOT_RECORDED).all()
 
 
 def test_copies_of_a_cache_go_their_own_ways(directory: Path) -> None:

@@ -111,8 +111,13 @@ class TraceRecorder:
         self._passes.append((tokens, phase, {}))
 
     def record(self, layer: int, experts: np.ndarray, weights: np.ndarray) -> None:
-        """One layer's choice: ids and weights of shape (tokens, K)."""
-        self._passes[-1][2][layer] = (experts.copy(), weights.astype(np.float16))
+        """One layer's choice for the pass's next tokens: ids and weights of shape (tokens, K)."""
+        layers, scores = self._passes[-1][2], weights.astype(np.float16)
+        if layer in layers:
+            before = layers[layer]
+            layers[layer] = np.concatenate([before[0], experts]), np.concatenate([before[1], scores])
+        else:
+            layers[layer] = experts.copy(), scores
 
     def close(self) -> None:
         """Write the file. Later calls do nothing."""

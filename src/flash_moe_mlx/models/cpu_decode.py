@@ -106,8 +106,8 @@ class CPUDecoder:
         self._layers = [self._layer(config, index, layer) for index, layer in enumerate(text.layers)]
         self._logits = empty(config.vocab_size)
         last, output = self._pool.vector("last", config.hidden_size), model.output_projection
-        head = product(output, last, self._logits)
-        end = [normed(text.norm, self._hidden, 0, last), *last.orders, head]
+        self._head = product(output, last, self._logits)
+        end = [normed(text.norm, self._hidden, 0, last), *last.orders, self._head]
         self._first = Tape(self._layers[0].begin)
         for layer, following in zip(self._layers, [*(layer.begin for layer in self._layers[1:]), end], strict=True):
             hits, misses = layer.hits, layer.misses
@@ -125,13 +125,14 @@ class CPUDecoder:
         """Whether the model's modules and arrays are those that the tapes were built on."""
         return all(owner.get(name) is value for owner, name, value in self._held)
 
-    def step(self, hidden: mx.array, caches: Sequence[Any], room: Sequence[Any]) -> mx.array:
-        """Logits (1, 1, vocabulary) of one embedded token (1, 1, H); the caches are advanced.
+    def step(self, hidden: mx.array, caches: Sequence[Any], room: Sequence[Any], *, logits: bool) -> mx.array | None:
+        """Logits (1, 1, vocabulary) of one embedded token (1, 1, H), if asked for; the caches are advanced.
 
         Args:
             hidden: float32.
             caches: One a layer.
             room: What each one's ``own`` returned.
+            logits: Whether to compute them.
 
         Raises:
             StoreError: If an expert can't be read. The caches are then of no more use.
@@ -144,10 +145,12 @@ class CPUDecoder:
             layer.mixer.set(arrays, position)
             if isinstance(layer.mixer, _Attention):
                 cache.offset += 1
+        for tape in (self._layers[-1].whole, self._layers[-1].late):
+            tape.set_tasks(self._head, self._head.tasks if logits else 0)
         self._first.play()
         for number, layer in enumerate(self._layers):
             self._experts(number, layer)
-        return mx.array(self._logits)[None, None]
+        return mx.array(self._logits)[None, None] if logits else None
 
     def _experts(self, number: int, layer: _Layer) -> None:
         ids = self._ids.tolist()

@@ -35,6 +35,12 @@ _SHIFTED_NORMS = (
     ".k_norm.weight",
 )
 
+STEPPED_TOKENS = 2
+"""Up to this many new tokens of one sequence are decoded one by one on the CPU.
+
+That is quicker than a chunk up to about eight, but of more than two a small cache might read an expert twice.
+"""
+
 DeltaNet = Callable[[ModelConfig, str, QuantizationOf], GatedDeltaNet]
 
 
@@ -185,16 +191,36 @@ class HybridModel(nn.Module):
         length = tokens + context_length(cache)
         rows = unpadded_rows(cache, tokens)
         with self.streaming.forward_pass(batch, tokens, length, routed_tokens=None if rows is None else len(rows)):
-            if batch * tokens == 1 and (decoder := self._decoder()) is not None:
-                room = [c.own() if isinstance(c, ArraysCache | KVCache) else None for c in cache]
-                if all(arrays is not None for arrays in room):
-                    return decoder.step(hidden, cache, room)[:, :logits_to_keep]
+            if batch == 1 and tokens <= STEPPED_TOKENS:
+                logits = self._stepped(hidden, cache, tokens if logits_to_keep is None else logits_to_keep)
+                if logits is not None:
+                    return logits
             hidden = text(hidden.astype(self.dtype), cache, rows)
         if logits_to_keep is None and batch * tokens > MATVEC_ROWS:
             return self.output_projection.deferred(text.norm(hidden))
         if logits_to_keep == 0:
-            return mx.zeros((batch, 0, self.config.vocab_size), self.dtype)
+            return self._no_logits(batch)
         return self.output_projection(text.norm(hidden[:, -(logits_to_keep or tokens) :]))
+
+    def _stepped(self, hidden: mx.array, cache: list[Any], kept: int) -> mx.array | None:
+        """Logits of the last ``kept`` tokens, one token at a time; None where the decoder can't go on from here."""
+        decoder = self._decoder()
+        if decoder is None:
+            return None
+        tokens = hidden.shape[1]
+        logits = []
+        for token in range(tokens):
+            room = [c.own() if isinstance(c, ArraysCache | KVCache) else None for c in cache]
+            if any(arrays is None for arrays in room):
+                return None  # so before the first token, or never
+            step = decoder.step(hidden[:, token : token + 1], cache, room, logits=token >= tokens - kept)
+            logits += [] if step is None else [step]
+        if len(logits) == 1:
+            return logits[0]
+        return mx.concatenate(logits, axis=1) if logits else self._no_logits(1)
+
+    def _no_logits(self, batch: int) -> mx.array:
+        return mx.zeros((batch, 0, self.config.vocab_size), self.dtype)
 
 
 def prepare_hybrid(

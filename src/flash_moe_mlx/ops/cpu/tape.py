@@ -50,6 +50,7 @@ class Operation:
 
     Attributes:
         arguments: Its numbers and addresses; may be changed between plays. Shape (A,), int64.
+        tasks: How many tasks it has.
     """
 
     def __init__(self, function: Any, tasks: int, *arguments: Any, beside: bool = False, nbytes: int = 0):
@@ -64,6 +65,7 @@ class Operation:
         """
         self._kept = (function, arguments)
         self.arguments = np.array([_packed(value) for value in arguments], np.int64)
+        self.tasks = tasks
         self.nbytes = nbytes
         self.row = [function.address, address(self.arguments), tasks, int(beside)]
 
