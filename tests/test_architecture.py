@@ -19,10 +19,10 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 ORDER = [
     "errors", "record", "machine", "config", "stats", "safetensors_header", "hub_headers", "quantization",
     "expert_tensors", "packed_format", "checkpoint", "trace", "policies", "slots", "routing", "simulation", "budget",
-    "file_io", "disk_probe", "io_choice", "record_check", "store", "buffer_cache", "bank", "cache", "streaming",
-    "packing", "verification", "ops", "kernel_bench", "moe", "models", "loading", "prefix_cache", "generation",
-    "async_generation", "answer", "tools", "conversation", "speed", "planner",
-    "planning", "profiling", "plot", "server", "cli",
+    "file_io", "disk_probe", "io_choice", "record_check", "io_threads", "store", "buffer_cache", "bank", "cache",
+    "streaming", "packing", "verification", "ops", "kernel_bench", "moe", "models", "loading", "prefix_cache",
+    "generation", "async_generation", "answer", "tools", "conversation", "speed", "planner", "planning", "profiling",
+    "plot", "server", "cli",
 ]  # fmt: skip
 
 MAX_LINES = 500

@@ -387,6 +387,7 @@ def interrupted_in_thread(loaded: Loaded, seconds: float) -> bool:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(300, method="thread")  # the other method has the same signal
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # one that came after the work
 def test_interrupted_at_random_moments(loaded: Loaded, expected: list[int]):

@@ -243,7 +243,7 @@ def test_interrupt_waits_for_running_reads(large: Checkpoint, faults: Any):
 def test_interrupt_while_submitting(large: Checkpoint, faults: Any, monkeypatch: pytest.MonkeyPatch):
     preadv = faults(lambda number, offset, nbytes: time.sleep(0.05))
     with ExpertStore(large, num_threads=2) as store:
-        real_submit, taken = store._pool.submit, []
+        real_submit, taken = store._threads.submit, []
 
         def submit(*job: Any) -> Any:
             taken.append(real_submit(*job))
@@ -251,7 +251,7 @@ def test_interrupt_while_submitting(large: Checkpoint, faults: Any, monkeypatch:
                 raise KeyboardInterrupt
             return taken[-1]
 
-        monkeypatch.setattr(store._pool, "submit", submit)
+        monkeypatch.setattr(store._threads, "submit", submit)
         requests = [request_for(large, 0, expert) for expert in range(3)]
         with pytest.raises(KeyboardInterrupt):
             store.submit(requests)

@@ -15,9 +15,9 @@ import queue
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -25,6 +25,7 @@ from typing import NamedTuple
 from .checkpoint import ByteRange, Checkpoint
 from .errors import RequestError, ShortReadError, StoreError
 from .file_io import DIRECT_ALIGNMENT, ReadOnlyFile, read_aligned, read_fully
+from .io_threads import IOThreads, Latch
 from .record_check import RecordCheck
 
 IO_MODES = ("mmap", "pread", "direct")
@@ -85,8 +86,8 @@ class PendingReads:
         self._unclaimed = set(range(len(self._jobs)))  # jobs that no thread has begun
         self._running = 0
         self._abandoned = False
-        self._finished = threading.Event()
-        self._futures: list[Future[None]] = []
+        self._finished = Latch()
+        self._fault: BaseException | None = None  # of this library, from one of its threads
         self._bytes_read = 0
         self._on_end: Callable[[PendingReads], None] = lambda _: None
 
@@ -112,8 +113,8 @@ class PendingReads:
         if self._errors:
             raise self._errors[min(self._errors)]
         if not all(self.completed):
-            for future in self._futures:
-                future.result()  # raises what is a fault of this library
+            if self._fault is not None:
+                raise self._fault
             raise StoreError(
                 "[ExpertStore] a batch must be read to its end, got one given up by close() or an interrupt. "
                 "Submit it again."
@@ -122,7 +123,7 @@ class PendingReads:
 
     def done(self) -> bool:
         """Whether every read of the batch has ended."""
-        return self._finished.is_set()
+        return self._finished.is_open()
 
     @property
     def completed(self) -> tuple[bool, ...]:
@@ -159,10 +160,10 @@ class PendingReads:
     def _end(self) -> None:
         """Safe to call again: an interrupt may have come in between."""
         self._on_end(self)
-        self._finished.set()
+        self._finished.open()
 
     def _abandon(self) -> None:
-        while not self._finished.is_set():
+        while not self._finished.is_open():
             with suppress(KeyboardInterrupt):  # a second one: still nobody may write later
                 self._drop()
                 self._finished.wait()
@@ -177,6 +178,22 @@ class PendingReads:
     def _piece_failed(self, piece: _Piece, error: StoreError) -> None:
         with self._lock:
             self._errors.setdefault(piece.request, error)
+
+
+class _Running:
+    """A job while a thread runs it. What it raises is for whoever waits for the batch."""
+
+    def __init__(self, pending: PendingReads):
+        self._pending = pending
+
+    def __enter__(self) -> None:
+        """The job has been claimed."""
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
+        if error is not None:
+            self._pending._fault = error
+        self._pending._release()
+        return True
 
 
 class ExpertStore:
@@ -235,7 +252,7 @@ class ExpertStore:
         if io == "direct":
             for _ in range(num_threads):
                 self._buffers.put(mmap.mmap(-1, _DIRECT_BUFFER_BYTES))  # page-aligned
-        self._pool = ThreadPoolExecutor(num_threads, thread_name_prefix="flash-moe-io")
+        self._threads = IOThreads(num_threads, "flash-moe-io")
 
     # --- reading ---
 
@@ -284,10 +301,8 @@ class ExpertStore:
         begun = False
         try:
             for job in range(len(pending._jobs)):
-                pending._futures.append(self._pool.submit(self._run, pending, job))
+                self._threads.submit(partial(self._run, pending, job))
             begun = True
-        except RuntimeError as error:  # the pool has shut down: close() or the interpreter's end came between
-            raise StoreError(f"[ExpertStore] must be open, got {error}. Open a new store.") from error
         finally:
             if not begun:  # also for an interrupt: nobody would wait for what has begun
                 pending._abandon()
@@ -330,7 +345,7 @@ class ExpertStore:
             under_way = tuple(self._under_way)
         for pending in under_way:
             pending._drop()
-        self._pool.shutdown(wait=True)
+        self._threads.close()
         self._close_files()
         while not self._buffers.empty():
             self._buffers.get().close()
@@ -378,10 +393,8 @@ class ExpertStore:
     def _run(self, pending: PendingReads, number: int) -> None:
         if not pending._claim(number):
             return
-        try:
+        with _Running(pending):
             self._read_job(pending, pending._jobs[number])
-        finally:
-            pending._release()
 
     def _read_job(self, pending: PendingReads, job: Sequence[_Piece]) -> None:
         if self.io == "mmap":

@@ -1,13 +1,10 @@
 """Ctrl-C while a model generates: it stays usable, and what it says next is right."""
 
-import dis
 import os
 import signal
-import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from types import FrameType
+from collections.abc import Sequence
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +16,7 @@ from flash_moe_mlx.ops.expert_batch import expert_ffn_grouped
 from flash_moe_mlx.store import ReadRequest
 
 from ..support.faulty_models import OTHER, PROMPT, Loaded, inject, run
+from ..support.interrupts import READS, interrupted_at
 from ..support.stores import FaultyPreadv
 
 
@@ -91,41 +89,6 @@ def test_no_read_outlives_an_interrupted_pass(
     assert run(loaded) == expected[17]
 
 
-INTERRUPTIBLE = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME")}
-"""Instructions after which CPython looks for signals: no other place can be hit by Ctrl-C."""
-
-
-def interrupted_at(place: int, call: Callable[[], object]) -> bool:
-    """Call with a KeyboardInterrupt at the given place of cache.py, streaming.py and moe.py, counted as they run."""
-    count = 0
-    last: dict[FrameType, int] = {}
-
-    def local(frame: FrameType, event: str, argument: object) -> Any:
-        nonlocal count
-        if event == "opcode":
-            count += last.get(frame) in INTERRUPTIBLE
-            last[frame] = frame.f_code.co_code[frame.f_lasti]
-            if count == place:
-                raise KeyboardInterrupt
-        return local
-
-    def begin(frame: FrameType, event: str, argument: object) -> Any:
-        if not frame.f_code.co_filename.endswith(("/cache.py", "/streaming.py", "/moe.py")):
-            return None
-        frame.f_trace_opcodes = True
-        return local
-
-    before = sys.gettrace()
-    sys.settrace(begin)
-    try:
-        call()
-    except KeyboardInterrupt:
-        return True
-    finally:
-        sys.settrace(before)
-    return False
-
-
 def is_free(lock: Any) -> bool:
     """Whether another thread could take it."""
     free: list[bool] = []
@@ -153,3 +116,23 @@ def test_an_interrupt_anywhere_in_a_step(loaded: Loaded):
             assert np.array_equal(np.array(model(step)), logits), f"wrong after an interrupt at {place}"
         place += 11
     assert place > 200
+
+
+def test_an_interrupt_anywhere_in_a_read(loaded: Loaded):
+    """Nobody is left waiting.
+
+    Locks that Python's own classes hold (Event, Semaphore, Future) stay locked if it comes between two of their
+    instructions, and the I/O threads would wait for them for ever.
+    """
+    store = loaded[0].streaming._store
+    layout = store.checkpoint.layout(0)
+    whole, buffer = (bytearray(layout.record_bytes) for _ in range(2))
+    store.read_into([ReadRequest(0, 0, memoryview(whole))])
+    requests = [ReadRequest(0, expert, memoryview(buffer)) for expert in (1, 0)]
+    place = 1
+    while interrupted_at(place, lambda: store.read_into(requests), READS):
+        store.drain()
+        store.read_into(requests[1:])
+        assert buffer == whole, f"wrong after an interrupt at {place}"
+        place += 1
+    assert place > 50
