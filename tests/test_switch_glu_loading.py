@@ -273,7 +273,6 @@ LARGER: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.slow
-@pytest.mark.serial
 @pytest.mark.parametrize("model_type", LARGER)
 def test_limit_holds(model_type: str, tmp_path: Path):
     """MLX's own peak through load, a prefill of 512 tokens and 16 of decode, in a process of its own."""

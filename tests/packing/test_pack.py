@@ -335,7 +335,6 @@ print(peak() - before)
 """
 
 
-@pytest.mark.serial
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
 def test_memory_does_not_grow_with_the_model(tmp_path: Path):
     """A model of 330 MB, of which 134 MB are two tensors, in pieces of 2 MB: it is never there as a whole."""
