@@ -28,6 +28,9 @@ def test_json_has_usage_and_streaming_figures():
     cut = document("generate", ADD, "--json", "--max-tokens", "2", "--num-experts-per-tok", "2")
     assert (cut["finish_reason"], cut["usage"]["completion_tokens"]) == ("length", 2)
     assert cut["lossy"]
+    rounded = document("generate", ADD, "--json", "--max-tokens", "2", "--activation-bits", "8", "--verify", "none")
+    assert rounded["lossy"] == ["8-bit activations in decode"]
+    assert "sample" in refusal("generate", ADD, "--verify", "all")
 
 
 def test_sampling_is_repeatable_with_a_seed():

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import RequestError
 from .options import (
+    ActivationBits,
     Io,
     Json,
     MaxContext,
@@ -16,6 +17,7 @@ from .options import (
     Model,
     NumExpertsPerTok,
     Revision,
+    Verify,
     add_command,
     model_path,
     open_model,
@@ -40,6 +42,8 @@ def bench(
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
     revision: Revision = None,
+    activation_bits: ActivationBits = None,
+    verify: Verify = "sample",
     json: Json = False,
 ) -> None:
     """Measure a model's prefill and decode speed, and the share of experts that it found in memory.
@@ -51,7 +55,8 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     directory = _local(model) if cold else None
-    with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+    with open_model(model, *how) as (loaded, tokenizer):
         measured = []
         for run in range(runs + 1):
             if directory is not None:

@@ -9,6 +9,7 @@ import typer
 
 from ..errors import MemoryLimitError
 from .options import (
+    ActivationBits,
     Io,
     MaxContext,
     MaxTokens,
@@ -21,6 +22,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    Verify,
     open_model,
     sampler,
 )
@@ -60,6 +62,8 @@ def chat(
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
     revision: Revision = None,
+    activation_bits: ActivationBits = None,
+    verify: Verify = "sample",
 ) -> None:
     """Chat in the terminal, with tools.
 
@@ -81,7 +85,8 @@ def chat(
     console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets lines as they are
     offered = [tool for path in tools or [] for tool in load_tools(path)]
     read = _reader(console.is_terminal)
-    with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+    with open_model(model, *how) as (loaded, tokenizer):
         if calculator and tokenizer.has_tool_calling:
             offered += load_tools(CALCULATOR)
         conversation = Conversation(

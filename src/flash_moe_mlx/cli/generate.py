@@ -7,6 +7,7 @@ import typer
 
 from ..errors import RequestError
 from .options import (
+    ActivationBits,
     Io,
     Json,
     MaxContext,
@@ -20,6 +21,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    Verify,
     open_model,
     print_json,
     sampler,
@@ -45,6 +47,8 @@ def generate(
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
     revision: Revision = None,
+    activation_bits: ActivationBits = None,
+    verify: Verify = "sample",
     json: Json = False,
 ) -> None:
     """Generate an answer, printed as it comes.
@@ -60,7 +64,8 @@ def generate(
         prompt = sys.stdin.read().rstrip("\n")
     from .. import stream_generate
 
-    with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+    with open_model(model, *how) as (loaded, tokenizer):
         show = printable if sys.stdout.isatty() else str
         text = ""
         for response in stream_generate(

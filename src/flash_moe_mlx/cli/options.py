@@ -27,6 +27,10 @@ Io = Annotated[str, typer.Option(help="How experts are read: auto, mmap, pread o
 NumExpertsPerTok = Annotated[
     int | None, typer.Option(help="Experts a token. Fewer than the model's own is faster and lossy.")
 ]
+ActivationBits = Annotated[
+    int | None, typer.Option(help="8 rounds what is multiplied with 4-bit weights on the CPU: faster and lossy.")
+]
+Verify = Annotated[str, typer.Option(help="Packed records compared with their checksums: sample, full or none.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer; -1 for no limit.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; more is more random.", min=0)]
@@ -68,6 +72,8 @@ def open_model(
     io: str,
     num_experts_per_tok: int | None,
     revision: str | None,
+    activation_bits: int | None,
+    verify: str,
 ) -> Iterator[tuple[Any, Any]]:
     """The model and its tokenizer, loaded as a command's options say; closed at the end."""
     from .. import load
@@ -79,6 +85,8 @@ def open_model(
         io=io,
         num_experts_per_tok=num_experts_per_tok,
         revision=revision,
+        activation_bits=activation_bits,
+        verify=verify != "none" and verify,
     )
     with loaded[0].streaming:
         yield loaded

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    ActivationBits,
     Io,
     MaxContext,
     MemoryLimit,
@@ -18,6 +19,7 @@ from .options import (
     Revision,
     Temperature,
     TopK,
+    Verify,
     missing_extra,
     open_model,
 )
@@ -52,6 +54,8 @@ def serve(
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
     revision: Revision = None,
+    activation_bits: ActivationBits = None,
+    verify: Verify = "sample",
 ) -> None:
     """Serve a model to OpenAI's clients, with a status page.
 
@@ -85,7 +89,8 @@ def serve(
             allowed_hosts=(*LOOPBACK, *(allow_host or ())) if local or allow_host else None,
             sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
         )
-        with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+        how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+        with open_model(model, *how) as (loaded, tokenizer):
             app = create_app(loaded, tokenizer, config)
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
             typer.echo(f"Serving {config.model_id} at {address}/v1, status page at {address}/. Ctrl-C ends it.")

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from .options import Io, MaxContext, MemoryLimit, Model, NumExpertsPerTok, Revision, open_model
+from .options import (
+    ActivationBits,
+    Io,
+    MaxContext,
+    MemoryLimit,
+    Model,
+    NumExpertsPerTok,
+    Revision,
+    Verify,
+    open_model,
+)
 
 
 def trace(
@@ -18,6 +28,8 @@ def trace(
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
     revision: Revision = None,
+    activation_bits: ActivationBits = None,
+    verify: Verify = "sample",
 ) -> None:
     """Generate an answer and record the routing, for flash-moe simulate and flash-moe plan.
 
@@ -26,7 +38,8 @@ def trace(
     """
     from .. import stream_generate
 
-    with open_model(model, memory_limit, max_context, io, num_experts_per_tok, revision) as (loaded, tokenizer):
+    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+    with open_model(model, *how) as (loaded, tokenizer):
         tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
         with loaded.streaming.trace(output):
             for response in stream_generate(loaded, tokenizer, tokens, max_tokens):
