@@ -91,6 +91,24 @@ def test_two_tokens_at_once_are_two_steps(directory: Path, tmp_path: Path) -> No
         assert (trace.experts != NOT_RECORDED).all()
 
 
+def test_a_prompt_without_logits_leaves_out_what_only_they_need(directory: Path, tmp_path: Path) -> None:
+    prompt = mx.array(TOKENS[:, :PROMPT])
+    with streamed(directory) as model:
+        whole, caches = model.make_cache(), model.make_cache()
+        mx.eval(model(prompt, cache=whole, logits_to_keep=1))
+        last = model.config.num_hidden_layers - 1
+        asked = model.streaming.stats().bytes_read
+        model.streaming.clear()
+        model.streaming.reset_stats()
+        assert model(prompt, cache=caches, logits_to_keep=0).shape == (1, 0, VOCABULARY)
+        assert len(model.streaming._cache.present(last)) == 0
+        assert 0 < model.streaming.stats().bytes_read < asked
+        assert np.array_equal(decode(model, caches, PROMPT, PROMPT + 4), decode(model, whole, PROMPT, PROMPT + 4))
+        with model.streaming.trace(tmp_path / "trace.npz"):
+            model(prompt, cache=model.make_cache(), logits_to_keep=0)
+        assert (RoutingTrace.read(tmp_path / "trace.npz").experts != NOT_RECORDED).all()
+
+
 def test_copies_of_a_cache_go_their_own_ways(directory: Path) -> None:
     with streamed(directory) as model:
         expected = decode(model, prefilled(model), PROMPT, PROMPT + 12)

@@ -167,7 +167,7 @@ def test_what_is_remembered_is_not_changed_by_going_on(loaded: Loaded, cache: Pr
 def test_an_interrupt_leaves_what_is_remembered(loaded: Loaded, cache: PrefixCache, monkeypatch: pytest.MonkeyPatch):
     answer, _ = run(loaded, PROMPT, prefix_cache=cache, snapshot_at=[30])
     held = len(cache)
-    for layer in (0, 3):
+    for layer in (0, 2):  # a prompt doesn't ask for the last one's experts
         with monkeypatch.context() as patch:
             routed = loaded[0].layers[layer].mlp.routed
             patch.setattr(type(routed), "record", lambda self, *_, at=routed: stop() if self is at else None)

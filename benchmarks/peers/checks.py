@@ -38,7 +38,9 @@ def memory(places: Places, limits_gib: list[int], prompt: int, decode: int) -> N
 
 
 def experts(places: Places, folder: Path, layers: int, alternations: int) -> None:
-    """Decode with E and 2 E experts, all of them in slots and half of them, files in the page cache.
+    """Decode with E and 2 E experts, all of them in slots and half of E, files in the page cache.
+
+    The larger model gets as many slots as bring it the smaller one's hit rate: its misses are not what is asked about.
 
     Raises:
         SystemExit: If the time of a token differs by a tenth or more.
@@ -52,13 +54,19 @@ def experts(places: Places, folder: Path, layers: int, alternations: int) -> Non
     context = _PROMPT + _WARMUP + _TOKENS + 8
     limits = {count: limits_of(model, context) for count, model in models.items()}
     case = Case("experts", None, "uniform", prompt=_PROMPT, warmup=_WARMUP, tokens=_TOKENS, warm=True)
+    half = {count: which[1] for count, which in limits.items()}
+    (_, fewer_hits), (more, hits) = (
+        (count, measure(case, "ours", places, model=model, memory_limit=half[count]).hit_rate or 0)
+        for count, model in models.items()
+    )
+    half[more] += round((limits[more][2] - half[more]) * (fewer_hits - hits) / (1 - hits))
     bad = False
     print("slots\texperts\tms a token\tmin\tmax\thit rate")
-    for share, which in (("all", 2), ("half", 1)):
+    for share, limit in (("all", {count: which[2] for count, which in limits.items()}), ("half", half)):
         runs: dict[int, list[Run]] = {count: [] for count in models}
         for _ in range(alternations):
             for count, model in models.items():
-                runs[count].append(measure(case, "ours", places, model=model, memory_limit=limits[count][which]))
+                runs[count].append(measure(case, "ours", places, model=model, memory_limit=limit[count]))
         medians = []
         for count, own in runs.items():
             times = [run.token_ms or 0 for run in own]

@@ -176,7 +176,7 @@ class StreamingEngine:
                 self._apply(self._budget)
             self._make_room(batch, tokens, length)
             routed = batch * tokens if routed_tokens is None else routed_tokens
-            if self._recorder is not None and not self._recorder.closed:
+            if self._recorder is not None and self.is_recording:
                 self._recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
             finished = False
             try:
@@ -306,9 +306,14 @@ class StreamingEngine:
                 mx.eval(output)
             self._unread = None
 
+    @property
+    def is_recording(self) -> bool:
+        """Whether routers' choices are being written to a trace."""
+        return self._recorder is not None and not self._recorder.closed
+
     def record(self, layer: int, experts: np.ndarray, weights: mx.array | np.ndarray) -> None:
         """Note a router's choice, ids and weights of shape (T, K), if a trace is being recorded."""
-        if self._recorder is not None and not self._recorder.closed:
+        if self._recorder is not None and self.is_recording:
             floats = weights.astype(mx.float32) if isinstance(weights, mx.array) else weights
             self._recorder.record(layer, experts, np.array(floats))
 

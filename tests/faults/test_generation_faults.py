@@ -25,7 +25,7 @@ def after(count: int, error: BaseException) -> Callable[[int, int], BaseExceptio
     return lambda layer, expert: error if next(calls) == count else None
 
 
-@pytest.mark.parametrize("count", [0, 5, 60, 130], ids="read {}".format)
+@pytest.mark.parametrize("count", [0, 5, 60, 110], ids="read {}".format)
 def test_a_read_that_fails(loaded: Loaded, expected: dict[int, list[int]], count: int):
     model, _ = loaded
     inject(model, after(count, StoreError("[disk] is gone. Plug it in.")))

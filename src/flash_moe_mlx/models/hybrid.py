@@ -70,8 +70,12 @@ class DecoderLayer(nn.Module):
                 norm_topk_prob=config.norm_topk_prob,
             )
 
+    def mix(self, x: mx.array, cache: Any) -> mx.array:
+        """``h``; the cache is advanced."""
+        return mix(self.linear_attn if self.is_linear else self.self_attn, self.input_layernorm, x, cache)
+
     def __call__(self, x: mx.array, cache: Any, rows: mx.array | None = None) -> mx.array:
-        h = mix(self.linear_attn if self.is_linear else self.self_attn, self.input_layernorm, x, cache)
+        h = self.mix(x, cache)
         normed = self.post_attention_layernorm(h)
         return self.mlp(normed, h, rows) if isinstance(self.mlp, StreamingMoE) else h + self.mlp(normed)
 
@@ -92,6 +96,12 @@ class TextModel(nn.Module):
         for layer, layer_cache in zip(self.layers, cache, strict=True):
             hidden = layer(hidden, layer_cache, rows)
         return hidden
+
+    def advance(self, hidden: mx.array, cache: list[Any], rows: mx.array | None = None) -> None:
+        """As a call, for the caches' sake alone: what follows the last mixer is left out."""
+        for layer, layer_cache in zip(self.layers[:-1], cache[:-1], strict=True):
+            hidden = layer(hidden, layer_cache, rows)
+        self.layers[-1].mix(hidden, cache[-1])
 
 
 class HybridModel(nn.Module):
@@ -171,7 +181,8 @@ class HybridModel(nn.Module):
             inputs: Token ids. Shape (B, L).
             cache: One cache a layer, advanced by L; None starts from an empty context.
             input_embeddings: Used in place of the tokens' own. Shape (B, L, H).
-            logits_to_keep: Only this many last positions, 0 for none; None keeps all L.
+            logits_to_keep: Only this many last positions; None keeps all L. With 0 only the caches are advanced: the
+                last layer's experts are asked for only while a trace is recorded.
 
         Returns:
             Shape (B, L or logits_to_keep, vocabulary). With None and more than 8 positions in all they are lazy:
@@ -195,11 +206,15 @@ class HybridModel(nn.Module):
                 logits = self._stepped(hidden, cache, tokens if logits_to_keep is None else logits_to_keep)
                 if logits is not None:
                     return logits
-            hidden = text(hidden.astype(self.dtype), cache, rows)
-        if logits_to_keep is None and batch * tokens > MATVEC_ROWS:
-            return self.output_projection.deferred(text.norm(hidden))
+            hidden = hidden.astype(self.dtype)
+            if logits_to_keep == 0 and not self.streaming.is_recording:
+                text.advance(hidden, cache, rows)
+            else:
+                hidden = text(hidden, cache, rows)
         if logits_to_keep == 0:
             return self._no_logits(batch)
+        if logits_to_keep is None and batch * tokens > MATVEC_ROWS:
+            return self.output_projection.deferred(text.norm(hidden))
         return self.output_projection(text.norm(hidden[:, -(logits_to_keep or tokens) :]))
 
     def _stepped(self, hidden: mx.array, cache: list[Any], kept: int) -> mx.array | None:
