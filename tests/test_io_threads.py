@@ -71,7 +71,6 @@ def test_threads_end_with_the_last_reference():
 def test_the_interpreters_end_waits_for_a_job():
     script = """
 import time
-from flash_moe_mlx.errors import StoreError
 from flash_moe_mlx.io_threads import IOThreads
 threads = IOThreads(1, "last")
 threads.submit(lambda: (time.sleep(0.3), print("done")))

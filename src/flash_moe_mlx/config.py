@@ -180,7 +180,7 @@ class StreamingConfig:
         num_experts_per_tok: Overrides the router's K; fewer than the model's own is lossy.
         io: How expert bytes are read: "auto", "mmap", "pread" or "direct".
         prefill_step_size: Tokens a forward pass that scratch memory is set aside for.
-        activation_bits: 8 rounds what single tokens are multiplied with (lossy); None is exact.
+        activation_bits: 8 rounds what one or two tokens are multiplied with (lossy); None is exact.
     """
 
     memory_limit_bytes: int | None = None

@@ -68,8 +68,8 @@ def load(
         num_experts_per_tok: Overrides the router's K. Fewer than the model's own is faster and lossy.
         io: How expert bytes are read: "mmap" or "pread" through the page cache, "direct" past it, or "auto", which
             chooses by how much of the experts it could hold; ``model.streaming.stats()`` tells what and why.
-        activation_bits: 8 rounds what single tokens are multiplied with to 8 bits a group, as llama.cpp does, on the
-            CPU: faster and lossy (logits change by 1 to 2 %). None is exact.
+        activation_bits: 8 rounds what one or two tokens are multiplied with to 8 bits a group, as llama.cpp does, on
+            the CPU: faster and lossy (logits change by 1 to 2 %). None is exact.
         verify: Of a packed checkpoint: "full" compares every record that is read with its checksum, and all other
             files before they are loaded; "sample" one record in 16; False none. Stock checkpoints have no checksums.
         revision: Branch, tag or commit of the repository.

@@ -111,7 +111,7 @@ class HybridModel(nn.Module):
 
     Attributes:
         streaming: The running engine; set by ``attach``.
-        activation_bits: 8 rounds what single tokens are multiplied with on the CPU; None is exact.
+        activation_bits: 8 rounds what one or two tokens are multiplied with on the CPU; None is exact.
     """
 
     streaming: StreamingEngine
