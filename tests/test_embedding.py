@@ -390,6 +390,7 @@ def interrupted_in_thread(loaded: Loaded, seconds: float) -> bool:
 @pytest.mark.timeout(300, method="thread")  # the other method has the same signal
 @pytest.mark.skipif(threading.current_thread() is not threading.main_thread(), reason="signals need the main thread")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # one that came after the work
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # one that hit a callback of gc
 def test_interrupted_at_random_moments(loaded: Loaded, expected: list[int]):
     """No thread, descriptor or slot is lost, and the next answer is a fresh process's."""
     generator = random.Random(9)
