@@ -1,5 +1,5 @@
-// delta.h: one token of the gated delta rule, on the rows of the state that a lane holds in registers.
-// Shared by gated_delta and gated_delta_conv_step.
+// delta.h: the gated delta rule: tokens prepared by a SIMD group, and one token's step on the rows of the state
+// that a lane holds in registers. Shared by gated_delta and gated_delta_conv_step.
 //
 // A row of the state (DK floats) is spread over LANES neighbouring lanes, DK / LANES floats each, in
 // pieces of four: lane l holds floats 4 (i LANES + l) .. + 3. A lane holds ROWS such rows.
@@ -92,6 +92,82 @@ FM_FN void fm_delta_step(
       s.z = metal::fma(change[r], ki.z, s.z);
       s.w = metal::fma(change[r], ki.w, s.w);
       state[r][i] = s;
+    }
+  }
+}
+
+// What a SIMD group prepares of a run of tokens, OWN of them: a lane has DK / 32 floats of each q and k. The body
+// loads decay and beta itself: their inputs may be so small that Metal has them in its constant address space.
+template <int OWN, int DK>
+struct FmTokens {
+  float q[OWN][DK / 32];
+  float k[OWN][DK / 32];
+  float decay[OWN];
+  float beta[OWN];
+};
+
+// Requests q and k of tokens first, first + STRIDE, ...; past the last one that again.
+template <int OWN, int STRIDE, int DK, int HK, typename X>
+FM_FN void fm_request_tokens(
+    thread FmTokens<OWN, DK>& tokens,
+    const device X* queries,
+    const device X* keys,
+    uint first,
+    uint last,
+    uint key_head,
+    uint lane) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    const size_t token = metal::min(first + i * STRIDE, last);
+    const size_t source = (token * HK + key_head) * DK + lane;
+#pragma unroll
+    for (int j = 0; j < DK / 32; j++) {
+      tokens.q[i][j] = float(queries[source + j * 32]);
+      tokens.k[i][j] = float(keys[source + j * 32]);
+    }
+  }
+}
+
+// Stores them as steps first, first + STRIDE, ... below STEPS: q / |q| / sqrt(DK) and k / |k|, and each token's
+// decay g, beta and k . q. rate is exp(A_log), shift dt_bias.
+template <int OWN, int STRIDE, int DK, int STEPS>
+FM_FN void fm_prepare_tokens(
+    threadgroup float* query,
+    threadgroup float* key,
+    threadgroup float* decay,
+    threadgroup float* beta,
+    threadgroup float* dot,
+    const thread FmTokens<OWN, DK>& tokens,
+    float rate,
+    float shift,
+    uint first,
+    uint lane) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    float q_squares = 0.0f;
+    float k_squares = 0.0f;
+    float product = 0.0f;
+#pragma unroll
+    for (int j = 0; j < DK / 32; j++) {
+      q_squares = metal::fma(tokens.q[i][j], tokens.q[i][j], q_squares);
+      k_squares = metal::fma(tokens.k[i][j], tokens.k[i][j], k_squares);
+      product = metal::fma(tokens.q[i][j], tokens.k[i][j], product);
+    }
+    const float q_scale = 1.0f / (metal::sqrt(simd_sum(q_squares) + 1e-6f) * metal::sqrt(float(DK)));
+    const float k_scale = 1.0f / metal::sqrt(simd_sum(k_squares) + 1e-6f);
+    product = simd_sum(product) * q_scale * k_scale;
+    const uint step = first + i * STRIDE;
+    if (step < uint(STEPS)) {
+#pragma unroll
+      for (int j = 0; j < DK / 32; j++) {
+        query[step * DK + j * 32 + lane] = tokens.q[i][j] * q_scale;
+        key[step * DK + j * 32 + lane] = tokens.k[i][j] * k_scale;
+      }
+      if (lane == 0) {
+        decay[step] = metal::exp(-rate * fm_softplus(tokens.decay[i] + shift));
+        beta[step] = fm_sigmoid(tokens.beta[i]);
+        dot[step] = product;
+      }
     }
   }
 }

@@ -8,10 +8,10 @@
 //          32/LANES x ROWS outputs for X_ROWS rows of x, LANES lanes an output, a chunk of weights a lane at a time
 // Traffic  N H (bits + 32/G) / 8 bytes of weights for each X_ROWS rows of x; x from threadgroup memory
 // Fused    dequantisation; each weight is unpacked once for X_ROWS rows
-// Assumes  H % CHUNK == 0, H % G == 0, rows of 16-byte multiples where WIDTH is 4; f32 sums
+// Assumes  H % G == 0, rows of 16-byte multiples where WIDTH is 4; f32 sums
 #include "quantized.h"
 // --- body ---
-constexpr int PITCH = TILE / CHUNK * FM_STRIDE(CHUNK);
+constexpr int PITCH = TILE / FM_CHUNK * FM_STRIDE;
 FM_THREADGROUP_ARRAY(float4, staged_memory, X_ROWS * PITCH / 4);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 
@@ -32,10 +32,10 @@ for (int m = 0; m < X_ROWS; m++) {
 }
 
 // The first weights are on their way while x is staged; later ones while their predecessors are used.
-FmRows<BITS, GROUP, CHUNK, ROWS, S> next;
+FmRows<BITS, GROUP, ROWS, S> next;
 uint chunk = lane % LANES;
-if (chunk < H / CHUNK) {
-  fm_load_rows<BITS, GROUP, CHUNK, ROWS, S, H, WIDTH>(next, weight, scales, biases, first_row, N - 1, chunk);
+if (chunk < H / FM_CHUNK) {
+  fm_load_rows<BITS, GROUP, ROWS, S, H, WIDTH>(next, weight, scales, biases, first_row, N - 1, chunk);
 }
 
 for (uint tile = 0; tile < H; tile += TILE) {
@@ -46,51 +46,48 @@ for (uint tile = 0; tile < H; tile += TILE) {
 #pragma unroll
   for (int m = 0; m < X_ROWS; m++) {
     const device X* row_of_x = x + size_t(metal::min(first_x + m, last_x)) * H + tile;
-    fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged + m * PITCH, row_of_x, width, simd_group, lane);
+    fm_stage_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged + m * PITCH, row_of_x, width, simd_group, lane);
   }
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
 #pragma unroll 1
-  for (; chunk < (tile + width) / CHUNK; chunk += LANES) {
-    const FmRows<BITS, GROUP, CHUNK, ROWS, S> rows = next;
-    if (chunk + LANES < H / CHUNK) {
-      fm_load_rows<BITS, GROUP, CHUNK, ROWS, S, H, WIDTH>(
+  for (; chunk < (tile + width) / FM_CHUNK; chunk += LANES) {
+    const FmRows<BITS, GROUP, ROWS, S> rows = next;
+    if (chunk + LANES < H / FM_CHUNK) {
+      fm_load_rows<BITS, GROUP, ROWS, S, H, WIDTH>(
           next, weight, scales, biases, first_row, N - 1, chunk + LANES);
     }
-    const threadgroup float* chunk_of_x = staged + (chunk - tile / CHUNK) * FM_STRIDE(CHUNK);
+    const threadgroup float* chunk_of_x = staged + (chunk - tile / FM_CHUNK) * FM_STRIDE;
+    float dot[X_ROWS][ROWS];
 #pragma unroll
-    for (int part = 0; part < CHUNK / 32; part++) {
-      float dot[X_ROWS][ROWS];
+    for (int m = 0; m < X_ROWS; m++) {
 #pragma unroll
-      for (int m = 0; m < X_ROWS; m++) {
-#pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-          dot[m][r] = 0.0f;
-        }
+      for (int r = 0; r < ROWS; r++) {
+        dot[m][r] = 0.0f;
       }
+    }
 #pragma unroll
-      for (int i = 0; i < 4; i++) {
-        float w[ROWS][8];
+    for (int i = 0; i < 4; i++) {
+      float w[ROWS][8];
 #pragma unroll
-        for (int r = 0; r < ROWS; r++) {
-          fm_unpack<BITS, (SCALED_BITS > 0)>(rows.words[r], part * 32 + i * 8, w[r]);
-        }
-#pragma unroll
-        for (int m = 0; m < X_ROWS; m++) {
-          const threadgroup float4* part_of_x = (const threadgroup float4*)(chunk_of_x + m * PITCH + part * 32);
-          const float4 low = part_of_x[2 * i];
-          const float4 high = part_of_x[2 * i + 1];
-#pragma unroll
-          for (int r = 0; r < ROWS; r++) {
-            dot[m][r] = fm_dot(w[r], low, high, dot[m][r]);
-          }
-        }
+      for (int r = 0; r < ROWS; r++) {
+        fm_unpack<BITS, (SCALED_BITS > 0)>(rows.words[r], i * 8, w[r]);
       }
 #pragma unroll
       for (int m = 0; m < X_ROWS; m++) {
-        const float sum = chunk_of_x[m * PITCH + CHUNK + part];
-        fm_fold<BITS, GROUP, CHUNK, ROWS, S>(rows, part, dot[m], sum, total[m]);
+        const threadgroup float4* fours_of_x = (const threadgroup float4*)(chunk_of_x + m * PITCH);
+        const float4 low = fours_of_x[2 * i];
+        const float4 high = fours_of_x[2 * i + 1];
+#pragma unroll
+        for (int r = 0; r < ROWS; r++) {
+          dot[m][r] = fm_dot(w[r], low, high, dot[m][r]);
+        }
       }
+    }
+#pragma unroll
+    for (int m = 0; m < X_ROWS; m++) {
+      const float sum = chunk_of_x[m * PITCH + FM_CHUNK];
+      fm_fold<BITS, GROUP, ROWS, S>(rows, dot[m], sum, total[m]);
     }
   }
 }

@@ -23,13 +23,17 @@ FM_FN uint fm_linear_thread() {
 
 FM_FN float fm_float(uint32_t bits) { return __uint_as_float(bits); }
 
-// The bits of word under mask, or-ed into base. nvcc makes two instructions of (word & mask) | base where
-// both are constants, and one of this.
-FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) {
+// The bits of word under mask as a float, in units of 2^-149: the integer as a denormal number, which takes no
+// second instruction, and which NVIDIA's fma reads and multiplies at full speed. x is staged so much larger that
+// products are normal numbers from x q = 2^-52 upwards; x must be below 2^52. (As assembly, because nvcc moves
+// plain ands in front of a barrier, all of them, and then has not enough registers.)
+FM_FN float fm_field(uint32_t word, uint32_t mask) {
   uint32_t out;
-  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(out) : "r"(word), "r"(mask), "r"(base));
-  return out;
+  asm("and.b32 %0, %1, %2;" : "=r"(out) : "r"(word), "r"(mask));
+  return __uint_as_float(out);
 }
+#define FM_STAGED_EXPONENT 75
+#define FM_DOT_SCALE 18889465931478580854784.0f  // 2^(149 - FM_STAGED_EXPONENT)
 
 namespace metal {
 FM_FN float fma(float a, float b, float c) { return __fmaf_rn(a, b, c); }

@@ -5,5 +5,8 @@
 
 FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
 
-// The bits of word under mask, or-ed into base.
-FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+// The bits of word under mask, an integer below 2^23, as a float: or-ed into the bits of 2^23 they are the float
+// 2^23 + q exactly, and subtracting 2^23 leaves q.
+FM_FN float fm_field(uint32_t word, uint32_t mask) { return fm_float((word & mask) | 0x4b000000u) - 8388608.0f; }
+#define FM_STAGED_EXPONENT 0
+#define FM_DOT_SCALE 1.0f

@@ -5,13 +5,13 @@
 // Outputs  y
 // Shapes   h (T K, I) f32, bank (S, RECORD) u32, slots (T, K) u32, y (T K, H) f32
 // Threads  grid (32 T K, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
-//          32/LANES x ROWS rows of one expert, LANES lanes a row, a chunk of CHUNK weights a lane at a time
+//          32/LANES x ROWS rows of one expert, LANES lanes a row, a chunk of 32 weights a lane at a time
 // Traffic  T K H I (bits + 32/G) / 8 bytes of weights, once; h from threadgroup memory
 // Fused    nothing: outputs stay separate, so that moe_combine adds them in the router's order
-// Assumes  I % CHUNK == 0, I % G == 0, parts of the record on 16-byte boundaries; f32 sums
+// Assumes  I % G == 0, parts of the record on 16-byte boundaries; f32 sums
 #include "quantized.h"
 // --- body ---
-FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / CHUNK * FM_STRIDE(CHUNK) / 4);
+FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / FM_CHUNK * FM_STRIDE / 4);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 
 const uint lane = thread_index_in_simdgroup;
@@ -33,10 +33,10 @@ for (int r = 0; r < ROWS; r++) {
 }
 
 // The first weights are on their way while h is staged; later ones while their predecessors are used.
-FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> next;
+FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> next;
 uint chunk = lane % LANES;
-if (chunk < I / CHUNK) {
-  fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
+if (chunk < I / FM_CHUNK) {
+  fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
       next, words, scales, biases, first_row, H - 1, chunk);
 }
 
@@ -45,32 +45,29 @@ for (uint tile = 0; tile < I; tile += TILE) {
   if (tile > 0) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_h + tile, width, simd_group, lane);
+  fm_stage_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_h + tile, width, simd_group, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
 #pragma unroll 1
-  for (; chunk < (tile + width) / CHUNK; chunk += LANES) {
-    const FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> rows = next;
-    if (chunk + LANES < I / CHUNK) {
-      fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
+  for (; chunk < (tile + width) / FM_CHUNK; chunk += LANES) {
+    const FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> rows = next;
+    if (chunk + LANES < I / FM_CHUNK) {
+      fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
           next, words, scales, biases, first_row, H - 1, chunk + LANES);
     }
-    const threadgroup float* chunk_of_h = staged + (chunk - tile / CHUNK) * FM_STRIDE(CHUNK);
+    const threadgroup float* chunk_of_h = staged + (chunk - tile / FM_CHUNK) * FM_STRIDE;
+    const threadgroup float4* fours_of_h = (const threadgroup float4*)chunk_of_h;
+    float dot[ROWS];
 #pragma unroll
-    for (int part = 0; part < CHUNK / 32; part++) {
-      const threadgroup float4* part_of_h = (const threadgroup float4*)(chunk_of_h + part * 32);
-      float dot[ROWS];
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        dot[r] = 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        fm_multiply<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, (SCALED_BITS > 0)>(
-            rows, part * 32 + i * 8, part_of_h[2 * i], part_of_h[2 * i + 1], dot);
-      }
-      fm_fold<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S>(rows, part, dot, chunk_of_h[CHUNK + part], total);
+    for (int r = 0; r < ROWS; r++) {
+      dot[r] = 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      fm_multiply<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, (SCALED_BITS > 0)>(
+          rows, i * 8, fours_of_h[2 * i], fours_of_h[2 * i + 1], dot);
+    }
+    fm_fold<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S>(rows, dot, chunk_of_h[FM_CHUNK], total);
   }
 }
 

@@ -12,7 +12,7 @@
 // Assumes  as expert_down, and I <= TILE; an input that is absent is replaced by any other and not read
 #include "quantized.h"
 // --- body ---
-constexpr int PITCH = TILE / CHUNK * FM_STRIDE(CHUNK);
+constexpr int PITCH = TILE / FM_CHUNK * FM_STRIDE;
 FM_THREADGROUP_ARRAY(float4, staged_memory, 2 * PITCH / 4);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 
@@ -32,12 +32,12 @@ for (int r = 0; r < ROWS; r++) {
 }
 
 // Weights and h of the next step are on their way while this one is computed, across experts too.
-FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> next;
+FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> next;
 float4 next_h[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
 fm_request_tile<TILE, SIMD_GROUPS>(next_h, rows_of_h, I, simd_group, lane);
 const device uint32_t* record = bank + size_t(slots[token * experts]) * RECORD;
-if (first_chunk < I / CHUNK) {
-  fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
+if (first_chunk < I / FM_CHUNK) {
+  fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
       next, record + DOWN_WEIGHT, (const device DOWN_S*)(record + DOWN_SCALES),
       (const device DOWN_S*)(record + DOWN_BIASES), first_row, H - 1, first_chunk);
 }
@@ -45,7 +45,7 @@ if (first_chunk < I / CHUNK) {
 for (uint k = 0; k < experts; k++) {
   // Two buffers in turn: who is a step ahead writes the one that nobody reads, so one barrier a step is enough.
   threadgroup float* own = staged + k % 2 * PITCH;
-  fm_store_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(own, next_h, I, simd_group, lane);
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(own, next_h, I, simd_group, lane);
   const uint following = metal::min(k + 1, experts - 1);
   fm_request_tile<TILE, SIMD_GROUPS>(next_h, rows_of_h + size_t(following) * I, I, simd_group, lane);
   const device uint32_t* next_record = bank + size_t(slots[token * experts + following]) * RECORD;
@@ -57,31 +57,28 @@ for (uint k = 0; k < experts; k++) {
     total[r] = 0.0f;
   }
 #pragma unroll 1
-  for (uint chunk = first_chunk; chunk < I / CHUNK; chunk += LANES) {
-    const FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> rows = next;
-    const bool last = chunk + LANES >= I / CHUNK;
+  for (uint chunk = first_chunk; chunk < I / FM_CHUNK; chunk += LANES) {
+    const FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> rows = next;
+    const bool last = chunk + LANES >= I / FM_CHUNK;
     const device uint32_t* source = last ? next_record : record;
     if (!last || k + 1 < experts) {
-      fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
+      fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
           next, source + DOWN_WEIGHT, (const device DOWN_S*)(source + DOWN_SCALES),
           (const device DOWN_S*)(source + DOWN_BIASES), first_row, H - 1, last ? first_chunk : chunk + LANES);
     }
-    const threadgroup float* chunk_of_h = own + chunk * FM_STRIDE(CHUNK);
+    const threadgroup float* chunk_of_h = own + chunk * FM_STRIDE;
+    const threadgroup float4* fours_of_h = (const threadgroup float4*)chunk_of_h;
+    float dot[ROWS];
 #pragma unroll
-    for (int part = 0; part < CHUNK / 32; part++) {
-      const threadgroup float4* part_of_h = (const threadgroup float4*)(chunk_of_h + part * 32);
-      float dot[ROWS];
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        dot[r] = 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        fm_multiply<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, (SCALED_BITS > 0)>(
-            rows, part * 32 + i * 8, part_of_h[2 * i], part_of_h[2 * i + 1], dot);
-      }
-      fm_fold<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S>(rows, part, dot, chunk_of_h[CHUNK + part], total);
+    for (int r = 0; r < ROWS; r++) {
+      dot[r] = 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      fm_multiply<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, (SCALED_BITS > 0)>(
+          rows, i * 8, fours_of_h[2 * i], fours_of_h[2 * i + 1], dot);
+    }
+    fm_fold<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S>(rows, dot, chunk_of_h[FM_CHUNK], total);
   }
 
   const float weight = float(weights[token * experts + k]);

@@ -5,13 +5,13 @@
 // Outputs  h
 // Shapes   x (T, H), bank (S, RECORD) u32, slots (T, K) u32, h (T K, I) f32
 // Threads  grid (32 T K, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
-//          32/LANES x ROWS rows of one expert, LANES lanes a row, a chunk of CHUNK weights a lane at a time
+//          32/LANES x ROWS rows of one expert, LANES lanes a row, a chunk of 32 weights a lane at a time
 // Traffic  T K I H 2 (bits + 32/G) / 8 bytes of weights, once; x from threadgroup memory
 // Fused    2 matvecs + activation; the gate and up rows of a lane share each read of x
-// Assumes  H % CHUNK == 0, H % G == 0, parts of the record on 16-byte boundaries; f32 sums
+// Assumes  H % G == 0, parts of the record on 16-byte boundaries; f32 sums
 #include "quantized.h"
 // --- body ---
-FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / CHUNK * FM_STRIDE(CHUNK) / 4);
+FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / FM_CHUNK * FM_STRIDE / 4);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 
 const uint lane = thread_index_in_simdgroup;
@@ -38,13 +38,13 @@ for (int r = 0; r < ROWS; r++) {
 }
 
 // The first weights are on their way while x is staged; later ones while their predecessors are used.
-FmRows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S> gate_next;
-FmRows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S> up_next;
+FmRows<GATE_BITS, GATE_GROUP, ROWS, GATE_S> gate_next;
+FmRows<UP_BITS, UP_GROUP, ROWS, UP_S> up_next;
 uint chunk = lane % LANES;
-if (chunk < H / CHUNK) {
-  fm_load_rows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S, H, GATE_WIDTH>(
+if (chunk < H / FM_CHUNK) {
+  fm_load_rows<GATE_BITS, GATE_GROUP, ROWS, GATE_S, H, GATE_WIDTH>(
       gate_next, gate_words, gate_scales, gate_biases, first_row, I - 1, chunk);
-  fm_load_rows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S, H, UP_WIDTH>(
+  fm_load_rows<UP_BITS, UP_GROUP, ROWS, UP_S, H, UP_WIDTH>(
       up_next, up_words, up_scales, up_biases, first_row, I - 1, chunk);
 }
 
@@ -53,43 +53,40 @@ for (uint tile = 0; tile < H; tile += TILE) {
   if (tile > 0) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_x + tile, width, simd_group, lane);
+  fm_stage_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_x + tile, width, simd_group, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 
 #pragma unroll 1
-  for (; chunk < (tile + width) / CHUNK; chunk += LANES) {
-    const FmRows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S> gate_rows = gate_next;
-    const FmRows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S> up_rows = up_next;
-    if (chunk + LANES < H / CHUNK) {
-      fm_load_rows<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S, H, GATE_WIDTH>(
+  for (; chunk < (tile + width) / FM_CHUNK; chunk += LANES) {
+    const FmRows<GATE_BITS, GATE_GROUP, ROWS, GATE_S> gate_rows = gate_next;
+    const FmRows<UP_BITS, UP_GROUP, ROWS, UP_S> up_rows = up_next;
+    if (chunk + LANES < H / FM_CHUNK) {
+      fm_load_rows<GATE_BITS, GATE_GROUP, ROWS, GATE_S, H, GATE_WIDTH>(
           gate_next, gate_words, gate_scales, gate_biases, first_row, I - 1, chunk + LANES);
-      fm_load_rows<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S, H, UP_WIDTH>(
+      fm_load_rows<UP_BITS, UP_GROUP, ROWS, UP_S, H, UP_WIDTH>(
           up_next, up_words, up_scales, up_biases, first_row, I - 1, chunk + LANES);
     }
-    const threadgroup float* chunk_of_x = staged + (chunk - tile / CHUNK) * FM_STRIDE(CHUNK);
+    const threadgroup float* chunk_of_x = staged + (chunk - tile / FM_CHUNK) * FM_STRIDE;
+    const threadgroup float4* fours_of_x = (const threadgroup float4*)chunk_of_x;
+    float gate_dot[ROWS];
+    float up_dot[ROWS];
 #pragma unroll
-    for (int part = 0; part < CHUNK / 32; part++) {
-      const threadgroup float4* part_of_x = (const threadgroup float4*)(chunk_of_x + part * 32);
-      float gate_dot[ROWS];
-      float up_dot[ROWS];
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        gate_dot[r] = 0.0f;
-        up_dot[r] = 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        const float4 low = part_of_x[2 * i];
-        const float4 high = part_of_x[2 * i + 1];
-        fm_multiply<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S, (SCALED_BITS > 0)>(
-            gate_rows, part * 32 + i * 8, low, high, gate_dot);
-        fm_multiply<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S, (SCALED_BITS > 0)>(
-            up_rows, part * 32 + i * 8, low, high, up_dot);
-      }
-      const float sum = chunk_of_x[CHUNK + part];
-      fm_fold<GATE_BITS, GATE_GROUP, CHUNK, ROWS, GATE_S>(gate_rows, part, gate_dot, sum, gate);
-      fm_fold<UP_BITS, UP_GROUP, CHUNK, ROWS, UP_S>(up_rows, part, up_dot, sum, up);
+    for (int r = 0; r < ROWS; r++) {
+      gate_dot[r] = 0.0f;
+      up_dot[r] = 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      const float4 low = fours_of_x[2 * i];
+      const float4 high = fours_of_x[2 * i + 1];
+      fm_multiply<GATE_BITS, GATE_GROUP, ROWS, GATE_S, (SCALED_BITS > 0)>(
+          gate_rows, i * 8, low, high, gate_dot);
+      fm_multiply<UP_BITS, UP_GROUP, ROWS, UP_S, (SCALED_BITS > 0)>(
+          up_rows, i * 8, low, high, up_dot);
+    }
+    const float sum = chunk_of_x[FM_CHUNK];
+    fm_fold<GATE_BITS, GATE_GROUP, ROWS, GATE_S>(gate_rows, gate_dot, sum, gate);
+    fm_fold<UP_BITS, UP_GROUP, ROWS, UP_S>(up_rows, up_dot, sum, up);
   }
 }
 

@@ -46,53 +46,54 @@ for (int r = 0; r < ROWS; r++) {
   }
 }
 
-for (uint start = 0; start < length; start += STEPS) {
-  const uint steps = metal::min(uint(STEPS), length - start);
+// Each SIMD group prepares every SIMD_GROUPSth token, and its part of the values. What it needs for the next STEPS
+// tokens is on its way while these are computed.
+constexpr int OWN = (STEPS + SIMD_GROUPS - 1) / SIMD_GROUPS;
+constexpr int OWN_VALUES = (STEPS * TILE_ROWS + SIMD_GROUPS * 32 - 1) / (SIMD_GROUPS * 32);
+FmTokens<OWN, DK> tokens;
+float own_values[OWN_VALUES];
+const uint first_token = batch * length;
+const uint last_token = first_token + length - 1;
+const float rate = metal::exp(float(A_log[head]));
+const float shift = float(dt_bias[head]);
+
+for (uint start = 0; start < length + STEPS; start += STEPS) {
   if (start > 0) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-  // A SIMD group prepares whole tokens: normalised q and k, their product, decay and beta.
-  for (uint step = simd_group; step < steps; step += SIMD_GROUPS) {
-    const size_t token = size_t(batch) * length + start + step;
-    const size_t source = (token * HK + key_head) * DK;
-    float q[DK / 32];
-    float k[DK / 32];
-    float q_squares = 0.0f;
-    float k_squares = 0.0f;
-    float product = 0.0f;
+    fm_prepare_tokens<OWN, SIMD_GROUPS, DK, STEPS>(
+        query, key, decay_memory, beta_memory, dot_memory, tokens, rate, shift, simd_group, lane);
 #pragma unroll
-    for (int i = 0; i < DK / 32; i++) {
-      q[i] = float(queries[source + i * 32 + lane]);
-      k[i] = float(keys[source + i * 32 + lane]);
-      q_squares = metal::fma(q[i], q[i], q_squares);
-      k_squares = metal::fma(k[i], k[i], k_squares);
-      product = metal::fma(q[i], k[i], product);
+    for (int i = 0; i < OWN_VALUES; i++) {
+      const uint place = (i * SIMD_GROUPS + simd_group) * 32 + lane;
+      if (place < uint(STEPS * TILE_ROWS)) {
+        value_memory[place] = own_values[i];
+      }
     }
-    const float q_scale = 1.0f / (metal::sqrt(simd_sum(q_squares) + 1e-6f) * metal::sqrt(float(DK)));
-    const float k_scale = 1.0f / metal::sqrt(simd_sum(k_squares) + 1e-6f);
-    product = simd_sum(product) * q_scale * k_scale;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (start < length) {
+    fm_request_tokens<OWN, SIMD_GROUPS, DK, HK>(
+        tokens, queries, keys, first_token + start + simd_group, last_token, key_head, lane);
 #pragma unroll
-    for (int i = 0; i < DK / 32; i++) {
-      query[step * DK + i * 32 + lane] = q[i] * q_scale;
-      key[step * DK + i * 32 + lane] = k[i] * k_scale;
+    for (int i = 0; i < OWN; i++) {
+      const size_t token = metal::min(first_token + start + simd_group + i * SIMD_GROUPS, last_token);
+      tokens.decay[i] = float(decay_in[token * HV + head]);
+      tokens.beta[i] = float(beta_in[token * HV + head]);
     }
-    if (lane == 0) {
-      const float rate = metal::exp(float(A_log[head]));
-      const float time = fm_softplus(float(decay_in[token * HV + head]) + float(dt_bias[head]));
-      decay_memory[step] = metal::exp(-rate * time);
-      beta_memory[step] = fm_sigmoid(float(beta_in[token * HV + head]));
-      dot_memory[step] = product;
+#pragma unroll
+    for (int i = 0; i < OWN_VALUES; i++) {
+      const uint place = (i * SIMD_GROUPS + simd_group) * 32 + lane;
+      const size_t token = metal::min(first_token + start + place / TILE_ROWS, last_token);
+      const uint row = metal::min(tile_row + place % TILE_ROWS, uint(DV - 1));
+      own_values[i] = float(values[(token * HV + head) * DV + row]);
     }
   }
-  for (uint i = simd_group * 32 + lane; i < steps * TILE_ROWS; i += SIMD_GROUPS * 32) {
-    const size_t token = size_t(batch) * length + start + i / TILE_ROWS;
-    const uint row = metal::min(tile_row + i % TILE_ROWS, uint(DV - 1));
-    value_memory[i] = float(values[(token * HV + head) * DV + row]);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
 
+  // The tokens before start are in threadgroup memory.
+  const uint first = start > 0 ? start - STEPS : 0;
+  const uint steps = metal::min(start, length) - metal::min(first, length);
   for (uint step = 0; step < steps; step++) {
-    const size_t token = size_t(batch) * length + start + step;
+    const size_t token = first_token + first + step;
     float value[ROWS];
     float out[ROWS];
 #pragma unroll

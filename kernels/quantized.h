@@ -1,45 +1,45 @@
 // quantized.h: chunks of affine-quantised rows, unpacked and multiplied. Shared by the matvec kernels.
 //
-// A chunk is CHUNK consecutive weights of a row (32 or 64): what one lane takes at a time. MLX packs
-// weights as one little-endian bit stream, so 32 weights of b bits are exactly b words, for every b.
+// A chunk is 32 consecutive weights of a row: what one lane takes at a time. MLX packs weights as one
+// little-endian bit stream, so 32 weights of b bits are exactly b words, for every b.
 //
 // FMA form: sum_j (q_j s + z) x_j = s sum_j q_j x_j + z sum_j x_j. The sum of x is shared by all rows,
 // so each weight costs one fma, and each 32 of them one scale and one bias.
 //
-// Unpacking without an integer-to-float conversion, which GPUs do at a fraction of the rate of an fma: or-ing a
-// q < 2^23 into the bits of 2^23 gives the float 2^23 + q exactly; subtracting 2^23 leaves q exactly.
-// With SCALED (2, 4 and 8 bits) the field is masked but not shifted down: it reads q 2^(BITS p) for
-// position p of its 16 bits, and x was multiplied by 2^(-BITS p) when it was staged. Both are exact.
+// Unpacking without an integer-to-float conversion, which GPUs do at a fraction of the rate of an fma: the dialect's
+// fm_field makes a float of masked bits, exactly, in a unit of its own; x is staged times 2^FM_STAGED_EXPONENT
+// and FM_DOT_SCALE puts the sums right. With SCALED (2, 4 and 8 bits) the field is masked but not shifted down: it
+// reads q 2^(BITS p) for position p of its 16 bits, and x is staged times 2^(-BITS p) as well. All of it is exact.
 
-// Lanes of the threadgroup's copy of x, in floats a chunk: the chunk, then the sum of each 32 of it.
+#define FM_CHUNK 32
+// The threadgroup's copy of x, in floats a chunk: the chunk, then its sum.
 // Padding by 4 floats keeps 16-byte reads of neighbouring lanes in different banks.
-#define FM_STRIDE(chunk) ((chunk) + 4)
+#define FM_STRIDE (FM_CHUNK + 4)
 
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S>
+template <int BITS, int GROUP, int ROWS, typename S>
 struct FmRows {
-  uint32_t words[ROWS][CHUNK * BITS / 32];
-  S scales[ROWS][CHUNK / 32];
-  S biases[ROWS][CHUNK / 32];
+  uint32_t words[ROWS][BITS];
+  S scales[ROWS];
+  S biases[ROWS];
 };
 
 // Loads chunk number `chunk` of ROWS consecutive rows, WIDTH words at a time. Rows past the last repeat it.
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S, int COLUMNS, int WIDTH>
+template <int BITS, int GROUP, int ROWS, typename S, int COLUMNS, int WIDTH>
 FM_FN void fm_load_rows(
-    thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
+    thread FmRows<BITS, GROUP, ROWS, S>& rows,
     const device uint32_t* weights,
     const device S* scales,
     const device S* biases,
     uint first_row,
     uint last_row,
     uint chunk) {
-  constexpr int WORDS = CHUNK * BITS / 32;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const uint row = metal::min(first_row + r, last_row);
-    const device uint32_t* source = weights + size_t(row) * (COLUMNS / 32 * BITS) + chunk * WORDS;
+    const device uint32_t* source = weights + size_t(row) * (COLUMNS / 32 * BITS) + chunk * BITS;
     if (WIDTH == 4) {
 #pragma unroll
-      for (int i = 0; i < WORDS / 4; i++) {
+      for (int i = 0; i < BITS / 4; i++) {
         const uint4 four = ((const device uint4*)source)[i];
         rows.words[r][4 * i] = four.x;
         rows.words[r][4 * i + 1] = four.y;
@@ -48,30 +48,27 @@ FM_FN void fm_load_rows(
       }
     } else if (WIDTH == 2) {
 #pragma unroll
-      for (int i = 0; i < WORDS / 2; i++) {
+      for (int i = 0; i < BITS / 2; i++) {
         const uint2 two = ((const device uint2*)source)[i];
         rows.words[r][2 * i] = two.x;
         rows.words[r][2 * i + 1] = two.y;
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) {
+      for (int i = 0; i < BITS; i++) {
         rows.words[r][i] = source[i];
       }
     }
     const size_t group_row = size_t(row) * (COLUMNS / GROUP);
-#pragma unroll
-    for (int i = 0; i < CHUNK / 32; i++) {
-      const uint group = (chunk * CHUNK + i * 32) / GROUP;
-      rows.scales[r][i] = scales[group_row + group];
-      rows.biases[r][i] = biases[group_row + group];
-    }
+    const uint group = chunk * FM_CHUNK / GROUP;
+    rows.scales[r] = scales[group_row + group];
+    rows.biases[r] = biases[group_row + group];
   }
 }
 
-// Weights first .. first + 7 of one row's chunk, as floats.
-template <int BITS, bool SCALED, int WORDS>
-FM_FN void fm_unpack(const thread uint32_t (&words)[WORDS], int first, thread float (&w)[8]) {
+// Weights first .. first + 7 of one row's chunk, as floats in fm_field's unit.
+template <int BITS, bool SCALED>
+FM_FN void fm_unpack(const thread uint32_t (&words)[BITS], int first, thread float (&w)[8]) {
   const uint32_t mask = (1u << BITS) - 1u;
 #pragma unroll
   for (int j = 0; j < 8; j++) {
@@ -80,7 +77,7 @@ FM_FN void fm_unpack(const thread uint32_t (&words)[WORDS], int first, thread fl
     if (!SCALED && (bit & 31) + BITS > 32) {
       word |= words[bit / 32 + 1] << (32 - (bit & 31));
     }
-    w[j] = fm_float(fm_insert(word, SCALED ? mask << (bit & 15) : mask, 0x4b000000u)) - 8388608.0f;
+    w[j] = fm_field(word, SCALED ? mask << (bit & 15) : mask);
   }
 }
 
@@ -96,9 +93,9 @@ FM_FN float fm_dot(const thread float (&w)[8], float4 low, float4 high, float su
 }
 
 // Adds the products of weights first .. first + 7 of each row with eight staged values of x to dot.
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S, bool SCALED>
+template <int BITS, int GROUP, int ROWS, typename S, bool SCALED>
 FM_FN void fm_multiply(
-    const thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
+    const thread FmRows<BITS, GROUP, ROWS, S>& rows,
     int first,
     float4 low,
     float4 high,
@@ -111,18 +108,17 @@ FM_FN void fm_multiply(
   }
 }
 
-// Applies the scales and biases of the chunk's 32 weights number `part`, whose x add up to sum.
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S>
+// Applies the scales and biases of a chunk whose x add up to sum.
+template <int BITS, int GROUP, int ROWS, typename S>
 FM_FN void fm_fold(
-    const thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
-    int part,
+    const thread FmRows<BITS, GROUP, ROWS, S>& rows,
     const thread float (&dot)[ROWS],
     float sum,
     thread float (&total)[ROWS]) {
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
-    const float shifted = metal::fma(float(rows.biases[r][part]), sum, total[r]);
-    total[r] = metal::fma(float(rows.scales[r][part]), dot[r], shifted);
+    const float shifted = metal::fma(float(rows.biases[r]), sum, total[r]);
+    total[r] = metal::fma(float(rows.scales[r]), dot[r] * FM_DOT_SCALE, shifted);
   }
 }
 
@@ -138,22 +134,21 @@ FM_FN float fm_lane_sum(float value) {
 
 // A lane stages values index .. index + 3 of x (index is a multiple of 4): scaled for their positions,
 // and eight lanes' sum. All lanes of the SIMD group call it; those past the end have inside = false.
-template <int CHUNK, int SCALED_BITS>
+template <int SCALED_BITS>
 FM_FN void fm_stage(threadgroup float* staged, uint index, bool inside, float4 value) {
   const float sum = fm_lane_sum<8>((value.x + value.y) + (value.z + value.w));
-  if (SCALED_BITS > 0) {
-    const uint positions = 16 / (SCALED_BITS > 0 ? SCALED_BITS : 16);
-    value.x *= fm_float((127u - SCALED_BITS * (index % positions)) << 23);
-    value.y *= fm_float((127u - SCALED_BITS * ((index + 1) % positions)) << 23);
-    value.z *= fm_float((127u - SCALED_BITS * ((index + 2) % positions)) << 23);
-    value.w *= fm_float((127u - SCALED_BITS * ((index + 3) % positions)) << 23);
-  }
-  threadgroup float* chunk = staged + index / CHUNK * FM_STRIDE(CHUNK);
-  const uint offset = index % CHUNK;
+  const uint positions = 16 / (SCALED_BITS > 0 ? SCALED_BITS : 16);
+  const uint unit = 127u + FM_STAGED_EXPONENT;
+  value.x *= fm_float((unit - SCALED_BITS * (index % positions)) << 23);
+  value.y *= fm_float((unit - SCALED_BITS * ((index + 1) % positions)) << 23);
+  value.z *= fm_float((unit - SCALED_BITS * ((index + 2) % positions)) << 23);
+  value.w *= fm_float((unit - SCALED_BITS * ((index + 3) % positions)) << 23);
+  threadgroup float* chunk = staged + index / FM_CHUNK * FM_STRIDE;
+  const uint offset = index % FM_CHUNK;
   if (inside) {
     *(threadgroup float4*)(chunk + offset) = value;
-    if (offset % 32 == 0) {
-      chunk[CHUNK + offset / 32] = sum;
+    if (offset == 0) {
+      chunk[FM_CHUNK] = sum;
     }
   }
 }
@@ -180,7 +175,7 @@ FM_FN void fm_request_tile(
   }
 }
 
-template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS>
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS>
 FM_FN void fm_store_tile(
     threadgroup float* staged,
     const thread float4 (&values)[FM_TILE_STEPS(TILE, SIMD_GROUPS)],
@@ -190,13 +185,13 @@ FM_FN void fm_store_tile(
 #pragma unroll
   for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
     const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
-    fm_stage<CHUNK, SCALED_BITS>(staged, index, index < width, values[i]);
+    fm_stage<SCALED_BITS>(staged, index, index < width, values[i]);
   }
 }
 
-template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
 FM_FN void fm_stage_tile(threadgroup float* staged, const device X* x, uint width, uint simd_group, uint lane) {
   float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
   fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
-  fm_store_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
 }

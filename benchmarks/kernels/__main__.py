@@ -20,11 +20,11 @@ from flash_moe_mlx.ops.backend import backend
 from flash_moe_mlx.ops.geometry import choose_geometry
 
 # (rows a lane, SIMD groups a threadgroup)
-GATE_UP_SPREADS = ((1, 8), (2, 4), (2, 16), (4, 8))
-DOWN_SPREADS = ((2, 8), (4, 4), (4, 16))
+GATE_UP_SPREADS = ((1, 16), (2, 8), (2, 16), (4, 8))
+DOWN_SPREADS = ((2, 8), (4, 8), (4, 16))
 COMBINE_SPREADS = ((1, 4), (1, 8), (2, 4), (2, 8), (4, 4))
 PRODUCT_SPREADS = ((1, 8), (2, 8), (2, 16), (4, 4), (4, 16), (8, 8))
-DELTA_SPREADS = ((8, 1, 4), (8, 2, 4), (16, 1, 4), (16, 2, 4), (4, 1, 4), (32, 4, 4))
+DELTA_SPREADS = ((8, 1, 4), (8, 1, 8), (8, 2, 4), (8, 2, 8), (16, 2, 8), (4, 1, 8), (32, 4, 8))
 
 
 def named(row: Row, suffix: str) -> Row:
@@ -41,19 +41,18 @@ def tuning_work(size: Size, layers: Layers) -> Iterator[Work]:
         row = cases.moe_layer(made, experts, calls=size.calls, samples=size.samples, plan=plan, launches=n)
         return named(row, f" {n} launches{f' up {gate_up}' if gate_up else ''}{f' down {down}' if down else ''}")
 
-    def product(bits: int, rows: int, simd_groups: int, chunk: int) -> Row:
+    def product(bits: int, rows: int, simd_groups: int) -> Row:
         made = choose_geometry("tuning", 4096, [(bits, cases.GROUP)], rows=rows, simd_groups=simd_groups)
-        made = replace(made, chunk=chunk)
         rounds = max(1, size.calls // size.copies)
         row = cases.matvec(
             *size.matrix, bits, 1, copies=size.copies, rounds=rounds, samples=size.samples, geometry=made
         )
-        return named(row, f" {rows}x{simd_groups} c{chunk}")
+        return named(row, f" {rows}x{simd_groups}")
 
     def delta(lanes: int, rows: int, simd_groups: int, prompt: bool) -> Row:
         spread = {"lanes": lanes, "rows": rows, "simd_groups": simd_groups}
         if prompt:
-            row = cases.delta_prompt(size.tokens, *size.heads, samples=size.samples, **spread)
+            row = cases.delta_prompt(size.tokens, *size.heads, calls=size.prompts, samples=size.samples, **spread)
         else:
             row = cases.delta_step(*size.heads, calls=size.calls, states=size.states, samples=size.samples, **spread)
         return named(row, f" {lanes}l {rows}x{simd_groups}")
@@ -70,9 +69,9 @@ def tuning_work(size: Size, layers: Layers) -> Iterator[Work]:
                     yield partial(layer, model, bits, experts, spread, None, 3)
                 for spread in DOWN_SPREADS:
                     yield partial(layer, model, bits, experts, None, spread, 3)
-    for bits, chunk in ((2, 64), (2, 32), (4, 32)):
+    for bits in (2, 4):
         for rows, simd_groups in PRODUCT_SPREADS:
-            yield partial(product, bits, rows, simd_groups, chunk)
+            yield partial(product, bits, rows, simd_groups)
     for lanes, rows, simd_groups in DELTA_SPREADS:
         for prompt in (False, True):
             yield partial(delta, lanes, rows, simd_groups, prompt)
@@ -89,7 +88,7 @@ def main() -> None:
     size = QUICK if options.quick else FULL
     first, step = (int(part) for part in options.shard.split("/")) if options.shard else (0, 1)
     if options.shard:
-        size = replace(size, calls=2, copies=2, states=2, samples=1, copy_bytes=2**26)
+        size = replace(size, calls=2, prompts=1, copies=2, states=2, samples=1, copy_bytes=2**26)
     layers = Layers()
     work = list(standard_work(size, layers))
     if options.tune and backend() != "cpu":

@@ -52,7 +52,10 @@ inline uint fm_simd_group(uint order) {
 #define thread_index_in_threadgroup (simdgroup_index_in_threadgroup * 32u + get_sub_group_local_id())
 
 inline float fm_float(uint bits) { return as_float(bits); }
-inline uint fm_insert(uint word, uint mask, uint base) { return (word & mask) | base; }
+// As on Metal.
+inline float fm_field(uint word, uint mask) { return fm_float((word & mask) | 0x4b000000u) - 8388608.0f; }
+#define FM_STAGED_EXPONENT 0
+#define FM_DOT_SCALE 1.0f
 
 namespace metal {
 inline float fma(float a, float b, float c) { return ::fma(a, b, c); }

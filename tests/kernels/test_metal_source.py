@@ -83,16 +83,18 @@ def test_launch_is_whole_threadgroups(name: str, monkeypatch: pytest.MonkeyPatch
 
 def test_threadgroup_memory_fits_every_apple_gpu():
     """32 KiB is Metal's limit for a threadgroup; the widest supported heads and rows stay below it."""
-    from flash_moe_mlx.ops.gated_delta import MAX_STEPS, ROWS, SIMD_GROUPS
+    from flash_moe_mlx.ops.gated_delta import LANES, MAX_STEPS, PROMPT_SPREAD, STEP_SPREAD
     from flash_moe_mlx.ops.gated_delta import STAGED_VALUES as DELTA_VALUES
-    from flash_moe_mlx.ops.geometry import STAGED_VALUES, choose_geometry
+    from flash_moe_mlx.ops.geometry import CHUNK, STAGED_VALUES, choose_geometry
 
     for columns in (64, 2048, 4096, 8192, 32768):
         for bits in (2, 3, 4, 8):
             for x_rows in (1, 2, 3, 4):
-                made = choose_geometry("test", columns, [(bits, 64)], rows=2, x_rows=x_rows)
-                assert x_rows * made.tile // made.chunk * (made.chunk + 4) * 4 <= 32768
+                made = choose_geometry("test", columns, [(bits, 64)], rows=2, simd_groups=8, x_rows=x_rows)
+                assert x_rows * made.tile // CHUNK * (CHUNK + 4) * 4 <= 32768
     assert STAGED_VALUES <= 4096
     for k_dim in (32, 64, 128, 192, 256):
         steps = min(MAX_STEPS, DELTA_VALUES // k_dim)
-        assert steps * (2 * k_dim + SIMD_GROUPS * 32 * ROWS + 3) * 4 <= 32768
+        lanes = max(lanes for lanes in (LANES, LANES // 2) if k_dim % (4 * lanes) == 0)
+        for rows, simd_groups in (STEP_SPREAD, PROMPT_SPREAD):
+            assert steps * (2 * k_dim + simd_groups * 32 // lanes * rows + 3) * 4 <= 32768

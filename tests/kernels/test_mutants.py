@@ -52,10 +52,10 @@ MATVECS = ("dequant_matvec", "expert_gate_up", "expert_down", "expert_down_combi
 
 WRONG_RESULTS = {
     "wrong shift": in_helpers("words[bit / 32] >> (SCALED ? bit & 16", "words[bit / 32] >> (SCALED ? bit & 8"),
-    "off-by-one group": in_helpers("(chunk * CHUNK + i * 32) / GROUP", "(chunk * CHUNK + i * 32 + 32) / GROUP"),
+    "off-by-one group": in_helpers("chunk * FM_CHUNK / GROUP", "(chunk * FM_CHUNK + 32) / GROUP"),
     "scale and bias swapped": in_helpers(
-        "rows.scales[r][i] = scales[group_row + group];\n      rows.biases[r][i] = biases[group_row + group];",
-        "rows.scales[r][i] = biases[group_row + group];\n      rows.biases[r][i] = scales[group_row + group];",
+        "rows.scales[r] = scales[group_row + group];\n    rows.biases[r] = biases[group_row + group];",
+        "rows.scales[r] = biases[group_row + group];\n    rows.biases[r] = scales[group_row + group];",
     ),
     "wrong position scale": in_helpers("((index + 1) % positions)", "(index % positions)"),
 }
@@ -74,7 +74,7 @@ STAGED = {
     "expert_gate_up": f"  {BARRIER}\n  for (; chunk",
     "expert_down": f"  {BARRIER}\n  for (; chunk",
     "expert_down_combine": f"  {BARRIER}\n  float total",
-    "gated_delta": f"  {BARRIER}\n  for (uint step = 0",
+    "gated_delta": f"    {BARRIER}\n  }}\n  if (start < length)",
     "gated_delta_conv_step": f"{BARRIER}\nfloat q_squares",
 }
 
@@ -112,7 +112,7 @@ def test_a_wrong_address_space_does_not_compile(name: str, monkeypatch: pytest.M
 
 
 EARLY_RETURNS = {
-    "before the barrier": ("uint chunk = lane % LANES;", "uint chunk = lane % LANES;\nif (chunk >= H / CHUNK) return;"),
+    "before the barrier": ("uint chunk = lane % LANES;", "uint chunk = lane % LANES;\nif (chunk >= H / 32) return;"),
     "before the reduction": ("float sum = fm_lane_sum", "if (lane % LANES) return;\n    float sum = fm_lane_sum"),
 }  # fmt: skip
 

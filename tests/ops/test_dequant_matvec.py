@@ -59,6 +59,16 @@ def test_matches_the_oracle(case, kernels):
         assert_close("kernel and reference", wide(reference), y, max(REFERENCE_RMS, RELATIVE_RMS[dtype]))
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("exponent", [-30, 30])
+def test_small_and_large_x(bits: int, exponent: int, kernels):
+    """Backends unpack weights in units of their own, which must not cost range that x has in any model."""
+    packed, scales, biases = quantize(mx.random.normal((24, 256)), bits, 64, BF16)
+    x = mx.random.normal((2, 256)) * 2.0**exponent
+    y = dequant_matvec_kernel(x, packed, scales, biases, bits=bits, group_size=64)
+    assert_close("kernel", wide(x) @ dequantize(packed, scales, biases, bits).T, y)
+
+
 def test_rows_in_several_axes(kernels):
     packed, scales, biases = mx.quantize(mx.random.normal((40, 64)), group_size=64, bits=4)
     x = mx.random.normal((2, 3, 64))

@@ -11,7 +11,7 @@ from flash_moe_mlx.ops.expert_ffn_combine import (
     expert_ffn_combine_kernel,
     expert_ffn_combine_reference,
 )
-from flash_moe_mlx.ops.geometry import choose_geometry
+from flash_moe_mlx.ops.geometry import CHUNK, choose_geometry
 from flash_moe_mlx.ops.moe_combine import moe_combine_kernel
 
 from .oracle import assert_close, expert_ffn_oracle, make_bank, wide
@@ -75,6 +75,6 @@ def test_reference_and_dispatcher_match_the_oracle(case, run):
 
 def test_two_rows_of_the_widest_expert_fit_into_threadgroup_memory():
     for bits in (2, 3, 4, 5, 6, 8):
-        made = choose_geometry("test", MAX_WIDTH, [(bits, 64)], rows=2)
+        made = choose_geometry("test", MAX_WIDTH, [(bits, 64)], rows=2, simd_groups=4)
         assert made.tile == MAX_WIDTH
-        assert 2 * made.tile // made.chunk * (made.chunk + 4) * 4 <= 32768
+        assert 2 * made.tile // CHUNK * (CHUNK + 4) * 4 <= 32768

@@ -24,6 +24,9 @@ from .measure import Row, compare, relative_rms, sample
 
 GROUP = 64
 
+DeltaRule = Callable[..., tuple[mx.array, mx.array]]
+"""An op of the gated delta rule: (y, new state)."""
+
 
 @dataclass(frozen=True)
 class Model:
@@ -193,7 +196,7 @@ def delta_step(k_heads: int, v_heads: int, size: int, *, calls: int, states: int
     q, k, v, *rest = delta_inputs(1, k_heads, v_heads, size)
     own = [mx.random.normal((1, v_heads, size, size)) for _ in range(states)]
     mx.eval(q, k, v, rest, own)
-    step: Callable[..., tuple[mx.array, mx.array]] = gated_delta_kernel if tuning else gated_delta
+    step: DeltaRule = gated_delta_kernel if tuning else gated_delta
 
     def ours() -> list[mx.array]:
         y, outputs = v, []
@@ -228,27 +231,35 @@ def delta_conv_step(k_heads: int, v_heads: int, size: int, *, calls: int, states
     return compare(f"gated delta conv step {v_heads} heads of {size}", ours, None, calls, 2 * own[0].nbytes, samples)
 
 
-def delta_prompt(steps: int, k_heads: int, v_heads: int, size: int, *, samples: int, **tuning: int) -> Row:
-    """A prompt in one launch, beside the operations' loop."""
+def delta_prompt(steps: int, k_heads: int, v_heads: int, size: int, *, calls: int, samples: int, **tuning: int) -> Row:
+    """A prompt through a few layers, a launch each, beside the operations' loop: y of one is v of the next."""
     inputs = delta_inputs(steps, k_heads, v_heads, size)
     state = mx.random.normal((1, v_heads, size, size))
     mx.eval(inputs, state)
 
-    def ours() -> list[mx.array]:
-        kernel: Callable[..., tuple[mx.array, mx.array]] = gated_delta_kernel if tuning else gated_delta
-        return list(kernel(*inputs, state, **tuning))
+    q, k, v, *rest = inputs
+    kernel: DeltaRule = gated_delta_kernel if tuning else gated_delta
+    loop: DeltaRule = gated_delta_reference
 
-    q, k, v, a, b, A_log, dt_bias = inputs
+    def chain(layer: DeltaRule, **options: int) -> list[mx.array]:
+        y, states = v, []
+        for _ in range(calls):
+            y, new_state = layer(q, k, y, *rest, state, **options)
+            states.append(new_state)
+        return [y, *states]
+
+    def ours() -> list[mx.array]:
+        return chain(kernel, **tuning)
 
     def theirs() -> list[mx.array]:
-        return list(gated_delta_reference(q, k, v, a, b, A_log, dt_bias, state))
+        return chain(loop)
 
     name = f"gated delta {steps} tokens {v_heads} heads of {size}"
     nbytes = 2 * state.nbytes + sum(array.nbytes for array in inputs[:3]) + inputs[2].nbytes
     if tuning:
-        return compare(name, ours, None, 1, nbytes, samples)
-    close = relative_rms(ours()[0], theirs()[0])
-    return compare(name, ours, theirs, 1, nbytes, samples, close)
+        return compare(name, ours, None, calls, nbytes, samples)
+    close = relative_rms(kernel(*inputs, state)[0], loop(*inputs, state)[0])
+    return compare(name, ours, theirs, calls, nbytes, samples, close)
 
 
 def mlx_lm_prompt(steps: int, k_heads: int, v_heads: int, size: int) -> float:

@@ -23,9 +23,11 @@ class Size:
     Attributes:
         models: Layers' dimensions.
         matrix: Outputs and columns of the matrix-vector products.
+        output_projection: The same of a whole vocabulary's, of which there are few copies.
         heads: Key heads, value heads and their size in the gated delta rule.
         tokens: Of a prompt in the gated delta rule.
         calls: Calls in one sample, each on other inputs.
+        prompts: Calls of the gated delta rule on a prompt in one sample, one after the other.
         copies: Matrices taken in turn.
         states: States of the gated delta rule taken in turn.
         samples: Samples of each side, of which the median counts.
@@ -34,9 +36,11 @@ class Size:
 
     models: tuple[cases.Model, ...] = cases.MODELS
     matrix: tuple[int, int] = (16384, 4096)
+    output_projection: tuple[int, int] = (248320, 4096)
     heads: tuple[int, int, int] = (16, 64, 128)
     tokens: int = 512
     calls: int = 128
+    prompts: int = 4
     copies: int = 16
     states: int = 32
     samples: int = 9
@@ -44,7 +48,7 @@ class Size:
 
 
 FULL = Size()
-QUICK = Size((cases.Model("small", 256, 128, 16),), (512, 256), (2, 4, 64), 8, 2, 2, 2, 1, 2**26)
+QUICK = Size((cases.Model("small", 256, 128, 16),), (512, 256), (1024, 256), (2, 4, 64), 8, 2, 2, 2, 2, 1, 2**26)
 
 
 @dataclass
@@ -64,16 +68,21 @@ def standard_work(size: Size, layers: Layers) -> Iterator[Work]:
     calls, samples, copies = size.calls, size.samples, size.copies
     for model, bits, choices in [
         *((model, 4, (4, 8, 10)) for model in size.models),
-        (size.models[0], 2, (4, 10)),
+        (size.models[0], 4, (16,)),
+        (size.models[0], 2, (4, 10, 16)),
     ]:
         for experts in choices:
             yield partial(_moe_layer, layers, model, bits, experts, calls=calls, samples=samples)
     rounds = max(1, calls // copies)
     for bits, rows in ((4, 1), (2, 1), (8, 1), (4, 2), (4, 4), (4, 8)):
         yield partial(cases.matvec, *size.matrix, bits, rows, copies=copies, rounds=rounds, samples=samples)
+    for bits in (4, 2):
+        yield partial(
+            cases.matvec, *size.output_projection, bits, 1, copies=2, rounds=max(1, calls // 16), samples=samples
+        )
     yield partial(cases.delta_step, *size.heads, calls=calls, states=size.states, samples=samples)
     yield partial(cases.delta_conv_step, *size.heads, calls=calls, states=size.states, samples=samples)
-    yield partial(cases.delta_prompt, size.tokens, *size.heads, samples=min(samples, 3))
+    yield partial(cases.delta_prompt, size.tokens, *size.heads, calls=size.prompts, samples=min(samples, 5))
 
 
 def _moe_layer(layers: Layers, model: cases.Model, bits: int, experts: int, **options: Any) -> Row:

@@ -14,12 +14,13 @@ from ..config import ModelConfig, StreamingConfig
 from ..errors import RequestError
 from ..moe import RoutedExperts, StreamingMoE
 from ..ops.backend import use_cpu_kernels, use_kernels
+from ..ops.dequant_matvec import MAX_ROWS
 from ..record import DTYPE_BYTES, Quantization
 from ..streaming import StreamingEngine
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .costs import HybridCosts
 from .family import Family, convert, dense_bytes, load_bytes
-from .layers import MATVEC_ROWS, Embedding, Linear, QuantizationOf, SwiGLU
+from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .mixers import GatedAttention, GatedDeltaNet, mix
 
 if TYPE_CHECKING:
@@ -213,7 +214,7 @@ class HybridModel(nn.Module):
                 hidden = text(hidden, cache, rows)
         if logits_to_keep == 0:
             return self._no_logits(batch)
-        if logits_to_keep is None and batch * tokens > MATVEC_ROWS:
+        if logits_to_keep is None and batch * tokens > MAX_ROWS:
             return self.output_projection.deferred(text.norm(hidden))
         return self.output_projection(text.norm(hidden[:, -(logits_to_keep or tokens) :]))
 

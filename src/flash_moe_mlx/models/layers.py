@@ -10,9 +10,6 @@ from ..ops.dense_matmul import dense_matmul
 from ..ops.dequant_matvec import dequant_matvec, dequant_matvec_reference
 from ..record import Quantization
 
-MATVEC_ROWS = 8
-"""Up to this many rows go through dequant_matvec, beyond it through a matrix product; on the CPU all do."""
-
 QuantizationOf = Callable[[str], Quantization | None]
 """Quantisation of the module at a path; None where it is stored unquantised."""
 
@@ -40,18 +37,15 @@ class Linear(nn.Module):
         else:
             bits, group_size = self.quantization.bits, self.quantization.group_size
             rows = x.reshape(-1, x.shape[-1])
-            if rows.shape[0] <= MATVEC_ROWS or use_cpu_kernels():
-                y = dequant_matvec(rows, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
-            else:
-                y = mx.quantized_matmul(
-                    rows, self.weight, self.scales, self.biases, transpose=True, group_size=group_size, bits=bits
-                )
+            y = dequant_matvec(rows, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
             y = y.reshape(*x.shape[:-1], -1)
         y = y.astype(x.dtype)
         return y + self.bias if "bias" in self else y
 
     def deferred(self, x: mx.array) -> mx.array:
-        """As a call, in MLX's own operations on every backend: nothing is computed until somebody evaluates it."""
+        """As a call, but nothing is computed until somebody evaluates it; the CPU's own kernels run at once."""
+        if not use_cpu_kernels():
+            return self(x)
         if self.quantization is None:
             y = (x @ self.weight.T).astype(x.dtype)
         else:

@@ -7,15 +7,13 @@ import mlx.core as mx
 
 from ..errors import ShapeError
 from . import kernel_source
-from .backend import backend, use_cpu_kernels, use_kernels
+from .backend import use_cpu_kernels, use_kernels
+from .dequant_matmul import dequant_matmul
 from .geometry import Geometry, choose_geometry, load_width
 from .kernel_source import Kernel
 
 MAX_ROWS = 8
 """Rows of x up to which the kernel reads the weights fewer times than a matrix product would need to pay for."""
-
-CUDA_MAX_ROWS = 4
-"""The same on CUDA, where MLX's own product takes over at fewer: at eight rows it took half the time on an H100."""
 
 X_ROWS = 4
 """Rows of x that one threadgroup serves: more would not fit in threadgroup memory beside each other."""
@@ -52,7 +50,13 @@ def matvec_kernel(
         ShapeError: If the kernel does not know the quantisation.
     """
     geometry = choose_geometry(
-        "dequant_matvec", columns, [(bits, group_size)], rows=4 if x_rows == 1 else 2, x_rows=x_rows
+        "dequant_matvec",
+        columns,
+        [(bits, group_size)],
+        rows=4 if x_rows == 1 else 2,
+        # Two bits of few rows are read so fast that staging x shows: more SIMD groups share it.
+        simd_groups=16 if bits == 2 and x_rows == 1 else 8,
+        x_rows=x_rows,
     )
     return specialise(dtype, scale_dtype, columns, outputs, x_rows, bits, group_size, geometry), geometry
 
@@ -76,7 +80,7 @@ def specialise(
         ("X_ROWS", x_rows),
         ("BITS", bits),
         ("GROUP", group_size),
-        ("WIDTH", load_width(columns, bits, geometry.chunk)),
+        ("WIDTH", load_width(columns, bits)),
         *geometry.constants,
     )
     return Kernel("dequant_matvec", constants, geometry.threadgroup)
@@ -141,7 +145,7 @@ def dequant_matvec(
     """Multiply rows of x with an affine-quantised matrix.
 
     Computes ``y = x W^T`` with ``w = q * scale + bias``, as ``mx.quantized_matmul``, but with float32
-    sums whatever the dtype of x. On a GPU, more than eight rows (on CUDA four) are ``mx.quantized_matmul``'s.
+    sums whatever the dtype of x. On a GPU, more than eight rows are ``dequant_matmul``'s.
 
     Args:
         x: Rows. Shape (..., H), float32, bfloat16 or float16.
@@ -163,8 +167,6 @@ def dequant_matvec(
         return quantized_matmul(x, weight, scales, biases, bits=bits, group_size=group_size)
     if not (use_kernels() and has_kernel(weight, scales)):
         return dequant_matvec_reference(x, weight, scales, biases, bits=bits, group_size=group_size)
-    if prod(x.shape[:-1]) > (CUDA_MAX_ROWS if backend() == "cuda" else MAX_ROWS):
-        return mx.quantized_matmul(
-            x, weight, scales.astype(x.dtype), biases.astype(x.dtype), group_size=group_size, bits=bits
-        )
+    if prod(x.shape[:-1]) > MAX_ROWS:
+        return dequant_matmul(x, weight, scales, biases, bits=bits, group_size=group_size)
     return dequant_matvec_kernel(x, weight, scales, biases, bits=bits, group_size=group_size)

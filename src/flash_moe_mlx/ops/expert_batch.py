@@ -7,6 +7,7 @@ import numpy as np
 
 from ..bank import ExpertBank
 from .backend import use_cpu_kernels
+from .dequant_matmul import dequant_matmul
 from .expert_ffn import Activation, swiglu
 
 GROUPED_ROWS = 512
@@ -97,14 +98,13 @@ def _project(x: mx.array, bank: ExpertBank, projection: str, slot: int) -> mx.ar
     if quantization is None:
         y = x @ weight.astype(mx.float32).T
     else:
-        y = mx.quantized_matmul(
+        y = dequant_matmul(
             x,
             weight,
-            bank.part(f"{projection}.scales")[slot].astype(mx.float32),
-            bank.part(f"{projection}.biases")[slot].astype(mx.float32),
-            transpose=True,
-            group_size=quantization.group_size,
+            bank.part(f"{projection}.scales")[slot],
+            bank.part(f"{projection}.biases")[slot],
             bits=quantization.bits,
+            group_size=quantization.group_size,
         )
     if f"{projection}.bias" in bank.layout.by_name:
         y = y + bank.part(f"{projection}.bias")[slot].astype(mx.float32)

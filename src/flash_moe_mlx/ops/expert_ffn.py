@@ -15,6 +15,8 @@ from .geometry import Geometry, choose_geometry, load_width
 from .kernel_source import Constants, Kernel
 
 WORD_BYTES = 4
+SIMD_GROUPS = 4
+"""SIMD groups a threadgroup: experts are small, and more threadgroups end more evenly."""
 
 Activation = Callable[[mx.array, mx.array], mx.array]
 """(up, gate) to the input of the down projection, element by element."""
@@ -104,7 +106,7 @@ def is_quantized(layout: RecordLayout) -> bool:
     return all(layout.quantization(projection) for projection in ("gate_proj", "up_proj", "down_proj"))
 
 
-def projection_constants(layout: RecordLayout, projection: str, columns: int, chunk: int) -> Constants:
+def projection_constants(layout: RecordLayout, projection: str, columns: int) -> Constants:
     """Where one projection lies in the record, in words, and how it is quantised."""
     prefix = projection.removesuffix("_proj").upper()
     quantization = layout.quantization(projection)
@@ -131,7 +133,7 @@ def projection_constants(layout: RecordLayout, projection: str, columns: int, ch
     return (
         (f"{prefix}_BITS", quantization.bits),
         (f"{prefix}_GROUP", quantization.group_size),
-        (f"{prefix}_WIDTH", load_width(columns, quantization.bits, chunk)),
+        (f"{prefix}_WIDTH", load_width(columns, quantization.bits)),
         (f"{prefix}_S", MLX_DTYPES[scales.dtype]),
         (f"{prefix}_B", MLX_DTYPES[bias.dtype] if bias else mx.float32),
         (f"{prefix}_HAS_BIAS", bias is not None),
@@ -159,19 +161,21 @@ def plan_experts(
         assert quantization is not None
         pairs[projection] = (quantization.bits, quantization.group_size)
     if gate_up_geometry is None:
-        gate_up_geometry = choose_geometry("expert_ffn", hidden, [pairs["gate_proj"], pairs["up_proj"]], rows=2)
+        gate_up_geometry = choose_geometry(
+            "expert_ffn", hidden, [pairs["gate_proj"], pairs["up_proj"]], rows=2, simd_groups=SIMD_GROUPS
+        )
     if down_geometry is None:
-        down_geometry = choose_geometry("expert_ffn", width, [pairs["down_proj"]], rows=4)
+        down_geometry = choose_geometry("expert_ffn", width, [pairs["down_proj"]], rows=4, simd_groups=SIMD_GROUPS)
     shape = (("H", hidden), ("I", width), ("RECORD", layout.record_bytes // WORD_BYTES))
     gate_up = (
         *shape,
-        *projection_constants(layout, "gate_proj", hidden, gate_up_geometry.chunk),
-        *projection_constants(layout, "up_proj", hidden, gate_up_geometry.chunk),
+        *projection_constants(layout, "gate_proj", hidden),
+        *projection_constants(layout, "up_proj", hidden),
         *gate_up_geometry.constants,
     )
     down = (
         *shape,
-        *projection_constants(layout, "down_proj", width, down_geometry.chunk),
+        *projection_constants(layout, "down_proj", width),
         *down_geometry.constants,
     )
     return ExpertPlan(

@@ -61,7 +61,7 @@ def combine_kernel(
             ("HAS_SHARED", shared),
             ("HAS_GATE", shared and gate),
             ("HAS_RESIDUAL", residual),
-            *projection_constants(layout, "down_proj", layout.intermediate_size, geometry.chunk),
+            *projection_constants(layout, "down_proj", layout.intermediate_size),
             *geometry.constants,
         )
         plan.combined[key] = (Kernel("expert_down_combine", constants, geometry.threadgroup), geometry)

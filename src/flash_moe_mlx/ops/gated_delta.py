@@ -13,12 +13,13 @@ L2_EPS = 1e-6
 """Added to the sum of squares of q and of k before the root, as transformers and mlx-lm do."""
 
 SIMD_WIDTH = 32
-SIMD_GROUPS = 4
-LANES = 8
-"""Lanes that share a row of the state: fewer would shorten the reductions, more would spread the loads."""
+LANES = 16
+"""Lanes that share a row of the state: the same for steps and prompts, since the order of sums follows from it."""
 
-ROWS = 1
-"""Rows of the state that a lane holds."""
+STEP_SPREAD = (2, 4)
+PROMPT_SPREAD = (2, 8)
+"""Rows of the state that a lane holds, and SIMD groups a threadgroup. Two rows hide each other's waits; in a prompt more
+SIMD groups share what is prepared of each token, where a single step wants more threadgroups, to read the state."""
 
 STAGED_VALUES = 2048
 """Values of q (and of k) prepared at a time: 16 KiB of threadgroup memory in all."""
@@ -152,9 +153,9 @@ def delta_kernel(
     name: str,
     heads: tuple[int, int, int, int],
     extra: Constants,
+    rows: int,
+    simd_groups: int,
     lanes: int = LANES,
-    rows: int = ROWS,
-    simd_groups: int = SIMD_GROUPS,
 ) -> DeltaKernel:
     """kernels/NAME.metal for one layer's heads.
 
@@ -162,9 +163,9 @@ def delta_kernel(
         name: "gated_delta" or "gated_delta_conv_step".
         heads: Hk, Hv, Dk, Dv.
         extra: The kernel's own constants.
-        lanes: Lanes that share a row of the state, halved until pieces of four floats a lane fill a row.
         rows: Rows that a lane holds.
         simd_groups: SIMD groups a threadgroup.
+        lanes: Lanes that share a row of the state, halved until pieces of four floats a lane fill a row.
     """
     k_heads, v_heads, k_dim, v_dim = heads
     while k_dim % (4 * lanes):
@@ -197,15 +198,17 @@ def gated_delta_kernel(
 ) -> tuple[mx.array, mx.array]:
     """``gated_delta`` on the GPU: all tokens in one launch. Kernel: kernels/gated_delta.metal.
 
-    ``spread`` is handed to ``delta_kernel``: lanes, rows, simd_groups.
+    ``spread`` is handed to ``delta_kernel``: rows, simd_groups, lanes.
     """
     batch, steps, k_heads, k_dim = k.shape
     v_heads, v_dim = v.shape[2:]
     if state is None:
         state = mx.zeros((batch, v_heads, v_dim, k_dim), mx.float32)
-    steps_at_a_time = min(MAX_STEPS, STAGED_VALUES // k_dim)
+    steps_at_a_time = 1 if steps == 1 else min(MAX_STEPS, STAGED_VALUES // k_dim)
     extra = (("X", q.dtype), ("HAS_MASK", mask is not None), ("STEPS", steps_at_a_time))
-    made = delta_kernel("gated_delta", (k_heads, v_heads, k_dim, v_dim), extra, **spread)
+    rows, simd_groups = STEP_SPREAD if steps == 1 else PROMPT_SPREAD
+    chosen = {"rows": rows, "simd_groups": simd_groups, **spread}
+    made = delta_kernel("gated_delta", (k_heads, v_heads, k_dim, v_dim), extra, **chosen)
     y, new_state = kernel_source.launch(
         made.kernel,
         # Without a mask any array stands in: the kernel does not read it.
@@ -303,7 +306,7 @@ def gated_delta_conv_step_kernel(
     """``gated_delta_conv_step`` on the GPU, in one launch. Kernel: kernels/gated_delta_conv_step.metal."""
     batch, v_heads, v_dim, k_dim = state.shape
     extra = (("X", qkv.dtype), ("TAPS", conv_weight.shape[1]))
-    made = delta_kernel("gated_delta_conv_step", (k_heads, v_heads, k_dim, v_dim), extra)
+    made = delta_kernel("gated_delta_conv_step", (k_heads, v_heads, k_dim, v_dim), extra, *STEP_SPREAD)
     y, new_conv_state, new_state = kernel_source.launch(
         made.kernel,
         [

@@ -5,6 +5,9 @@ from dataclasses import dataclass
 from ..errors import ShapeError
 
 SIMD_WIDTH = 32
+CHUNK = 32
+"""Consecutive weights of a row that a lane takes at a time: a word for each bit of a weight."""
+
 STAGED_VALUES = 4096
 """Values of x staged in threadgroup memory at a time, as float32: 18 KiB of the 32 that Metal allows."""
 
@@ -17,15 +20,13 @@ class Geometry:
     """Spread of one matvec over threads. kernels/README.md draws it.
 
     Attributes:
-        chunk: Consecutive weights of a row that a lane takes at a time: 32 or 64.
         lanes: Lanes that share a row: a power of two up to 32.
         rows: Rows that a lane computes at once.
         simd_groups: SIMD groups a threadgroup.
-        tile: Values of x staged at a time: a multiple of chunk * lanes, or all.
+        tile: Values of x staged at a time: a multiple of CHUNK * lanes, or all.
         scaled_bits: Bits a weight where fields are masked in place, 0 where they are shifted down.
     """
 
-    chunk: int
     lanes: int
     rows: int
     simd_groups: int
@@ -35,7 +36,6 @@ class Geometry:
     @property
     def constants(self) -> tuple[tuple[str, int], ...]:
         return (
-            ("CHUNK", self.chunk),
             ("LANES", self.lanes),
             ("ROWS", self.rows),
             ("SIMD_GROUPS", self.simd_groups),
@@ -66,7 +66,7 @@ def choose_geometry(
     quantizations: list[tuple[int, int]],
     *,
     rows: int,
-    simd_groups: int = 8,
+    simd_groups: int,
     x_rows: int = 1,
     staged_values: int = STAGED_VALUES,
 ) -> Geometry:
@@ -93,14 +93,10 @@ def choose_geometry(
             )
     bits = quantizations[0][0]
     same = all(other == bits for other, _ in quantizations)
-    # A chunk of 64 two-bit weights is one 16-byte load, as 32 four-bit ones are. A full step of more than two rows
-    # of x would not fit in threadgroup memory.
-    chunk = 64 if same and bits == 2 and columns % 64 == 0 and x_rows <= 2 else 32
-    lanes = choose_lanes(columns // chunk)
-    step = chunk * lanes
+    lanes = choose_lanes(columns // CHUNK)
+    step = CHUNK * lanes
     tile = min(columns, max(step, staged_values // x_rows // step * step))
     return Geometry(
-        chunk=chunk,
         lanes=lanes,
         rows=rows,
         simd_groups=simd_groups,
@@ -109,7 +105,7 @@ def choose_geometry(
     )
 
 
-def load_width(columns: int, bits: int, chunk: int) -> int:
+def load_width(columns: int, bits: int) -> int:
     """Words that a lane may load at a time, so that every load of every row is aligned: 4, 2 or 1."""
-    chunk_words, row_words = chunk * bits // 32, columns * bits // 32
-    return next(width for width in (4, 2, 1) if chunk_words % width == 0 and row_words % width == 0)
+    row_words = columns * bits // 32
+    return next(width for width in (4, 2, 1) if bits % width == 0 and row_words % width == 0)

@@ -1,31 +1,33 @@
 #define FM_FN inline
 #define FM_THREADGROUP_ARRAY(type, name, count) threadgroup type name[count]
 FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
-FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
-#define FM_STRIDE(chunk) ((chunk) + 4)
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S>
+FM_FN float fm_field(uint32_t word, uint32_t mask) { return fm_float((word & mask) | 0x4b000000u) - 8388608.0f; }
+#define FM_STAGED_EXPONENT 0
+#define FM_DOT_SCALE 1.0f
+#define FM_CHUNK 32
+#define FM_STRIDE (FM_CHUNK + 4)
+template <int BITS, int GROUP, int ROWS, typename S>
 struct FmRows {
-  uint32_t words[ROWS][CHUNK * BITS / 32];
-  S scales[ROWS][CHUNK / 32];
-  S biases[ROWS][CHUNK / 32];
+  uint32_t words[ROWS][BITS];
+  S scales[ROWS];
+  S biases[ROWS];
 };
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S, int COLUMNS, int WIDTH>
+template <int BITS, int GROUP, int ROWS, typename S, int COLUMNS, int WIDTH>
 FM_FN void fm_load_rows(
-    thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
+    thread FmRows<BITS, GROUP, ROWS, S>& rows,
     const device uint32_t* weights,
     const device S* scales,
     const device S* biases,
     uint first_row,
     uint last_row,
     uint chunk) {
-  constexpr int WORDS = CHUNK * BITS / 32;
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
     const uint row = metal::min(first_row + r, last_row);
-    const device uint32_t* source = weights + size_t(row) * (COLUMNS / 32 * BITS) + chunk * WORDS;
+    const device uint32_t* source = weights + size_t(row) * (COLUMNS / 32 * BITS) + chunk * BITS;
     if (WIDTH == 4) {
 #pragma unroll
-      for (int i = 0; i < WORDS / 4; i++) {
+      for (int i = 0; i < BITS / 4; i++) {
         const uint4 four = ((const device uint4*)source)[i];
         rows.words[r][4 * i] = four.x;
         rows.words[r][4 * i + 1] = four.y;
@@ -34,28 +36,25 @@ FM_FN void fm_load_rows(
       }
     } else if (WIDTH == 2) {
 #pragma unroll
-      for (int i = 0; i < WORDS / 2; i++) {
+      for (int i = 0; i < BITS / 2; i++) {
         const uint2 two = ((const device uint2*)source)[i];
         rows.words[r][2 * i] = two.x;
         rows.words[r][2 * i + 1] = two.y;
       }
     } else {
 #pragma unroll
-      for (int i = 0; i < WORDS; i++) {
+      for (int i = 0; i < BITS; i++) {
         rows.words[r][i] = source[i];
       }
     }
     const size_t group_row = size_t(row) * (COLUMNS / GROUP);
-#pragma unroll
-    for (int i = 0; i < CHUNK / 32; i++) {
-      const uint group = (chunk * CHUNK + i * 32) / GROUP;
-      rows.scales[r][i] = scales[group_row + group];
-      rows.biases[r][i] = biases[group_row + group];
-    }
+    const uint group = chunk * FM_CHUNK / GROUP;
+    rows.scales[r] = scales[group_row + group];
+    rows.biases[r] = biases[group_row + group];
   }
 }
-template <int BITS, bool SCALED, int WORDS>
-FM_FN void fm_unpack(const thread uint32_t (&words)[WORDS], int first, thread float (&w)[8]) {
+template <int BITS, bool SCALED>
+FM_FN void fm_unpack(const thread uint32_t (&words)[BITS], int first, thread float (&w)[8]) {
   const uint32_t mask = (1u << BITS) - 1u;
 #pragma unroll
   for (int j = 0; j < 8; j++) {
@@ -64,7 +63,7 @@ FM_FN void fm_unpack(const thread uint32_t (&words)[WORDS], int first, thread fl
     if (!SCALED && (bit & 31) + BITS > 32) {
       word |= words[bit / 32 + 1] << (32 - (bit & 31));
     }
-    w[j] = fm_float(fm_insert(word, SCALED ? mask << (bit & 15) : mask, 0x4b000000u)) - 8388608.0f;
+    w[j] = fm_field(word, SCALED ? mask << (bit & 15) : mask);
   }
 }
 FM_FN float fm_dot(const thread float (&w)[8], float4 low, float4 high, float sum) {
@@ -77,9 +76,9 @@ FM_FN float fm_dot(const thread float (&w)[8], float4 low, float4 high, float su
   sum = metal::fma(w[6], high.z, sum);
   return metal::fma(w[7], high.w, sum);
 }
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S, bool SCALED>
+template <int BITS, int GROUP, int ROWS, typename S, bool SCALED>
 FM_FN void fm_multiply(
-    const thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
+    const thread FmRows<BITS, GROUP, ROWS, S>& rows,
     int first,
     float4 low,
     float4 high,
@@ -91,17 +90,16 @@ FM_FN void fm_multiply(
     dot[r] = fm_dot(w, low, high, dot[r]);
   }
 }
-template <int BITS, int GROUP, int CHUNK, int ROWS, typename S>
+template <int BITS, int GROUP, int ROWS, typename S>
 FM_FN void fm_fold(
-    const thread FmRows<BITS, GROUP, CHUNK, ROWS, S>& rows,
-    int part,
+    const thread FmRows<BITS, GROUP, ROWS, S>& rows,
     const thread float (&dot)[ROWS],
     float sum,
     thread float (&total)[ROWS]) {
 #pragma unroll
   for (int r = 0; r < ROWS; r++) {
-    const float shifted = metal::fma(float(rows.biases[r][part]), sum, total[r]);
-    total[r] = metal::fma(float(rows.scales[r][part]), dot[r], shifted);
+    const float shifted = metal::fma(float(rows.biases[r]), sum, total[r]);
+    total[r] = metal::fma(float(rows.scales[r]), dot[r] * FM_DOT_SCALE, shifted);
   }
 }
 template <int LANES>
@@ -112,22 +110,21 @@ FM_FN float fm_lane_sum(float value) {
   }
   return value;
 }
-template <int CHUNK, int SCALED_BITS>
+template <int SCALED_BITS>
 FM_FN void fm_stage(threadgroup float* staged, uint index, bool inside, float4 value) {
   const float sum = fm_lane_sum<8>((value.x + value.y) + (value.z + value.w));
-  if (SCALED_BITS > 0) {
-    const uint positions = 16 / (SCALED_BITS > 0 ? SCALED_BITS : 16);
-    value.x *= fm_float((127u - SCALED_BITS * (index % positions)) << 23);
-    value.y *= fm_float((127u - SCALED_BITS * ((index + 1) % positions)) << 23);
-    value.z *= fm_float((127u - SCALED_BITS * ((index + 2) % positions)) << 23);
-    value.w *= fm_float((127u - SCALED_BITS * ((index + 3) % positions)) << 23);
-  }
-  threadgroup float* chunk = staged + index / CHUNK * FM_STRIDE(CHUNK);
-  const uint offset = index % CHUNK;
+  const uint positions = 16 / (SCALED_BITS > 0 ? SCALED_BITS : 16);
+  const uint unit = 127u + FM_STAGED_EXPONENT;
+  value.x *= fm_float((unit - SCALED_BITS * (index % positions)) << 23);
+  value.y *= fm_float((unit - SCALED_BITS * ((index + 1) % positions)) << 23);
+  value.z *= fm_float((unit - SCALED_BITS * ((index + 2) % positions)) << 23);
+  value.w *= fm_float((unit - SCALED_BITS * ((index + 3) % positions)) << 23);
+  threadgroup float* chunk = staged + index / FM_CHUNK * FM_STRIDE;
+  const uint offset = index % FM_CHUNK;
   if (inside) {
     *(threadgroup float4*)(chunk + offset) = value;
-    if (offset % 32 == 0) {
-      chunk[CHUNK + offset / 32] = sum;
+    if (offset == 0) {
+      chunk[FM_CHUNK] = sum;
     }
   }
 }
@@ -149,7 +146,7 @@ FM_FN void fm_request_tile(
     values[i].w = float(source[3]);
   }
 }
-template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS>
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS>
 FM_FN void fm_store_tile(
     threadgroup float* staged,
     const thread float4 (&values)[FM_TILE_STEPS(TILE, SIMD_GROUPS)],
@@ -159,16 +156,16 @@ FM_FN void fm_store_tile(
 #pragma unroll
   for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
     const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
-    fm_stage<CHUNK, SCALED_BITS>(staged, index, index < width, values[i]);
+    fm_stage<SCALED_BITS>(staged, index, index < width, values[i]);
   }
 }
-template <int CHUNK, int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
 FM_FN void fm_stage_tile(threadgroup float* staged, const device X* x, uint width, uint simd_group, uint lane) {
   float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
   fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
-  fm_store_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
 }
-[[kernel]] void custom_kernel_flash_moe_expert_down_13b45490f31c_float_uint32_t_uint32_tc_float(
+[[kernel]] void custom_kernel_flash_moe_expert_down_5f4323958d56_float_uint32_t_uint32_tc_float(
   const device float* h [[buffer(0)]],
   const device uint32_t* bank [[buffer(1)]],
   const constant uint32_t* slots [[buffer(2)]],
@@ -189,13 +186,12 @@ constexpr int DOWN_WEIGHT = 27648;
 constexpr int DOWN_SCALES = 39936;
 constexpr int DOWN_BIASES = 40704;
 constexpr int DOWN_BIAS = 0;
-constexpr int CHUNK = 32;
 constexpr int LANES = 8;
 constexpr int ROWS = 4;
-constexpr int SIMD_GROUPS = 8;
+constexpr int SIMD_GROUPS = 4;
 constexpr int TILE = 256;
 constexpr int SCALED_BITS = 4;
-FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / CHUNK * FM_STRIDE(CHUNK) / 4);
+FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / FM_CHUNK * FM_STRIDE / 4);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 const uint lane = thread_index_in_simdgroup;
 const uint simd_group = simdgroup_index_in_threadgroup;
@@ -212,10 +208,10 @@ float total[ROWS];
 for (int r = 0; r < ROWS; r++) {
   total[r] = 0.0f;
 }
-FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> next;
+FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> next;
 uint chunk = lane % LANES;
-if (chunk < I / CHUNK) {
-  fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
+if (chunk < I / FM_CHUNK) {
+  fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
       next, words, scales, biases, first_row, H - 1, chunk);
 }
 for (uint tile = 0; tile < I; tile += TILE) {
@@ -223,31 +219,28 @@ for (uint tile = 0; tile < I; tile += TILE) {
   if (tile > 0) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
   }
-  fm_stage_tile<CHUNK, SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_h + tile, width, simd_group, lane);
+  fm_stage_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_h + tile, width, simd_group, lane);
   threadgroup_barrier(mem_flags::mem_threadgroup);
 #pragma unroll 1
-  for (; chunk < (tile + width) / CHUNK; chunk += LANES) {
-    const FmRows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S> rows = next;
-    if (chunk + LANES < I / CHUNK) {
-      fm_load_rows<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, I, DOWN_WIDTH>(
+  for (; chunk < (tile + width) / FM_CHUNK; chunk += LANES) {
+    const FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> rows = next;
+    if (chunk + LANES < I / FM_CHUNK) {
+      fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
           next, words, scales, biases, first_row, H - 1, chunk + LANES);
     }
-    const threadgroup float* chunk_of_h = staged + (chunk - tile / CHUNK) * FM_STRIDE(CHUNK);
+    const threadgroup float* chunk_of_h = staged + (chunk - tile / FM_CHUNK) * FM_STRIDE;
+    const threadgroup float4* fours_of_h = (const threadgroup float4*)chunk_of_h;
+    float dot[ROWS];
 #pragma unroll
-    for (int part = 0; part < CHUNK / 32; part++) {
-      const threadgroup float4* part_of_h = (const threadgroup float4*)(chunk_of_h + part * 32);
-      float dot[ROWS];
-#pragma unroll
-      for (int r = 0; r < ROWS; r++) {
-        dot[r] = 0.0f;
-      }
-#pragma unroll
-      for (int i = 0; i < 4; i++) {
-        fm_multiply<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S, (SCALED_BITS > 0)>(
-            rows, part * 32 + i * 8, part_of_h[2 * i], part_of_h[2 * i + 1], dot);
-      }
-      fm_fold<DOWN_BITS, DOWN_GROUP, CHUNK, ROWS, DOWN_S>(rows, part, dot, chunk_of_h[CHUNK + part], total);
+    for (int r = 0; r < ROWS; r++) {
+      dot[r] = 0.0f;
     }
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+      fm_multiply<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, (SCALED_BITS > 0)>(
+          rows, i * 8, fours_of_h[2 * i], fours_of_h[2 * i + 1], dot);
+    }
+    fm_fold<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S>(rows, dot, chunk_of_h[FM_CHUNK], total);
   }
 }
 #pragma unroll

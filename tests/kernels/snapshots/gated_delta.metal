@@ -1,7 +1,9 @@
 #define FM_FN inline
 #define FM_THREADGROUP_ARRAY(type, name, count) threadgroup type name[count]
 FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
-FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+FM_FN float fm_field(uint32_t word, uint32_t mask) { return fm_float((word & mask) | 0x4b000000u) - 8388608.0f; }
+#define FM_STAGED_EXPONENT 0
+#define FM_DOT_SCALE 1.0f
 FM_FN float fm_softplus(float x) {
   const float e = metal::exp(-metal::abs(x));
   const float u = 1.0f + e;
@@ -83,7 +85,75 @@ FM_FN void fm_delta_step(
     }
   }
 }
-[[kernel]] void custom_kernel_flash_moe_gated_delta_d6b9add64efe_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float(
+template <int OWN, int DK>
+struct FmTokens {
+  float q[OWN][DK / 32];
+  float k[OWN][DK / 32];
+  float decay[OWN];
+  float beta[OWN];
+};
+template <int OWN, int STRIDE, int DK, int HK, typename X>
+FM_FN void fm_request_tokens(
+    thread FmTokens<OWN, DK>& tokens,
+    const device X* queries,
+    const device X* keys,
+    uint first,
+    uint last,
+    uint key_head,
+    uint lane) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    const size_t token = metal::min(first + i * STRIDE, last);
+    const size_t source = (token * HK + key_head) * DK + lane;
+#pragma unroll
+    for (int j = 0; j < DK / 32; j++) {
+      tokens.q[i][j] = float(queries[source + j * 32]);
+      tokens.k[i][j] = float(keys[source + j * 32]);
+    }
+  }
+}
+template <int OWN, int STRIDE, int DK, int STEPS>
+FM_FN void fm_prepare_tokens(
+    threadgroup float* query,
+    threadgroup float* key,
+    threadgroup float* decay,
+    threadgroup float* beta,
+    threadgroup float* dot,
+    const thread FmTokens<OWN, DK>& tokens,
+    float rate,
+    float shift,
+    uint first,
+    uint lane) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    float q_squares = 0.0f;
+    float k_squares = 0.0f;
+    float product = 0.0f;
+#pragma unroll
+    for (int j = 0; j < DK / 32; j++) {
+      q_squares = metal::fma(tokens.q[i][j], tokens.q[i][j], q_squares);
+      k_squares = metal::fma(tokens.k[i][j], tokens.k[i][j], k_squares);
+      product = metal::fma(tokens.q[i][j], tokens.k[i][j], product);
+    }
+    const float q_scale = 1.0f / (metal::sqrt(simd_sum(q_squares) + 1e-6f) * metal::sqrt(float(DK)));
+    const float k_scale = 1.0f / metal::sqrt(simd_sum(k_squares) + 1e-6f);
+    product = simd_sum(product) * q_scale * k_scale;
+    const uint step = first + i * STRIDE;
+    if (step < uint(STEPS)) {
+#pragma unroll
+      for (int j = 0; j < DK / 32; j++) {
+        query[step * DK + j * 32 + lane] = tokens.q[i][j] * q_scale;
+        key[step * DK + j * 32 + lane] = tokens.k[i][j] * k_scale;
+      }
+      if (lane == 0) {
+        decay[step] = metal::exp(-rate * fm_softplus(tokens.decay[i] + shift));
+        beta[step] = fm_sigmoid(tokens.beta[i]);
+        dot[step] = product;
+      }
+    }
+  }
+}
+[[kernel]] void custom_kernel_flash_moe_gated_delta_3eed150d092e_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bool_bfloat16_t_float(
   const device bfloat16_t* queries [[buffer(0)]],
   const device bfloat16_t* keys [[buffer(1)]],
   const constant int* keys_shape [[buffer(2)]],
@@ -107,8 +177,8 @@ constexpr int HV = 4;
 constexpr int DK = 32;
 constexpr int DV = 40;
 constexpr int LANES = 8;
-constexpr int ROWS = 1;
-constexpr int SIMD_GROUPS = 4;
+constexpr int ROWS = 2;
+constexpr int SIMD_GROUPS = 8;
 constexpr int TILE_ROWS = SIMD_GROUPS * (32 / LANES) * ROWS;
 FM_THREADGROUP_ARRAY(float4, query_memory, STEPS * DK / 4);
 FM_THREADGROUP_ARRAY(float4, key_memory, STEPS * DK / 4);
@@ -139,51 +209,49 @@ for (int r = 0; r < ROWS; r++) {
     state[r][i] = state_source[row * (DK / 4) + i * LANES + lane_in_row];
   }
 }
-for (uint start = 0; start < length; start += STEPS) {
-  const uint steps = metal::min(uint(STEPS), length - start);
+constexpr int OWN = (STEPS + SIMD_GROUPS - 1) / SIMD_GROUPS;
+constexpr int OWN_VALUES = (STEPS * TILE_ROWS + SIMD_GROUPS * 32 - 1) / (SIMD_GROUPS * 32);
+FmTokens<OWN, DK> tokens;
+float own_values[OWN_VALUES];
+const uint first_token = batch * length;
+const uint last_token = first_token + length - 1;
+const float rate = metal::exp(float(A_log[head]));
+const float shift = float(dt_bias[head]);
+for (uint start = 0; start < length + STEPS; start += STEPS) {
   if (start > 0) {
     threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-  for (uint step = simd_group; step < steps; step += SIMD_GROUPS) {
-    const size_t token = size_t(batch) * length + start + step;
-    const size_t source = (token * HK + key_head) * DK;
-    float q[DK / 32];
-    float k[DK / 32];
-    float q_squares = 0.0f;
-    float k_squares = 0.0f;
-    float product = 0.0f;
+    fm_prepare_tokens<OWN, SIMD_GROUPS, DK, STEPS>(
+        query, key, decay_memory, beta_memory, dot_memory, tokens, rate, shift, simd_group, lane);
 #pragma unroll
-    for (int i = 0; i < DK / 32; i++) {
-      q[i] = float(queries[source + i * 32 + lane]);
-      k[i] = float(keys[source + i * 32 + lane]);
-      q_squares = metal::fma(q[i], q[i], q_squares);
-      k_squares = metal::fma(k[i], k[i], k_squares);
-      product = metal::fma(q[i], k[i], product);
+    for (int i = 0; i < OWN_VALUES; i++) {
+      const uint place = (i * SIMD_GROUPS + simd_group) * 32 + lane;
+      if (place < uint(STEPS * TILE_ROWS)) {
+        value_memory[place] = own_values[i];
+      }
     }
-    const float q_scale = 1.0f / (metal::sqrt(simd_sum(q_squares) + 1e-6f) * metal::sqrt(float(DK)));
-    const float k_scale = 1.0f / metal::sqrt(simd_sum(k_squares) + 1e-6f);
-    product = simd_sum(product) * q_scale * k_scale;
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (start < length) {
+    fm_request_tokens<OWN, SIMD_GROUPS, DK, HK>(
+        tokens, queries, keys, first_token + start + simd_group, last_token, key_head, lane);
 #pragma unroll
-    for (int i = 0; i < DK / 32; i++) {
-      query[step * DK + i * 32 + lane] = q[i] * q_scale;
-      key[step * DK + i * 32 + lane] = k[i] * k_scale;
+    for (int i = 0; i < OWN; i++) {
+      const size_t token = metal::min(first_token + start + simd_group + i * SIMD_GROUPS, last_token);
+      tokens.decay[i] = float(decay_in[token * HV + head]);
+      tokens.beta[i] = float(beta_in[token * HV + head]);
     }
-    if (lane == 0) {
-      const float rate = metal::exp(float(A_log[head]));
-      const float time = fm_softplus(float(decay_in[token * HV + head]) + float(dt_bias[head]));
-      decay_memory[step] = metal::exp(-rate * time);
-      beta_memory[step] = fm_sigmoid(float(beta_in[token * HV + head]));
-      dot_memory[step] = product;
+#pragma unroll
+    for (int i = 0; i < OWN_VALUES; i++) {
+      const uint place = (i * SIMD_GROUPS + simd_group) * 32 + lane;
+      const size_t token = metal::min(first_token + start + place / TILE_ROWS, last_token);
+      const uint row = metal::min(tile_row + place % TILE_ROWS, uint(DV - 1));
+      own_values[i] = float(values[(token * HV + head) * DV + row]);
     }
   }
-  for (uint i = simd_group * 32 + lane; i < steps * TILE_ROWS; i += SIMD_GROUPS * 32) {
-    const size_t token = size_t(batch) * length + start + i / TILE_ROWS;
-    const uint row = metal::min(tile_row + i % TILE_ROWS, uint(DV - 1));
-    value_memory[i] = float(values[(token * HV + head) * DV + row]);
-  }
-  threadgroup_barrier(mem_flags::mem_threadgroup);
+  const uint first = start > 0 ? start - STEPS : 0;
+  const uint steps = metal::min(start, length) - metal::min(first, length);
   for (uint step = 0; step < steps; step++) {
-    const size_t token = size_t(batch) * length + start + step;
+    const size_t token = first_token + first + step;
     float value[ROWS];
     float out[ROWS];
 #pragma unroll

@@ -1,7 +1,9 @@
 #define FM_FN inline
 #define FM_THREADGROUP_ARRAY(type, name, count) threadgroup type name[count]
 FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
-FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+FM_FN float fm_field(uint32_t word, uint32_t mask) { return fm_float((word & mask) | 0x4b000000u) - 8388608.0f; }
+#define FM_STAGED_EXPONENT 0
+#define FM_DOT_SCALE 1.0f
 FM_FN float fm_softplus(float x) {
   const float e = metal::exp(-metal::abs(x));
   const float u = 1.0f + e;
@@ -83,7 +85,75 @@ FM_FN void fm_delta_step(
     }
   }
 }
-[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step_6b59a59285d4_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float(
+template <int OWN, int DK>
+struct FmTokens {
+  float q[OWN][DK / 32];
+  float k[OWN][DK / 32];
+  float decay[OWN];
+  float beta[OWN];
+};
+template <int OWN, int STRIDE, int DK, int HK, typename X>
+FM_FN void fm_request_tokens(
+    thread FmTokens<OWN, DK>& tokens,
+    const device X* queries,
+    const device X* keys,
+    uint first,
+    uint last,
+    uint key_head,
+    uint lane) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    const size_t token = metal::min(first + i * STRIDE, last);
+    const size_t source = (token * HK + key_head) * DK + lane;
+#pragma unroll
+    for (int j = 0; j < DK / 32; j++) {
+      tokens.q[i][j] = float(queries[source + j * 32]);
+      tokens.k[i][j] = float(keys[source + j * 32]);
+    }
+  }
+}
+template <int OWN, int STRIDE, int DK, int STEPS>
+FM_FN void fm_prepare_tokens(
+    threadgroup float* query,
+    threadgroup float* key,
+    threadgroup float* decay,
+    threadgroup float* beta,
+    threadgroup float* dot,
+    const thread FmTokens<OWN, DK>& tokens,
+    float rate,
+    float shift,
+    uint first,
+    uint lane) {
+#pragma unroll
+  for (int i = 0; i < OWN; i++) {
+    float q_squares = 0.0f;
+    float k_squares = 0.0f;
+    float product = 0.0f;
+#pragma unroll
+    for (int j = 0; j < DK / 32; j++) {
+      q_squares = metal::fma(tokens.q[i][j], tokens.q[i][j], q_squares);
+      k_squares = metal::fma(tokens.k[i][j], tokens.k[i][j], k_squares);
+      product = metal::fma(tokens.q[i][j], tokens.k[i][j], product);
+    }
+    const float q_scale = 1.0f / (metal::sqrt(simd_sum(q_squares) + 1e-6f) * metal::sqrt(float(DK)));
+    const float k_scale = 1.0f / metal::sqrt(simd_sum(k_squares) + 1e-6f);
+    product = simd_sum(product) * q_scale * k_scale;
+    const uint step = first + i * STRIDE;
+    if (step < uint(STEPS)) {
+#pragma unroll
+      for (int j = 0; j < DK / 32; j++) {
+        query[step * DK + j * 32 + lane] = tokens.q[i][j] * q_scale;
+        key[step * DK + j * 32 + lane] = tokens.k[i][j] * k_scale;
+      }
+      if (lane == 0) {
+        decay[step] = metal::exp(-rate * fm_softplus(tokens.decay[i] + shift));
+        beta[step] = fm_sigmoid(tokens.beta[i]);
+        dot[step] = product;
+      }
+    }
+  }
+}
+[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step_791a936799b5_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float(
   const device bfloat16_t* qkv [[buffer(0)]],
   const device bfloat16_t* conv_in [[buffer(1)]],
   const device bfloat16_t* conv_weight [[buffer(2)]],
@@ -105,7 +175,7 @@ constexpr int HV = 4;
 constexpr int DK = 32;
 constexpr int DV = 40;
 constexpr int LANES = 8;
-constexpr int ROWS = 1;
+constexpr int ROWS = 2;
 constexpr int SIMD_GROUPS = 4;
 constexpr int TILE_ROWS = SIMD_GROUPS * (32 / LANES) * ROWS;
 constexpr int CHANNELS = 2 * HK * DK + HV * DV;

@@ -1,7 +1,9 @@
 #define FM_FN inline
 #define FM_THREADGROUP_ARRAY(type, name, count) threadgroup type name[count]
 FM_FN float fm_float(uint32_t bits) { return as_type<float>(bits); }
-FM_FN uint32_t fm_insert(uint32_t word, uint32_t mask, uint32_t base) { return (word & mask) | base; }
+FM_FN float fm_field(uint32_t word, uint32_t mask) { return fm_float((word & mask) | 0x4b000000u) - 8388608.0f; }
+#define FM_STAGED_EXPONENT 0
+#define FM_DOT_SCALE 1.0f
 
 [[kernel]] void custom_kernel_flash_moe_moe_combine_0bddd5c6be75_float_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t(
   const device float* y [[buffer(0)]],

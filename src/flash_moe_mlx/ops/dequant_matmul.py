@@ -1,0 +1,39 @@
+"""Product of many rows with a quantised matrix: the projections and experts of a prompt on a GPU."""
+
+import mlx.core as mx
+
+from .backend import backend, use_reference
+
+TILE_BYTES = 64 << 20
+"""Dequantised weights held at a time, as float32."""
+
+
+def dequant_matmul(
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
+) -> mx.array:
+    """Multiply many rows of x with an affine-quantised matrix.
+
+    Arguments, result and errors are those of ``mx.quantized_matmul`` with ``transpose=True``, which this is except on
+    CUDA. There MLX compiles its product out of CUTLASS when it first meets a quantisation and a dtype, for minutes,
+    and fails where CUDA's ``crt`` headers are not installed. So tiles of the matrix are dequantised there and
+    multiplied by cuBLAS (in TF32 where x is float32, unless MLX_ENABLE_TF32=0). That moves each weight through the
+    GPU's memory a few times more; a prompt's experts come from the disk at a hundredth of that rate.
+    """
+    if backend() != "cuda" or use_reference():
+        return mx.quantized_matmul(
+            x, weight, scales.astype(x.dtype), biases.astype(x.dtype), group_size=group_size, bits=bits
+        )
+    tile = max(1, TILE_BYTES // (4 * x.shape[-1]))
+    parts = []
+    for first in range(0, weight.shape[0], tile):
+        rows = slice(first, first + tile)
+        # In float32, then rounded once: in bfloat16 the product with the scale would be rounded as well.
+        dense = mx.dequantize(
+            weight[rows],
+            scales[rows].astype(mx.float32),
+            biases[rows].astype(mx.float32),
+            group_size=group_size,
+            bits=bits,
+        )
+        parts.append(x @ dense.astype(x.dtype).T)
+    return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)
