@@ -18,8 +18,8 @@ LANES = 16
 
 STEP_SPREAD = (2, 4)
 PROMPT_SPREAD = (2, 8)
-"""Rows of the state that a lane holds, and SIMD groups a threadgroup. Two rows hide each other's waits; in a prompt more
-SIMD groups share what is prepared of each token, where a single step wants more threadgroups, to read the state."""
+"""Rows of the state that a lane holds, and SIMD groups a threadgroup. Two rows hide each other's waits; in a prompt
+more SIMD groups share what is prepared of each token, where a step wants more threadgroups, to read the state."""
 
 STAGED_VALUES = 2048
 """Values of q (and of k) prepared at a time: 16 KiB of threadgroup memory in all."""
