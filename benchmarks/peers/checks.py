@@ -11,7 +11,7 @@ from benchmarks.run import limits_of
 from benchmarks.synthetic import PRESETS, write_checkpoint
 
 _HOURS = 4 * 3600.0
-_PROMPT, _WARMUP, _TOKENS = 256, 16, 32
+_PROMPT, _WARMUP, _TOKENS = 256, 400, 64  # after 400 tokens of 8 experts nearly each of 256 was chosen once
 
 
 def memory(places: Places, limits_gib: list[int], prompt: int, decode: int) -> None:

@@ -177,7 +177,7 @@ def grouped_ffn(
                 pairs_ffn(x, indices // k, layout, each, out, activation)
             else:
                 own_x = empty(len(indices), layout.hidden_size)
-                np.take(x, indices // k, axis=0, out=own_x)
+                np.take(x, indices // k, axis=0, out=own_x, mode="clip")  # "raise" would copy through a buffer
                 blocks_ffn(own_x, rows, layout, addresses, out, activation)
             y[indices] = out
 
