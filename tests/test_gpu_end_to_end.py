@@ -77,7 +77,7 @@ def test_logits_and_answers_are_the_cpus_to_bfloat16():
 
 def test_bits_depend_on_neither_budget_nor_io():
     first = logits(smallest_limit())
-    assert np.array_equal(logits("80MB"), first)
+    assert np.array_equal(logits("1GB"), first)
     for io in ("pread", "direct", "mmap"):
         assert np.array_equal(logits(smallest_limit(io), io), first)
 

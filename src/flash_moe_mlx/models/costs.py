@@ -25,7 +25,8 @@ class HybridCosts:
         load_bytes: Most that loading one tensor needs for a moment beyond them.
         config: Dimensions.
         activation_bytes: Bytes of one activation value: 4 on the CPU, 2 for bfloat16.
-        matvec_bytes: Largest temporary of a dense product: scales and biases in float32, where the reference runs.
+        matvec_bytes: Largest temporary of a dense product: scales and biases in float32, where the reference runs; on
+            CUDA dequantised tiles.
         expert_bytes: Largest temporary of one expert's product: its dequantised projection.
         holds_scores: Whether attention writes scores to memory; the CPU kernel does not.
     """

@@ -14,6 +14,7 @@ from ..config import ModelConfig, StreamingConfig
 from ..errors import RequestError
 from ..moe import RoutedExperts, StreamingMoE
 from ..ops.backend import use_cpu_kernels, use_kernels
+from ..ops.dequant_matmul import product_scratch_bytes
 from ..ops.dequant_matvec import MAX_ROWS
 from ..record import DTYPE_BYTES, Quantization
 from ..streaming import StreamingEngine
@@ -281,7 +282,7 @@ def prepare_hybrid(
             load_bytes=load_bytes(stored),
             config=config,
             activation_bytes=dtype.size,
-            matvec_bytes=0 if use_cpu_kernels() or use_kernels() else _largest_scales(weights),
+            matvec_bytes=_product_bytes(weights, checkpoint),
             expert_bytes=_largest_projection(checkpoint),
             holds_scores=not use_cpu_kernels(),
         ),
@@ -324,10 +325,17 @@ def _has_hub_layout(checkpoint: Checkpoint) -> bool:
     return checkpoint.format.startswith("hf")
 
 
-def _largest_scales(weights: Mapping[str, mx.array]) -> int:
-    """Bytes of the largest dense matrix's scales and biases in float32, which the reference products make."""
-    sizes = (value.size for name, value in weights.items() if name.endswith(".scales"))
-    return 2 * mx.float32.size * max(sizes, default=0)
+def _product_bytes(weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> int:
+    """Largest temporary of quantised products: ``HybridCosts.matvec_bytes``."""
+    if use_cpu_kernels() or use_kernels():
+        layout = checkpoint.layout(checkpoint.moe_layers[0])
+        expert = 3 * layout.hidden_size * layout.intermediate_size * mx.float32.size
+        # The vocabulary's matrix is multiplied with few rows only.
+        layers = (value for name, value in weights.items() if "layers." in name and value.dtype == mx.uint32)
+        words = max((value.size for value in layers), default=0)
+        return product_scratch_bytes(16 * words * mx.float32.size, expert)  # a word holds up to 16 weights
+    scales = (value.size for name, value in weights.items() if name.endswith(".scales"))
+    return 2 * mx.float32.size * max(scales, default=0)
 
 
 def _largest_projection(checkpoint: Checkpoint) -> int:

@@ -5,8 +5,9 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..ops.backend import use_cpu_kernels
+from ..ops.backend import use_kernels
 from ..ops.dense_matmul import dense_matmul
+from ..ops.dequant_matmul import dequant_matmul
 from ..ops.dequant_matvec import dequant_matvec, dequant_matvec_reference
 from ..record import Quantization
 
@@ -43,14 +44,16 @@ class Linear(nn.Module):
         return y + self.bias if "bias" in self else y
 
     def deferred(self, x: mx.array) -> mx.array:
-        """As a call, but nothing is computed until somebody evaluates it; the CPU's own kernels run at once."""
-        if not use_cpu_kernels():
-            return self(x)
+        """As a call, but nothing is computed until somebody evaluates it: the CPU's own kernels would run at once."""
         if self.quantization is None:
             y = (x @ self.weight.T).astype(x.dtype)
         else:
             bits, group_size = self.quantization.bits, self.quantization.group_size
-            y = dequant_matvec_reference(x, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
+            if use_kernels():
+                quantized = (self.weight, self.scales, self.biases)
+                y = dequant_matmul(x, *quantized, bits=bits, group_size=group_size, lazy=True)
+            else:
+                y = dequant_matvec_reference(x, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
         return y + self.bias if "bias" in self else y
 
 

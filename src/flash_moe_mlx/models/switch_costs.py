@@ -11,6 +11,7 @@ import mlx.core as mx
 
 from ..checkpoint import Checkpoint
 from ..ops.backend import backend
+from ..ops.dequant_matmul import product_scratch_bytes
 from ..ops.expert_batch import GROUPED_ROWS
 from .family import dense_bytes
 
@@ -79,10 +80,11 @@ class SwitchGLUCosts:
         pairs = min(rows * self.num_experts_per_tok, GROUPED_ROWS + rows)
         lazy = pairs * (3 * self.expert_width + 3 * self.hidden_size)
         expert = 2 * self.expert_width * self.hidden_size
+        products = product_scratch_bytes(0, 6 * expert)  # dense layers are mlx-lm's own
         scores = 3 * batch * self.score_heads * tokens * length
         logits = 4 * batch * self.vocab_size
         values = max(routed + lazy + expert, scores) + routing + dense + logits
-        return _FLOAT32 * values + batch * self._pass_bytes(tokens, length) + _MARGIN
+        return _FLOAT32 * values + batch * self._pass_bytes(tokens, length) + products + _MARGIN
 
     def _pass_bytes(self, tokens: int, length: int) -> int:
         """Caches during a pass: one is copied as it grows, and those with a window hold the pass beside it."""

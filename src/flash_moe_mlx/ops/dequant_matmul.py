@@ -4,12 +4,41 @@ import mlx.core as mx
 
 from .backend import backend, use_reference
 
-TILE_BYTES = 64 << 20
+TILE_BYTES = 16 << 20
 """Dequantised weights held at a time, as float32."""
+
+WAITING_EXPERTS = 8
+"""Experts whose lazy products may wait for evaluation, if they are within TILE_BYTES."""
+
+
+def dequantizes() -> bool:
+    """Tell whether matrices are dequantised for a product: on CUDA."""
+    return backend() == "cuda" and not use_reference()
+
+
+def waiting_bytes(expert_bytes: int) -> int:
+    """Dequantised bytes of lazy products from which on they must be evaluated.
+
+    Args:
+        expert_bytes: Of one expert's three matrices, as float32.
+    """
+    return min(TILE_BYTES, WAITING_EXPERTS * expert_bytes)
+
+
+def product_scratch_bytes(matrix_bytes: int, expert_bytes: int) -> int:
+    """Most that products hold beside arguments and results: a tile, its copy in x's dtype, experts that wait.
+
+    Args:
+        matrix_bytes: Of the largest dense matrix, as float32.
+        expert_bytes: Of one expert's three matrices, as float32.
+    """
+    if not dequantizes():
+        return 0
+    return 2 * min(TILE_BYTES, matrix_bytes) + waiting_bytes(expert_bytes) + expert_bytes
 
 
 def dequant_matmul(
-    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
+    x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int, lazy: bool = False
 ) -> mx.array:
     """Multiply many rows of x with an affine-quantised matrix.
 
@@ -18,8 +47,11 @@ def dequant_matmul(
     and fails where CUDA's ``crt`` headers are not installed. So tiles of the matrix are dequantised there and
     multiplied by cuBLAS (in TF32 where x is float32, unless MLX_ENABLE_TF32=0). That moves each weight through the
     GPU's memory a few times more; a prompt's experts come from the disk at a hundredth of that rate.
+
+    Each tile is evaluated before the next is made, since MLX keeps what a graph uses until all of it has run. With
+    ``lazy`` that is left to the caller, who evaluates often enough himself.
     """
-    if backend() != "cuda" or use_reference():
+    if not dequantizes():
         return mx.quantized_matmul(
             x, weight, scales.astype(x.dtype), biases.astype(x.dtype), group_size=group_size, bits=bits
         )
@@ -36,4 +68,7 @@ def dequant_matmul(
             bits=bits,
         )
         parts.append(x @ dense.astype(x.dtype).T)
+        del dense
+        if not lazy:
+            mx.eval(parts[-1])
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

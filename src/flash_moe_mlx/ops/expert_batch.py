@@ -7,7 +7,7 @@ import numpy as np
 
 from ..bank import ExpertBank
 from .backend import use_cpu_kernels
-from .dequant_matmul import dequant_matmul
+from .dequant_matmul import dequant_matmul, dequantizes, waiting_bytes
 from .expert_ffn import Activation, swiglu
 
 GROUPED_ROWS = 512
@@ -60,7 +60,8 @@ def expert_ffn_grouped(
     Returns:
         y with this wave's pairs, evaluated. Each expert's rows have the bits of ``expert_ffn_batch``.
 
-    Cost: reads one record an expert. At most GROUPED_ROWS pairs, or one expert's, are in scratch at once.
+    Cost: reads one record an expert. At most GROUPED_ROWS pairs, or one expert's, are in scratch at once; where experts
+    are dequantised, ``waiting_bytes`` and one expert.
     """
     if use_cpu_kernels():
         from .cpu import arrays, experts
@@ -69,14 +70,15 @@ def expert_ffn_grouped(
         target = arrays.floats(y)
         experts.grouped_ffn(arrays.floats(x), bank, slots, pairs, k, target, activation)
         return y
-    waiting = 0
+    dequantized = 12 * bank.layout.hidden_size * bank.layout.intermediate_size if dequantizes() else 0
+    rows, weights = 0, 0
     for slot, own in zip(slots, pairs, strict=True):
         y[mx.array(own)] = expert_ffn_batch(x[mx.array(own // k)], bank, slot, activation)
-        # A lazy graph over the whole wave would hold all its experts' activations at once.
-        waiting += len(own)
-        if waiting >= GROUPED_ROWS:
+        # A lazy graph over the whole wave would hold all its experts' activations and weights at once.
+        rows, weights = rows + len(own), weights + dequantized
+        if rows >= GROUPED_ROWS or (weights and weights >= waiting_bytes(dequantized)):
             mx.eval(y)
-            waiting = 0
+            rows, weights = 0, 0
     mx.eval(y)
     return y
 
@@ -105,6 +107,7 @@ def _project(x: mx.array, bank: ExpertBank, projection: str, slot: int) -> mx.ar
             bank.part(f"{projection}.biases")[slot],
             bits=quantization.bits,
             group_size=quantization.group_size,
+            lazy=True,
         )
     if f"{projection}.bias" in bank.layout.by_name:
         y = y + bank.part(f"{projection}.bias")[slot].astype(mx.float32)
