@@ -329,11 +329,11 @@ def _product_bytes(weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> i
     """Largest temporary of quantised products: ``HybridCosts.matvec_bytes``."""
     if use_cpu_kernels() or use_kernels():
         layout = checkpoint.layout(checkpoint.moe_layers[0])
-        expert = 3 * layout.hidden_size * layout.intermediate_size * mx.float32.size
         # The vocabulary's matrix is multiplied with few rows only.
         layers = (value for name, value in weights.items() if "layers." in name and value.dtype == mx.uint32)
         words = max((value.size for value in layers), default=0)
-        return product_scratch_bytes(16 * words * mx.float32.size, expert)  # a word holds up to 16 weights
+        largest = 16 * words * mx.float32.size  # a word holds up to 16 weights
+        return product_scratch_bytes(largest, layout.hidden_size, layout.intermediate_size)
     scales = (value.size for name, value in weights.items() if name.endswith(".scales"))
     return 2 * mx.float32.size * max(scales, default=0)
 

@@ -80,7 +80,7 @@ class SwitchGLUCosts:
         pairs = min(rows * self.num_experts_per_tok, GROUPED_ROWS + rows)
         lazy = pairs * (3 * self.expert_width + 3 * self.hidden_size)
         expert = 2 * self.expert_width * self.hidden_size
-        products = product_scratch_bytes(0, 6 * expert)  # dense layers are mlx-lm's own
+        products = product_scratch_bytes(0, self.hidden_size, self.expert_width)  # dense layers are mlx-lm's own
         scores = 3 * batch * self.score_heads * tokens * length
         logits = 4 * batch * self.vocab_size
         values = max(routed + lazy + expert, scores) + routing + dense + logits

@@ -16,24 +16,27 @@ def dequantizes() -> bool:
     return backend() == "cuda" and not use_reference()
 
 
-def waiting_bytes(expert_bytes: int) -> int:
-    """Dequantised bytes of lazy products from which on they must be evaluated.
+def dequantized_bytes(hidden_size: int, intermediate_size: int) -> int:
+    """Bytes of one expert's three matrices once they are dequantised: 0 where they never are."""
+    return 3 * hidden_size * intermediate_size * mx.float32.size if dequantizes() else 0
 
-    Args:
-        expert_bytes: Of one expert's three matrices, as float32.
-    """
+
+def waiting_bytes(expert_bytes: int) -> int:
+    """Dequantised bytes of lazy products from which on they must be evaluated; expert_bytes is one expert's."""
     return min(TILE_BYTES, WAITING_EXPERTS * expert_bytes)
 
 
-def product_scratch_bytes(matrix_bytes: int, expert_bytes: int) -> int:
+def product_scratch_bytes(matrix_bytes: int, hidden_size: int, intermediate_size: int) -> int:
     """Most that products hold beside arguments and results: a tile, its copy in x's dtype, experts that wait.
 
     Args:
         matrix_bytes: Of the largest dense matrix, as float32.
-        expert_bytes: Of one expert's three matrices, as float32.
+        hidden_size: Of the experts.
+        intermediate_size: Likewise.
     """
     if not dequantizes():
         return 0
+    expert_bytes = dequantized_bytes(hidden_size, intermediate_size)
     return 2 * min(TILE_BYTES, matrix_bytes) + waiting_bytes(expert_bytes) + expert_bytes
 
 

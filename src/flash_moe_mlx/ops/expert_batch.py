@@ -7,7 +7,7 @@ import numpy as np
 
 from ..bank import ExpertBank
 from .backend import use_cpu_kernels
-from .dequant_matmul import dequant_matmul, dequantizes, waiting_bytes
+from .dequant_matmul import dequant_matmul, dequantized_bytes, waiting_bytes
 from .expert_ffn import Activation, swiglu
 
 GROUPED_ROWS = 512
@@ -70,15 +70,15 @@ def expert_ffn_grouped(
         target = arrays.floats(y)
         experts.grouped_ffn(arrays.floats(x), bank, slots, pairs, k, target, activation)
         return y
-    dequantized = 12 * bank.layout.hidden_size * bank.layout.intermediate_size if dequantizes() else 0
-    rows, weights = 0, 0
+    own_bytes = dequantized_bytes(bank.layout.hidden_size, bank.layout.intermediate_size)
+    rows, weight_bytes = 0, 0
     for slot, own in zip(slots, pairs, strict=True):
         y[mx.array(own)] = expert_ffn_batch(x[mx.array(own // k)], bank, slot, activation)
         # A lazy graph over the whole wave would hold all its experts' activations and weights at once.
-        rows, weights = rows + len(own), weights + dequantized
-        if rows >= GROUPED_ROWS or (weights and weights >= waiting_bytes(dequantized)):
+        rows, weight_bytes = rows + len(own), weight_bytes + own_bytes
+        if rows >= GROUPED_ROWS or (own_bytes and weight_bytes >= waiting_bytes(own_bytes)):
             mx.eval(y)
-            rows, weights = 0, 0
+            rows, weight_bytes = 0, 0
     mx.eval(y)
     return y
 
