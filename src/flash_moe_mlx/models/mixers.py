@@ -14,6 +14,7 @@ from mlx_lm.models.rope_utils import initialize_rope
 from ..config import ModelConfig
 from ..ops.attention import attention
 from ..ops.gated_delta import conv1d_silu, gated_delta
+from ..ops.rms_norm_gated import rms_norm_gated
 from .layers import Linear, QuantizationOf
 
 MIXER_BLOCK = 256
@@ -76,8 +77,7 @@ class RMSNormGated(nn.Module):
         self.eps = eps
 
     def __call__(self, x: mx.array, gate: mx.array) -> mx.array:
-        y = mx.fast.rms_norm(x, self.weight, self.eps).astype(mx.float32)
-        return (nn.silu(gate.astype(mx.float32)) * y).astype(x.dtype)
+        return rms_norm_gated(x, gate, self.weight, self.eps)
 
 
 class DepthwiseConv(nn.Module):

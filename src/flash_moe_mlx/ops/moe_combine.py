@@ -5,7 +5,7 @@ from functools import cache
 import mlx.core as mx
 
 from . import kernel_source
-from .backend import use_kernels
+from .backend import use_cpu_kernels, use_kernels
 from .kernel_source import Kernel
 
 THREADS = 64
@@ -115,6 +115,10 @@ def moe_combine(
     Returns:
         Shape (T, H), dtype of the residual, else of shared, else of y.
     """
+    if use_cpu_kernels():
+        from .cpu import rows
+
+        return rows.moe_combine(y, weights, shared, shared_gate, residual, output_dtype(y, shared, residual))
     if use_kernels() and y.dtype == mx.float32 and y.shape[2] % 4 == 0 and y.size >= kernel_source.MIN_DEVICE_ELEMENTS:
         return moe_combine_kernel(y, weights, shared, shared_gate, residual)
     return moe_combine_reference(y, weights, shared, shared_gate, residual)

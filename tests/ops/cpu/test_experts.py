@@ -98,7 +98,7 @@ def test_records_anywhere_in_memory(stored):
     memory[1:] = np.frombuffer(bank.slot(2), np.uint8)
     addresses = experts.part_addresses(bank.layout, np.array([memory.ctypes.data + 1]))
     y = np.empty((1, HIDDEN), np.float32)
-    experts.pairs_ffn(x, np.array([0]), bank.layout, addresses, y)
+    experts.pairs_ffn(x, np.array([0]), bank.layout, addresses, y, np.array([0]))
     assert np.array_equal(y, np.array(expert_ffn(mx.array(x), bank, mx.array([[2]], mx.uint32)))[0])
 
 

@@ -13,7 +13,7 @@ RECORD_KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
 
 _ALIGNMENT = 64
 _COPIED_BYTES = 1 << 18
-"""Up to here a copy of a result costs less than evaluating an array to write it into."""
+"""Up to here a copy of a result costs less than to evaluate an array that it is written into."""
 
 
 def view(array: mx.array, dtype: type) -> np.ndarray:
@@ -53,12 +53,23 @@ def address(array: np.ndarray) -> int:
         return array.ctypes.data
 
 
-def result(array: np.ndarray, dtype: mx.Dtype) -> mx.array:
-    """An array that a kernel wrote, as an MLX array."""
-    if array.nbytes > _COPIED_BYTES:
-        target = mx.zeros(array.shape, mx.float32)
-        mx.eval(target)
-        np.copyto(view(target, np.float32).reshape(array.shape), array)
-    else:
-        target = mx.array(array)
-    return target if dtype == mx.float32 else target.astype(dtype)
+class Output:
+    """What a kernel writes: float32, in memory of MLX's own where a copy would cost more than to make that.
+
+    Attributes:
+        array: The memory, contiguous, uninitialised.
+    """
+
+    def __init__(self, *shape: int):
+        self._made: mx.array | None = None
+        if 4 * prod(shape) > _COPIED_BYTES:
+            self._made = mx.zeros(shape, mx.float32)
+            mx.eval(self._made)
+            self.array = view(self._made, np.float32).reshape(shape)
+        else:
+            self.array = empty(*shape)
+
+    def result(self, dtype: mx.Dtype) -> mx.array:
+        """As an MLX array of ``dtype``, lazily where that is not float32."""
+        result = mx.array(self.array) if self._made is None else self._made
+        return result if dtype == mx.float32 else result.astype(dtype)

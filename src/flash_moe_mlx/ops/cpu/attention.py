@@ -7,7 +7,7 @@ takes ROWS rows (tokens of the heads that share keys) and goes through the keys 
 import mlx.core as mx
 import numpy as np
 
-from .arrays import address, empty, floats, result
+from .arrays import Output, address, floats
 from .elementwise import exponential
 from .jit import VECTORISED, compiled
 from .memory_ir import add_one, load_f32, load_u8
@@ -197,7 +197,7 @@ def attention(
         mode = CAUSAL
     allowed = np.broadcast_to(allowed, (batch, heads, length, total))
     mask_place = (address(allowed), *allowed.strides)
-    y = empty(batch, length, heads, dims)
+    y = Output(batch, length, heads, dims)
     places = [place for _, place in memory]
-    run(_attend_kernel, *places, (kv_heads, total), mode, mask_place, np.float32(scale), y)
-    return result(y, queries.dtype).transpose(0, 2, 1, 3)
+    run(_attend_kernel, *places, (kv_heads, total), mode, mask_place, np.float32(scale), y.array)
+    return y.result(queries.dtype).transpose(0, 2, 1, 3)

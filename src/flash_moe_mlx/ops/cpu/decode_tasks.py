@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from ..gated_delta import L2_EPS
-from .elementwise import exponential, prepare, sigmoid
+from .elementwise import exponential, prepare, rms_scale, sigmoid
 from .int8_ir import round_to_int8
 from .jit import VECTORISED, serial, task
 from .memory_ir import load_f32, pointer
@@ -35,15 +35,6 @@ def words(address, count):  # type: ignore[no-untyped-def]
 def floats_at(address, count):  # type: ignore[no-untyped-def]
     """``count`` float32 at an address, as an array."""
     return numba.carray(pointer(address), (count,), np.float32)
-
-
-@serial
-def rms_scale(x, eps):  # type: ignore[no-untyped-def]
-    """``1 / sqrt(mean(x^2) + eps)``."""
-    total = np.float32(0.0)
-    for i in range(len(x)):
-        total += x[i] * x[i]
-    return np.float32(1.0) / math.sqrt(total / np.float32(len(x)) + eps)
 
 
 def _norm(args, _):  # type: ignore[no-untyped-def]

@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..gated_delta import L2_EPS
-from .arrays import address, empty, floats, result, view
+from .arrays import Output, address, empty, floats, view
 from .elementwise import sigmoid
 from .jit import VECTORISED, compiled, serial
 from .memory_ir import add_one, load_f32
@@ -182,10 +182,10 @@ def gated_delta(
         mx.eval(new_state)
     else:
         new_state = mx.array(floats(state))  # a copy: the caller's stays what it was
-    y = empty(batch, steps, v_heads, v_dim)
+    y = Output(batch, steps, v_heads, v_dim)
     rows = view(new_state, np.float32).reshape(shape)
-    run(_delta_kernel, keys, gates, *_place(values), _mask(mask), rows, y)
-    return result(y, q.dtype), new_state
+    run(_delta_kernel, keys, gates, *_place(values), _mask(mask), rows, y.array)
+    return y.result(q.dtype), new_state
 
 
 def conv1d_silu(
@@ -199,8 +199,8 @@ def conv1d_silu(
     batch, steps, channels = x.shape
     taps = weight.shape[1]
     inputs, window, kept = _strided(x), floats(conv_state.astype(x.dtype)), _mask(mask)
-    y = empty(batch, steps, channels)
-    run(_convolve_kernel, *_place(inputs), window, floats(weight).reshape(channels, taps), kept, y)
+    y = Output(batch, steps, channels)
+    run(_convolve_kernel, *_place(inputs), window, floats(weight).reshape(channels, taps), kept, y.array)
     new_state = np.empty((batch, taps - 1, channels), np.float32)
     ends = [steps] * batch if lengths is None else np.clip(np.array(lengths), 0, steps).tolist()
     for n, end in enumerate(ends):
@@ -210,7 +210,7 @@ def conv1d_silu(
         new_state[n, old:] = inputs[n, start:end]
         if mask is not None:
             new_state[n, old:][~kept[n, start:end]] = 0.0
-    return result(y, x.dtype), mx.array(new_state).astype(conv_state.dtype)
+    return y.result(x.dtype), mx.array(new_state).astype(conv_state.dtype)
 
 
 def gated_delta_conv_step(

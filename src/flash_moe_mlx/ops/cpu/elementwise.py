@@ -1,5 +1,7 @@
 """Small functions of kernels: exponential, SiLU, reading stored numbers, ordering x for the dot products."""
 
+import math
+
 import numpy as np
 
 from .jit import serial
@@ -39,6 +41,15 @@ def swiglu(gate, up):  # type: ignore[no-untyped-def]
     """``gate = silu(gate) * up`` in place. Shapes (n,), float32."""
     for i in range(len(gate)):
         gate[i] = gate[i] * sigmoid(gate[i]) * up[i]
+
+
+@serial
+def rms_scale(x, eps):  # type: ignore[no-untyped-def]
+    """``1 / sqrt(mean(x^2) + eps)``."""
+    total = np.float32(0.0)
+    for i in range(len(x)):
+        total += x[i] * x[i]
+    return np.float32(1.0) / math.sqrt(total / np.float32(len(x)) + eps)
 
 
 @serial

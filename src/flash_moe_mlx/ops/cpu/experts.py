@@ -8,22 +8,18 @@ import numpy as np
 from ...bank import ExpertBank
 from ...record import PARTS, RecordLayout
 from ..expert_ffn import Activation
-from .arrays import RECORD_KINDS, address, empty, floats, result, view
+from .arrays import RECORD_KINDS, Output, address, empty, floats, view
 from .elementwise import swiglu
 from .kernels import affine, dense
 from .matmul import Matrices, block_products, row_products
 from .tile_ir import PACK_BLOCK
 
-BLOCK_ROWS = 256
-"""Rows of (token, expert) pairs that a prefill computes at once: bounds its scratch. Bits don't depend on it."""
+BLOCK_ROWS = 512
+"""(token, expert) pairs that a prefill computes at once. Bounds its scratch, three rows of the experts' width a pair;
+bits don't depend on it."""
 
 FEW_ROWS = 4
 """Experts with up to this many rows are multiplied row by row: unpacking their weights would cost more."""
-
-
-def scratch_bytes(layout: RecordLayout) -> int:
-    """Memory that a prefill's experts take beside x and their outputs."""
-    return 4 * BLOCK_ROWS * (2 * layout.hidden_size + 3 * layout.intermediate_size)
 
 
 def part_addresses(layout: RecordLayout, records: np.ndarray) -> dict[str, np.ndarray]:
@@ -64,6 +60,7 @@ def pairs_ffn(
     layout: RecordLayout,
     addresses: Mapping[str, np.ndarray],
     y: np.ndarray,
+    y_rows: np.ndarray,
     activation: Activation | None = None,
 ) -> None:
     """Feed-forward of P (token, expert) pairs, each on its own.
@@ -73,7 +70,8 @@ def pairs_ffn(
         x_rows: Token of each pair. Shape (P,).
         layout: Of the records.
         addresses: Address of each part for each pair; the caller keeps their memory alive.
-        y: Result, shape (P, H), contiguous float32. Bits of a pair depend on no other.
+        y: Result, shape (Q, H), contiguous float32. Bits of a pair depend on no other.
+        y_rows: Row of y of each pair. Shape (P,).
         activation: Of (up, gate) as MLX arrays, in place of SwiGLU.
     """
     count = len(x_rows)
@@ -81,39 +79,38 @@ def pairs_ffn(
     gate, up = (matrices(layout, projection, addresses) for projection in ("gate_proj", "up_proj"))
     both = gate.followed_by(up)
     if both is not None:
-        row_products(x, both, np.arange(2 * count), h, np.tile(x_rows, 2))
+        row_products(x, both, np.arange(2 * count), h, np.tile(x_rows, 2), np.arange(2 * count))
     else:
-        row_products(x, gate, pairs, h[:count], x_rows)
-        row_products(x, up, pairs, h[count:], x_rows)
-    row_products(
-        _activated(h[:count], h[count:], activation), matrices(layout, "down_proj", addresses), pairs, y, pairs
-    )
+        row_products(x, gate, pairs, h, x_rows, pairs)
+        row_products(x, up, pairs, h, x_rows, pairs + count)
+    down = matrices(layout, "down_proj", addresses)
+    row_products(_activated(h[:count], h[count:], activation), down, pairs, y, pairs, y_rows)
 
 
 def blocks_ffn(
     x: np.ndarray,
-    rows: np.ndarray,
+    x_rows: np.ndarray,
+    counts: np.ndarray,
     layout: RecordLayout,
     addresses: Mapping[str, np.ndarray],
     y: np.ndarray,
+    y_rows: np.ndarray,
     activation: Activation | None = None,
 ) -> None:
-    """Feed-forward of P experts, each on rows of its own: ``rows[p]`` of them, one expert's behind the other's.
-
-    x and y have shape (R, H), contiguous float32; addresses is of the P experts.
-    """
-    count, experts, starts = len(x), np.arange(len(rows)), np.cumsum(rows) - rows
-    h = empty(2 * count, layout.intermediate_size)
+    """As ``pairs_ffn``, where ``counts[p]`` pairs in a row have the p-th of P experts; addresses is of the experts."""
+    count, experts, starts = len(x_rows), np.arange(len(counts)), np.cumsum(counts) - counts
+    pairs, h = np.arange(count), empty(2 * count, layout.intermediate_size)
     gate, up = (matrices(layout, projection, addresses) for projection in ("gate_proj", "up_proj"))
     both = gate.followed_by(up)
     if both is not None:
         twice = np.concatenate([starts, starts + count])
-        block_products(x, both, np.arange(2 * len(rows)), h, np.tile(starts, 2), twice, np.tile(rows, 2))
+        rows = np.tile(x_rows, 2), np.arange(2 * count)
+        block_products(x, both, np.arange(2 * len(counts)), h, *rows, twice, np.tile(counts, 2))
     else:
-        block_products(x, gate, experts, h[:count], starts, starts, rows)
-        block_products(x, up, experts, h[count:], starts, starts, rows)
+        block_products(x, gate, experts, h, x_rows, pairs, starts, counts)
+        block_products(x, up, experts, h, x_rows, pairs + count, starts, counts)
     down = matrices(layout, "down_proj", addresses)
-    block_products(_activated(h[:count], h[count:], activation), down, experts, y, starts, starts, rows)
+    block_products(_activated(h[:count], h[count:], activation), down, experts, y, pairs, y_rows, starts, counts)
 
 
 def _activated(gate: np.ndarray, up: np.ndarray, activation: Activation | None) -> np.ndarray:
@@ -127,18 +124,19 @@ def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activ
     """As ``ops.expert_ffn``."""
     table = np.array(slots)
     tokens, k = table.shape
-    y = empty(tokens * k, bank.layout.hidden_size)
+    y = Output(tokens, k, bank.layout.hidden_size)
     addresses = bank_addresses(bank, table.reshape(-1))
-    pairs_ffn(floats(x), np.repeat(np.arange(tokens), k), bank.layout, addresses, y, activation)
-    return result(y.reshape(tokens, k, -1), mx.float32)
+    pairs, rows = np.arange(tokens * k), y.array.reshape(tokens * k, bank.layout.hidden_size)
+    pairs_ffn(floats(x), pairs // k, bank.layout, addresses, rows, pairs, activation)
+    return y.result(mx.float32)
 
 
 def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None) -> mx.array:
     """As ``ops.expert_ffn_batch``."""
     rows = floats(x)
-    y = empty(len(rows), bank.layout.hidden_size)
-    grouped_ffn(rows, bank, [slot], [np.arange(len(rows))], 1, y, activation)
-    return result(y, mx.float32)
+    y = Output(len(rows), bank.layout.hidden_size)
+    grouped_ffn(rows, bank, [slot], [np.arange(len(rows))], 1, y.array, activation)
+    return y.result(mx.float32)
 
 
 def grouped_ffn(
@@ -161,25 +159,21 @@ def grouped_ffn(
         y: Result, shape (T * k, H), contiguous float32; only these pairs are written.
         activation: In place of SwiGLU.
 
-    A row's bits depend on how many rows its expert has, and on nothing else. Scratch: ``scratch_bytes``.
+    A row's bits depend on how many rows its expert has, and on nothing else.
     """
     layout = bank.layout
     most = FEW_ROWS if _fits_tiles(layout) else len(x)
     for few in (True, False):
         chosen = [(slot, own) for slot, own in zip(slots, pairs, strict=True) if (len(own) <= most) == few]
         for block in _blocks(chosen):
-            indices = np.concatenate([own for _, own in block])
-            rows = np.array([len(own) for _, own in block])
+            rows = np.concatenate([own for _, own in block])
+            counts = np.array([len(own) for _, own in block])
             addresses = bank_addresses(bank, np.array([slot for slot, _ in block]))
-            out = empty(len(indices), layout.hidden_size)
             if few:
-                each = {name: np.repeat(part, rows) for name, part in addresses.items()}
-                pairs_ffn(x, indices // k, layout, each, out, activation)
+                each = {name: np.repeat(part, counts) for name, part in addresses.items()}
+                pairs_ffn(x, rows // k, layout, each, y, rows, activation)
             else:
-                own_x = empty(len(indices), layout.hidden_size)
-                np.take(x, indices // k, axis=0, out=own_x, mode="clip")  # "raise" would copy through a buffer
-                blocks_ffn(own_x, rows, layout, addresses, out, activation)
-            y[indices] = out
+                blocks_ffn(x, rows // k, counts, layout, addresses, y, rows, activation)
 
 
 def _fits_tiles(layout: RecordLayout) -> bool:

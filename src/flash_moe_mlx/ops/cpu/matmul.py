@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import mlx.core as mx
 import numpy as np
 
-from .arrays import KINDS, address, empty, floats, result, view
+from .arrays import KINDS, Output, address, empty, floats, view
 from .elementwise import prepare
 from .kernels import (
     BIAS,
@@ -90,15 +90,23 @@ class Matrices:
         return jobs
 
 
-def row_products(x: np.ndarray, matrices: Matrices, index: np.ndarray, y: np.ndarray, x_rows: np.ndarray) -> None:
-    """``y[i] = W[index[i]] x[x_rows[i]]``: one row each, the path of decode.
+def _places(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Addresses of rows, int64."""
+    return address(array) + rows.astype(np.int64) * array.strides[0]
+
+
+def row_products(
+    x: np.ndarray, matrices: Matrices, index: np.ndarray, y: np.ndarray, x_rows: np.ndarray, y_rows: np.ndarray
+) -> None:
+    """``y[y_rows[i]] = W[index[i]] x[x_rows[i]]``: one row each, the path of decode.
 
     Args:
         x: Shape (T, inputs), contiguous float32.
         matrices: Matrices.
         index: Matrix of each product. Shape (P,).
-        y: Result, shape (P, outputs), contiguous float32.
+        y: Result, shape (Q, outputs), contiguous float32.
         x_rows: Row of x of each product. Shape (P,).
+        y_rows: Row of y of each product. Shape (P,).
 
     Bits of a product depend on no other.
     """
@@ -107,10 +115,9 @@ def row_products(x: np.ndarray, matrices: Matrices, index: np.ndarray, y: np.nda
     if form.bits:
         ordered, sums = empty(*x.shape), empty(len(x), form.groups(inputs))
         prepare(x, *order(form), form.group_size, ordered, sums)
-        jobs[:, SUMS] = address(sums) + x_rows * sums.strides[0]
+        jobs[:, SUMS] = _places(sums, x_rows)
         x = ordered
-    jobs[:, X] = address(x) + x_rows * x.strides[0]
-    jobs[:, Y] = address(y) + np.arange(len(index)) * y.strides[0]
+    jobs[:, X], jobs[:, Y] = _places(x, x_rows), _places(y, y_rows)
     scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.bias_kind)
     work = len(jobs) * matrices.outputs * form.row_bytes(inputs)
     run(matvec_kernel(form), jobs, *scalars, alone=work < ALONE_BYTES)
@@ -121,41 +128,43 @@ def block_products(
     matrices: Matrices,
     index: np.ndarray,
     y: np.ndarray,
-    x_starts: np.ndarray,
-    y_starts: np.ndarray,
-    rows: np.ndarray,
+    x_rows: np.ndarray,
+    y_rows: np.ndarray,
+    starts: np.ndarray,
+    counts: np.ndarray,
 ) -> None:
-    """``y[t : t + r] = x[s : s + r] W^T`` for each (s, t, r) of x_starts, y_starts and rows: the path of prefill.
+    """``y[y_rows[i]] = W x[x_rows[i]]`` for ``counts[p]`` consecutive i from ``starts[p]`` on: the path of prefill.
 
     Args:
-        x: Shape (R, inputs), contiguous float32.
+        x: Shape (T, inputs), contiguous float32.
         matrices: Matrices.
         index: Matrix of each product. Shape (P,).
         y: Result, shape (Q, outputs), contiguous float32.
-        x_starts: First row of x of each product. Shape (P,).
-        y_starts: First row of y.
-        rows: Number of rows.
+        x_rows: Row of x of each row of the products. Shape (R,).
+        y_rows: Row of y of each.
+        starts: First row of each product. Shape (P,).
+        counts: Number of its rows. Shape (P,).
 
     Bits of a row depend on no other row.
     """
     form, inputs = matrices.format, x.shape[1]
-    jobs = matrices.jobs(index)
-    jobs[:, X] = address(x) + x_starts * x.strides[0]
-    jobs[:, Y] = address(y) + y_starts * y.strides[0]
-    jobs[:, ROWS] = rows
+    jobs, sources, targets = matrices.jobs(index), _places(x, x_rows), _places(y, y_rows)
+    jobs[:, X], jobs[:, Y] = _places(sources, starts), _places(targets, starts)
+    jobs[:, ROWS] = counts
     scalars = (matrices.outputs, inputs, form.row_bytes(inputs), matrices.bias_kind)
     run(tiles_kernel(form), jobs, *scalars)
 
 
 def _product(x: mx.array, matrices: Matrices) -> mx.array:
     rows = floats(x).reshape(-1, x.shape[-1])
-    y = empty(len(rows), matrices.outputs)
+    made, each = Output(*x.shape[:-1], matrices.outputs), np.arange(len(rows))
+    y = made.array.reshape(len(rows), matrices.outputs)
     if len(rows) <= MATVEC_ROWS:
-        row_products(rows, matrices, np.zeros(len(rows), np.int64), y, np.arange(len(rows)))
+        row_products(rows, matrices, np.zeros(len(rows), np.int64), y, each, each)
     else:
         one = np.zeros(1, np.int64)
-        block_products(rows, matrices, one, y, one, one, np.array([len(rows)]))
-    return result(y.reshape(*x.shape[:-1], matrices.outputs), x.dtype)
+        block_products(rows, matrices, one, y, each, each, one, np.array([len(rows)]))
+    return made.result(x.dtype)
 
 
 def quantized_matmul(

@@ -25,12 +25,42 @@ _I1, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatT
 _VI1, _VI32, _VF32 = ir.VectorType(_I1, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
 
-def _gather(emit: Emitter, rows: list[ir.Value], offset: ir.Value) -> ir.Value:
-    """One word of each of 16 rows."""
-    vector = ir.Constant(_VI32, ir.Undefined)
-    for lane, row in enumerate(rows):
-        vector = emit.builder.insert_element(vector, emit.load(_I32, emit.builder.add(row, offset)), _I32(lane))
-    return vector
+def _words(emit: Emitter, rows: list[ir.Value], base: ir.Value, count: int) -> list[ir.Value]:
+    """``count`` consecutive words of each of 16 rows: a vector of all rows a word.
+
+    Four words of a row, or two, are loaded at once and transposed in registers: to insert each by itself takes five
+    times as many instructions.
+    """
+    words: list[ir.Value] = []
+    while len(words) < count:
+        width = next(width for width in (4, 2, 1) if width <= count - len(words))
+        type_, at = ir.VectorType(_I32, width), emit.offset(base, 4 * len(words))
+        loaded = [emit.load(type_, emit.builder.add(row, at)) for row in rows]
+        words += _transposed(emit, loaded, width)
+    return words
+
+
+def _transposed(emit: Emitter, rows: list[ir.Value], width: int) -> list[ir.Value]:
+    """16 vectors of ``width`` words, a row each, as ``width`` vectors of 16. Steps stay within quarters of a vector."""
+
+    def quarters(a: ir.Value, b: ir.Value, picks: tuple[int, ...]) -> ir.Value:
+        """In each quarter, what ``picks`` says of a's four words (0 to 3) and b's (4 to 7)."""
+        return emit.pick(a, b, [4 * quarter + pick % 4 + pick // 4 * LANES for quarter in range(4) for pick in picks])
+
+    if width == 1:
+        return [emit.joined(rows)]
+    if width == 2:
+        first, last = (
+            emit.joined([row for i in range(0, LANES, 4) for row in rows[i + j : i + j + 2]]) for j in (0, 2)
+        )
+        return [quarters(first, last, picks) for picks in ((0, 2, 4, 6), (1, 3, 5, 7))]
+    a, b, c, d = (emit.joined(rows[j::4]) for j in range(4))
+    low, high = (0, 4, 1, 5), (2, 6, 3, 7)
+    words = []
+    for half in (low, high):
+        ab, cd = quarters(a, b, half), quarters(c, d, half)
+        words += [quarters(ab, cd, (0, 1, 4, 5)), quarters(ab, cd, (2, 3, 6, 7))]
+    return words
 
 
 def _affine_values(emit: Emitter, words: list[ir.Value], bits: int) -> list[ir.Value]:
@@ -89,7 +119,7 @@ def make_unpack(bits: int, kind: int, group_size: int) -> Callable[..., None]:
             with cgutils.for_range(builder, blocks) as loop:
                 block = builder.add(loop.index, first_block)
                 base = emit.scaled(block, words_a_block * 4)
-                words = [_gather(emit, rows, emit.offset(base, word * 4)) for word in range(words_a_block)]
+                words = _words(emit, rows, base, words_a_block)
                 if bits:
                     group = builder.udiv(block, _I64(group_size // PACK_BLOCK))
                     at = emit.scaled(group, NR * 4)
@@ -107,11 +137,12 @@ def make_unpack(bits: int, kind: int, group_size: int) -> Callable[..., None]:
     return unpack
 
 
-def make_multiply(rows: int) -> Callable[..., None]:
+def make_multiply(rows: int, *, gathered: bool = False) -> Callable[..., None]:
     """Build ``multiply(x, x_stride, tile, tile_stride, count, y, y_stride, outputs, start)``.
 
     Adds ``x[:rows, :count] @ tile[:count]`` to y, whose first ``outputs`` columns exist. ``start`` is 0 to add to
-    y, -1 to start from zero, else the address of NR float32 to start from. Strides are in bytes; all int64.
+    y, -1 to start from zero, else the address of NR float32 to start from. Strides are in bytes; all int64. With
+    ``gathered``, x and y are addresses of the rows' addresses, and an offset into a row stands in a stride's place.
     """
     vectors = NR // LANES
 
@@ -122,13 +153,19 @@ def make_multiply(rows: int) -> Callable[..., None]:
         def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
             emit = Emitter(builder)
             x, x_stride, tile, tile_stride, count, y, y_stride, outputs, start = arguments
+
+            def places(base: ir.Value, stride: ir.Value) -> list[ir.Value]:
+                if gathered:
+                    return [emit.offset(emit.load(_I64, emit.offset(base, 8 * row)), stride) for row in range(rows)]
+                return [emit.offset(base, builder.mul(_I64(row), stride)) for row in range(rows)]
+
+            sources, targets = places(x, x_stride), places(y, y_stride)
             masks = []
             for vector in range(vectors):
                 lanes = ir.Constant(_VI32, [vector * LANES + lane for lane in range(LANES)])
                 masks.append(builder.icmp_signed("<", lanes, emit.splat(builder.trunc(outputs, _I32))))
             zero = ir.Constant(_VF32, [0.0] * LANES)
             sums = [[emit.variable(zero) for _ in range(vectors)] for _ in range(rows)]
-            targets = [builder.add(y, builder.mul(_I64(row), y_stride)) for row in range(rows)]
 
             def each(action: Callable[[int, int], None]) -> None:
                 for row in range(rows):
@@ -152,7 +189,7 @@ def make_multiply(rows: int) -> Callable[..., None]:
                 weights = [emit.load(_VF32, emit.offset(column, v * LANES * 4), align=4) for v in range(vectors)]
                 at = emit.scaled(loop.index, 4)
                 for row in range(rows):
-                    value = emit.load(_F32, builder.add(builder.add(x, builder.mul(_I64(row), x_stride)), at), align=4)
+                    value = emit.load(_F32, builder.add(sources[row], at), align=4)
                     factor = emit.splat(value)
                     for vector in range(vectors):
                         total = sums[row][vector]

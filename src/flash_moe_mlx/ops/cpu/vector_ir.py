@@ -106,8 +106,18 @@ class Emitter:
         return self.builder.call(function, [a, b, c])
 
     def shuffle(self, vector: ir.Value, indices: list[int]) -> ir.Value:
-        mask = ir.Constant(ir.VectorType(_I32, len(indices)), indices)
-        return self.builder.shuffle_vector(vector, vector, mask)
+        return self.pick(vector, vector, indices)
+
+    def pick(self, a: ir.Value, b: ir.Value, indices: list[int]) -> ir.Value:
+        """Elements of two vectors, b's behind a's."""
+        return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(indices)), indices))
+
+    def joined(self, parts: list[ir.Value]) -> ir.Value:
+        """Vectors of one length behind one another; a power of two of them."""
+        while len(parts) > 1:
+            width = 2 * parts[0].type.count
+            parts = [self.pick(a, b, list(range(width))) for a, b in zip(parts[::2], parts[1::2], strict=True)]
+        return parts[0]
 
     def sum(self, vector: ir.Value) -> ir.Value:
         """Sum of all lanes, by halves."""
