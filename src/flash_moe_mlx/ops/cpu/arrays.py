@@ -13,7 +13,7 @@ RECORD_KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
 
 _ALIGNMENT = 64
 _COPIED_BYTES = 1 << 18
-"""Up to here a copy of a result costs less than to evaluate an array that it is written into."""
+"""Up to here a copy of a result costs less than evaluating an array to write it into."""
 
 
 def view(array: mx.array, dtype: type) -> np.ndarray:
@@ -54,10 +54,10 @@ def address(array: np.ndarray) -> int:
 
 
 class Output:
-    """What a kernel writes: float32, in memory of MLX's own where a copy would cost more than to make that.
+    """What a kernel writes: float32, in an array of MLX's own where copying it there would cost more than making one.
 
     Attributes:
-        array: The memory, contiguous, uninitialised.
+        array: The memory, contiguous. What it holds before is not defined.
     """
 
     def __init__(self, *shape: int):

@@ -28,8 +28,8 @@ _VI1, _VI32, _VF32 = ir.VectorType(_I1, LANES), ir.VectorType(_I32, LANES), ir.V
 def _words(emit: Emitter, rows: list[ir.Value], base: ir.Value, count: int) -> list[ir.Value]:
     """``count`` consecutive words of each of 16 rows: a vector of all rows a word.
 
-    Four words of a row, or two, are loaded at once and transposed in registers: to insert each by itself takes five
-    times as many instructions.
+    Four words of a row, or two, are loaded at once and transposed in registers: to insert each by itself takes more
+    instructions.
     """
     words: list[ir.Value] = []
     while len(words) < count:
