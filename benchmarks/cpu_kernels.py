@@ -17,13 +17,13 @@ from collections.abc import Callable, Iterator
 import mlx.core as mx
 import numpy as np
 
-from flash_moe_mlx.bank import ExpertBank
+from flash_moe_mlx.formats.expert_layout import Quantization, RecordLayout
 from flash_moe_mlx.ops.cpu import attention, delta, experts, matmul, threads
 from flash_moe_mlx.ops.dequant_matvec import dequant_matvec_reference
 from flash_moe_mlx.ops.expert_batch import expert_ffn_batch_reference
 from flash_moe_mlx.ops.expert_ffn import expert_ffn_reference
 from flash_moe_mlx.ops.gated_delta import conv1d_silu_reference, gated_delta_reference
-from flash_moe_mlx.record import Quantization, RecordLayout
+from flash_moe_mlx.ops.slot_memory import ExpertBank
 
 HIDDEN, WIDTH, SLOTS, K = 2048, 512, 64, 8
 K_HEADS, V_HEADS, HEAD = 16, 32, 128

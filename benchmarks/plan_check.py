@@ -17,7 +17,7 @@ from benchmarks.peers.cases import CASES, OVERHEAD_BYTES
 from benchmarks.peers.engines import Places
 from benchmarks.peers.measure import measure
 
-from flash_moe_mlx.planner import Planner
+from flash_moe_mlx.planning.planner import Planner
 
 ALLOWED = 0.3
 COLUMNS = (

@@ -16,10 +16,10 @@ from pathlib import Path
 
 import numpy as np
 
-from flash_moe_mlx.policies import LRU, AgedLFU, Belady
-from flash_moe_mlx.routing import LOCAL, UNIFORM, Locality, make_routing
-from flash_moe_mlx.simulation import PolicyMaker, replay
-from flash_moe_mlx.trace import DECODE, RoutingTrace
+from flash_moe_mlx.experts.policies import LRU, AgedLFU, Belady
+from flash_moe_mlx.experts.trace import DECODE, RoutingTrace
+from flash_moe_mlx.planning.simulation import PolicyMaker, replay
+from flash_moe_mlx.planning.synthetic_routing import LOCAL, UNIFORM, Locality, make_routing
 
 LAYERS, TOKENS, EXPERTS, K = 3, 600, 256, 8
 SHARES = (0.08, 0.19, 0.375, 0.75)

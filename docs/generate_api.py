@@ -5,8 +5,8 @@ import re
 from pathlib import Path
 
 import flash_moe_mlx
+from flash_moe_mlx.experts.engine import StreamingEngine
 from flash_moe_mlx.stats import GenerationStats, StreamingStats
-from flash_moe_mlx.streaming import StreamingEngine
 
 API = Path(__file__).with_name("api.md")
 ENGINE = ("stats", "reset_stats", "resize", "trace", "clear", "close")

@@ -15,14 +15,17 @@ import flash_moe_mlx
 ROOT = Path(__file__).resolve().parent.parent
 SRC = ROOT / "src" / "flash_moe_mlx"
 
-# A module imports only from those before it. The same list, with what each does, is in docs/architecture.md.
-ORDER = [
-    "errors", "record", "machine", "config", "stats", "safetensors_header", "hub_headers", "quantization",
-    "expert_tensors", "packed_format", "checkpoint", "trace", "policies", "slots", "routing", "simulation", "budget",
-    "file_io", "disk_probe", "io_choice", "record_check", "io_threads", "store", "buffer_cache", "bank", "cache",
-    "streaming", "packing", "verification", "ops", "kernel_bench", "moe", "models", "loading", "prefix_cache",
-    "generation", "async_generation", "answer", "tools", "conversation", "speed", "planner", "planning", "profiling",
-    "plot", "server", "cli",
+# A wing (a folder, or a module of the package's root) imports only from those before it. docs/architecture.md says what
+# each holds. Inside a wing, and over all of them, no file may import in a circle.
+WINGS = [
+    "errors", "stats", "machine", "config", "formats", "storage", "ops", "experts", "models", "packing", "runtime",
+    "chat", "planning", "lab", "plot", "server", "cli",
+]  # fmt: skip
+# Modules that must work without MLX: what reads headers, plans and simulates.
+WITHOUT_MLX = [
+    "errors", "stats", "machine", "config", "formats", "storage.file_io", "storage.disk_probe", "storage.io_choice",
+    "storage.record_check", "storage.io_threads", "experts.trace", "experts.policies", "experts.slots",
+    "experts.budget", "planning.synthetic_routing", "planning.simulation",
 ]  # fmt: skip
 
 MAX_LINES = 500
@@ -43,67 +46,105 @@ def python_files(*folders: str) -> list[Path]:
     return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
 
 
-def layer_of(path: Path) -> str:
-    """First part of a module's name inside the package: `ops/expert_ffn.py` -> `ops`."""
-    return path.relative_to(SRC).with_suffix("").parts[0]
+def module_name(path: Path) -> str:
+    """Return a module's dotted name inside the package: `ops/expert_ffn.py` -> `ops.expert_ffn`."""
+    parts = path.relative_to(SRC).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def imported_layers(source: str, package: tuple[str, ...]) -> Iterator[tuple[int, str]]:
-    """(line, layer) of each import of our own package in a module of `package`, functions included."""
+def imported_modules(source: str, package: tuple[str, ...], modules: set[str]) -> Iterator[tuple[int, str]]:
+    """Yield (line, module) of each import of our own package in a module of `package`, functions included.
+
+    `from . import x` names the module x where there is one, else the package itself.
+    """
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names = [tuple(alias.name.split(".")) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            base = (node.module or "").split(".") if node.module else []
+            base = tuple(node.module.split(".")) if node.module else ()
             if node.level:
-                base = [*package[: len(package) - node.level + 1], *base]
-            # `from . import x` names a module too
-            names = [".".join([*base, alias.name]) for alias in node.names]
+                base = (*package[: len(package) - node.level + 1], *base)
+            names = [(*base, alias.name) for alias in node.names]
         else:
             continue
         for name in names:
-            parts = name.split(".")
-            if parts[0] == "flash_moe_mlx" and len(parts) > 1:
-                yield node.lineno, parts[1]
+            if name[0] == "flash_moe_mlx":
+                inside = ".".join(name[1:])
+                module = inside if inside in modules else inside.rpartition(".")[0]
+                if module:
+                    yield node.lineno, module
 
 
-def import_faults(source: str, path: Path) -> list[str]:
-    """What is wrong with the imports of the module at `path`."""
-    layer = layer_of(path)
-    if layer not in ORDER:
-        return [f"{path.name}: module {layer!r} has no place in ORDER"]
-    package = ("flash_moe_mlx", *path.relative_to(SRC).parts[:-1])
-    faults = []
-    for line, target in imported_layers(source, package):
-        if target in ORDER and ORDER.index(target) > ORDER.index(layer):
-            faults.append(f"{path.name}:{line}: {layer} imports {target}, which comes after it")
-    return faults
+def import_graph(sources: dict[str, str]) -> dict[str, set[str]]:
+    """Return which modules each module imports. `sources` maps names such as `ops/__init__.py` to texts."""
+    names = {path: module_name(SRC / path) for path in sources}
+    graph: dict[str, set[str]] = {}
+    for path, source in sources.items():
+        package = ("flash_moe_mlx", *Path(path).parts[:-1])
+        imported = imported_modules(source, package, set(names.values()))
+        graph[names[path]] = {module for _, module in imported} - {names[path]}
+    return graph
+
+
+def upward_imports(graph: dict[str, set[str]]) -> list[str]:
+    """List imports from a wing that comes later, and modules whose wing has no place."""
+    wing = {module: module.split(".")[0] for module in {*graph, *(m for targets in graph.values() for m in targets)}}
+    faults = [f"{module}: no place in WINGS" for module in graph if wing[module] not in WINGS]
+    return faults + [
+        f"{module} imports {target}"
+        for module, targets in sorted(graph.items())
+        for target in sorted(targets)
+        if wing[module] in WINGS and wing[target] in WINGS and WINGS.index(wing[target]) > WINGS.index(wing[module])
+    ]
+
+
+def circle(graph: dict[str, set[str]]) -> list[str]:
+    """Find modules that import each other in a ring, in order; empty if there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module not in done:
+            for target in sorted(graph.get(module, ())):
+                if found := visit(target, [*path, module]):
+                    return found
+            done.add(module)
+        return []
+
+    return next((found for module in sorted(graph) if (found := visit(module, []))), [])
+
+
+def package_sources() -> dict[str, str]:
+    roots = {SRC / "__init__.py", SRC / "__main__.py"}
+    return {str(path.relative_to(SRC)): path.read_text() for path in python_files("src") if path not in roots}
+
+
+def test_imports_run_one_way_between_wings():
+    assert upward_imports(import_graph(package_sources())) == []
+
+
+def test_no_files_import_in_a_circle():
+    assert circle(import_graph(package_sources())) == []
 
 
 @pytest.mark.parametrize(
-    "path",
-    [path for path in python_files("src") if path.parent != SRC or path.name not in ("__init__.py", "__main__.py")],
-    ids=lambda path: str(path.relative_to(SRC)),
-)
-def test_imports_run_one_way(path: Path):
-    assert import_faults(path.read_text(), path) == []
-
-
-@pytest.mark.parametrize(
-    ("source", "module", "faults"),
+    ("sources", "up", "ring"),
     [
-        ("from .errors import ShapeError", "store.py", 0),
-        ("from .loading import load", "store.py", 1),
-        ("def f():\n    from . import cli", "store.py", 1),
-        ("from ..record import RecordLayout", "ops/expert_ffn.py", 0),
-        ("from .quantized import x", "ops/expert_ffn.py", 0),
-        ("from ..moe import StreamingMoE", "ops/expert_ffn.py", 1),
-        ("import flash_moe_mlx.server", "moe.py", 1),
-        ("import os", "utils.py", 1),
+        ({"storage/store.py": "from ..errors import ShapeError", "errors.py": ""}, 0, 0),
+        ({"storage/store.py": "from ..runtime.loading import load", "runtime/loading.py": ""}, 1, 0),
+        ({"storage/store.py": "def f():\n    from .. import cli", "cli/__init__.py": ""}, 1, 0),
+        ({"ops/a.py": "from ..models.moe_block import StreamingMoE", "models/moe_block.py": ""}, 1, 0),
+        ({"models/a.py": "import flash_moe_mlx.server", "server/__init__.py": ""}, 1, 0),
+        ({"utils.py": "import os"}, 1, 0),
+        ({"ops/a.py": "from . import b", "ops/b.py": "from .cpu import c", "ops/cpu/c.py": "from ..a import f"}, 0, 4),
+        ({"ops/a.py": "from .b import f", "ops/b.py": "def g():\n    from .a import f"}, 0, 3),
     ],
 )
-def test_import_check_finds_faults(source: str, module: str, faults: int):
-    assert len(import_faults(source, SRC / module)) == faults
+def test_import_checks_find_faults(sources: dict[str, str], up: int, ring: int):
+    graph = import_graph(sources)
+    assert len(upward_imports(graph)) == up
+    assert len(circle(graph)) == ring
 
 
 def heavy_imports(statement: str) -> set[str]:
@@ -114,11 +155,10 @@ def heavy_imports(statement: str) -> set[str]:
     return set(done.stdout.split())
 
 
-@pytest.mark.parametrize(
-    "module", [path.stem for path in python_files("src") if layer_of(path) in ORDER[: ORDER.index("store")]]
-)
-def test_what_reads_only_headers_needs_no_mlx(module: str):
-    assert heavy_imports(f"import flash_moe_mlx.{module}") == set()
+@pytest.mark.parametrize("module", WITHOUT_MLX)
+def test_modules_for_headers_and_plans_need_no_mlx(module: str):
+    inside = [name for name in import_graph(package_sources()) if name == module or name.startswith(module + ".")]
+    assert heavy_imports("; ".join(f"import flash_moe_mlx.{name}" for name in inside)) == set()
 
 
 def test_importing_the_package_is_light():

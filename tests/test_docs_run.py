@@ -111,7 +111,7 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
     names = names_that_readers_have()
     if page.name == "api.md":  # its examples are those of docstrings
         names |= {name: getattr(flash_moe_mlx, name) for name in flash_moe_mlx.__all__}
-        names |= {"Part": __import__("flash_moe_mlx.answer").answer.Part}
+        names |= {"Part": __import__("flash_moe_mlx.chat.answer").answer.Part}
     blocks = python_blocks(page)
     level = logging.getLogger("flash_moe_mlx").level
     served = demo() if any(SERVER in code for code in blocks) else contextlib.nullcontext(SERVER)

@@ -23,7 +23,7 @@ from importlib.resources import files
 from pathlib import Path
 import flash_moe_mlx
 from flash_moe_mlx import generate, load
-from flash_moe_mlx.ops.kernel_source import kernel_folder, read_kernel
+from flash_moe_mlx.ops.gpu.kernel_source import kernel_folder, read_kernel
 
 model, tokenizer = load(files("flash_moe_mlx") / "demo", memory_limit="64MB", max_context=256)
 prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is 17 + 25?"}], add_generation_prompt=True)

@@ -13,11 +13,11 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from flash_moe_mlx.kernel_bench import cases
-from flash_moe_mlx.kernel_bench.measure import Row
-from flash_moe_mlx.kernel_bench.table import FULL, QUICK, Layers, Size, Table, Work, standard_work
+from flash_moe_mlx.lab import kernel_cases as cases
+from flash_moe_mlx.lab.kernel_table import FULL, QUICK, Layers, Size, Table, Work, standard_work
+from flash_moe_mlx.lab.kernel_timing import Row
 from flash_moe_mlx.ops.backend import backend
-from flash_moe_mlx.ops.geometry import choose_geometry
+from flash_moe_mlx.ops.gpu.geometry import choose_geometry
 
 # (rows a lane, SIMD groups a threadgroup)
 GATE_UP_SPREADS = ((1, 16), (2, 8), (2, 16), (4, 8))

@@ -16,7 +16,7 @@ import mlx.core as mx
 import numpy as np
 
 from flash_moe_mlx import load_model
-from flash_moe_mlx.trace import RoutingTrace
+from flash_moe_mlx.experts.trace import RoutingTrace
 
 
 def ours(path: Path, memory_limit: str, tokens: list[int], prompt: int, decode: int) -> tuple[np.ndarray, np.ndarray]:

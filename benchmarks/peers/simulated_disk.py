@@ -16,7 +16,7 @@ import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
-from flash_moe_mlx.safetensors_header import read_header
+from flash_moe_mlx.formats.safetensors_header import read_header
 
 SIZE = "64G"
 THROTTLES = Path("/sys/fs/cgroup/blkio")

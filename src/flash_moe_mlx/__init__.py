@@ -14,8 +14,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .async_generation import stream_generate_async
-    from .conversation import Conversation
+    from .chat.conversation import Conversation
+    from .chat.tools import load_tools
     from .errors import (
         CheckpointError,
         ChecksumError,
@@ -31,14 +31,14 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedModelError,
     )
-    from .generation import GenerationResponse, generate, stream_generate
-    from .loading import load, load_model
+    from .lab.profiling import profile
     from .packing import pack
-    from .planning import Plan, plan
-    from .prefix_cache import PrefixCache, chat_prompt
-    from .profiling import profile
-    from .tools import load_tools
-    from .verification import verify
+    from .packing.verification import verify
+    from .planning.plan import Plan, plan
+    from .runtime.async_generation import stream_generate_async
+    from .runtime.generation import GenerationResponse, generate, stream_generate
+    from .runtime.loading import load, load_model
+    from .runtime.prefix_cache import PrefixCache, chat_prompt
 
 __version__ = "0.1.0"
 
@@ -77,21 +77,21 @@ __all__ = [
 ]
 
 _MODULES = {
-    "load": "loading",
-    "load_model": "loading",
-    "generate": "generation",
-    "stream_generate": "generation",
-    "stream_generate_async": "async_generation",
-    "PrefixCache": "prefix_cache",
-    "chat_prompt": "prefix_cache",
-    "Conversation": "conversation",
-    "load_tools": "tools",
-    "GenerationResponse": "generation",
+    "load": "runtime.loading",
+    "load_model": "runtime.loading",
+    "generate": "runtime.generation",
+    "stream_generate": "runtime.generation",
+    "stream_generate_async": "runtime.async_generation",
+    "PrefixCache": "runtime.prefix_cache",
+    "chat_prompt": "runtime.prefix_cache",
+    "Conversation": "chat.conversation",
+    "load_tools": "chat.tools",
+    "GenerationResponse": "runtime.generation",
     "pack": "packing",
-    "verify": "verification",
-    "plan": "planning",
-    "Plan": "planning",
-    "profile": "profiling",
+    "verify": "packing.verification",
+    "plan": "planning.plan",
+    "Plan": "planning.plan",
+    "profile": "lab.profiling",
 }
 
 

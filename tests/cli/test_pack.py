@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from flash_moe_mlx.checkpoint import Checkpoint
 from flash_moe_mlx.cli.main import app
-from flash_moe_mlx.record import Quantization
+from flash_moe_mlx.formats.checkpoint import Checkpoint
+from flash_moe_mlx.formats.expert_layout import Quantization
 
 from ..support.checkpoints import make_checkpoint, text_config
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_moe_mlx.speed import Speed
+from flash_moe_mlx.planning.speed import Speed
 
 from ..support.command_line import document, refusal, succeed
 
@@ -14,7 +14,7 @@ LIMIT = ("--memory-limit", "14MB", "--max-context", "128")
 
 @pytest.fixture(autouse=True)
 def known_speed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("flash_moe_mlx.planner.measure_speed", lambda rate: Speed(10e9, 1e-3, rate))
+    monkeypatch.setattr("flash_moe_mlx.planning.planner.measure_speed", lambda rate: Speed(10e9, 1e-3, rate))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 import flash_moe_mlx
 from flash_moe_mlx import RequestError, ShortReadError, StoreError, stream_generate
-from flash_moe_mlx.trace import DECODE, PREFILL
+from flash_moe_mlx.experts.trace import DECODE, PREFILL
 
 from ..support.faulty_models import OTHER, PROMPT, Loaded, inject, run
 from ..support.refusals import held

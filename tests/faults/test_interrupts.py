@@ -11,9 +11,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flash_moe_mlx import moe
+from flash_moe_mlx.models import moe_block as moe
 from flash_moe_mlx.ops.expert_batch import expert_ffn_grouped
-from flash_moe_mlx.store import ReadRequest
+from flash_moe_mlx.storage.store import ReadRequest
 
 from ..support.faulty_models import OTHER, PROMPT, Loaded, inject, run
 from ..support.interrupts import READS, interrupted_at

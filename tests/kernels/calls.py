@@ -6,11 +6,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from flash_moe_mlx.ops import kernel_source
 from flash_moe_mlx.ops.dequant_matvec import dequant_matvec_kernel
 from flash_moe_mlx.ops.expert_ffn import expert_ffn_kernel
 from flash_moe_mlx.ops.expert_ffn_combine import expert_ffn_combine_kernel
 from flash_moe_mlx.ops.gated_delta import gated_delta_conv_step_kernel, gated_delta_kernel
+from flash_moe_mlx.ops.gpu import kernel_source
 from flash_moe_mlx.ops.moe_combine import moe_combine_kernel
 
 from ..ops.oracle import make_bank

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 
-from flash_moe_mlx.ops import kernel_source
-from flash_moe_mlx.ops.kernel_source import Kernel
+from flash_moe_mlx.ops.gpu import kernel_source
+from flash_moe_mlx.ops.gpu.kernel_source import Kernel
 
 C_TYPES = {
     mx.float32: "float", mx.bfloat16: "__nv_bfloat16", mx.float16: "__half", mx.uint32: "uint32_t",

@@ -2,7 +2,7 @@
 
 import re
 
-from flash_moe_mlx.ops.kernel_source import BODY_MARKER, strip_comments
+from flash_moe_mlx.ops.gpu.kernel_source import BODY_MARKER, strip_comments
 
 PROSE = ("Math", "Inputs", "Outputs", "Shapes", "Threads", "Traffic", "Fused", "Assumes")
 MAX_COLUMNS = 120

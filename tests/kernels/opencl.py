@@ -21,8 +21,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flash_moe_mlx.ops import kernel_source
-from flash_moe_mlx.ops.kernel_source import Kernel
+from flash_moe_mlx.ops.gpu import kernel_source
+from flash_moe_mlx.ops.gpu.kernel_source import Kernel
 
 HERE = Path(__file__).resolve().parent
 C_TYPES = {

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flash_moe_mlx.ops import kernel_source
+from flash_moe_mlx.ops.gpu import kernel_source
 
 from .calls import CALLS, record
 from .cuda_source import cuda_source

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from flash_moe_mlx.errors import FlashMoEError
-from flash_moe_mlx.ops import kernel_source
+from flash_moe_mlx.ops.gpu import kernel_source
 
 from .calls import CALLS
 from .lint import lint_body, lint_code, lint_file

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from flash_moe_mlx.ops import kernel_source
+from flash_moe_mlx.ops.gpu import kernel_source
 
 from .calls import CALLS, record
 from .opencl import MAX_CONSTANT_ELEMENTS
@@ -85,7 +85,7 @@ def test_threadgroup_memory_fits_every_apple_gpu():
     """32 KiB is Metal's limit for a threadgroup; the widest supported heads and rows stay below it."""
     from flash_moe_mlx.ops.gated_delta import LANES, MAX_STEPS, PROMPT_SPREAD, STEP_SPREAD
     from flash_moe_mlx.ops.gated_delta import STAGED_VALUES as DELTA_VALUES
-    from flash_moe_mlx.ops.geometry import CHUNK, STAGED_VALUES, choose_geometry
+    from flash_moe_mlx.ops.gpu.geometry import CHUNK, STAGED_VALUES, choose_geometry
 
     for columns in (64, 2048, 4096, 8192, 32768):
         for bits in (2, 3, 4, 8):

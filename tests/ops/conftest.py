@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flash_moe_mlx.ops import kernel_source
+from flash_moe_mlx.ops.gpu import kernel_source
 
 from ..kernels import opencl
 

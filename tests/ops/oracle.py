@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from flash_moe_mlx.bank import ExpertBank
-from flash_moe_mlx.record import PROJECTIONS, Quantization, RecordLayout
+from flash_moe_mlx.formats.expert_layout import PROJECTIONS, Quantization, RecordLayout
+from flash_moe_mlx.ops.slot_memory import ExpertBank
 
 RELATIVE_RMS = {mx.float32: 2e-6, mx.bfloat16: 4e-3, mx.float16: 1e-3}
 """Largest relative RMS, by the dtype of the result."""

@@ -11,10 +11,10 @@ from flash_moe_mlx.ops import (
     expert_ffn_combine,
     gated_delta,
     gated_delta_conv_step,
-    kernel_source,
     moe_combine,
 )
 from flash_moe_mlx.ops.backend import backend, use_kernels
+from flash_moe_mlx.ops.gpu import kernel_source
 
 from .oracle import make_bank
 

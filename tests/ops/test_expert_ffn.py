@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from flash_moe_mlx.errors import ShapeError
+from flash_moe_mlx.formats.expert_layout import RecordLayout, RecordPart
 from flash_moe_mlx.ops.expert_ffn import expert_ffn, expert_ffn_kernel, expert_ffn_reference
-from flash_moe_mlx.record import RecordLayout, RecordPart
 
 from .oracle import REFERENCE_RMS, assert_close, expert_ffn_oracle, make_bank, wide
 

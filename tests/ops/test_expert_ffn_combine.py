@@ -11,7 +11,7 @@ from flash_moe_mlx.ops.expert_ffn_combine import (
     expert_ffn_combine_kernel,
     expert_ffn_combine_reference,
 )
-from flash_moe_mlx.ops.geometry import CHUNK, choose_geometry
+from flash_moe_mlx.ops.gpu.geometry import CHUNK, choose_geometry
 from flash_moe_mlx.ops.moe_combine import moe_combine_kernel
 
 from .oracle import assert_close, expert_ffn_oracle, make_bank, wide

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from flash_moe_mlx import pack, verify
-from flash_moe_mlx.checkpoint import Checkpoint
 from flash_moe_mlx.errors import CorruptError, DiskFullError, MissingTensorError, PackError
-from flash_moe_mlx.packed_format import WORK_FOLDER
+from flash_moe_mlx.formats.checkpoint import Checkpoint
+from flash_moe_mlx.formats.packed_format import WORK_FOLDER
 from flash_moe_mlx.packing import workspace
 from flash_moe_mlx.packing.journal import Journal
 from flash_moe_mlx.packing.quantiser import ErrorSums

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from flash_moe_mlx import pack, verify
-from flash_moe_mlx.packed_format import WORK_FOLDER
+from flash_moe_mlx.formats.packed_format import WORK_FOLDER
 
 from ..support.checkpoints import make_checkpoint
 from ..support.hub import COMMIT, REPOSITORY, Hub, serve

@@ -16,11 +16,11 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flash_moe_mlx import pack, verify
-from flash_moe_mlx.checkpoint import Checkpoint
 from flash_moe_mlx.errors import CheckpointError, PackError, RequestError, UnsupportedModelError
+from flash_moe_mlx.formats.checkpoint import Checkpoint
+from flash_moe_mlx.formats.expert_layout import Quantization
 from flash_moe_mlx.packing import PackSettings, prepare
 from flash_moe_mlx.packing.plan import make_plan
-from flash_moe_mlx.record import Quantization
 
 from ..support.checkpoints import make_checkpoint, text_config, write_checkpoint
 from ..support.models import chat_config, convert, make_converted, streamed

@@ -16,8 +16,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from flash_moe_mlx.errors import MemoryLimitError
-from flash_moe_mlx.loading import load, load_model
 from flash_moe_mlx.models.qwen3_5_moe import Model
+from flash_moe_mlx.runtime.loading import load, load_model
 
 from .checkpoints import make_checkpoint, text_config
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from flash_moe_mlx.checkpoint import Checkpoint
+from flash_moe_mlx.formats.checkpoint import Checkpoint
 from flash_moe_mlx.packing import dense, plan, run
 
 

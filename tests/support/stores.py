@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import safetensors
 
-from flash_moe_mlx.checkpoint import Checkpoint
 from flash_moe_mlx.errors import StoreError
-from flash_moe_mlx.store import ExpertStore, ReadRequest, writable_bytes
+from flash_moe_mlx.formats.checkpoint import Checkpoint
+from flash_moe_mlx.storage.store import ExpertStore, ReadRequest, writable_bytes
 
 POISON = 0xA5
 """What `FaultyStore` fills buffers with until their bytes come: code that looks too early sees it."""

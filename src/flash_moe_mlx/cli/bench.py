@@ -108,7 +108,7 @@ def kernels(
     Examples:
         flash-moe bench kernels --quick
     """
-    from ..kernel_bench.table import FULL, QUICK, Layers, Table, standard_work
+    from ..lab.kernel_table import FULL, QUICK, Layers, Table, standard_work
 
     size = QUICK if quick else FULL
     table = Table(size, (lambda line: None) if json else typer.echo)

@@ -78,8 +78,8 @@ def chat(
     """
     from rich.console import Console
 
-    from ..conversation import Conversation
-    from ..tools import CALCULATOR, load_tools
+    from ..chat.conversation import Conversation
+    from ..chat.tools import CALCULATOR, load_tools
     from .chat_session import ChatSession
 
     console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets lines as they are

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.text import Text
 
-from ..answer import Part
-from ..conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
+from ..chat.answer import Part
+from ..chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
 from ..errors import FlashMoEError, RequestError
 from ..stats import format_bytes
 from .printable import printable

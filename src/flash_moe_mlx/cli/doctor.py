@@ -15,7 +15,7 @@ from .. import __version__
 from .options import Json, Model, model_path, print_json
 
 if TYPE_CHECKING:
-    from ..disk_probe import DiskProbe
+    from ..storage.disk_probe import DiskProbe
 
 PACKAGES = (
     "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy", "numba", "prompt_toolkit", "starlette", "uvicorn",
@@ -101,8 +101,8 @@ def _memory() -> dict[str, int | None]:
 
 
 def _probe_model(model: str) -> "DiskProbe":
-    from ..checkpoint import Checkpoint
-    from ..disk_probe import probe_disk
+    from ..formats.checkpoint import Checkpoint
+    from ..storage.disk_probe import probe_disk
 
     checkpoint = Checkpoint.open(Path(model_path(model)))
     return probe_disk(checkpoint.expert_files, checkpoint.layout(checkpoint.moe_layers[0]).record_bytes)
@@ -111,7 +111,7 @@ def _probe_model(model: str) -> "DiskProbe":
 def _probe_directory(directory: Path | None) -> "DiskProbe":
     from huggingface_hub.constants import HF_HUB_CACHE
 
-    from ..disk_probe import probe_disk
+    from ..storage.disk_probe import probe_disk
 
     if directory is None:
         cache = Path(HF_HUB_CACHE)

@@ -63,7 +63,7 @@ def pack(
 
 
 def _errors(directory: Path) -> dict[str, dict[str, float]]:
-    from ..packed_format import read_manifest
+    from ..formats.packed_format import read_manifest
 
     manifest = read_manifest(directory)
     return dict(manifest.quantization_error) if manifest else {}

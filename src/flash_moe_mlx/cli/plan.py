@@ -34,7 +34,7 @@ def plan(
         flash-moe plan --json --max-context 128 --disk-rate 3GB
     """
     from ..config import parse_size
-    from ..planning import plan as make_plan
+    from ..planning.plan import plan as make_plan
 
     result = make_plan(
         model_path(model),
@@ -46,7 +46,7 @@ def plan(
         disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate),
     )
     if plot is not None:
-        from ..plot import save, speed_by_limit
+        from ..lab.plot import save, speed_by_limit
 
         save(speed_by_limit(result), plot)
     if json:

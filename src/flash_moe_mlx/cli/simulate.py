@@ -33,8 +33,8 @@ def simulate(
         flash-moe simulate routing.npz --slots 4 --slots 8 --policy lfu --policy lru --policy belady
     """
     from ..errors import RequestError
-    from ..simulation import replay
-    from ..trace import RoutingTrace
+    from ..experts.trace import RoutingTrace
+    from ..planning.simulation import replay
 
     routing = RoutingTrace.read(trace)
     if memory_limit and model is None:
@@ -43,7 +43,7 @@ def simulate(
     planner = None
     if model is not None:
         from ..config import parse_size
-        from ..planner import Planner
+        from ..planning.planner import Planner
 
         planner = Planner.open(
             model, max_context=max_context, disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate)

@@ -5,17 +5,7 @@ from typing import Annotated
 
 import typer
 
-from .options import (
-    ActivationBits,
-    Io,
-    MaxContext,
-    MemoryLimit,
-    Model,
-    NumExpertsPerTok,
-    Revision,
-    Verify,
-    open_model,
-)
+from .options import ActivationBits, Io, MaxContext, MemoryLimit, Model, NumExpertsPerTok, Revision, Verify, open_model
 
 
 def trace(

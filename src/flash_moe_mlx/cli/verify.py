@@ -21,7 +21,7 @@ def verify(
         flash-moe verify packed --against Qwen3.5-35B-A3B-4bit --json
     """
     from ..packing.progress import Progress, reporting
-    from ..verification import verify as check
+    from ..packing.verification import verify as check
 
     with reporting(not json, "verify") as report:
         result = check(path, full=full, against=against, progress=lambda done, total: report(Progress("", done, total)))

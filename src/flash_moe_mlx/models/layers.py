@@ -5,11 +5,11 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..formats.expert_layout import Quantization
 from ..ops.backend import use_kernels
 from ..ops.dense_matmul import dense_matmul
 from ..ops.dequant_matmul import dequant_matmul
 from ..ops.dequant_matvec import dequant_matvec, dequant_matvec_reference
-from ..record import Quantization
 
 QuantizationOf = Callable[[str], Quantization | None]
 """Quantisation of the module at a path; None where it is stored unquantised."""

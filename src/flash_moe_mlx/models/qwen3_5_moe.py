@@ -9,13 +9,13 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..checkpoint import Checkpoint
 from ..config import ModelConfig, StreamingConfig
-from ..quantization import mlx_name
-from .family import Family
-from .hybrid import HybridModel, TextModel, prepare_hybrid
+from ..formats.checkpoint import Checkpoint
+from ..formats.quantization import mlx_name
+from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
 from .mixers import GatedDeltaNet
+from .spec import Family
 
 
 class SplitGatedDeltaNet(GatedDeltaNet):

@@ -8,12 +8,12 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from ..checkpoint import Checkpoint
 from ..config import ModelConfig, StreamingConfig
-from .family import Family
-from .hybrid import HybridModel, TextModel, prepare_hybrid
+from ..formats.checkpoint import Checkpoint
+from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
 from .mixers import GatedDeltaNet
+from .spec import Family
 
 
 class FusedGatedDeltaNet(GatedDeltaNet):

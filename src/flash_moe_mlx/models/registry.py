@@ -4,10 +4,10 @@ from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
-from ..checkpoint import Checkpoint
 from ..config import StreamingConfig
+from ..formats.checkpoint import Checkpoint
 from . import qwen3_5_moe, qwen3_next, switch_glu
-from .family import Family
+from .spec import Family
 
 Prepare = Callable[[Checkpoint, Mapping[str, mx.array], StreamingConfig, mx.Dtype], Family]
 

@@ -15,17 +15,17 @@ from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlx_lm.utils import _get_classes
 
-from ..bank import MLX_DTYPES
-from ..checkpoint import Checkpoint
 from ..config import StreamingConfig
 from ..errors import CorruptError, MissingTensorError, RequestError, UnsupportedModelError
-from ..expert_tensors import parse_name
-from ..moe import RoutedExperts
+from ..experts.engine import StreamingEngine
+from ..formats.checkpoint import Checkpoint
+from ..formats.expert_tensors import parse_name
 from ..ops.backend import backend
-from ..streaming import StreamingEngine
+from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
-from .family import Family, convert, load_bytes
-from .switch_costs import CACHE_STEP, CacheGrowth, switch_glu_costs
+from .moe_block import RoutedExperts
+from .spec import Family, convert, load_bytes
+from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")

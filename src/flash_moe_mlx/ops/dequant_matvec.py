@@ -6,11 +6,11 @@ from math import prod
 import mlx.core as mx
 
 from ..errors import ShapeError
-from . import kernel_source
 from .backend import use_cpu_kernels, use_kernels
 from .dequant_matmul import dequant_matmul
-from .geometry import Geometry, choose_geometry, load_width
-from .kernel_source import Kernel
+from .gpu import kernel_source
+from .gpu.geometry import Geometry, choose_geometry, load_width
+from .gpu.kernel_source import Kernel
 
 MAX_ROWS = 8
 """Rows of x up to which the kernel reads the weights fewer times than a matrix product would need to pay for."""

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from ..bank import ExpertBank
 from .backend import use_cpu_kernels
 from .dequant_matmul import dequant_matmul, dequantized_bytes, waiting_bytes
-from .expert_ffn import Activation, swiglu
+from .numerics import Activation, swiglu
+from .slot_memory import ExpertBank
 
 GROUPED_ROWS = 512
 """Rows of expert outputs that may wait for evaluation: bounds the scratch of a prefill."""

@@ -1,30 +1,22 @@
 """SwiGLU feed-forward of the routed experts, read from a bank of records."""
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
 
-from ..bank import MLX_DTYPES, ExpertBank
 from ..errors import ShapeError
-from ..record import PART_ALIGNMENT, RecordLayout
-from . import kernel_source
+from ..formats.expert_layout import PART_ALIGNMENT, RecordLayout
 from .backend import use_cpu_kernels, use_kernels
-from .geometry import Geometry, choose_geometry, load_width
-from .kernel_source import Constants, Kernel
+from .gpu import kernel_source
+from .gpu.geometry import Geometry, choose_geometry, load_width
+from .gpu.kernel_source import Constants, Kernel
+from .numerics import Activation, swiglu
+from .slot_memory import MLX_DTYPES, ExpertBank
 
 WORD_BYTES = 4
 SIMD_GROUPS = 4
 """SIMD groups a threadgroup: experts are small, and more threadgroups end more evenly."""
-
-Activation = Callable[[mx.array, mx.array], mx.array]
-"""(up, gate) to the input of the down projection, element by element."""
-
-
-def swiglu(up: mx.array, gate: mx.array) -> mx.array:
-    """``silu(gate) * up``: what the kernels compute."""
-    return gate * mx.sigmoid(gate) * up
 
 
 def project_reference(x: mx.array, bank: ExpertBank, projection: str, slots: mx.array) -> mx.array:

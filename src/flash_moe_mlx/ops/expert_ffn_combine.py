@@ -4,8 +4,6 @@ from dataclasses import replace
 
 import mlx.core as mx
 
-from ..bank import ExpertBank
-from . import kernel_source
 from .backend import use_kernels
 from .expert_ffn import (
     WORD_BYTES,
@@ -17,9 +15,11 @@ from .expert_ffn import (
     plan_of,
     projection_constants,
 )
-from .geometry import SIMD_WIDTH, Geometry, choose_geometry
-from .kernel_source import Kernel
+from .gpu import kernel_source
+from .gpu.geometry import SIMD_WIDTH, Geometry, choose_geometry
+from .gpu.kernel_source import Kernel
 from .moe_combine import moe_combine, moe_combine_reference
+from .slot_memory import ExpertBank
 
 MAX_WIDTH = 2048
 """Widest expert of which two rows of h fit into threadgroup memory."""

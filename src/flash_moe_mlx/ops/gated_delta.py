@@ -5,12 +5,10 @@ from functools import cache
 
 import mlx.core as mx
 
-from . import kernel_source
 from .backend import use_cpu_kernels, use_kernels
-from .kernel_source import Constants, Kernel
-
-L2_EPS = 1e-6
-"""Added to the sum of squares of q and of k before the root, as transformers and mlx-lm do."""
+from .gpu import kernel_source
+from .gpu.kernel_source import Constants, Kernel
+from .numerics import L2_EPS
 
 SIMD_WIDTH = 32
 LANES = 16

@@ -4,9 +4,10 @@ from functools import cache
 
 import mlx.core as mx
 
-from . import kernel_source
 from .backend import use_cpu_kernels, use_kernels
-from .kernel_source import Kernel
+from .gpu import kernel_source
+from .gpu.kernel_source import Kernel
+from .numerics import output_dtype
 
 THREADS = 64
 
@@ -44,14 +45,6 @@ def moe_combine_reference(
     if residual is not None:
         total = total + residual.astype(mx.float32)
     return total.astype(output_dtype(y, shared, residual))
-
-
-def output_dtype(y: mx.array, shared: mx.array | None, residual: mx.array | None) -> mx.Dtype:
-    """dtype of the residual, else of the shared expert, else of y."""
-    for array in (residual, shared):
-        if array is not None:
-            return array.dtype
-    return y.dtype
 
 
 @cache

@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ..record import DTYPE_BYTES, Quantization
-from ..safetensors_header import TensorInfo
+from ..formats.expert_layout import DTYPE_BYTES, Quantization
+from ..formats.safetensors_header import TensorInfo
 from .quantiser import Bytes, quantise
 from .settings import Conversion
 from .tasks import Segment, SourceFiles, TaskResult, Write

@@ -18,10 +18,10 @@ from huggingface_hub.errors import HFValidationError
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 from tqdm.auto import tqdm
 
-from ..checkpoint import Checkpoint
 from ..errors import CheckpointError, CorruptError, MissingTensorError, PackError
-from ..hub_headers import HTTPError, read_header
-from ..safetensors_header import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo, read_json
+from ..formats.checkpoint import Checkpoint
+from ..formats.hub_headers import HTTPError, read_header
+from ..formats.safetensors_header import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo, read_json
 from .sources import header_bytes
 from .workspace import sync_folder
 

@@ -14,11 +14,11 @@ from mlx.utils import tree_flatten
 from mlx_lm.models.switch_layers import SwitchGLU
 from mlx_lm.utils import _get_classes
 
-from ..bank import MLX_DTYPES
-from ..checkpoint import Checkpoint
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
-from ..record import Quantization
-from ..safetensors_header import TensorInfo
+from ..formats.checkpoint import Checkpoint
+from ..formats.expert_layout import Quantization
+from ..formats.safetensors_header import TensorInfo
+from ..ops.slot_memory import MLX_DTYPES
 from .quantiser import Bytes, to_bytes
 from .settings import MLX_LM_DTYPES
 

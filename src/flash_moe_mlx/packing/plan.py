@@ -7,12 +7,12 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from ..checkpoint import Checkpoint
 from ..errors import UnsupportedModelError
-from ..packed_format import PackedLayer
-from ..quantization import mlx_name
-from ..record import Quantization, RecordLayout
-from ..safetensors_header import TensorInfo
+from ..formats.checkpoint import Checkpoint
+from ..formats.expert_layout import Quantization, RecordLayout
+from ..formats.packed_format import PackedLayer
+from ..formats.quantization import mlx_name
+from ..formats.safetensors_header import TensorInfo
 from .dense import CHUNK_BYTES, DenseFile, copy_tasks, row_tasks
 from .mlx_lm_dense import DenseParameter, MlxLmDense, cast_dtype, is_known
 from .settings import Conversion, PackSettings, target_layout

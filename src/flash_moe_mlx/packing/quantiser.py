@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import mlx.core as mx
 import numpy as np
 
-from ..bank import MLX_DTYPES
-from ..record import Quantization
+from ..formats.expert_layout import Quantization
+from ..ops.slot_memory import MLX_DTYPES
 from .settings import Conversion
 
 Bytes = np.ndarray

@@ -10,11 +10,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..buffer_cache import BufferCacheShare
 from ..errors import FlashMoEError
+from ..experts.buffer_cache import BufferCacheShare
+from ..formats.packed_format import Manifest, PackedLayer, StoredFile
+from ..formats.safetensors_header import INDEX_NAME, TensorInfo
 from ..machine import available_cores
-from ..packed_format import Manifest, PackedLayer, StoredFile
-from ..safetensors_header import INDEX_NAME, TensorInfo
 from .checksums import combine_segments
 from .journal import Journal
 from .plan import PackPlan

@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RequestError
-from ..quantization import BITS, GROUP_SIZES
-from ..record import Quantization, RecordLayout, RecordPart
+from ..formats.expert_layout import Quantization, RecordLayout, RecordPart
+from ..formats.quantization import BITS, GROUP_SIZES
 
 DENSE = ("auto", "keep", "quantize")
 

@@ -6,9 +6,9 @@ import re
 from pathlib import Path
 from typing import Any, Protocol
 
-from ..checkpoint import Checkpoint
 from ..errors import PackError
-from ..safetensors_header import TensorInfo
+from ..formats.checkpoint import Checkpoint
+from ..formats.safetensors_header import TensorInfo
 
 _SAMPLES = 64
 _SAMPLE_BYTES = 4096

@@ -16,9 +16,9 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import CorruptError, PackError
-from ..expert_tensors import Part
-from ..file_io import ReadOnlyFile
-from ..record import RecordPart
+from ..formats.expert_layout import RecordPart
+from ..formats.expert_tensors import Part
+from ..storage.file_io import ReadOnlyFile
 from .quantiser import Bytes, ErrorSums, quantise
 from .settings import Conversion
 

@@ -16,9 +16,9 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DiskFullError, PackError, RequestError
-from ..file_io import DIRECT_ALIGNMENT
-from ..packed_format import EXPERTS_FOLDER, MANIFEST_NAME, WORK_FOLDER
+from ..formats.packed_format import EXPERTS_FOLDER, MANIFEST_NAME, WORK_FOLDER
 from ..stats import format_bytes
+from ..storage.file_io import DIRECT_ALIGNMENT
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 

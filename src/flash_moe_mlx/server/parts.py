@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from ..answer import AnswerSplitter, Part
+from ..chat.answer import AnswerSplitter, Part
 from .schema import GenerationRequest
 
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
-from ..generation import GenerationResponse, LogitsProcessor, Sampler
+from ..runtime.generation import GenerationResponse, LogitsProcessor, Sampler
 from .parts import TokenLogprob
 from .schema import Sampling
 

@@ -17,8 +17,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import MemoryLimitError
-from ..generation import GenerationResponse, stream_generate
-from ..prefix_cache import PrefixCache, chat_prompt
+from ..runtime.generation import GenerationResponse, stream_generate
+from ..runtime.prefix_cache import PrefixCache, chat_prompt
 from ..stats import StreamingStats
 from .api_error import ApiError
 from .metrics import Metrics

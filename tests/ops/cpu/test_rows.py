@@ -10,7 +10,8 @@ from ..test_moe_combine import CASES, F32, inputs, oracle
 pytest.importorskip("numba")
 
 from flash_moe_mlx.ops.cpu import rows
-from flash_moe_mlx.ops.moe_combine import moe_combine, output_dtype
+from flash_moe_mlx.ops.moe_combine import moe_combine
+from flash_moe_mlx.ops.numerics import output_dtype
 from flash_moe_mlx.ops.rms_norm_gated import rms_norm_gated_reference
 
 MANY = {"K8-H2056-T700": (700, 8, 2056, F32, "sgr"), "no-tokens": (0, 4, 64, F32, "sgr")}

@@ -9,7 +9,7 @@ import math
 import numba
 import numpy as np
 
-from ..gated_delta import L2_EPS
+from ..numerics import L2_EPS
 from .elementwise import exponential, prepare, rms_scale, sigmoid
 from .int8_ir import round_to_int8
 from .jit import VECTORISED, serial, task

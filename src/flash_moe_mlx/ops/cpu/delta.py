@@ -5,7 +5,7 @@ import math
 import mlx.core as mx
 import numpy as np
 
-from ..gated_delta import L2_EPS
+from ..numerics import L2_EPS
 from .arrays import Output, address, empty, floats, view
 from .elementwise import sigmoid
 from .jit import VECTORISED, compiled, serial

@@ -5,9 +5,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ...bank import ExpertBank
-from ...record import PARTS, RecordLayout
-from ..expert_ffn import Activation
+from ...formats.expert_layout import PARTS, RecordLayout
+from ..numerics import Activation
+from ..slot_memory import ExpertBank
 from .arrays import RECORD_KINDS, Output, address, empty, floats, view
 from .elementwise import swiglu
 from .kernels import affine, dense

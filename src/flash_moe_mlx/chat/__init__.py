@@ -1,0 +1,1 @@
+"""Conversations: messages, answers split into thinking, text and tool calls, tools."""

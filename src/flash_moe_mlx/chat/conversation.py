@@ -1,0 +1,256 @@
+"""Conversation: messages, tool rounds and the prefix cache of a chat with a model. No terminal, no server."""
+
+import itertools
+import json
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..errors import RequestError
+from ..runtime.generation import GenerationResponse, LogitsProcessor, Sampler, stream_generate
+from ..runtime.prefix_cache import PrefixCache, chat_prompt
+from .answer import AnswerSplitter, Kind, Part, ThinkingBudget
+from .tools import Tool, ToolResult
+
+REFUSED = "refused by the user"
+INTERRUPTED = "interrupted by the user"
+TOO_MANY = "too many tool calls in one turn"
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """A call that the model asks for.
+
+    Attributes:
+        id: Its number in the conversation, as text.
+        name: The tool's name.
+        arguments: Its arguments by name.
+    """
+
+    id: str
+    name: str
+    arguments: dict[str, Any]
+
+    def __str__(self) -> str:
+        return (
+            f"{self.name}({', '.join(f'{k}={json.dumps(v, ensure_ascii=False)}' for k, v in self.arguments.items())})"
+        )
+
+    def message(self) -> dict[str, Any]:
+        """As an assistant's message carries it."""
+        return {"type": "function", "id": self.id, "function": {"name": self.name, "arguments": self.arguments}}
+
+
+@dataclass(frozen=True)
+class ToolOutcome:
+    """How a call ended: its result, or why there is none."""
+
+    call: ToolCall
+    result: ToolResult
+
+
+@dataclass(frozen=True)
+class AnswerEnd:
+    """The end of one generation: the last response has its figures, and ``finish_reason`` says why it ended."""
+
+    response: GenerationResponse
+
+
+Event = Part | ToolCall | ToolOutcome | AnswerEnd
+
+
+@dataclass
+class Conversation:
+    """A chat: :meth:`send` a message, and get what happens until the model has answered, tool calls included.
+
+    Example:
+        >>> chat = Conversation(model, tokenizer, tools=load_tools("tools.py"), confirm=lambda call: True)
+        >>> for event in chat.send("What is 17 * 25?"):
+        ...     if isinstance(event, Part):
+        ...         print(event.text, end="")
+
+    Attributes:
+        model: From :func:`flash_moe_mlx.load`.
+        tokenizer: From :func:`flash_moe_mlx.load`; must have a chat template.
+        system: The system prompt; empty for none.
+        tools: What the model may call.
+        confirm: Asked before each call; a call that it refuses is not run, and the model is told so. None refuses
+            every call.
+        prefix_cache: Spares the prefill of what earlier turns have in common.
+        max_tokens: Most tokens of one answer; -1 for no limit.
+        sampler: As in :func:`stream_generate`.
+        logits_processors: As in :func:`stream_generate`.
+        thinking: Whether templates that know thinking ask for it.
+        thinking_budget: Most tokens of thinking in one answer; None for no limit.
+        max_tool_rounds: Most times in one turn that the model may call tools.
+        tool_timeout_seconds: Most seconds of one call.
+        max_tool_characters: Most characters of a call's result that the model sees.
+        progress: Called with (prompt tokens processed, prompt tokens).
+        messages: Everything said, without the system prompt, in the form that chat templates take.
+    """
+
+    model: Any
+    tokenizer: Any
+    system: str = ""
+    tools: Sequence[Tool] = ()
+    confirm: Callable[[ToolCall], bool] | None = None
+    prefix_cache: PrefixCache | None = None
+    max_tokens: int = 2048
+    sampler: Sampler | None = None
+    logits_processors: Sequence[LogitsProcessor] = ()
+    thinking: bool = True
+    thinking_budget: int | None = None
+    max_tool_rounds: int = 8
+    tool_timeout_seconds: float = 30.0
+    max_tool_characters: int = 8000
+    progress: Callable[[int, int], None] | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.has_chat_template:
+            raise RequestError("[Conversation] the tokenizer must have a chat template, got none. Use generate.")
+        if self.tools and not self.tokenizer.has_tool_calling:
+            raise RequestError(
+                "[tools] the model's template must know tool calls, got one that doesn't. Leave them out."
+            )
+        self._numbers = itertools.count(1)
+
+    def send(self, text: str) -> Generator[Event, None, None]:
+        """Say something, and yield what the model does until it has answered.
+
+        Closing the iterator, or an interrupt in it, keeps what was said until then.
+
+        Yields:
+            Part: Thinking and text, as they are generated.
+            AnswerEnd: At the end of each generation.
+            ToolCall: A call, before it is confirmed.
+            ToolOutcome: Its result.
+
+        Raises:
+            RequestError: If the conversation has become longer than max_context; the message is forgotten.
+            MemoryLimitError: As :func:`stream_generate`.
+            StoreError: As :func:`stream_generate`.
+        """
+        self.messages.append({"role": "user", "content": text})
+        for tool_round in range(1, self.max_tool_rounds + 2):
+            answer = _Answer()
+            try:
+                yield from self._generate(answer)
+            finally:
+                calls = self._keep(answer)
+            yield from self._end(answer, calls, tool_round <= self.max_tool_rounds)
+            if not answer.raw_calls:
+                return
+
+    def prompt(self) -> tuple[list[int], list[int]]:
+        """Tokens of the conversation so far, and where to copy states: as :func:`chat_prompt`."""
+        system = [{"role": "system", "content": self.system}] if self.system else []
+        schemas = [tool.schema for tool in self.tools] or None
+        return chat_prompt(self.tokenizer, [*system, *self.messages], tools=schemas, enable_thinking=self.thinking)
+
+    def _generate(self, answer: "_Answer") -> Generator[Event, None, None]:
+        prompt, points = self.prompt()
+        splitter = AnswerSplitter(self.tokenizer, prompt, tool_calls=bool(self.tools))
+        processors = list(self.logits_processors)
+        if self.thinking_budget is not None:
+            processors.append(ThinkingBudget(self.tokenizer, prompt, self.thinking_budget))
+        for response in stream_generate(
+            self.model,
+            self.tokenizer,
+            prompt,
+            self.max_tokens,
+            sampler=self.sampler,
+            logits_processors=processors,
+            prefix_cache=self.prefix_cache,
+            snapshot_at=points if self.prefix_cache is not None else None,
+            prompt_progress_callback=self.progress,
+        ):
+            answer.response = response
+            for part in splitter.feed(response.text, last=response.finish_reason is not None):
+                answer.parts.append(part)
+                if part.kind != "tool_call":
+                    yield part
+
+    def _keep(self, answer: "_Answer") -> list[ToolCall | str]:
+        """Add the assistant's message; returns its calls, of those that can't be read what is wrong with them."""
+        text = answer.said("text").strip()
+        calls: list[ToolCall | str] = []
+        for raw in answer.raw_calls:
+            try:
+                calls += self._parse(raw)
+            # What mlx_lm's parsers raise for text of another form.
+            except (ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+                calls.append(f"the call can't be read ({error}): {raw.strip()}")
+        if not text and not calls:  # nothing was said: neither is what it would have answered
+            if self.messages[-1]["role"] == "user":
+                self.messages.pop()
+            return []
+        message: dict[str, Any] = {"role": "assistant", "content": text}
+        if thinking := answer.said("thinking").strip():
+            message["reasoning_content"] = thinking
+        if whole := [call.message() for call in calls if isinstance(call, ToolCall)]:
+            message["tool_calls"] = whole
+        self.messages.append(message)
+        return calls
+
+    def _parse(self, raw: str) -> list[ToolCall]:
+        """Calls of a text between the tokenizer's markers: JSON, XML, whatever the model's parser reads."""
+        parsed = self.tokenizer.tool_parser(raw, [tool.schema for tool in self.tools])
+        calls = []
+        for call in parsed if isinstance(parsed, list) else [parsed]:
+            arguments = call.get("arguments") or {}
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            if not isinstance(arguments, dict) or not isinstance(call["name"], str):
+                raise ValueError("a call must have a name and arguments by name")
+            calls.append(ToolCall(f"call_{next(self._numbers)}", call["name"], arguments))
+        return calls
+
+    def _end(self, answer: "_Answer", calls: list[ToolCall | str], allowed: bool) -> Generator[Event, None, None]:
+        """Run the calls of an answer and add their results, whatever interrupts it."""
+        left = list(calls)
+        try:
+            if answer.response is not None:
+                yield AnswerEnd(answer.response)
+            while left:
+                call = left[0]
+                if isinstance(call, str):
+                    self._answer_call(left.pop(0), ToolResult(call, ok=False))
+                    continue
+                yield call
+                result = self._run(call) if allowed else ToolResult(TOO_MANY, ok=False)
+                self._answer_call(left.pop(0), result)
+                yield ToolOutcome(call, result)
+        finally:
+            for call in left:
+                self._answer_call(call, ToolResult(INTERRUPTED, ok=False))
+
+    def _run(self, call: ToolCall) -> ToolResult:
+        tool = next((tool for tool in self.tools if tool.name == call.name), None)
+        if tool is None:
+            names = ", ".join(tool.name for tool in self.tools)
+            return ToolResult(f"there is no tool {call.name}, only {names}", ok=False)
+        if self.confirm is None or not self.confirm(call):
+            return ToolResult(REFUSED, ok=False)
+        return tool.run(
+            call.arguments, timeout_seconds=self.tool_timeout_seconds, max_characters=self.max_tool_characters
+        )
+
+    def _answer_call(self, call: ToolCall | str, result: ToolResult) -> None:
+        content = result.text if result.ok else json.dumps({"error": result.text}, ensure_ascii=False)
+        named = {"tool_call_id": call.id, "name": call.name} if isinstance(call, ToolCall) else {}
+        self.messages.append({"role": "tool", **named, "content": content})
+
+
+@dataclass
+class _Answer:
+    """One generation: its parts, and its last response."""
+
+    parts: list[Part] = field(default_factory=list)
+    response: GenerationResponse | None = None
+
+    def said(self, kind: Kind) -> str:
+        return "".join(part.text for part in self.parts if part.kind == kind)
+
+    @property
+    def raw_calls(self) -> list[str]:
+        return [part.text for part in self.parts if part.kind == "tool_call"]

@@ -1,0 +1,134 @@
+"""Tools for models to call: a Python file's functions, described by their signatures and docstrings.
+
+A call runs in a process of its own, so that it can be ended whatever it does, and what it breaks is not ours. That
+bounds its time and output. It is no sandbox: a tool may do what the user may.
+"""
+
+import importlib.util
+import inspect
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException, get_json_schema
+
+from ..errors import RequestError
+
+CALCULATOR = Path(__file__).with_name("calculator.py")
+"""The built-in tool's file, for :func:`load_tools`."""
+
+_PROCESS = Path(__file__).with_name("tool_process.py")
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What a tool call gave.
+
+    Attributes:
+        text: The result, or what went wrong.
+        ok: Whether it is a result.
+    """
+
+    text: str
+    ok: bool = True
+
+
+@dataclass(frozen=True)
+class Tool:
+    """A function of a file.
+
+    Attributes:
+        name: The function's name.
+        schema: Its description in the form that chat templates take: ``{"type": "function", "function": {...}}``.
+        path: The file.
+    """
+
+    name: str
+    schema: dict[str, Any]
+    path: Path
+
+    def run(
+        self, arguments: Mapping[str, Any], *, timeout_seconds: float = 30.0, max_characters: int = 8000
+    ) -> ToolResult:
+        """Call it, in a process of its own. What it raises, and running out of time, are results that are not ok."""
+        request = {"path": str(self.path), "name": self.name, "arguments": arguments, "max_characters": max_characters}
+        # -P: the package's folder must not come first in the child's sys.path.
+        command = [sys.executable, "-P", str(_PROCESS)]
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True
+        ) as process:
+            try:
+                output, _ = process.communicate(json.dumps(request, default=str).encode(), timeout_seconds)
+            except subprocess.TimeoutExpired:
+                return ToolResult(f"no result within {timeout_seconds:g} seconds", ok=False)
+            finally:  # whatever it started goes with it, after Ctrl-C too
+                with suppress(ProcessLookupError):
+                    os.killpg(process.pid, signal.SIGKILL)
+        if not output:
+            return ToolResult(f"the tool ended without a result, exit code {process.returncode}", ok=False)
+        reply = json.loads(output)
+        return ToolResult(reply["text"].encode(errors="replace").decode(), reply["ok"])
+
+
+def load_tools(path: str | Path) -> list[Tool]:
+    """The tools of a Python file: each public function that it defines, in order.
+
+    The file is imported here for its signatures, and again in each call's process.
+
+    Args:
+        path: The file. Each function needs type hints, and a docstring in Google's style that describes it and its
+            arguments.
+
+    Raises:
+        RequestError: If the file can't be imported, has no functions, or one that can't be described.
+    """
+    path = Path(path).resolve()
+    module = _import(path)
+    functions = [
+        function
+        for name, function in vars(module).items()
+        if inspect.isfunction(function) and function.__module__ == module.__name__ and not name.startswith("_")
+    ]
+    if not functions:
+        raise RequestError(f"[{path.name}] must define functions, got none. Write one with type hints and a docstring.")
+    return [_tool(function, path) for function in functions]
+
+
+def _tool(function: Any, path: Path) -> Tool:
+    if inspect.iscoroutinefunction(function):
+        raise RequestError(f"[{path.name}] {function.__name__} must be a plain function, got an async one. Wrap it.")
+    try:
+        schema = get_json_schema(function)
+    except (DocstringParsingException, TypeHintParsingException) as error:
+        raise RequestError(
+            f"[{path.name}] {function.__name__} must have type hints and a docstring that describes it and each "
+            f"argument, got: {error} Add them."
+        ) from error
+    schema["function"].pop("return", None)  # no template has a place for it
+    return Tool(function.__name__, schema, path)
+
+
+def _import(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location("flash_moe_mlx_tools", path)
+    if spec is None or spec.loader is None or not path.is_file():
+        raise RequestError(f"[tools] {path} must be a Python file, got none. Check the path.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    # What a file that is not fit for it raises when it is imported.
+    except (
+        SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError,
+        OSError, RuntimeError,
+    ) as error:  # fmt: skip
+        raise RequestError(
+            f"[{path.name}] must be importable, got {type(error).__name__}: {error}. Correct it."
+        ) from error
+    return module

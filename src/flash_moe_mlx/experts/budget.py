@@ -1,0 +1,165 @@
+"""Where the bytes of a memory limit go, and the smallest limit that works. Plain arithmetic: no MLX import."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import MemoryLimitError
+from ..stats import format_bytes
+
+_MIN_BUFFER_CACHE = 1 << 20
+_MAX_BUFFER_CACHE = 64 << 20
+
+
+class ModelCosts(Protocol):
+    """Bytes that a model needs beside its expert slots; every model definition gives its own."""
+
+    @property
+    def dense_bytes(self) -> int:
+        """Weights kept in memory, in the dtypes that they are loaded as."""
+        ...
+
+    @property
+    def load_bytes(self) -> int:
+        """Most that loading needs for a moment beyond the dense weights."""
+        ...
+
+    def state_bytes(self, batch: int, length: int) -> int:
+        """KV caches and recurrent states of ``batch`` sequences of ``length`` tokens."""
+        ...
+
+    def scratch_bytes(self, batch: int, tokens: int, length: int) -> int:
+        """Activations of a forward pass of ``tokens`` new tokens a sequence that ends at ``length``."""
+        ...
+
+
+@dataclass(frozen=True)
+class LayerExperts:
+    """Routed experts of one layer: bytes a record in a slot, and how many there are."""
+
+    record_bytes: int
+    num_experts: int
+
+
+@dataclass(frozen=True)
+class Budget:
+    """A memory limit, divided.
+
+    Attributes:
+        limit_bytes: The limit.
+        dense_bytes: Weights kept in memory.
+        state_bytes: KV caches and recurrent states at the longest context.
+        scratch_bytes: Activations of the largest forward pass.
+        buffer_bytes: The engine's I/O buffers and MLX's cache of freed buffers.
+        slot_bytes: Expert slots.
+        num_slots: Slots of each layer.
+        held_bytes: Set aside beside the above: state snapshots, and the states of further sequences.
+    """
+
+    limit_bytes: int
+    dense_bytes: int
+    state_bytes: int
+    scratch_bytes: int
+    buffer_bytes: int
+    slot_bytes: int
+    num_slots: Mapping[int, int]
+    held_bytes: int = 0
+
+
+def buffer_cache_bytes(scratch_bytes: int) -> int:
+    """What MLX may keep of freed buffers: enough to reuse a layer's activations."""
+    return min(max(scratch_bytes // 8, _MIN_BUFFER_CACHE), _MAX_BUFFER_CACHE)
+
+
+def divide(
+    limit_bytes: int,
+    costs: ModelCosts,
+    experts: Mapping[int, LayerExperts],
+    *,
+    min_slots: int,
+    batch: int,
+    tokens: int,
+    length: int,
+    io_buffer_bytes: int = 0,
+    held_bytes: int = 0,
+) -> Budget:
+    """Divide a limit: dense weights, states, scratch and buffers first, expert slots from the rest.
+
+    Every layer gets the same number of slots, at least ``min_slots`` and at most its experts; what
+    then remains gives the first layers one more each.
+
+    Args:
+        limit_bytes: The limit.
+        costs: Bytes of the model beside its slots.
+        experts: Routed experts of each layer.
+        min_slots: Fewest slots a layer: the experts of one token.
+        batch: Sequences at once.
+        tokens: New tokens a sequence in the largest forward pass.
+        length: Longest sequence.
+        io_buffer_bytes: The engine's own I/O buffers.
+        held_bytes: To set aside beside all this: state snapshots, and the states of further sequences.
+
+    Raises:
+        MemoryLimitError: If it can't hold; names the smallest limit that works.
+    """
+    state = costs.state_bytes(batch, length)
+    scratch = costs.scratch_bytes(batch, tokens, length)
+    buffers = io_buffer_bytes + buffer_cache_bytes(scratch)
+    fixed = costs.dense_bytes + state + scratch + buffers + held_bytes
+    # Capped by what exists, so that a model of fewer experts than min_slots (K = E) still divides.
+    floor = {layer: min(min_slots, e.num_experts) for layer, e in experts.items()}
+    smallest = max(
+        fixed + sum(floor[layer] * e.record_bytes for layer, e in experts.items()),
+        costs.dense_bytes + costs.load_bytes,
+    )
+    if limit_bytes < smallest:
+        named = _round_up(smallest)
+        raise MemoryLimitError(
+            f"[memory_limit] must be at least {format_bytes(smallest)} for {length} tokens of context, got "
+            f"{format_bytes(limit_bytes)}: dense weights {format_bytes(costs.dense_bytes)}, KV cache and states "
+            f"{format_bytes(state)}, scratch {format_bytes(scratch)}, buffers {format_bytes(buffers)}, "
+            f"{f'snapshots and other sequences {format_bytes(held_bytes)}, ' if held_bytes else ''}"
+            f'{min_slots} experts a layer. Use memory_limit="{named}", or a smaller max_context.',
+            smallest_limit_bytes=smallest,
+        )
+    slots = _share_slots(limit_bytes - fixed, experts, floor)
+    return Budget(
+        limit_bytes=limit_bytes,
+        dense_bytes=costs.dense_bytes,
+        state_bytes=state,
+        scratch_bytes=scratch,
+        buffer_bytes=buffers,
+        slot_bytes=sum(slots[layer] * e.record_bytes for layer, e in experts.items()),
+        num_slots=slots,
+        held_bytes=held_bytes,
+    )
+
+
+def _share_slots(available: int, experts: Mapping[int, LayerExperts], floor: Mapping[int, int]) -> dict[int, int]:
+    slots = dict(floor)
+    available -= sum(slots[layer] * e.record_bytes for layer, e in experts.items())
+    growing = {layer: e for layer, e in experts.items() if slots[layer] < e.num_experts}
+    while growing:
+        # Whole rounds at once: as many as fit, but no further than the next layer that is complete.
+        round_bytes = sum(e.record_bytes for e in growing.values())
+        rounds = min(available // round_bytes, min(e.num_experts - slots[layer] for layer, e in growing.items()))
+        for layer in growing:
+            slots[layer] += rounds
+        available -= rounds * round_bytes
+        if rounds == 0:
+            for layer, e in growing.items():
+                if e.record_bytes <= available:
+                    slots[layer] += 1
+                    available -= e.record_bytes
+            break
+        growing = {layer: e for layer, e in growing.items() if slots[layer] < e.num_experts}
+    return slots
+
+
+def _round_up(nbytes: int) -> str:
+    """A size to type: rounded up to three figures or so, in a unit that parse_size reads."""
+    for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
+        if nbytes >= size:
+            hundredths = -(-nbytes * 100 // size)
+            return f"{hundredths // 100}.{hundredths % 100:02d}{unit}"
+    return f"{nbytes}B"

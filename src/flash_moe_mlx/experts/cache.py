@@ -1,0 +1,187 @@
+"""ExpertCache: which experts are in memory, a share of slots for each layer; a policy says which give way.
+
+A global LRU smaller than one token's working set hits exactly never, since every token walks all
+layers before it returns to the first: hence a share a layer.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from ..errors import MemoryLimitError
+from ..formats.expert_layout import RecordLayout
+from ..ops.slot_memory import ExpertBank
+from ..storage.store import PendingReads, ReadRequest
+from .policies import AgedLFU, Policy
+from .slots import SlotTable
+
+
+class ExpertSource(Protocol):
+    """Where records come from: an ExpertStore, or anything else that fills buffers with them."""
+
+    def submit(self, requests: Sequence[ReadRequest]) -> PendingReads: ...
+
+    def drain(self) -> None: ...
+
+
+@dataclass
+class Fetch:
+    """Slots of a set of experts, some of them still being read.
+
+    Attributes:
+        slots: Slot of each expert asked for.
+        misses: Experts that are being read into theirs.
+    """
+
+    slots: dict[int, int]
+    misses: tuple[int, ...]
+    _layer: "LayerSlots"
+    _reads: PendingReads | None
+
+    def wait(self) -> int:
+        """Block until every record is whole; only then do the misses count as present.
+
+        Returns:
+            Bytes read.
+
+        Raises:
+            StoreError: If a read failed. The slots of the misses are free again.
+        """
+        if self._reads is None:
+            return 0
+        nbytes = self._reads.wait()
+        self._layer.publish()
+        return nbytes
+
+
+class LayerSlots(SlotTable):
+    """A SlotTable over the memory of a bank."""
+
+    def __init__(self, layout: RecordLayout, num_slots: int, policy: Policy):
+        super().__init__(num_slots, policy)
+        self.bank = ExpertBank(layout, num_slots)
+
+
+class ExpertCache:
+    """Slot banks of all layers under one byte budget.
+
+    Not thread-safe: the engine's lock is held around it. An interrupt between any two steps leaves it
+    consistent: slots whose reads were never waited for are drained and freed on the next use of the layer.
+    """
+
+    def __init__(
+        self,
+        source: ExpertSource,
+        layouts: Mapping[int, RecordLayout],
+        num_slots: Mapping[int, int],
+        policy: Callable[[], Policy] = AgedLFU,
+    ):
+        """Allocate the banks.
+
+        Args:
+            source: Fills buffers with records.
+            layouts: Record layout of each layer with routed experts.
+            num_slots: Slots of each layer.
+            policy: Makes a layer's policy.
+        """
+        self._source = source
+        self._layouts = dict(layouts)
+        self._policies = {layer: policy() for layer in layouts}
+        self._layers = {
+            layer: LayerSlots(layouts[layer], slots, self._policies[layer]) for layer, slots in num_slots.items()
+        }
+
+    def num_slots(self, layer: int) -> int:
+        return self._layers[layer].bank.num_slots
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all banks."""
+        return sum(slots.bank.nbytes for slots in self._layers.values())
+
+    @property
+    def total_slots(self) -> int:
+        return sum(slots.bank.num_slots for slots in self._layers.values())
+
+    def bank(self, layer: int) -> ExpertBank:
+        return self._layers[layer].bank
+
+    def present(self, layer: int) -> tuple[int, ...]:
+        """Experts of a layer that are in memory, those that came last at the end."""
+        return tuple(self._layers[layer].present)
+
+    def contains(self, layer: int, expert: int) -> bool:
+        return expert in self._layers[layer].present
+
+    def order(
+        self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1
+    ) -> tuple[list[int], int]:
+        """Count experts as used, and order them for waves: those present, then the others, the most useful last.
+
+        Args:
+            layer: The layer.
+            experts: Distinct expert ids: all that a forward pass of ``tokens`` tokens asks of this layer.
+            counts: Tokens that picked each; None is one each.
+            tokens: Of the pass.
+
+        Returns:
+            The experts in order, and how many of them are present.
+        """
+        return self._settled(layer).order(experts, counts, tokens)
+
+    def acquire(self, layer: int, experts: Sequence[int], *, counted: bool = False, keep: Sequence[int] = ()) -> Fetch:
+        """Slots for distinct experts of a layer; reads of the absent ones are under way on return.
+
+        The caller must have waited for every computation that reads this layer's slots, but those of ``keep``.
+
+        Args:
+            layer: The layer.
+            experts: Distinct expert ids.
+            counted: `order` has counted them as used.
+            keep: Experts in memory that stay there.
+
+        Raises:
+            MemoryLimitError: If they are more than the layer has slots.
+        """
+        slots = self._settled(layer)
+        if len(experts) + len(keep) > slots.bank.num_slots:
+            raise MemoryLimitError(
+                f"[ExpertCache] layer {layer} has {slots.bank.num_slots} slots, {len(experts) + len(keep)} experts "
+                "were asked for at once. Raise memory_limit."
+            )
+        assigned = slots.claim(experts if counted else slots.order(experts)[0], keep)
+        misses = tuple(slots.filling)
+        reads = None
+        if misses:
+            requests = [ReadRequest(layer, expert, slots.bank.slot(slots.filling[expert])) for expert in misses]
+            reads = self._source.submit(requests)
+        return Fetch(assigned, misses, slots, reads)
+
+    def resize(self, num_slots: Mapping[int, int]) -> None:
+        """Change the layers' shares. Banks whose share changes start empty; what policies know of experts stays.
+
+        Cut short, it may be called again.
+        """
+        self._source.drain()
+        changed = [
+            layer for layer, slots in num_slots.items() if layer not in self._layers or self.num_slots(layer) != slots
+        ]
+        # Free before allocating: the sum must never exceed the larger of the two budgets.
+        for layer in changed:
+            self._layers.pop(layer, None)
+        for layer in changed:
+            self._policies[layer].restore(())
+            self._layers[layer] = LayerSlots(self._layouts[layer], num_slots[layer], self._policies[layer])
+
+    def clear(self) -> None:
+        """Forget every expert; the banks stay."""
+        self._source.drain()
+        for slots in self._layers.values():
+            slots.clear()
+
+    def _settled(self, layer: int) -> LayerSlots:
+        slots = self._layers[layer]
+        if slots.unsettled:  # an earlier fetch was interrupted or failed
+            self._source.drain()
+            slots.release()
+        return slots

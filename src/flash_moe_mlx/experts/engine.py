@@ -1,0 +1,478 @@
+"""StreamingEngine: what ``model.streaming`` is. Owns store, slots, budget, counters and lock of one model."""
+
+import itertools
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from ..config import StreamingConfig, parse_size
+from ..errors import MemoryLimitError, RequestError, StoreError
+from ..formats.expert_layout import RecordLayout
+from ..ops.slot_memory import ExpertBank
+from ..stats import Counters, StreamingStats, format_bytes
+from ..storage.store import ExpertStore
+from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
+from .buffer_cache import BufferCacheShare
+from .cache import ExpertCache, Fetch
+from .slots import PlannedWave, waves
+from .trace import DECODE, PREFILL, TraceRecorder
+
+logger = logging.getLogger(__name__)
+
+_BEGUN = -1  # in place of a thread's identifier: any thread may wait for it
+
+
+@dataclass(frozen=True)
+class Wave:
+    """Experts of one layer that are in memory together.
+
+    Attributes:
+        bank: The layer's slots.
+        slots: Slot of each expert of the wave, by expert.
+    """
+
+    bank: ExpertBank
+    slots: Mapping[int, int]
+
+
+class TokenFetch:
+    """Experts of one layer for one token: some in memory, the others being read.
+
+    Attributes:
+        misses: Experts that are being read.
+    """
+
+    def __init__(self, fetch: Fetch, bank: ExpertBank, counters: Counters):
+        self.misses = fetch.misses
+        self._fetch = fetch
+        self._bank = bank
+        self._counters = counters
+
+    def addresses(self, experts: Sequence[int]) -> list[int]:
+        """Where each expert's record begins in memory; those of misses are whole after ``wait``."""
+        base, size = self._bank.address, self._bank.layout.record_bytes
+        return [base + self._fetch.slots[expert] * size for expert in experts]
+
+    def wait(self) -> None:
+        """Wait until the misses are in memory.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        started = time.perf_counter()
+        self._counters.bytes_read += self._fetch.wait()
+        self._counters.read_seconds += time.perf_counter() - started
+
+
+class Snapshots(Protocol):
+    """Copies of states, whose bytes are counted in the memory limit."""
+
+    max_bytes: int
+
+    def clear(self) -> None: ...
+
+
+class StreamingEngine:
+    """Streams the routed experts of one model under a hard memory limit.
+
+    A context manager: leaving it closes the engine. One forward pass runs at a time; a second thread waits.
+    """
+
+    def __init__(
+        self,
+        store: ExpertStore,
+        layouts: Mapping[int, RecordLayout],
+        num_experts: Mapping[int, int],
+        costs: ModelCosts,
+        config: StreamingConfig,
+        limit_bytes: int,
+        num_experts_per_tok: int,
+        lossy: Sequence[str] = (),
+        io_reason: str = "",
+    ):
+        """Divide the limit and allocate the slots; call after the dense weights are in memory."""
+        self._store = store
+        self._costs = costs
+        self._config = config
+        self._layouts = dict(layouts)
+        self._experts = {
+            layer: LayerExperts(layout.record_bytes, num_experts[layer]) for layer, layout in layouts.items()
+        }
+        self._k = num_experts_per_tok
+        self._lossy = tuple(lossy)
+        self._io_reason = io_reason
+        self._limit_bytes = limit_bytes
+        self._reserved = (1, config.prefill_step_size, config.max_context)
+        self._snapshots: list[Snapshots] = []
+        self._sequences: dict[int, int] = {}  # tokens of each generation under way
+        self._more_states = 0  # bytes of states beyond those of what is reserved, when several were under way
+        self._budget = self._divide(limit_bytes, *self._reserved)
+        self._counters = Counters()
+        self._counted_from = self._counters.copy()
+        self._unread: tuple[mx.array, int] | None = None
+        self._recorder: TraceRecorder | None = None
+        self._numbers = itertools.count()
+        self._local = threading.local()
+        self._closed = False
+        self.lock = threading.RLock()
+        self._cache = ExpertCache(store, layouts, self._budget.num_slots)
+        self._applied = self._budget
+        self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes))
+        logger.info(
+            "dense weights %s, %d of %d experts in slots (%s), read by %s",
+            format_bytes(self._budget.dense_bytes),
+            self._cache.total_slots,
+            sum(num_experts.values()),
+            format_bytes(self._budget.slot_bytes),
+            store.io,
+        )
+
+    def _divide(self, limit_bytes: int, batch: int, tokens: int, length: int) -> Budget:
+        return divide(
+            limit_bytes,
+            self._costs,
+            self._experts,
+            min_slots=self._k,
+            batch=batch,
+            tokens=tokens,
+            length=length,
+            io_buffer_bytes=self._store.buffer_bytes,
+            held_bytes=self._more_states + sum(s.max_bytes for s in self._snapshots),
+        )
+
+    # What the model's forward pass calls, in this order, with the lock held.
+
+    @contextmanager
+    def forward_pass(self, batch: int, tokens: int, length: int, routed_tokens: int | None = None) -> Iterator[None]:
+        """One forward pass of ``tokens`` new tokens a sequence, ending at ``length`` tokens of context.
+
+        Of a padded batch, ``routed_tokens`` are no padding; None is all of them.
+
+        Holds the lock, and makes room: a pass or a context larger than the reserved one takes its
+        memory from the expert slots.
+
+        Raises:
+            MemoryLimitError: If the limit can't hold it even with the fewest slots.
+            RequestError: If ``length`` exceeds max_context.
+            StoreError: If the engine is closed.
+        """
+        with self.lock:
+            self._check_open()
+            if length > self._config.max_context:
+                raise RequestError(
+                    f"[model.streaming] the context must be at most max_context = {self._config.max_context} tokens, "
+                    f"got {length}. Shorten the prompt or load with a larger max_context."
+                )
+            if self._applied is not self._budget:
+                self._apply(self._budget)
+            self._make_room(batch, tokens, length)
+            routed = batch * tokens if routed_tokens is None else routed_tokens
+            if self._recorder is not None and self.is_recording:
+                self._recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
+            finished = False
+            try:
+                yield
+                finished = True
+            finally:
+                if not finished:
+                    self._store.drain()  # reads of what would have come next
+                self._begin_unread()
+            self._counters.tokens += routed
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise StoreError("[model.streaming] must be open, got a closed one. Load the model again.")
+
+    def _make_room(self, batch: int, tokens: int, length: int) -> None:
+        states = self._costs.state_bytes(batch, length)
+        together = sum(self._costs.state_bytes(1, tokens) for tokens in self._sequences.values())
+        needed = max(states, together) + self._costs.scratch_bytes(batch, tokens, length)
+        if needed <= self._budget.state_bytes + self._more_states + self._budget.scratch_bytes:
+            return
+        # Never less than what load promised: a large batch now must not make a long prompt fail later.
+        reserved = max(
+            (self._reserved, (batch, tokens, length)),
+            key=lambda r: self._costs.state_bytes(r[0], r[2]) + self._costs.scratch_bytes(*r),
+        )
+        before = self._more_states
+        self._more_states = max(before, together - self._costs.state_bytes(reserved[0], reserved[2]))
+        try:
+            budget = self._divide(self._limit_bytes, *reserved)
+        except MemoryLimitError:
+            self._more_states = before
+            raise
+        self._apply(budget)
+        self._reserved = reserved
+
+    def _apply(self, budget: Budget) -> None:
+        self._settle()
+        # Known before it is done: what an interrupt cuts short, the next pass finishes.
+        self._budget = budget
+        self._cache.resize(budget.num_slots)
+        self._applied = budget
+        logger.info("%d experts in slots (%s)", self._cache.total_slots, format_bytes(budget.slot_bytes))
+
+    def hidden_size(self, layer: int) -> int:
+        """H of a layer's experts."""
+        return self._layouts[layer].hidden_size
+
+    def layout(self, layer: int) -> RecordLayout:
+        """What a record of a layer looks like."""
+        return self._layouts[layer]
+
+    def waves(self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None) -> Iterator[Wave]:
+        """Bring experts of a layer into memory, in waves that the slots hold.
+
+        Reads of the first wave are under way on return, and waited for when it is asked for; those of the next one
+        go on while the caller computes. Those present come first, so that none that is wanted is evicted. The
+        caller must have evaluated what it computed from one wave before it asks for the next.
+
+        Args:
+            experts: Distinct expert ids, ascending.
+            counts: Tokens that picked each; None is one each.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        uses = None if counts is None else counts.tolist()
+        tokens = 1 if uses is None else -(-sum(uses) // self._k)
+        ordered, hits = self._cache.order(layer, experts.tolist(), uses, tokens)
+        self._counters.hits += hits
+        self._counters.misses += len(ordered) - hits
+        planned = waves(ordered, hits, self._cache.num_slots(layer), tokens)
+        return self._waves(layer, planned, self._acquire(layer, planned[0]) if planned else None)
+
+    def token(self, layer: int, experts: list[int]) -> TokenFetch:
+        """Begin to bring one token's distinct experts into memory: ``waves`` of one row, for CPU kernels.
+
+        The caller computes with them before it calls this again.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        self._check_cancelled()
+        self._settle()
+        fetch = self._cache.acquire(layer, experts)
+        self._counters.misses += len(fetch.misses)
+        self._counters.hits += len(experts) - len(fetch.misses)
+        return TokenFetch(fetch, self._cache.bank(layer), self._counters)
+
+    def _check_cancelled(self) -> None:
+        cancelled = getattr(self._local, "cancelled", None)
+        if cancelled is not None and cancelled.is_set():
+            raise CancelledError
+
+    def _acquire(self, layer: int, wave: PlannedWave) -> Fetch:
+        self._check_cancelled()
+        self._settle()
+        return self._cache.acquire(layer, wave.experts, counted=True, keep=wave.keep)
+
+    def _waves(self, layer: int, planned: list[PlannedWave], first: Fetch | None) -> Iterator[Wave]:
+        fetch = first
+        for wave, following in itertools.zip_longest(planned, planned[1:]):
+            current = self._acquire(layer, wave) if fetch is None else fetch
+            started = time.perf_counter()
+            self._counters.bytes_read += current.wait()
+            if current.misses:
+                self._counters.read_seconds += time.perf_counter() - started
+            fetch = self._acquire(layer, following) if following is not None and following.keep else None
+            yield Wave(self._cache.bank(layer), current.slots)
+
+    def reading(self, output: mx.array) -> None:
+        """Say that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
+        self._unread = (output, threading.get_ident())
+
+    def _begin_unread(self) -> None:
+        """Evaluate it on the thread whose stream it was built for; whoever overwrites slots waits for it."""
+        if self._unread is not None:
+            output, _ = self._unread
+            mx.async_eval(output)
+            self._unread = (output, _BEGUN)
+
+    def _settle(self) -> None:
+        if self._unread is not None:
+            output, thread = self._unread
+            # One that an interrupt kept from being begun can't be evaluated on any other thread: it is forgotten.
+            if thread in (_BEGUN, threading.get_ident()):
+                mx.eval(output)
+            self._unread = None
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether routers' choices are being written to a trace."""
+        return self._recorder is not None and not self._recorder.closed
+
+    def record(self, layer: int, experts: np.ndarray, weights: mx.array | np.ndarray) -> None:
+        """Note a router's choice, ids and weights of shape (T, K), if a trace is being recorded."""
+        if self._recorder is not None and self.is_recording:
+            floats = weights.astype(mx.float32) if isinstance(weights, mx.array) else weights
+            self._recorder.record(layer, experts, np.array(floats))
+
+    # What generation and snapshots call.
+
+    @contextmanager
+    def sequence(self) -> Iterator[Callable[[int], None]]:
+        """A generation under way. Yields what tells its tokens, before each pass.
+
+        The states of several at once are counted together: a second one takes its memory from the expert slots.
+        """
+        number = next(self._numbers)
+        try:
+            yield lambda length: self._sequences.__setitem__(number, length)
+        finally:
+            self._sequences.pop(number, None)
+
+    @contextmanager
+    def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
+        """Within it, a forward pass of this thread ends early once ``cancelled`` is set, before the next wave's reads.
+
+        Raises:
+            concurrent.futures.CancelledError: Out of the forward pass.
+        """
+        self._local.cancelled = cancelled
+        try:
+            yield
+        finally:
+            self._local.cancelled = None
+
+    def add_snapshots(self, snapshots: "Snapshots") -> None:
+        """Set ``snapshots.max_bytes`` aside, from the expert slots.
+
+        Raises:
+            MemoryLimitError: If the limit can't spare them; nothing changes.
+            StoreError: If the engine is closed.
+        """
+        with self.lock:
+            self._check_open()
+            self._snapshots.append(snapshots)
+            try:
+                budget = self._divide(self._limit_bytes, *self._reserved)
+            except MemoryLimitError:
+                self._snapshots.remove(snapshots)
+                raise
+            self._apply(budget)
+
+    def remove_snapshots(self, snapshots: "Snapshots") -> None:
+        """Give the memory back to the expert slots. Does nothing where it has been given back."""
+        with self.lock:
+            if snapshots in self._snapshots:
+                self._snapshots.remove(snapshots)
+                if not self._closed:
+                    self._apply(self._divide(self._limit_bytes, *self._reserved))
+
+    # What users call.
+
+    @property
+    def max_context(self) -> int:
+        """Tokens of context that the memory limit has room for."""
+        return self._config.max_context
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes that the caches and states of one sequence of max_context tokens take."""
+        return self._costs.state_bytes(1, self._config.max_context)
+
+    @property
+    def counters(self) -> Counters:
+        """Running totals since load; never reset, so that differences always hold."""
+        return self._counters
+
+    def stats(self) -> StreamingStats:
+        """Counters and memory at this moment."""
+        counters, budget = self._counters.since(self._counted_from), self._budget
+        return StreamingStats(
+            tokens=counters.tokens,
+            hits=counters.hits,
+            misses=counters.misses,
+            hit_rate=counters.hit_rate,
+            bytes_read=counters.bytes_read,
+            read_seconds=counters.read_seconds,
+            memory_limit_bytes=budget.limit_bytes,
+            peak_memory_bytes=mx.get_peak_memory() + self._store.buffer_bytes,
+            dense_bytes=budget.dense_bytes,
+            slot_bytes=budget.slot_bytes,
+            num_slots=sum(budget.num_slots.values()),
+            num_experts=sum(e.num_experts for e in self._experts.values()),
+            io=self._store.io,
+            io_reason=self._io_reason,
+            lossy=self._lossy,
+        )
+
+    def reset_stats(self) -> None:
+        """Set the counters and MLX's peak memory to zero. What is in memory stays."""
+        with self.lock:
+            self._counted_from = self._counters.copy()
+            mx.reset_peak_memory()
+
+    def trace(self, path: str | Path) -> TraceRecorder:
+        """Record routing until the returned recorder is closed (it is a context manager) or the engine is.
+
+        Example:
+            >>> with model.streaming.trace("routing.npz"):
+            ...     generate(model, tokenizer, "Hello")
+
+        Raises:
+            RequestError: If the directory does not exist.
+            StoreError: If the engine is closed.
+        """
+        with self.lock:
+            self._check_open()
+            if self._recorder is not None:
+                self._recorder.close()
+            most = max(e.num_experts for e in self._experts.values())
+            self._recorder = TraceRecorder(path, sorted(self._experts), most)
+            return self._recorder
+
+    def resize(self, memory_limit: int | str) -> None:
+        """Change the memory limit of the running model. Waits for a forward pass under way.
+
+        Raises:
+            MemoryLimitError: If it can't hold; names the smallest limit that works, and nothing changes.
+            RequestError: If it is not a size.
+            StoreError: If the engine is closed.
+        """
+        limit_bytes = parse_size(memory_limit)
+        with self.lock:
+            self._check_open()
+            budget = self._divide(limit_bytes, *self._reserved)
+            self._apply(budget)
+            self._limit_bytes = limit_bytes
+
+    def clear(self) -> None:
+        """Forget every expert in memory, so that the next ones are read again."""
+        with self.lock:
+            self._settle()
+            self._cache.clear()
+
+    def close(self) -> None:
+        """Release files, threads and slots. The model can't be used afterwards. Later calls do nothing."""
+        with self.lock:  # every step may be taken again, so that what an interrupt cut short can be finished
+            self._closed = True
+            if self._recorder is not None:
+                self._recorder.close()
+            self._settle()
+            self._store.close()
+            self._cache = ExpertCache(self._store, {}, {})
+            mx.clear_cache()
+            self._buffer_cache.close()
+            for snapshots in self._snapshots:
+                snapshots.clear()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "StreamingEngine":
+        """A copied model shares the engine: one lock and one set of slots, and closing it closes both."""
+        return self
+
+    def __enter__(self) -> "StreamingEngine":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

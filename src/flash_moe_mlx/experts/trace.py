@@ -1,0 +1,155 @@
+"""Routing traces: which experts each token's router picked, recorded while a model runs.
+
+The file is a numpy ``.npz`` with ``experts`` (tokens, layers, K) unsigned, its largest value meaning
+"not recorded"; ``weights`` float16 of the same shape, NaN where mlx-lm's own model keeps them;
+``phase`` (tokens,) uint8, 0 prefill and 1 decode; ``passes`` (passes,) tokens of each forward pass;
+``layers`` (layers,) the model's layer numbers; ``num_experts``. `RoutingTrace.read` reads files without the last
+three as well.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from zipfile import BadZipFile
+
+import numpy as np
+
+from ..errors import RequestError
+
+PREFILL, DECODE = 0, 1
+NOT_RECORDED = -1
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """What routers picked, token by token.
+
+    Attributes:
+        experts: Ids, shape (tokens, layers, K), signed; NOT_RECORDED where unknown.
+        phase: PREFILL or DECODE of each token. Shape (tokens,).
+        layers: The model's layer numbers.
+        num_experts: E, of the layer that has most.
+        passes: Tokens of each forward pass, in order.
+    """
+
+    experts: np.ndarray
+    phase: np.ndarray
+    layers: tuple[int, ...]
+    num_experts: int
+    passes: np.ndarray
+
+    @classmethod
+    def read(cls, path: str | Path) -> "RoutingTrace":
+        """Read a trace's file.
+
+        Where it doesn't say which tokens went together, each run of prefill is one pass and each decoded token another.
+
+        Raises:
+            RequestError: If it is no such file.
+        """
+        try:
+            with np.load(path) as file:
+                arrays = {name: file[name] for name in file.files}
+        except (OSError, ValueError, EOFError, BadZipFile) as error:
+            raise RequestError(
+                f"[trace] {path} must be a routing trace (.npz), got {error}. Record one with model.streaming.trace."
+            ) from error
+        if absent := {"experts", "phase"} - arrays.keys():
+            raise RequestError(f"[trace] {path} must hold experts and phase, got no {absent.pop()}. Record it again.")
+        experts, phase = arrays["experts"], arrays["phase"]
+        if experts.ndim != 3 or experts.dtype.kind not in "ui" or phase.shape != experts.shape[:1]:
+            raise RequestError(
+                f"[trace] experts must be integers (tokens, layers, K), got {experts.dtype} {experts.shape} "
+                f"and {phase.shape[0] if phase.ndim else 'no'} phases. Record it again."
+            )
+        unknown = experts == np.iinfo(experts.dtype).max if experts.dtype.kind == "u" else experts < 0
+        experts = np.where(unknown, NOT_RECORDED, experts.astype(np.int32))
+        layers = tuple(arrays.get("layers", np.arange(experts.shape[1])).tolist())
+        passes = arrays.get("passes", _passes_of(phase))
+        if len(layers) != experts.shape[1] or passes.sum() != len(phase):
+            raise RequestError(
+                f"[trace] {path} must have {experts.shape[1]} layer numbers and passes of {len(phase)} tokens, got "
+                f"{len(layers)} and {passes.sum()}. Record it again."
+            )
+        num_experts = int(arrays.get("num_experts", experts.max(initial=0) + 1))
+        return cls(experts, phase, layers, num_experts, passes)
+
+    def requests(self, column: int) -> Iterator[tuple[list[int], list[int], int, int]]:
+        """What each pass asks of the layer in a column: distinct experts, tokens that picked each, tokens, phase.
+
+        Passes of which nothing was recorded there are left out.
+        """
+        start = 0
+        for count in self.passes.tolist():
+            ids = self.experts[start : start + count, column]
+            phase = int(self.phase[start])
+            start += count
+            experts, counts = np.unique(ids[ids != NOT_RECORDED], return_counts=True)
+            if len(experts):
+                yield experts.tolist(), counts.tolist(), count, phase
+
+
+def _passes_of(phase: np.ndarray) -> np.ndarray:
+    starts = [i for i in range(len(phase)) if phase[i] == DECODE or i == 0 or phase[i - 1] == DECODE]
+    return np.diff([*starts, len(phase)])
+
+
+class TraceRecorder:
+    """Collects routing decisions and writes them when closed. Use as a context manager."""
+
+    def __init__(self, path: str | Path, layers: Sequence[int], num_experts: int):
+        self.path = Path(path)
+        if not self.path.parent.is_dir():
+            raise RequestError(f"[trace] the directory {self.path.parent} must exist. Create it first.")
+        self._column = {layer: i for i, layer in enumerate(layers)}
+        self._num_experts = num_experts
+        self._passes: list[tuple[int, int, dict[int, tuple[np.ndarray, np.ndarray]]]] = []
+        self.closed = False
+
+    def begin(self, tokens: int, phase: int) -> None:
+        """A forward pass of this many tokens starts."""
+        self._passes.append((tokens, phase, {}))
+
+    def record(self, layer: int, experts: np.ndarray, weights: np.ndarray) -> None:
+        """One layer's choice for the pass's next tokens: ids and weights of shape (tokens, K)."""
+        layers, scores = self._passes[-1][2], weights.astype(np.float16)
+        if layer in layers:
+            before = layers[layer]
+            layers[layer] = np.concatenate([before[0], experts]), np.concatenate([before[1], scores])
+        else:
+            layers[layer] = experts.copy(), scores
+
+    def close(self) -> None:
+        """Write the file. Later calls do nothing."""
+        if self.closed:
+            return
+        self.closed = True
+        tokens = sum(count for count, _, _ in self._passes)
+        k = max((ids.shape[1] for *_, layers in self._passes for ids, _ in layers.values()), default=0)
+        dtype = np.uint8 if self._num_experts < 255 else np.uint16
+        experts = np.full((tokens, len(self._column), k), np.iinfo(dtype).max, dtype)
+        weights = np.zeros(experts.shape, np.float16)
+        phase = np.zeros(tokens, np.uint8)
+        start = 0
+        for count, kind, layers in self._passes:
+            phase[start : start + count] = kind
+            for layer, (ids, scores) in layers.items():
+                experts[start : start + count, self._column[layer], : ids.shape[1]] = ids
+                weights[start : start + count, self._column[layer], : ids.shape[1]] = scores
+            start += count
+        with open(self.path, "wb") as file:
+            np.savez_compressed(
+                file,
+                experts=experts,
+                weights=weights,
+                phase=phase,
+                passes=np.array([count for count, _, _ in self._passes], np.int32),
+                layers=np.array(list(self._column), np.int32),
+                num_experts=np.array(self._num_experts),
+            )
+
+    def __enter__(self) -> "TraceRecorder":
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()

@@ -1,0 +1,367 @@
+"""Where every expert's bytes lie: a checkpoint directory's headers and config.json, read and checked, no data.
+
+Everything is checked when the checkpoint is opened, so that no request meets a fault that headers could show.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..errors import CheckpointError, CorruptError, MissingTensorError, RequestError, UnsupportedModelError
+from .expert_layout import Quantization, RecordLayout
+from .expert_tensors import Found, Part, Parts, layer_parts, parse_name, resolve
+from .packed_format import Manifest, PackedLayer, payload_bytes, read_layer, read_manifest
+from .quantization import QuantizationSettings, Stored, mlx_name
+from .safetensors_header import TensorInfo, brief, read_json, read_shards
+
+_NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
+_EXPERT_SIZES = (
+    # Experts of a latent width have a name of their own for it, which comes first.
+    (("routed_expert_hidden_size", "moe_hidden_size", "hidden_size"), "down_proj"),
+    (("moe_intermediate_size",), "gate_proj"),
+)
+_AGAIN = "Download the checkpoint again."
+
+# Modules that read the hidden state, in every architecture served: their width settles bits and group size, of
+# which the tensors' shapes alone give only the product.
+_READS_HIDDEN = {
+    "embed_tokens", "lm_head", "q_proj", "k_proj", "v_proj", "in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b",
+    "gate", "gate_proj", "up_proj", "shared_expert_gate",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class ByteRange:
+    """A run of one expert's bytes that is contiguous in a file and in the record.
+
+    Attributes:
+        path: The file.
+        file_offset: First byte in the file.
+        record_offset: First byte in the record.
+        nbytes: Length in bytes, at least 1.
+    """
+
+    path: Path
+    file_offset: int
+    record_offset: int
+    nbytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    num_experts: int
+    layout: RecordLayout
+    parts: tuple[Part, ...]  # in the order of the layout's
+
+
+class Checkpoint:
+    """A checkpoint directory whose headers and config.json agree.
+
+    Attributes:
+        directory: The directory.
+        config: config.json as it is.
+        tensors: Every tensor of every shard, by stored name.
+        dense: Tensors that live in memory: all but routed experts, vision and multi-token-prediction tensors.
+        moe_layers: Layers that have routed experts, ascending.
+        format: "mlx", "hf-fused", "hf-per-expert" or "packed".
+        expert_files: Files that hold routed experts.
+        manifest: Of a packed checkpoint; None for others.
+    """
+
+    directory: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorInfo]
+    dense: Mapping[str, TensorInfo]
+    moe_layers: tuple[int, ...]
+    format: str
+    expert_files: tuple[Path, ...]
+    manifest: Manifest | None
+
+    def __init__(
+        self,
+        directory: Path,
+        config: Mapping[str, Any],
+        tensors: Mapping[str, TensorInfo],
+        manifest: Manifest | None = None,
+    ):
+        """Check ``tensors`` against ``config``. `Checkpoint.open` reads them from a directory.
+
+        With a ``manifest`` it is a packed checkpoint: ``tensors`` has one entry a layer under the manifest's name.
+        """
+        self.manifest = manifest
+        packed = {layer.tensor_name: layer for layer in manifest.layers.values()} if manifest else {}
+        self.directory = directory
+        self.config = MappingProxyType(dict(config))
+        self.tensors = MappingProxyType(dict(tensors))
+        settings = QuantizationSettings(config)  # first: it names what another tool quantised
+        experts: dict[int, dict[tuple[str, str], dict[int | None, TensorInfo]]] = {}
+        dense: dict[str, TensorInfo] = {}
+        formats: dict[str, str] = {}
+        extra_layers = bool(self.setting("num_nextn_predict_layers"))
+        for name, info in self.tensors.items():
+            if name in packed or _is_skipped(name) or (extra_layers and self._is_extra(name)):
+                continue
+            key = parse_name(name)
+            if key is None:
+                dense[name] = info
+                continue
+            formats.setdefault(key.format, name)
+            same = experts.setdefault(key.layer, {}).setdefault((key.projection, key.part), {})
+            if other := same.get(key.expert):
+                raise CorruptError(
+                    f"[{directory.name}] layer {key.layer} must have one set of experts, got {brief(other.name)} "
+                    f"and {brief(name)}. {_AGAIN}"
+                )
+            same[key.expert] = info
+        if packed and experts:
+            raise CorruptError(
+                f"[{directory.name}] experts must be in the packed files alone, got "
+                f"{brief(next(iter(formats.values())))} too. {_AGAIN}"
+            )
+        if not experts and not packed:
+            advice = "Models without them run best in mlx-lm."
+            if self._num_experts():  # granitemoe's input_linear, say
+                advice = "They are stored in another way: use mlx_lm.convert's form, or run it in mlx-lm."
+            raise UnsupportedModelError(
+                f"[{directory.name}] must be a mixture-of-experts model, got no routed experts "
+                f"(model_type {brief(config.get('model_type'))}). {advice}"
+            )
+        if len(formats) > 1:
+            raise UnsupportedModelError(
+                f"[{directory.name}] must store all experts one way, got {' and '.join(map(brief, formats.values()))}. "
+                "Convert the checkpoint again with one tool."
+            )
+        self.dense = MappingProxyType(dense)
+        (self.format,) = formats or ("packed",)
+        self.moe_layers = tuple(sorted(manifest.layers if manifest else experts))
+        self._check_layer_count()
+        layouts: dict[object, RecordLayout] = {}  # equal layouts are one object
+        if manifest:
+            self._layers = {
+                layer.layer: self._packed_layer(layer, settings, layouts) for layer in manifest.layers.values()
+            }
+        else:
+            self._layers = {layer: self._layer(layer, experts[layer], settings, layouts) for layer in self.moe_layers}
+        self._quantizations = self._resolve_dense(settings)
+        self._modules = {mlx_name(name): name for name in self.tensors}
+        self.expert_files = tuple(
+            sorted({info.path for layer in self._layers.values() for part in layer.parts for info in part.infos})
+        )
+
+    @classmethod
+    def open(cls, directory: Path) -> "Checkpoint":
+        """Read a directory's config.json and the header of every shard, and check them against each other.
+
+        Raises:
+            MissingTensorError: If config.json, a shard or a tensor is absent.
+            CorruptError: If a file breaks its format, or config.json and tensors contradict each other.
+            UnsupportedModelError: If experts are of a kind or quantisation that this library doesn't read.
+            CheckpointError: If the directory can't be read.
+
+        Cost: no tensor data is read.
+        """
+        directory = Path(directory)
+        try:
+            is_directory = directory.is_dir()
+        except (OSError, ValueError) as error:  # ValueError: a NUL character in the path
+            raise CheckpointError(f"[checkpoint] must be a directory, got {error}. Check the path.") from error
+        if not is_directory:
+            got = "a file" if directory.exists() else "no such path"
+            raise CheckpointError(
+                f"[checkpoint] {directory} must be a checkpoint's directory, got {got}. Check the path."
+            )
+        manifest = read_manifest(directory)
+        config = read_json(directory / "config.json", "Check the path, or download the checkpoint again.")
+        tensors = read_shards(directory)
+        for layer in manifest.layers.values() if manifest else ():
+            tensors[layer.tensor_name] = read_layer(directory, layer)
+        return cls(directory, config, tensors, manifest)
+
+    def num_experts(self, layer: int) -> int:
+        """E: routed experts of a layer."""
+        return self._layer_of(layer).num_experts
+
+    def layout(self, layer: int) -> RecordLayout:
+        """The record of each expert of a layer; one object for all layers whose records are equal."""
+        return self._layer_of(layer).layout
+
+    def ranges(self, layer: int, expert: int) -> tuple[ByteRange, ...]:
+        """Where an expert's bytes lie, in the record's order; neighbours in file and record are one range.
+
+        Raises:
+            RequestError: If there is no such layer or expert.
+        """
+        where = self._layer_of(layer)
+        if not 0 <= expert < where.num_experts:
+            raise RequestError(
+                f"[Checkpoint] layer {layer} has experts 0 to {where.num_experts - 1}, got {expert}. "
+                "Ask for one of these."
+            )
+        if self.manifest:  # as the record is in memory, padding between its parts included
+            path, offset = where.parts[0].locate(expert)
+            return (ByteRange(path, offset, 0, payload_bytes(where.layout)),)
+        ranges: list[ByteRange] = []
+        for slot, part in zip(where.layout.parts, where.parts, strict=True):
+            path, offset = part.locate(expert)
+            last = ranges[-1] if ranges else None
+            if (
+                last is not None
+                and last.path == path
+                and last.file_offset + last.nbytes == offset
+                and last.record_offset + last.nbytes == slot.offset
+            ):
+                ranges[-1] = ByteRange(path, last.file_offset, last.record_offset, last.nbytes + slot.nbytes)
+            else:
+                ranges.append(ByteRange(path, offset, slot.offset, slot.nbytes))
+        return tuple(ranges)
+
+    def parts(self, layer: int) -> tuple[Part, ...]:
+        """Where each part of a layer's records lies, in the layout's order."""
+        return self._layer_of(layer).parts
+
+    def checksum(self, layer: int, expert: int) -> int | None:
+        """CRC-32 of a record from its first part to the end of its last; None where the checkpoint has none."""
+        return self.manifest.layers[layer].checksums[expert] if self.manifest else None
+
+    def quantization(self, module: str) -> Quantization | None:
+        """Quantisation of a module by its path, as stored or as mlx-lm names it; None where it has none.
+
+        Raises:
+            MissingTensorError: If the checkpoint has no such module.
+        """
+        stored = self._modules.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
+        if f"{stored}.weight" in self.dense:
+            return self._quantizations.get(stored)
+        key = parse_name(f"{module}.weight") or parse_name(module)
+        if key is None or key.layer not in self._layers:
+            raise MissingTensorError(
+                f"[{self.directory.name}] must have {brief(module + '.weight')}, got no such tensor. {_AGAIN}"
+            )
+        projection = "gate_proj" if key.projection == "gate_up_proj" else key.projection
+        return self._layers[key.layer].layout.quantization(projection)
+
+    def setting(self, key: str) -> int | None:
+        """An integer of config.json, from its text_config or else its top level; None where it is absent.
+
+        Raises:
+            CorruptError: If it is there and is not an integer.
+        """
+        value = self._raw(key)
+        if value is not None and type(value) is not int:
+            raise CorruptError(f"[config.json] {key} must be an integer, got {brief(value)}. {_AGAIN}")
+        return value
+
+    def _raw(self, key: str) -> Any:
+        text = self.config.get("text_config")
+        return text[key] if isinstance(text, Mapping) and key in text else self.config.get(key)
+
+    def _layer_of(self, layer: int) -> _Layer:
+        try:
+            return self._layers[layer]
+        except KeyError:
+            raise RequestError(
+                f"[Checkpoint] layer must have routed experts, got {layer}. Ask for one of {self.moe_layers}."
+            ) from None
+
+    def _check_layer_count(self) -> None:
+        count = self.setting("num_hidden_layers")
+        if count is None:
+            return
+        if self.moe_layers[-1] >= count:
+            raise CorruptError(
+                f"[config.json] num_hidden_layers must cover every layer that has experts, got {count} and "
+                f"experts in layer {self.moe_layers[-1]}. {_AGAIN}"
+            )
+        if str(self.config.get("model_type")).startswith("qwen3_5_moe") and len(self.moe_layers) < count:
+            present = set(self.moe_layers)
+            first = next(layer for layer in range(count) if layer not in present)
+            raise MissingTensorError(
+                f"[{self.directory.name}] all {count} layers must have routed experts, got {len(present)} layers "
+                f"that have them: layer {first} has none. {_AGAIN}"
+            )
+
+    def _layer(
+        self,
+        layer: int,
+        found: Found,
+        settings: QuantizationSettings,
+        layouts: dict[object, RecordLayout],
+    ) -> _Layer:
+        where = f"{self.directory.name} layer {layer}"
+        num_experts, parts = layer_parts(self.format, where, found, self._num_experts())
+        quantizations = resolve(where, found, parts, settings)
+        self._check_sizes(where, parts)
+        specs = {key: (part.dtype, part.shape) for key, part in parts.items()}
+        identity = (tuple(sorted(specs.items())), tuple(quantizations.items()))
+        if identity not in layouts:
+            layouts[identity] = RecordLayout.contiguous(specs, quantizations)
+        layout = layouts[identity]
+        return _Layer(num_experts, layout, tuple(parts[slot.projection, slot.part] for slot in layout.parts))
+
+    def _packed_layer(
+        self, packed: PackedLayer, settings: QuantizationSettings, layouts: dict[object, RecordLayout]
+    ) -> _Layer:
+        where = f"{self.directory.name} layer {packed.layer}"
+        expected = self._num_experts()
+        if expected is not None and expected != packed.num_experts:
+            raise CorruptError(
+                f"[{where}] must have the {expected} experts of config.json, got {packed.num_experts}. {_AGAIN}"
+            )
+        for projection, quantization in packed.layout.quantizations:
+            stated = settings.overrides.get(f"{packed.module}.{projection}", quantization)
+            if stated != quantization:
+                raise CorruptError(
+                    f"[{where}] {projection} must be {stated}, as config.json says, got {quantization}. {_AGAIN}"
+                )
+        info = self.tensors[packed.tensor_name]
+        layout = layouts.setdefault(packed.layout, packed.layout)
+        parts = {
+            (slot.projection, slot.part): Part((info,), slot.dtype, slot.shape, first=slot.offset, stride=packed.stride)
+            for slot in layout.parts
+        }
+        self._check_sizes(where, parts)
+        return _Layer(packed.num_experts, layout, tuple(parts.values()))
+
+    def _check_sizes(self, where: str, parts: Parts) -> None:
+        for keys, projection in _EXPERT_SIZES:
+            size = parts[projection, "weight"].shape[0]
+            # Zero says that another key holds; a list, one a layer, is left to the model.
+            key = next((key for key in keys if not isinstance(self._raw(key), list) and self.setting(key)), None)
+            if key is not None and self.setting(key) != size:
+                raise CorruptError(
+                    f"[{where}] experts must have config.json's {key} {self.setting(key)}, got {size}. {_AGAIN}"
+                )
+
+    def _resolve_dense(self, settings: QuantizationSettings) -> dict[str, Quantization | None]:
+        """Quantisation of every dense module that has scales, or of which config.json speaks."""
+        result = {}
+        for name in self.dense:
+            module, _, part = name.rpartition(".")
+            if part not in ("weight", "scales", "biases") or module in result:
+                continue
+            tensors = {
+                p: Stored(info.dtype, info.shape)
+                for p in ("weight", "scales", "biases")
+                if (info := self.dense.get(f"{module}.{p}"))
+            }
+            hidden = self.setting("hidden_size") if module.rpartition(".")[2] in _READS_HIDDEN else None
+            path = module if module in settings.overrides else mlx_name(module)
+            result[module] = settings.resolve(module, path, tensors, hidden, exact=False)
+        return result
+
+    def _is_extra(self, name: str) -> bool:
+        """Whether a tensor is of a multi-token-prediction layer, stored behind the model's own."""
+        match = re.search(r"(?:^|\.)layers\.([0-9]{1,6})\.", name)
+        count = self.setting("num_hidden_layers")
+        return match is not None and count is not None and int(match.group(1)) >= count
+
+    def _num_experts(self) -> int | None:
+        return next((n for n in map(self.setting, _NUM_EXPERTS_KEYS) if n is not None), None)
+
+
+def _is_skipped(name: str) -> bool:
+    """Vision and multi-token-prediction tensors, which text generation doesn't use."""
+    return name.startswith(("vision_tower.", "model.visual.", "visual.", "mtp.")) or ".mtp." in name

@@ -1,0 +1,386 @@
+"""The packed checkpoint's own files, byte by byte: the manifest experts.json and the header of each layer's file.
+
+docs/format.md is the norm; this module is what reads and writes it. No MLX import, and no expert's bytes are read.
+"""
+
+import json
+import re
+import struct
+import zlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
+from .expert_layout import PARTS, PROJECTIONS, Quantization, RecordLayout
+from .quantization import BITS, FLOAT_DTYPES, GROUP_SIZES
+from .safetensors_header import TensorInfo, brief, load_json, read_bytes, read_header, read_metadata
+
+MANIFEST_NAME = "experts.json"
+EXPERTS_FOLDER = "experts"
+WORK_FOLDER = ".flash-moe-pack"
+"""Inside the destination: everything that `pack` has not finished."""
+
+FORMAT = "flash-moe-packed"
+VERSION = 1
+
+PAGE_BYTES = 16384
+"""Records and the data they follow each other in start on multiples of this: a page of Apple silicon, and what any
+system's direct reads ask for."""
+
+_MAX_LAYER = 999_999
+_MAX_EXPERTS = 1 << 20
+_AGAIN = "Download the checkpoint again, or pack it again."
+_CHECKSUM_KEY = "manifest_crc32"
+_HEX = re.compile(r"[0-9a-f]*\Z")
+_PLAIN_NAME = re.compile(r"[^/\\:\x00-\x1f\ud800-\udfff]{1,200}\Z")
+
+
+@dataclass(frozen=True)
+class PackedLayer:
+    """One layer's experts, as the manifest has them.
+
+    Attributes:
+        layer: Number of the layer.
+        module: Path of the layer's stacked experts in mlx-lm's naming, such as "model.layers.0.mlp.switch_mlp".
+        num_experts: E.
+        layout: A record in memory; its parts lie at the same offsets in the file.
+        checksums: CRC-32 of each expert's payload, by expert.
+    """
+
+    layer: int
+    module: str
+    num_experts: int
+    layout: RecordLayout
+    checksums: tuple[int, ...] = field(repr=False)
+
+    @property
+    def file_name(self) -> str:
+        return layer_file_name(self.layer)
+
+    @property
+    def tensor_name(self) -> str:
+        return f"layers.{self.layer}.records"
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of a record up to the end of its last part; zeros follow up to the next record."""
+        return payload_bytes(self.layout)
+
+    @property
+    def stride(self) -> int:
+        """Bytes from one record to the next in the file: a multiple of `PAGE_BYTES`."""
+        return round_up(self.payload_bytes, PAGE_BYTES)
+
+    @property
+    def file_bytes(self) -> int:
+        return self.data_offset + self.num_experts * self.stride
+
+    @property
+    def data_offset(self) -> int:
+        """First byte of the first record in the file: a multiple of `PAGE_BYTES`."""
+        return len(self.header())
+
+    def header(self) -> bytes:
+        """The file's bytes before the first record: a safetensors header, padded with spaces."""
+        size = self.num_experts * self.stride
+        entry = {"dtype": "U8", "shape": [self.num_experts, self.stride], "data_offsets": [0, size]}
+        text = _compact({"__metadata__": self.metadata(), self.tensor_name: entry}).encode()
+        text += b" " * (-(8 + len(text)) % PAGE_BYTES)
+        return struct.pack("<Q", len(text)) + text
+
+    def metadata(self) -> dict[str, str]:
+        """The header's ``__metadata__``: the manifest's entry once more, so that the file explains itself."""
+        return {
+            "format": FORMAT,
+            "version": str(VERSION),
+            "layer": str(self.layer),
+            "module": self.module,
+            "layout": _compact(_layout_to_json(self.layout)),
+            "crc32": "".join(f"{value:08x}" for value in self.checksums),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "layer": self.layer,
+            "file": self.file_name,
+            "module": self.module,
+            "num_experts": self.num_experts,
+            "record_bytes": self.stride,
+            "data_offset": self.data_offset,
+            "layout": _layout_to_json(self.layout),
+            "crc32": "".join(f"{value:08x}" for value in self.checksums),
+        }
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    """Length and CRC-32 of a file other than those of the experts."""
+
+    nbytes: int
+    crc32: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What experts.json says.
+
+    Attributes:
+        layers: By number, ascending.
+        files: Every other file of the checkpoint by name: dense shards, config.json, the tokenizer's.
+        source: Of what it was packed: "name", "revision", "samples", "format" and "files" (bytes by name).
+        conversion: The settings that it was packed with.
+        quantization_error: By projection, where weights were quantised: "rmse", "max", "relative" and "experts".
+    """
+
+    layers: Mapping[int, PackedLayer]
+    files: Mapping[str, StoredFile]
+    source: Mapping[str, Any]
+    conversion: Mapping[str, Any]
+    quantization_error: Mapping[str, Any]
+
+    def to_bytes(self) -> bytes:
+        """The file's bytes: equal manifests have equal ones."""
+        fields = {
+            "format": FORMAT,
+            "version": VERSION,
+            "source": dict(self.source),
+            "conversion": dict(self.conversion),
+            "quantization_error": dict(self.quantization_error),
+            "layers": [layer.to_json() for layer in self.layers.values()],
+            "files": {
+                name: {"bytes": file.nbytes, "crc32": f"{file.crc32:08x}"} for name, file in sorted(self.files.items())
+            },
+        }
+        text = json.dumps(fields, indent=1).removesuffix("\n}").encode()
+        return text + _manifest_end(zlib.crc32(text))
+
+
+def layer_file_name(layer: int) -> str:
+    """Of a layer's experts, from the checkpoint's directory."""
+    return f"{EXPERTS_FOLDER}/layer_{layer:02d}.safetensors"
+
+
+def payload_bytes(layout: RecordLayout) -> int:
+    """Bytes of a record up to the end of its last part."""
+    return layout.parts[-1].offset + layout.parts[-1].nbytes
+
+
+def round_up(value: int, multiple: int) -> int:
+    """The smallest multiple that is not below ``value``."""
+    return -(-value // multiple) * multiple
+
+
+def read_manifest(directory: Path) -> Manifest | None:
+    """A directory's manifest, checked; None where there is none: it isn't a packed checkpoint.
+
+    Raises:
+        CorruptError: If it breaks the format's rules, or its own checksum.
+        UnsupportedModelError: If it is of a later version.
+        MissingTensorError: If the checkpoint's packing was never finished.
+    """
+    path = directory / MANIFEST_NAME
+    if not path.exists():
+        if (directory / WORK_FOLDER).is_dir():
+            raise MissingTensorError(
+                f"[{directory.name}] must be packed to the end, got an unfinished one. "
+                'Run the same "flash-moe pack" again: it goes on where it stopped.'
+            )
+        return None
+    return parse_manifest(read_bytes(path, _AGAIN))
+
+
+def parse_manifest(data: bytes) -> Manifest:
+    """What the bytes of an experts.json say. Raises as `read_manifest`."""
+    value = load_json(data, MANIFEST_NAME, _AGAIN)
+    fields = _object(value, "the manifest", None)
+    if fields.get("format") != FORMAT:
+        raise _corrupt(f"format must be {FORMAT!r}", fields.get("format"))
+    if fields.get("version") != VERSION or type(fields["version"]) is not int:
+        raise UnsupportedModelError(
+            f"[{MANIFEST_NAME}] version must be {VERSION}, got {brief(fields.get('version'))}. "
+            "Update flash_moe_mlx, or pack the checkpoint again."
+        )
+    keys = {"format", "version", "source", "conversion", "quantization_error", "layers", "files", _CHECKSUM_KEY}
+    _object(fields, "the manifest", keys)
+    text, end = data[: -len(_manifest_end(0))], data[-len(_manifest_end(0)) :]
+    if end != _manifest_end(zlib.crc32(text)):
+        raise _corrupt("its bytes must have the CRC-32 that it ends with", brief(end.decode("utf-8", "replace")))
+    if not isinstance(fields["layers"], list) or not fields["layers"]:
+        raise _corrupt("layers must list at least one", fields["layers"])
+    layers = [_layer(entry) for entry in fields["layers"]]
+    numbers = [layer.layer for layer in layers]
+    if numbers != sorted(set(numbers)):
+        raise _corrupt("layers must ascend", numbers)
+    source = _object(fields["source"], "source", {"name", "revision", "samples", "format", "files"})
+    return Manifest(
+        layers={layer.layer: layer for layer in layers},
+        files=dict(_files(fields["files"])),
+        source=source,
+        conversion=_object(fields["conversion"], "conversion", None),
+        quantization_error=_object(fields["quantization_error"], "quantization_error", None),
+    )
+
+
+def read_layer(directory: Path, layer: PackedLayer) -> TensorInfo:
+    """The one tensor of a layer's file, whose header must say what the manifest says.
+
+    Raises:
+        MissingTensorError: If the file is absent.
+        CorruptError: If header and manifest contradict each other.
+    """
+    path = directory / layer.file_name
+    tensors = read_header(path)
+    expected = TensorInfo(
+        layer.tensor_name, path, "U8", (layer.num_experts, layer.stride), layer.data_offset,
+        layer.num_experts * layer.stride,
+    )  # fmt: skip
+    if list(tensors.values()) != [expected] or read_metadata(path) != layer.metadata():
+        raise CorruptError(
+            f"[{layer.file_name}] header must say what {MANIFEST_NAME} says of layer {layer.layer}, got another. "
+            "Download both files again, or pack the checkpoint again."
+        )
+    return expected
+
+
+def _layer(value: Any) -> PackedLayer:
+    keys = {"layer", "file", "module", "num_experts", "record_bytes", "data_offset", "layout", "crc32"}
+    entry = _object(value, "a layer", keys)
+    layer = _integer(entry["layer"], "layer", 0, _MAX_LAYER)
+    where = f"layer {layer}: "
+    num_experts = _integer(entry["num_experts"], where + "num_experts", 1, _MAX_EXPERTS)
+    if not isinstance(entry["module"], str) or not re.fullmatch(r"[\w.]{1,300}", entry["module"], re.ASCII):
+        raise _corrupt(where + "module must be a module's path", entry["module"])
+    if f".layers.{layer}." not in f".{entry['module']}":
+        raise _corrupt(where + "module must be of this layer", entry["module"])
+    text = entry["crc32"]
+    if not isinstance(text, str) or len(text) != 8 * num_experts or not _HEX.match(text):
+        raise _corrupt(where + f"crc32 must be {num_experts} times 8 hexadecimal digits", text)
+    checksums = tuple(int(text[i : i + 8], 16) for i in range(0, len(text), 8))
+    result = PackedLayer(layer, entry["module"], num_experts, _layout(entry["layout"], where), checksums)
+    for key, expected in (
+        ("file", result.file_name),
+        ("record_bytes", result.stride),
+        ("data_offset", result.data_offset),
+    ):
+        if entry[key] != expected or type(entry[key]) is not type(expected):
+            raise _corrupt(where + f"{key} must be {expected!r}", entry[key])
+    return result
+
+
+def _layout_to_json(layout: RecordLayout) -> dict[str, Any]:
+    return {
+        "parts": [[part.name, part.dtype, list(part.shape), part.offset] for part in layout.parts],
+        "quantization": {
+            projection: quantization and {"bits": quantization.bits, "group_size": quantization.group_size}
+            for projection, quantization in layout.quantizations
+        },
+    }
+
+
+def _layout(value: Any, where: str) -> RecordLayout:
+    entry = _object(value, where + "layout", {"parts", "quantization"})
+    quantizations: dict[str, Quantization | None] = {}
+    section = _object(entry["quantization"], where + "quantization", set(PROJECTIONS))
+    for projection in PROJECTIONS:
+        stated = section[projection]
+        if stated is not None:
+            stated = _object(stated, where + projection, {"bits", "group_size"})
+            bits, group_size = stated["bits"], stated["group_size"]
+            whole = type(bits) is int and type(group_size) is int
+            if not whole or bits not in BITS or group_size not in GROUP_SIZES:
+                raise _corrupt(where + f"{projection} must be of 2, 3, 4, 5, 6 or 8 bits, groups of 32 to 128", stated)
+            stated = Quantization(bits, group_size)
+        quantizations[projection] = stated
+    if not isinstance(entry["parts"], list) or len(entry["parts"]) > len(PROJECTIONS) * len(PARTS):
+        raise _corrupt(where + "parts must be a list", entry["parts"])
+    specs: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
+    offsets = []
+    for part in entry["parts"]:
+        if not isinstance(part, list) or len(part) != 4:
+            raise _corrupt(where + "a part must be [name, dtype, shape, offset]", part)
+        name, dtype, shape, offset = part
+        projection, _, kind = name.partition(".") if isinstance(name, str) else ("", "", "")
+        if projection not in PROJECTIONS or kind not in PARTS or (projection, kind) in specs:
+            raise _corrupt(where + "a part's name must be that of one tensor of an expert", name)
+        if dtype not in (*FLOAT_DTYPES, "U32"):
+            raise _corrupt(where + f"{name} must be U32, F16, BF16 or F32", dtype)
+        if not isinstance(shape, list) or len(shape) not in (1, 2):
+            raise _corrupt(where + f"{name} must have one dimension or two", shape)
+        for size in shape:
+            _integer(size, where + name, 1, 2**31 - 1)
+        specs[projection, kind] = (dtype, tuple(shape))
+        offsets.append(offset)
+    _check_shapes(specs, quantizations, where)
+    layout = RecordLayout.contiguous(specs, quantizations)
+    if [p.name for p in layout.parts] != [".".join(key) for key in specs] or [
+        p.offset for p in layout.parts
+    ] != offsets:
+        raise _corrupt(where + f"parts must lie at {[p.offset for p in layout.parts]}, in the format's order", offsets)
+    return layout
+
+
+def _check_shapes(
+    specs: Mapping[tuple[str, str], tuple[str, tuple[int, ...]]],
+    quantizations: Mapping[str, Quantization | None],
+    where: str,
+) -> None:
+    """Shapes, dtypes and quantisation of the three projections must belong together."""
+    sizes: dict[str, tuple[int, int]] = {}
+    for projection, quantization in quantizations.items():
+        dtype, shape = specs.get((projection, "weight"), ("", ()))
+        if len(shape) != 2:
+            raise _corrupt(where + f"{projection}.weight must be there, with two dimensions", shape)
+        rows, width = shape
+        scales, biases = (specs.get((projection, part)) for part in ("scales", "biases"))
+        if quantization is None:
+            good = dtype in FLOAT_DTYPES and scales is None and biases is None
+        else:
+            width, rest = divmod(32 * width, quantization.bits)
+            groups = (rows, width // quantization.group_size)
+            good = dtype == "U32" and rest == 0 and width % quantization.group_size == 0 and scales == biases
+            good = good and scales is not None and scales[0] in FLOAT_DTYPES and scales[1] == groups
+        bias = specs.get((projection, "bias"))
+        if not good or (bias is not None and (bias[0] not in FLOAT_DTYPES or bias[1] != (rows,))):
+            raise _corrupt(where + f"{projection}'s parts must fit each other and its quantisation", specs)
+        sizes[projection] = rows, width
+    if not sizes["gate_proj"] == sizes["up_proj"] == sizes["down_proj"][::-1]:
+        raise _corrupt(where + "the projections' shapes must belong together", sizes)
+
+
+def _files(value: Any) -> Iterator[tuple[str, StoredFile]]:
+    for name, entry in _object(value, "files", None).items():
+        if not _PLAIN_NAME.match(name) or name in (".", "..", MANIFEST_NAME):
+            raise _corrupt("files must be names in the directory", name)
+        entry = _object(entry, "a file", {"bytes", "crc32"})
+        text = entry["crc32"]
+        if not isinstance(text, str) or len(text) != 8 or not _HEX.match(text):
+            raise _corrupt(f"{name}: crc32 must be 8 hexadecimal digits", text)
+        yield name, StoredFile(_integer(entry["bytes"], name, 0, 2**63 - 1), int(text, 16))
+
+
+def _manifest_end(checksum: int) -> bytes:
+    """The manifest's last line: the CRC-32 of all bytes before it, and the bracket."""
+    return f',\n "{_CHECKSUM_KEY}": "{checksum:08x}"\n}}\n'.encode()
+
+
+def _object(value: Any, what: str, keys: set[str] | None) -> dict[str, Any]:
+    if not isinstance(value, dict) or (keys is not None and value.keys() != keys):
+        got = sorted(value) if isinstance(value, dict) else value
+        raise _corrupt(f"{what} must be an object" + (f" of {', '.join(sorted(keys))}" if keys else ""), got)
+    return value
+
+
+def _integer(value: Any, what: str, lowest: int, highest: int) -> int:
+    if type(value) is not int or not lowest <= value <= highest:
+        raise _corrupt(f"{what} must be an integer from {lowest} to {highest}", value)
+    return value
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _corrupt(must: str, got: object) -> CorruptError:
+    return CorruptError(f"[{MANIFEST_NAME}] {must}, got {brief(got)}. {_AGAIN}")

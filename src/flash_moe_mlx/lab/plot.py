@@ -1,0 +1,122 @@
+"""Pictures of where time goes, of routing, and of speed against memory limit. Needs matplotlib: the extra ``plot``.
+
+Each function returns a matplotlib Figure, which a notebook shows; `save` writes one to a file.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..errors import RequestError
+from ..experts.trace import NOT_RECORDED, RoutingTrace
+from ..planning.plan import Plan
+from ..planning.simulation import Replay
+from .profiling import PHASES, Profile
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+__all__ = ["expert_frequency", "hits_by_layer", "save", "speed_by_limit", "time_by_phase"]
+
+# Okabe and Ito's colours, which most people can tell apart.
+_COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#999999")
+
+
+def time_by_phase(profile: Profile) -> "Figure":
+    """Milliseconds a token by phase, prefill and decode, as stacked bars."""
+    figure, axes = _figure(7, 2.8)
+    bars = [
+        (name, seconds, tokens)
+        for name, seconds, tokens in (
+            ("decode", profile.decode, profile.decode_tokens),
+            ("prefill", profile.prefill, profile.prefill_tokens),
+        )
+        if tokens
+    ]
+    left = np.zeros(len(bars))
+    for phase, colour in zip(PHASES, _COLOURS, strict=True):
+        widths = np.array([1e3 * seconds[phase] / tokens for _, seconds, tokens in bars])
+        axes.barh([name for name, _, _ in bars], widths, left=left, color=colour, label=phase)
+        left += widths
+    axes.set_xlabel("ms a token, each part waited for")
+    figure.legend(ncols=len(PHASES), loc="outside upper center", frameon=False, columnspacing=1, handlelength=1)
+    return figure
+
+
+def hits_by_layer(replay: Replay) -> "Figure":
+    """Share of the experts of decoded tokens that were in memory, layer by layer."""
+    figure, axes = _figure(7, 2.8)
+    asked = (replay.hits + replay.misses)[1].clip(1)
+    axes.bar(range(len(replay.layers)), 100 * replay.hits[1] / asked, color=_COLOURS[0])
+    axes.axhline(100 * replay.decode_hit_rate, color=_COLOURS[3], linewidth=1, label="all layers")
+    _layer_ticks(axes, replay.layers)
+    axes.set(xlabel="layer", ylabel="hits, %", ylim=(0, 100))
+    axes.legend(frameon=False)
+    return figure
+
+
+def expert_frequency(trace: RoutingTrace) -> "Figure":
+    """How often each expert of each layer was picked, the layer's experts sorted by it, as a heat map."""
+    figure, axes = _figure(7, 3.6)
+    counts = np.zeros((len(trace.layers), trace.num_experts))
+    for column in range(len(trace.layers)):
+        ids = trace.experts[:, column]
+        counts[column] = np.bincount(ids[ids != NOT_RECORDED], minlength=trace.num_experts)
+    shares = 100 * counts / max(len(trace.phase), 1)
+    image = axes.imshow(-np.sort(-shares, axis=1), aspect="auto", cmap="viridis", interpolation="nearest")
+    axes.set(xlabel="experts, most used first", ylabel="layer")
+    figure.colorbar(image, label="tokens that picked it, %")
+    return figure
+
+
+def speed_by_limit(plan: Plan) -> "Figure":
+    """Expected decode speed against memory limit, the best one marked; hit rates where the speed is not known."""
+    figure, axes = _figure(7, 3.2)
+    unit, size = ("GB", 1e9) if plan.sweep[-1].limit_bytes >= 1e9 else ("MB", 1e6)
+    limits = [point.limit_bytes / size for point in plan.sweep]
+    known = all(e.tokens_per_second is not None for point in plan.sweep for e in point.expectations)
+    for number, first in enumerate(plan.sweep[0].expectations):
+        points = [point.expectations[number] for point in plan.sweep]
+        values = [(p.tokens_per_second or 0.0) if known else 100 * p.hit_rate for p in points]
+        axes.plot(limits, values, marker="o", color=_COLOURS[number], label=f"{first.routing} routing")
+    if plan.best is not None:
+        best = plan.best.limit_bytes / size
+        axes.axvline(best, color=_COLOURS[6], linestyle="--", label=f"best: {best:.3g} {unit}")
+    axes.set(xlabel=f"memory limit, {unit}", ylabel="tok/s" if known else "hits, %", ylim=(0, None))
+    axes.legend(frameon=False)
+    return figure
+
+
+def save(figure: "Figure", path: str | Path) -> None:
+    """Write a figure to a file, in the format that its name ends in.
+
+    Raises:
+        RequestError: If matplotlib can't write such a file there.
+    """
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise RequestError(
+            f"[plot] {path} must be a file that can be written, got {error}. Try a name that ends in .png."
+        ) from error
+
+
+def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise RequestError(
+            "[plot] matplotlib must be installed, got none. Run: pip install 'flash_moe_mlx[plot]'"
+        ) from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _layer_ticks(axes: "Axes", layers: Sequence[int]) -> None:
+    step = max(1, len(layers) // 12)
+    axes.set_xticks(range(0, len(layers), step), [str(layer) for layer in layers[::step]])

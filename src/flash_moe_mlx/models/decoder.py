@@ -1,0 +1,350 @@
+"""The decoder that Qwen3.5-MoE and Qwen3-Next share: layers of mixer and MoE, caches, logits, the hub's layout."""
+
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from ..config import ModelConfig, StreamingConfig
+from ..errors import RequestError
+from ..experts.engine import StreamingEngine
+from ..formats.checkpoint import Checkpoint
+from ..formats.expert_layout import DTYPE_BYTES, Quantization
+from ..ops.backend import use_cpu_kernels, use_kernels
+from ..ops.dequant_matmul import product_scratch_bytes
+from ..ops.dequant_matvec import MAX_ROWS
+from .caches import ArraysCache, KVCache, context_length, unpadded_rows
+from .layers import Embedding, Linear, QuantizationOf, SwiGLU
+from .memory import HybridCosts
+from .mixers import GatedAttention, GatedDeltaNet, mix
+from .moe_block import RoutedExperts, StreamingMoE
+from .spec import Family, convert, dense_bytes, load_bytes
+
+if TYPE_CHECKING:
+    from .cpu_decoder import CPUDecoder
+
+logger = logging.getLogger(__name__)
+
+_SHIFTED_NORMS = (
+    ".input_layernorm.weight",
+    ".post_attention_layernorm.weight",
+    "model.norm.weight",
+    ".q_norm.weight",
+    ".k_norm.weight",
+)
+
+STEPPED_TOKENS = 2
+"""Up to this many new tokens of one sequence are decoded one by one on the CPU.
+
+That is quicker than a chunk up to about eight, but of more than two a small cache might read an expert twice.
+"""
+
+DeltaNet = Callable[[ModelConfig, str, QuantizationOf], GatedDeltaNet]
+
+
+class DecoderLayer(nn.Module):
+    """``h = x + mixer(norm(x))``, then ``h + moe(norm(h))``, or a dense SwiGLU where the layer has no experts."""
+
+    def __init__(self, config: ModelConfig, index: int, path: str, quantization_of: QuantizationOf, delta: DeltaNet):
+        super().__init__()
+        self.is_linear = config.layer_types[index] == "linear_attention"
+        if self.is_linear:
+            self.linear_attn = delta(config, f"{path}.linear_attn", quantization_of)
+        else:
+            self.self_attn = GatedAttention(config, f"{path}.self_attn", quantization_of)
+        self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        mlp = f"{path}.mlp"
+        if index in config.dense_layers:
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, mlp, quantization_of)
+        else:
+            self.mlp = StreamingMoE(
+                gate=Linear(config.hidden_size, config.num_experts, quantization_of(f"{mlp}.gate")),
+                shared_expert=SwiGLU(
+                    config.hidden_size, config.shared_expert_intermediate_size, f"{mlp}.shared_expert", quantization_of
+                ),
+                shared_expert_gate=Linear(config.hidden_size, 1, quantization_of(f"{mlp}.shared_expert_gate")),
+                num_experts_per_tok=config.num_experts_per_tok,
+                norm_topk_prob=config.norm_topk_prob,
+            )
+
+    def mix(self, x: mx.array, cache: Any) -> mx.array:
+        """``h``; the cache is advanced."""
+        return mix(self.linear_attn if self.is_linear else self.self_attn, self.input_layernorm, x, cache)
+
+    def __call__(self, x: mx.array, cache: Any, rows: mx.array | None = None) -> mx.array:
+        h = self.mix(x, cache)
+        normed = self.post_attention_layernorm(h)
+        return self.mlp(normed, h, rows) if isinstance(self.mlp, StreamingMoE) else h + self.mlp(normed)
+
+
+class TextModel(nn.Module):
+    """Embeddings, decoder layers and the last norm."""
+
+    def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf, delta: DeltaNet):
+        super().__init__()
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, quantization_of(f"{path}.embed_tokens"))
+        self.layers = [
+            DecoderLayer(config, i, f"{path}.layers.{i}", quantization_of, delta)
+            for i in range(config.num_hidden_layers)
+        ]
+        self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+
+    def __call__(self, hidden: mx.array, cache: list[Any], rows: mx.array | None = None) -> mx.array:
+        for layer, layer_cache in zip(self.layers, cache, strict=True):
+            hidden = layer(hidden, layer_cache, rows)
+        return hidden
+
+    def advance(self, hidden: mx.array, cache: list[Any], rows: mx.array | None = None) -> None:
+        """As a call, for the caches' sake alone: what follows the last mixer is left out."""
+        for layer, layer_cache in zip(self.layers[:-1], cache[:-1], strict=True):
+            hidden = layer(hidden, layer_cache, rows)
+        self.layers[-1].mix(hidden, cache[-1])
+
+
+class HybridModel(nn.Module):
+    """A model whose routed experts are streamed by ``model.streaming``. Subclasses say where its parts are.
+
+    Accepted by ``mlx_lm.generate``, ``mlx_lm.stream_generate`` and ``make_prompt_cache``.
+
+    Attributes:
+        streaming: The running engine; set by ``attach``.
+        activation_bits: 8 rounds what one or two tokens are multiplied with on the CPU; None is exact.
+    """
+
+    streaming: StreamingEngine
+    activation_bits: int | None = None
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model_type = config.model_type
+        self._cpu_decoder: CPUDecoder | None = None
+        self._has_other_layers = False  # than CPUDecoder knows
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """Of activations: ``set_dtype`` changes it, as in mlx-lm's models."""
+        return self.text_model.norm.weight.dtype
+
+    @property
+    def text_model(self) -> TextModel:
+        raise NotImplementedError
+
+    @property
+    def output_projection(self) -> Linear:
+        raise NotImplementedError
+
+    def attach(self, engine: StreamingEngine) -> None:
+        """Make ``engine`` the source of every layer's routed experts."""
+        self.streaming = engine
+        for index, layer in enumerate(self.layers):
+            if isinstance(layer.mlp, StreamingMoE):
+                layer.mlp.routed = RoutedExperts(engine, index, self.config.hidden_size)
+
+    @property
+    def layers(self) -> list[DecoderLayer]:
+        return self.text_model.layers
+
+    def _decoder(self) -> "CPUDecoder | None":
+        """What runs single tokens on the CPU; None on a GPU, without numba, or where it does not know the model."""
+        if not use_cpu_kernels() or self.dtype != mx.float32 or self._has_other_layers:
+            return None
+        from .cpu_decoder import CPUDecoder
+        from .cpu_layers import UnsupportedLayerError
+
+        if self._cpu_decoder is None or not self._cpu_decoder.fits():
+            try:
+                self._cpu_decoder = CPUDecoder(self, self.streaming.max_context)
+            except UnsupportedLayerError as error:
+                logger.info("tokens are decoded through MLX: %s", error)
+                self._has_other_layers = True
+                return None
+        return self._cpu_decoder
+
+    def make_cache(self) -> list[Any]:
+        """Empty caches of one sequence, one a layer: mlx_lm's ArraysCache or KVCache."""
+        return [ArraysCache(size=2) if layer.is_linear else KVCache() for layer in self.layers]
+
+    def __call__(
+        self,
+        inputs: mx.array,
+        cache: list[Any] | None = None,
+        input_embeddings: mx.array | None = None,
+        logits_to_keep: int | None = None,
+    ) -> mx.array:
+        """Logits of the next token at each position.
+
+        Args:
+            inputs: Token ids. Shape (B, L).
+            cache: One cache a layer, advanced by L; None starts from an empty context.
+            input_embeddings: Used in place of the tokens' own. Shape (B, L, H).
+            logits_to_keep: Only this many last positions; None keeps all L. With 0 only the caches are advanced: the
+                last layer's experts are asked for only while a trace is recorded.
+
+        Returns:
+            Shape (B, L or logits_to_keep, vocabulary). With None and more than 8 positions in all they are lazy:
+            a prompt's logits that nobody evaluates cost neither time nor memory. MLX's product, which computes
+            them then, is slow on a CPU: ask for them with ``logits_to_keep=L``. The limit counts one position a
+            sequence; what is returned beyond that is the caller's.
+
+        Raises:
+            MemoryLimitError: If the limit can't hold a pass of this size.
+            RequestError: If the context exceeds max_context.
+            StoreError: If an expert can't be read.
+        """
+        text = self.text_model
+        cache = self.make_cache() if cache is None else cache
+        hidden = text.embed_tokens.embed(inputs, self.dtype) if input_embeddings is None else input_embeddings
+        batch, tokens = hidden.shape[:2]
+        length = tokens + context_length(cache)
+        rows = unpadded_rows(cache, tokens)
+        with self.streaming.forward_pass(batch, tokens, length, routed_tokens=None if rows is None else len(rows)):
+            if batch == 1 and tokens <= STEPPED_TOKENS:
+                logits = self._stepped(hidden, cache, tokens if logits_to_keep is None else logits_to_keep)
+                if logits is not None:
+                    return logits
+            hidden = hidden.astype(self.dtype)
+            if logits_to_keep == 0 and not self.streaming.is_recording:
+                text.advance(hidden, cache, rows)
+            else:
+                hidden = text(hidden, cache, rows)
+        if logits_to_keep == 0:
+            return self._no_logits(batch)
+        if logits_to_keep is None and batch * tokens > MAX_ROWS:
+            return self.output_projection.deferred(text.norm(hidden))
+        return self.output_projection(text.norm(hidden[:, -(logits_to_keep or tokens) :]))
+
+    def _stepped(self, hidden: mx.array, cache: list[Any], kept: int) -> mx.array | None:
+        """Logits of the last ``kept`` tokens, one token at a time; None where the decoder can't go on from here."""
+        decoder = self._decoder()
+        if decoder is None:
+            return None
+        tokens = hidden.shape[1]
+        logits = []
+        for token in range(tokens):
+            room = [c.own() if isinstance(c, ArraysCache | KVCache) else None for c in cache]
+            if any(arrays is None for arrays in room):
+                return None  # so before the first token, or never
+            step = decoder.step(hidden[:, token : token + 1], cache, room, logits=token >= tokens - kept)
+            logits += [] if step is None else [step]
+        if len(logits) == 1:
+            return logits[0]
+        return mx.concatenate(logits, axis=1) if logits else self._no_logits(1)
+
+    def _no_logits(self, batch: int) -> mx.array:
+        return mx.zeros((batch, 0, self.config.vocab_size), self.dtype)
+
+
+def prepare_hybrid(
+    checkpoint: Checkpoint,
+    stored: Mapping[str, mx.array],
+    streaming: StreamingConfig,
+    dtype: mx.Dtype,
+    build: Callable[[ModelConfig, QuantizationOf], HybridModel],
+    canonical_name: Callable[[str], str],
+) -> Family:
+    """What loading needs to know of a hybrid model. No weight is read.
+
+    Args:
+        checkpoint: Opened.
+        stored: The checkpoint's dense tensors, lazy, by stored name.
+        streaming: load's arguments.
+        dtype: Of activations.
+        build: Makes the model without weights.
+        canonical_name: The model's own name of a stored dense tensor.
+
+    Raises:
+        CheckpointError: If config.json does not describe such a model.
+        RequestError: If num_experts_per_tok is more than there are experts.
+    """
+    config, lossy = _with_experts_per_tok(ModelConfig.from_dict(checkpoint.config), streaming.num_experts_per_tok)
+    names = {canonical_name(name): name for name in stored}
+    if config.tie_word_embeddings:
+        names = {own: name for own, name in names.items() if not own.endswith("lm_head.weight")}
+    modules = {own.rpartition(".")[0]: name.rpartition(".")[0] for own, name in names.items()}
+
+    def quantization_of(path: str) -> Quantization | None:
+        return checkpoint.quantization(modules.get(path, path))
+
+    hub_layout = _has_hub_layout(checkpoint)
+    weights = {own: _from_hub(own, stored[name]) if hub_layout else stored[name] for own, name in names.items()}
+    weights = convert(weights, lambda name, value: _kept_dtype(name, value.dtype, dtype))
+    return Family(
+        model=build(config, quantization_of),
+        weights=weights,
+        costs=HybridCosts(
+            dense_bytes=dense_bytes(weights),
+            load_bytes=load_bytes(stored),
+            config=config,
+            activation_bytes=dtype.size,
+            matvec_bytes=_product_bytes(weights, checkpoint),
+            expert_bytes=_largest_projection(checkpoint),
+            holds_scores=not use_cpu_kernels(),
+        ),
+        num_experts_per_tok=config.num_experts_per_tok,
+        lossy=lossy,
+    )
+
+
+def _from_hub(name: str, value: mx.array) -> mx.array:
+    if name.endswith("conv1d.weight"):
+        return value.moveaxis(2, 1)
+    # The hub stores these norms minus one; the sum is taken in float32, as transformers does.
+    return value.astype(mx.float32) + 1.0 if name.endswith(_SHIFTED_NORMS) else value
+
+
+def _kept_dtype(name: str, stored: mx.Dtype, activations: mx.Dtype) -> mx.Dtype:
+    if name.endswith("A_log"):
+        return mx.float32
+    quantised = name.endswith((".scales", ".biases")) or not mx.issubdtype(stored, mx.floating)
+    return stored if quantised else activations
+
+
+def _with_experts_per_tok(config: ModelConfig, k: int | None) -> tuple[ModelConfig, tuple[str, ...]]:
+    if k is None or k == config.num_experts_per_tok:
+        return config, ()
+    if k > config.num_experts:
+        raise RequestError(
+            f"[num_experts_per_tok] must be at most {config.num_experts}, the experts of a layer, got {k}. "
+            "Leave it out for the model's own."
+        )
+    note = f"num_experts_per_tok={k} where the model was trained with {config.num_experts_per_tok}"
+    return replace(config, num_experts_per_tok=k), (note,)
+
+
+def _has_hub_layout(checkpoint: Checkpoint) -> bool:
+    """Whether dense tensors are as the hub stores them; mlx_lm tells by the convolution's layout too."""
+    for name, info in checkpoint.dense.items():
+        if name.endswith("conv1d.weight"):
+            return info.shape[-1] != 1
+    return checkpoint.format.startswith("hf")
+
+
+def _product_bytes(weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> int:
+    """Largest temporary of quantised products: ``HybridCosts.matvec_bytes``."""
+    if use_cpu_kernels() or use_kernels():
+        layout = checkpoint.layout(checkpoint.moe_layers[0])
+        # The vocabulary's matrix is multiplied with few rows only.
+        layers = (value for name, value in weights.items() if "layers." in name and value.dtype == mx.uint32)
+        words = max((value.size for value in layers), default=0)
+        largest = 16 * words * mx.float32.size  # a word holds up to 16 weights
+        return product_scratch_bytes(largest, layout.hidden_size, layout.intermediate_size)
+    scales = (value.size for name, value in weights.items() if name.endswith(".scales"))
+    return 2 * mx.float32.size * max(scales, default=0)
+
+
+def _largest_projection(checkpoint: Checkpoint) -> int:
+    """Bytes of the largest expert projection, dequantised to float32, with its source in between."""
+    largest = 0
+    for layer in checkpoint.moe_layers:
+        layout = checkpoint.layout(layer)
+        for part in layout.parts:
+            quantization = layout.quantization(part.projection)
+            packed = 32 // quantization.bits if quantization and part.dtype == "U32" else 1
+            largest = max(largest, 2 * prod(part.shape) * packed * DTYPE_BYTES["F32"])
+    return largest

@@ -1,0 +1,124 @@
+"""Bytes that an mlx-lm model with streamed experts needs beside its slots: known by its parameters and caches alone.
+
+Scratch is a generous estimate, checked against measured peaks by tests/test_switch_glu.py. mlx-lm's attention is not
+cut into blocks, so where no fused kernel runs, all scores of a pass count.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from ..formats.checkpoint import Checkpoint
+from ..ops.backend import backend
+from ..ops.dequant_matmul import product_scratch_bytes
+from ..ops.expert_batch import GROUPED_ROWS
+from .spec import dense_bytes
+
+CACHE_STEP = 256
+"""Tokens by which mlx_lm's caches grow."""
+
+_FLOAT32 = 4
+_MARGIN = 32 << 20
+
+
+@dataclass(frozen=True)
+class CacheGrowth:
+    """One cache of one sequence.
+
+    Attributes:
+        fixed_bytes: What does not grow.
+        step_bytes: Growth every 256 tokens.
+        most_tokens: Where it stops growing between passes; None where it doesn't.
+    """
+
+    fixed_bytes: int
+    step_bytes: int
+    most_tokens: int | None
+
+    def state_bytes(self, length: int) -> int:
+        kept = length if self.most_tokens is None else min(length, self.most_tokens)
+        return self.fixed_bytes + -(-kept // CACHE_STEP) * self.step_bytes
+
+
+@dataclass(frozen=True)
+class SwitchGLUCosts:
+    """ModelCosts of a model whose attention is mlx-lm's.
+
+    Attributes:
+        dense_bytes: Weights kept in memory.
+        load_bytes: Most that loading one tensor needs beyond them.
+        caches: Of one sequence.
+        hidden_size: H of the experts.
+        widest: Most outputs of a dense projection.
+        expert_width: I.
+        vocab_size: Outputs of the last projection.
+        num_experts: E.
+        num_experts_per_tok: K.
+        score_heads: Heads whose scores are held whole; 0 where a fused kernel computes attention.
+    """
+
+    dense_bytes: int
+    load_bytes: int
+    caches: tuple[CacheGrowth, ...]
+    hidden_size: int
+    widest: int
+    expert_width: int
+    vocab_size: int
+    num_experts: int
+    num_experts_per_tok: int
+    score_heads: int
+
+    def state_bytes(self, batch: int, length: int) -> int:
+        return batch * sum(cache.state_bytes(length) for cache in self.caches)
+
+    def scratch_bytes(self, batch: int, tokens: int, length: int) -> int:
+        rows = batch * tokens
+        routed = rows * self.num_experts_per_tok * self.hidden_size * 2
+        routing = 8 * rows * self.num_experts
+        dense = rows * (8 * self.widest + 8 * self.hidden_size)
+        pairs = min(rows * self.num_experts_per_tok, GROUPED_ROWS + rows)
+        lazy = pairs * (3 * self.expert_width + 3 * self.hidden_size)
+        expert = 2 * self.expert_width * self.hidden_size
+        products = product_scratch_bytes(0, self.hidden_size, self.expert_width)  # dense layers are mlx-lm's own
+        scores = 3 * batch * self.score_heads * tokens * length
+        logits = 4 * batch * self.vocab_size
+        values = max(routed + lazy + expert, scores) + routing + dense + logits
+        return _FLOAT32 * values + batch * self._pass_bytes(tokens, length) + products + _MARGIN
+
+    def _pass_bytes(self, tokens: int, length: int) -> int:
+        """Caches during a pass: one is copied as it grows, and those with a window hold the pass beside it."""
+        copied = max((cache.state_bytes(length) - cache.fixed_bytes for cache in self.caches), default=0)
+        steps = -(-tokens // CACHE_STEP)
+        return 2 * copied + steps * sum(cache.step_bytes for cache in self.caches if cache.most_tokens is not None)
+
+
+def switch_glu_costs(
+    checkpoint: Checkpoint, weights: Mapping[str, mx.array], load_bytes: int, caches: Sequence[CacheGrowth], k: int
+) -> SwitchGLUCosts:
+    """Costs of a model from what is known of it before a weight is read.
+
+    Args:
+        checkpoint: Opened.
+        weights: Dense weights as they will be kept, lazy.
+        load_bytes: Most that loading one tensor needs.
+        caches: Of one sequence.
+        k: Experts a token.
+    """
+    layout = checkpoint.layout(checkpoint.moe_layers[0])
+    matrices = {name: v.shape[0] for name, v in weights.items() if v.ndim == 2}
+    vocab = max((rows for name, rows in matrices.items() if "embed" in name), default=0)
+    # Latent attention adds its rotary scores as a mask, which no fused kernel makes.
+    whole = backend() == "cpu" or checkpoint.setting("kv_lora_rank") is not None
+    return SwitchGLUCosts(
+        dense_bytes=dense_bytes(weights),
+        load_bytes=load_bytes,
+        caches=tuple(caches),
+        hidden_size=layout.hidden_size,
+        widest=max((rows for rows in matrices.values() if rows != vocab), default=0),
+        expert_width=layout.intermediate_size,
+        vocab_size=vocab,
+        num_experts=max(checkpoint.num_experts(layer) for layer in checkpoint.moe_layers),
+        num_experts_per_tok=k,
+        score_heads=(checkpoint.setting("num_attention_heads") or 1) if whole else 0,
+    )

@@ -1,0 +1,1 @@
+"""Implementations on Metal and CUDA: kernel sources, launch geometry."""

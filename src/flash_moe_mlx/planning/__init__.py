@@ -1,0 +1,1 @@
+"""Forecasts without a model: memory plan, simulated hit rate, expected speed."""

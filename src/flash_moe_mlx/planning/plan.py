@@ -1,0 +1,224 @@
+"""plan(): whether a model fits a memory limit, and how fast it will be. What it says; planner.py finds it out."""
+
+import os
+from dataclasses import asdict, dataclass
+from html import escape
+from pathlib import Path
+from typing import Any
+
+from ..experts.trace import RoutingTrace
+from ..stats import format_bytes, table_html
+from .planner import Expectation, LimitPlan, Planner
+from .speed import Speed
+
+SWEEP_POINTS = 10
+NEARLY = 0.97
+"""The best limit is the smallest whose speed is at least this share of the highest."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a model will need and do on this machine. Prints as tables, and as HTML in a notebook.
+
+    Attributes:
+        model: Path or repository.
+        limit_bytes: The limit that was asked for, or chosen.
+        at_limit: What it leads to; None where it doesn't hold.
+        smallest_limit_bytes: The smallest limit that works.
+        expert_bytes: Of all routed experts.
+        num_experts: Routed experts, all layers together.
+        num_experts_per_tok: K.
+        record_bytes: Of one expert in a slot, of the layer that has the largest.
+        max_context: Tokens that there is room for.
+        speed: What the machine was measured or said to do.
+        sweep: Other limits, ascending, as far as this machine's memory goes.
+        assumptions: What the figures rest on.
+    """
+
+    model: str
+    limit_bytes: int
+    at_limit: LimitPlan | None
+    smallest_limit_bytes: int
+    expert_bytes: int
+    num_experts: int
+    num_experts_per_tok: int
+    record_bytes: int
+    max_context: int
+    speed: Speed
+    sweep: tuple[LimitPlan, ...]
+    assumptions: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the model runs at the limit."""
+        return self.at_limit is not None
+
+    @property
+    def best(self) -> LimitPlan | None:
+        """Of the sweep, the smallest limit that is nearly as fast as the fastest, with the routing named first."""
+        rates = [point.expectations[0].tokens_per_second or 0.0 for point in self.sweep]
+        hits = [point.expectations[0].hit_rate for point in self.sweep]
+        values = rates if any(rates) else hits
+        return next((p for p, value in zip(self.sweep, values, strict=True) if value >= NEARLY * max(values)), None)
+
+    def rows(self) -> list[tuple[str, str]]:
+        """(name, value) pairs in the order in which they are shown."""
+        rows = [
+            ("model", self.model),
+            ("experts", f"{self.num_experts:,} of {format_bytes(self.record_bytes)}, "
+             f"{format_bytes(self.expert_bytes)} in all; {self.num_experts_per_tok} a token and layer"),
+            ("smallest limit", f"{format_bytes(self.smallest_limit_bytes)} for {self.max_context} tokens of context"),
+        ]  # fmt: skip
+        if self.at_limit is None:
+            return [*rows, ("memory limit", f"{format_bytes(self.limit_bytes)}: does not fit")]
+        budget = self.at_limit.budget
+        slots = self.at_limit.num_slots
+        rows += [
+            ("memory limit", format_bytes(self.limit_bytes)),
+            ("dense weights", format_bytes(budget.dense_bytes)),
+            ("KV cache, states", format_bytes(budget.state_bytes)),
+            ("scratch, buffers", format_bytes(budget.scratch_bytes + budget.buffer_bytes)),
+            ("expert slots", f"{slots:,} of {self.num_experts:,} ({format_bytes(budget.slot_bytes)})"),
+        ]
+        return rows + [(f"{e.routing} routing", _expected(e)) for e in self.at_limit.expectations]
+
+    def _sweep_rows(self) -> list[list[str]]:
+        rows = []
+        for point in self.sweep:
+            mark = "best" if point is self.best else ""
+            figures = [f"{e.hit_rate:.0%}, {_tokens_per_second(e)}" for e in point.expectations]
+            rows.append([format_bytes(point.limit_bytes), f"{point.num_slots:,}", *figures, mark])
+        return rows
+
+    def _sweep_head(self) -> list[str]:
+        return ["limit", "slots", *(f"{e.routing} routing" for e in self.sweep[0].expectations), ""]
+
+    def __str__(self) -> str:
+        width = max(len(name) for name, _ in self.rows())
+        lines = [f"{name:<{width}}  {value}" for name, value in self.rows()]
+        if self.sweep:
+            table = [self._sweep_head(), *self._sweep_rows()]
+            widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
+            lines += ["", *("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in table)]
+        return "\n".join([*lines, "", *self.assumptions])
+
+    def _repr_html_(self) -> str:
+        sweep = table_html(self._sweep_rows(), self._sweep_head()) if self.sweep else ""
+        notes = "".join(f"<li>{escape(note)}</li>" for note in self.assumptions)
+        return f"{table_html(self.rows())}{sweep}<ul>{notes}</ul>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything, of types that JSON knows."""
+        best = self.best
+        return {
+            "model": self.model,
+            "fits": self.fits,
+            "limit_bytes": self.limit_bytes,
+            "smallest_limit_bytes": self.smallest_limit_bytes,
+            "best_limit_bytes": best.limit_bytes if best else None,
+            "expert_bytes": self.expert_bytes,
+            "num_experts": self.num_experts,
+            "num_experts_per_tok": self.num_experts_per_tok,
+            "record_bytes": self.record_bytes,
+            "max_context": self.max_context,
+            "speed": asdict(self.speed),
+            "at_limit": None if self.at_limit is None else _limit_dict(self.at_limit),
+            "sweep": [_limit_dict(point) for point in self.sweep],
+            "assumptions": list(self.assumptions),
+        }
+
+
+def _limit_dict(point: LimitPlan) -> dict[str, Any]:
+    budget = point.budget
+    return {
+        "limit_bytes": point.limit_bytes,
+        "dense_bytes": budget.dense_bytes,
+        "state_bytes": budget.state_bytes,
+        "scratch_bytes": budget.scratch_bytes,
+        "buffer_bytes": budget.buffer_bytes,
+        "slot_bytes": budget.slot_bytes,
+        "num_slots": point.num_slots,
+        "expectations": [asdict(expectation) for expectation in point.expectations],
+    }
+
+
+def _expected(expectation: Expectation) -> str:
+    return (
+        f"{_tokens_per_second(expectation)}, {expectation.hit_rate:.0%} of a token's experts in memory, "
+        f"{format_bytes(expectation.missed_bytes)} read a token"
+    )
+
+
+def _tokens_per_second(expectation: Expectation) -> str:
+    rate = expectation.tokens_per_second
+    return "speed unknown" if rate is None else f"{rate:.3g} tok/s"
+
+
+def plan(
+    path_or_repo: str | Path,
+    *,
+    memory_limit: int | str | None = None,
+    max_context: int = 8192,
+    num_experts_per_tok: int | None = None,
+    revision: str | None = None,
+    trace: str | Path | RoutingTrace | None = None,
+    disk_bytes_per_second: float | None = None,
+    speed: Speed | None = None,
+) -> Plan:
+    """What a model will need and do on this machine, from its headers: no weights are downloaded or read.
+
+    Args:
+        path_or_repo: Local directory, or a repository on the Hugging Face hub, of which only headers are fetched.
+        memory_limit: As for :func:`load`; None is what load would choose.
+        max_context: Tokens of prompt and answer that there must be room for.
+        num_experts_per_tok: As for load.
+        revision: Branch, tag or commit of the repository.
+        trace: Recorded routing, whose hit rate is then expected beside that of local and of uniform routing.
+        disk_bytes_per_second: What the disk gives at random places. None probes the files of a local model for half
+            a second; of a repository it is not known then.
+        speed: A machine's figures. None measures this one, for a few seconds.
+
+    Returns:
+        The plan; one that says so if the limit doesn't hold.
+
+    Raises:
+        CheckpointError: If the headers can't be had or used.
+        RequestError: If an argument is not usable.
+    """
+    recorded = RoutingTrace.read(trace) if isinstance(trace, str | Path) else trace
+    planner = Planner.open(
+        path_or_repo,
+        memory_limit=memory_limit,
+        max_context=max_context,
+        num_experts_per_tok=num_experts_per_tok,
+        revision=revision,
+        trace=recorded,
+        disk_bytes_per_second=disk_bytes_per_second,
+        speed=speed,
+    )
+    return Plan(
+        model=os.fspath(path_or_repo),
+        limit_bytes=planner.limit_bytes,
+        at_limit=planner.at(planner.limit_bytes) if planner.limit_bytes >= planner.smallest_limit_bytes else None,
+        smallest_limit_bytes=planner.smallest_limit_bytes,
+        expert_bytes=planner.expert_bytes,
+        num_experts=sum(planner.num_experts.values()),
+        num_experts_per_tok=planner.k,
+        record_bytes=max(planner.record_bytes.values()),
+        max_context=max_context,
+        speed=planner.speed,
+        sweep=tuple(planner.at(limit) for limit in planner.limits(SWEEP_POINTS)),
+        assumptions=_assumptions(planner.speed),
+    )
+
+
+def _assumptions(speed: Speed) -> tuple[str, ...]:
+    disk = speed.disk_bytes_per_second
+    return (
+        "Decode of one sequence, slots filled; prompts not counted. Reads come from the disk, not the page cache.",
+        f"Weights pass through at {format_bytes(speed.weight_bytes_per_second)}/s, a layer's calls take "
+        f"{1000 * speed.layer_seconds:.2f} ms, "
+        + ("the disk's rate is not known." if disk is None else f"the disk gives {format_bytes(disk)}/s."),
+        "Local routing: Zipf's law over half of the experts, a fifth of them kept from token to token; uniform: "
+        "every expert equally likely, the worst case.",
+    )

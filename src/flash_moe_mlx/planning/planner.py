@@ -1,0 +1,215 @@
+"""What plan() asks: how a limit divides, which hit rate and speed follow, for one model on one machine."""
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import StreamingConfig
+from ..errors import MemoryLimitError, RequestError
+from ..experts.budget import Budget
+from ..experts.trace import DECODE, RoutingTrace
+from ..formats.checkpoint import Checkpoint
+from ..formats.hub_headers import download_headers
+from ..machine import PROCESS_OVERHEAD_BYTES, usable_memory_bytes
+from ..models.spec import Family
+from ..runtime.loading import choose_limit, choose_reads, divide_limit, inspect_checkpoint
+from ..storage.disk_probe import probe_disk
+from .simulation import replay
+from .speed import Speed, TokenWork, measure_speed
+from .synthetic_routing import LOCAL, UNIFORM, make_routing
+
+_LAYERS, _TOKENS, _SKIPPED = 2, 320, 80  # of the routing that is made up
+_PROBE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class Expectation:
+    """What is expected of decode, with routing of one kind.
+
+    Attributes:
+        routing: "local", "uniform" or "trace".
+        hit_rate: Share of a token's experts that are in memory, once the slots have filled.
+        missed_bytes: Read for a token.
+        tokens_per_second: None where the disk's rate is not known.
+    """
+
+    routing: str
+    hit_rate: float
+    missed_bytes: float
+    tokens_per_second: float | None
+
+
+@dataclass(frozen=True)
+class LimitPlan:
+    """A memory limit that works: how it divides, and what is expected of it."""
+
+    limit_bytes: int
+    budget: Budget
+    expectations: tuple[Expectation, ...]
+
+    @property
+    def num_slots(self) -> int:
+        """Experts that stay in memory, all layers together."""
+        return sum(self.budget.num_slots.values())
+
+
+class Planner:
+    """One model, known from its headers, and one machine's speed.
+
+    Attributes:
+        limit_bytes: The limit that was asked for, or that load would choose.
+        smallest_limit_bytes: The smallest that works.
+        record_bytes, payload_bytes: Of an expert of each layer, in a slot and to be read.
+        num_experts: E of each layer.
+        k: Experts a token.
+        speed: The machine's.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        config: StreamingConfig,
+        speed: Speed,
+        trace: RoutingTrace | None = None,
+    ):
+        """`Planner.open` finds all this."""
+        layers = checkpoint.moe_layers
+        if trace is not None and set(trace.layers) != set(layers):
+            raise RequestError(
+                f"[plan] the trace must be of the model's {len(layers)} layers with experts, got {len(trace.layers)} "
+                "layers. Record one with this model."
+            )
+        self._checkpoint, self._family, self._config = checkpoint, family, config
+        self._trace = trace
+        self._work = TokenWork.of(checkpoint, family)
+        self._made: dict[tuple[str, int], RoutingTrace] = {}
+        self._hit_rates: dict[tuple[str, int, int], float] = {}
+        self.speed = speed
+        self.k = family.num_experts_per_tok
+        self.record_bytes = {layer: checkpoint.layout(layer).record_bytes for layer in layers}
+        self.payload_bytes = {layer: checkpoint.layout(layer).payload_bytes for layer in layers}
+        self.num_experts = {layer: checkpoint.num_experts(layer) for layer in layers}
+        self.limit_bytes = choose_limit(config)
+        self.smallest_limit_bytes = self._smallest()
+
+    @classmethod
+    def open(
+        cls,
+        path_or_repo: str | Path,
+        *,
+        memory_limit: int | str | None = None,
+        max_context: int = 8192,
+        num_experts_per_tok: int | None = None,
+        revision: str | None = None,
+        trace: RoutingTrace | None = None,
+        disk_bytes_per_second: float | None = None,
+        speed: Speed | None = None,
+    ) -> "Planner":
+        """Read headers, and measure what isn't given. Arguments and errors as for `plan`."""
+        config = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, "auto")
+        with _directory_of(path_or_repo, revision) as (directory, is_local):
+            checkpoint, family = inspect_checkpoint(directory, config)
+            if speed is None:
+                if disk_bytes_per_second is None and is_local:
+                    record_bytes = min(checkpoint.layout(layer).payload_bytes for layer in checkpoint.moe_layers)
+                    probe = probe_disk(checkpoint.expert_files, record_bytes, seconds=_PROBE_SECONDS)
+                    disk_bytes_per_second = probe.bytes_per_second
+                speed = measure_speed(disk_bytes_per_second)
+            elif disk_bytes_per_second is not None:
+                speed = replace(speed, disk_bytes_per_second=disk_bytes_per_second)
+            return cls(checkpoint, family, config, speed, trace)
+
+    @property
+    def expert_bytes(self) -> int:
+        """Of all routed experts, as stored."""
+        return sum(count * self.payload_bytes[layer] for layer, count in self.num_experts.items())
+
+    def divide(self, limit_bytes: int) -> Budget:
+        """As load divides it.
+
+        Raises:
+            MemoryLimitError: If it can't hold.
+        """
+        parts = (limit_bytes, self._checkpoint, self._family, self._config)
+        return divide_limit(*parts, choose_reads(*parts, probe=False).buffer_bytes)
+
+    def limits(self, count: int) -> list[int]:
+        """Limits from the smallest to the largest that this machine holds, or to the one where all experts fit."""
+        smallest = self.smallest_limit_bytes
+        missing = ((self.num_experts[layer] - self._asked(layer)) * size for layer, size in self.record_bytes.items())
+        most = smallest + sum(missing)
+        top = max(min(most, max(usable_memory_bytes() - PROCESS_OVERHEAD_BYTES, self.limit_bytes)), smallest)
+        return sorted({round(smallest + i * (top - smallest) / (count - 1)) for i in range(count)})
+
+    def at(self, limit_bytes: int) -> LimitPlan:
+        """What is expected of a limit that works: of the trace, if there is one, of local and of uniform routing."""
+        budget = self.divide(limit_bytes)
+        kinds = ("local", "uniform") if self._trace is None else ("trace", "local", "uniform")
+        return LimitPlan(limit_bytes, budget, tuple(self._expect(kind, budget.num_slots) for kind in kinds))
+
+    def tokens_per_second(self, hit_rate: float) -> float | None:
+        """Decode speed at a hit rate, the same in every layer; None where the disk's rate is not known."""
+        return self._tokens_per_second(dict.fromkeys(self.num_experts, hit_rate))[1]
+
+    def _asked(self, layer: int) -> int:
+        return min(self.k, self.num_experts[layer])
+
+    def _smallest(self) -> int:
+        try:
+            self.divide(1)
+        except MemoryLimitError as error:
+            if error.smallest_limit_bytes is not None:
+                return error.smallest_limit_bytes
+            raise
+        return 1
+
+    def _expect(self, kind: str, num_slots: Mapping[int, int]) -> Expectation:
+        if kind == "trace" and self._trace is not None:
+            found = replay(self._trace, num_slots)
+            asked = found.hits[DECODE] + found.misses[DECODE]
+            rates = dict(zip(found.layers, (found.hits[DECODE] / asked.clip(1)).tolist(), strict=True))
+        else:
+            rates = {layer: self._of_made(kind, self.num_experts[layer], slots) for layer, slots in num_slots.items()}
+        hit_rate = sum(rate * self._asked(layer) for layer, rate in rates.items()) / sum(map(self._asked, rates))
+        return Expectation(kind, hit_rate, *self._tokens_per_second(rates))
+
+    def _tokens_per_second(self, rates: Mapping[int, float]) -> tuple[float, float | None]:
+        """Bytes that a token misses, and tokens a second."""
+        missed = sum((1 - r) * self._asked(layer) * self.payload_bytes[layer] for layer, r in rates.items())
+        seconds = self.speed.token_seconds(self._work, missed)
+        return missed, None if seconds is None else 1 / seconds
+
+    def _of_made(self, kind: str, experts: int, slots: int) -> float:
+        """Hit rate of made-up routing."""
+        if slots >= experts:
+            return 1.0
+        if (kind, experts) not in self._made:
+            self._made[kind, experts] = make_routing(
+                LOCAL if kind == "local" else UNIFORM,
+                layers=_LAYERS,
+                num_experts=experts,
+                num_experts_per_tok=min(self.k, experts),
+                tokens=_TOKENS,
+            )
+        key = (kind, experts, slots)
+        if key not in self._hit_rates:
+            made = self._made[kind, experts]
+            self._hit_rates[key] = replay(made, slots, skip_passes=_SKIPPED).decode_hit_rate
+        return self._hit_rates[key]
+
+
+@contextmanager
+def _directory_of(path_or_repo: str | Path, revision: str | None) -> Iterator[tuple[Path, bool]]:
+    """Where the headers are, and whether the weights are there too."""
+    name = os.fspath(path_or_repo)
+    path = Path(os.path.expanduser(name))
+    if path.exists() or isinstance(path_or_repo, Path) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        yield path, True
+        return
+    with tempfile.TemporaryDirectory(prefix="flash-moe-") as directory:
+        download_headers(name, Path(directory), revision)
+        yield Path(directory), False

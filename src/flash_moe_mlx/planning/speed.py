@@ -1,0 +1,132 @@
+"""Tokens per second from measurable parts: weights through the processor, calls of a layer, records from the disk."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from statistics import median
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
+
+from ..formats.checkpoint import Checkpoint
+from ..models.spec import Family
+from ..ops.dequant_matvec import dequant_matvec
+from ..runtime.loading import load_model
+
+_ROWS, _COLUMNS, _BITS, _GROUP_SIZE = 16384, 4096, 4, 64  # 38 MB: more than most caches hold
+_MATRICES = 4
+_STEPS = 24
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What one token costs on a machine.
+
+    Attributes:
+        weight_bytes_per_second: Quantised weights that pass through the processor.
+        layer_seconds: What a layer takes beside its weights: calls, norms, small products.
+        disk_bytes_per_second: Records read at random places; None if not known.
+        overlap: Share of the time of a layer's shared expert and of its experts in memory that reads go on in, 0 to 1.
+    """
+
+    weight_bytes_per_second: float
+    layer_seconds: float
+    disk_bytes_per_second: float | None = None
+    overlap: float = 1.0
+
+    def token_seconds(self, work: "TokenWork", missed_bytes: float) -> float | None:
+        """Seconds of one decoded token; None if something has to be read and the disk's rate is not known."""
+        computing = work.weight_bytes / self.weight_bytes_per_second + work.layers * self.layer_seconds
+        if not missed_bytes:
+            return computing
+        if self.disk_bytes_per_second is None:
+            return None
+        meanwhile = (work.shared_bytes + work.expert_bytes - missed_bytes) / self.weight_bytes_per_second
+        return computing + max(missed_bytes / self.disk_bytes_per_second - self.overlap * meanwhile, 0.0)
+
+
+@dataclass(frozen=True)
+class TokenWork:
+    """What one decoded token of a model goes through.
+
+    Attributes:
+        layers: Decoder layers.
+        weight_bytes: Dense weights and K experts of every layer, and recurrent states, read and written.
+        expert_bytes: Of them, routed experts'.
+        shared_bytes: Of them, shared experts'.
+    """
+
+    layers: int
+    weight_bytes: int
+    expert_bytes: int
+    shared_bytes: int
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, family: Family) -> "TokenWork":
+        """From headers alone."""
+        names = {name for name in family.weights if "embed_tokens" in name}
+        # Of the embeddings one row is read, unless they are the output projection as well.
+        tied = not any("lm_head" in name for name in family.weights)
+        skipped = 0 if tied else sum(family.weights[name].nbytes for name in names)
+        experts = sum(
+            min(family.num_experts_per_tok, checkpoint.num_experts(layer)) * checkpoint.layout(layer).payload_bytes
+            for layer in checkpoint.moe_layers
+        )
+        states = 2 * family.costs.state_bytes(1, 1)
+        layers = checkpoint.setting("num_hidden_layers") or len(checkpoint.moe_layers)
+        shared = sum(value.nbytes for name, value in family.weights.items() if ".shared_expert" in name)
+        return cls(layers, family.costs.dense_bytes - skipped + experts + states, experts, shared)
+
+
+def measure_speed(disk_bytes_per_second: float | None = None) -> Speed:
+    """Measure this machine for a few seconds: products with large quantised matrices, and the embedded model's layers.
+
+    Args:
+        disk_bytes_per_second: What a probe found, or what the disk is said to do.
+    """
+    rate = _weight_rate()
+    return Speed(rate, _layer_seconds(rate), disk_bytes_per_second)
+
+
+def _weight_rate() -> float:
+    weights = [
+        mx.random.randint(0, 1 << 31, (_ROWS, _COLUMNS * _BITS // 32)).astype(mx.uint32) for _ in range(_MATRICES)
+    ]
+    scales = mx.full((_ROWS, _COLUMNS // _GROUP_SIZE), 0.01, dtype=mx.bfloat16)
+    x = mx.ones((1, _COLUMNS))
+    mx.eval(weights, scales, x)
+
+    def products() -> None:
+        for weight in weights:
+            mx.eval(dequant_matvec(x, weight, scales, scales, bits=_BITS, group_size=_GROUP_SIZE))
+
+    nbytes = _MATRICES * (weights[0].nbytes + 2 * scales.nbytes)
+    return nbytes / _median_seconds(products, 7)
+
+
+def _layer_seconds(weight_bytes_per_second: float) -> float:
+    """Of the embedded model, whose weights are so few that calls are what takes the time."""
+    model = load_model(Path(str(files("flash_moe_mlx") / "demo")), memory_limit="200MB", max_context=256)
+    with model.streaming:
+        cache, token = model.make_cache(), mx.array([[5]])
+
+        def step() -> None:
+            nonlocal token
+            token = model(token, cache=cache)[:, -1:].argmax(-1)
+            mx.eval(token)
+
+        seconds = _median_seconds(step, _STEPS)
+        nbytes = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+        return max(seconds - nbytes / weight_bytes_per_second, 0.0) / len(model.layers)
+
+
+def _median_seconds(run: Callable[[], None], times: int) -> float:
+    run()  # compiles
+    seconds = []
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return median(seconds)

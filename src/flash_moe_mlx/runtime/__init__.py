@@ -1,0 +1,1 @@
+"""Using a model: load, generate, prompt prefixes that are kept."""

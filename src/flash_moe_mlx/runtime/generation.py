@@ -1,0 +1,359 @@
+"""generate() and stream_generate(): mlx_lm's signatures and fields, on a loop that suits eager streaming.
+
+mlx_lm computes token n+1 before it yields token n, which hides latency where evaluation is lazy. Reading a
+router's choice makes evaluation eager, so here a token is yielded before the next is computed.
+"""
+
+import logging
+import sys
+import time
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.generate import GenerationResponse as MlxGenerationResponse
+from mlx_lm.generate import maybe_quantize_kv_cache
+from mlx_lm.models.cache import make_prompt_cache
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..config import DEFAULT_PREFILL_STEP_SIZE
+from ..errors import RequestError
+from ..models.caches import context_length, pending_states
+from ..stats import GenerationStats
+from .prefix_cache import PrefixCache
+
+logger = logging.getLogger(__name__)
+
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+
+
+@dataclass
+class GenerationResponse(MlxGenerationResponse):
+    """mlx_lm's response with the streaming figures of this generation so far.
+
+    Attributes:
+        streaming: Hit rate, bytes read and I/O wait since the generation began.
+        cached_tokens: Tokens of the prompt that a prefix cache spared; the others were prefilled.
+    """
+
+    streaming: GenerationStats = field(default_factory=GenerationStats)
+    cached_tokens: int = 0
+
+
+def stream_generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    *,
+    sampler: Sampler | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    max_kv_size: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    input_embeddings: mx.array | None = None,
+    prefix_cache: PrefixCache | None = None,
+    snapshot_at: Sequence[int] | None = None,
+) -> Generator[GenerationResponse, None, None]:
+    """Generate text, one response a token. Arguments as :func:`mlx_lm.stream_generate`.
+
+    The iterator may be advanced from one thread and then from another, and so may the caches.
+
+    Args:
+        model: From :func:`flash_moe_mlx.load`.
+        tokenizer: From :func:`flash_moe_mlx.load`, or any transformers tokenizer.
+        prompt: Text, or token ids.
+        max_tokens: Most tokens to generate; -1 goes on to an end token or to max_context.
+        sampler: From log-probabilities (1, vocabulary) to a token id (1,); greedy by default.
+        logits_processors: Functions of (tokens so far, logits) that return logits.
+        max_kv_size: Accepted for mlx_lm's sake: its rotating cache is not used by models that make their own.
+        prompt_cache: Caches of an earlier part of the conversation; advanced in place. When generation ends, they
+            hold the prompt and every token yielded, as after mlx_lm's loop; closed early, all but the last.
+        prefill_step_size: Prompt tokens a forward pass. Bits depend on it, never on the memory limit.
+        kv_bits: Quantise the KV cache to this many bits (lossy).
+        kv_group_size: Group size of a quantised KV cache.
+        quantized_kv_start: Tokens after which the KV cache is quantised.
+        prompt_progress_callback: Called with (prompt tokens processed, prompt tokens).
+        input_embeddings: Used in place of the prompt's own embeddings. Shape (L, H).
+        prefix_cache: Goes on from the longest beginning of the prompt that it holds, and keeps new ones: at
+            ``snapshot_at``, and after the answer.
+        snapshot_at: Numbers of prompt tokens, as :func:`flash_moe_mlx.chat_prompt` finds them; None is the prompt's
+            end.
+
+    Yields:
+        Responses with mlx_lm's fields and ``.streaming``.
+
+    Raises:
+        RequestError: If the prompt is empty or longer than max_context, max_tokens is 0, or prefix_cache comes with
+            another model or with what it can't be used with.
+        MemoryLimitError: If the limit can't hold a forward pass of this size.
+        StoreError: If an expert can't be read.
+    """
+    if not isinstance(max_tokens, int) or max_tokens == 0:
+        raise RequestError(f"[max_tokens] must be a number and not 0, got {max_tokens!r}. Use -1 for no limit.")
+    if not isinstance(prefill_step_size, int) or prefill_step_size < 1:
+        raise RequestError(
+            f"[prefill_step_size] must be at least 1 token, got {prefill_step_size!r}. Leave it out for "
+            f"{DEFAULT_PREFILL_STEP_SIZE}."
+        )
+    tokenizer = tokenizer if isinstance(tokenizer, TokenizerWrapper) else TokenizerWrapper(tokenizer)
+    tokens = _encode(tokenizer, prompt, model)
+    length = len(tokens) if input_embeddings is None else len(input_embeddings)
+    if input_embeddings is not None and (input_embeddings.ndim != 2 or len(tokens) not in (0, length)):
+        raise RequestError(
+            f"[input_embeddings] must have shape ({len(tokens) or 'L'}, H), got {input_embeddings.shape}. "
+            "Pass one row a token of the prompt, or an empty prompt."
+        )
+    mx.eval(tokens, input_embeddings)  # here: another thread, which may generate, could not
+    cached = 0
+    if prefix_cache is not None:
+        if prefix_cache.model is not model:
+            raise RequestError("[prefix_cache] must be of this model, got another's. Make one for each model.")
+        if not all(x is None for x in (prompt_cache, kv_bits, max_kv_size, input_embeddings)):
+            raise RequestError(
+                "[prefix_cache] must come without prompt_cache, kv_bits, max_kv_size and input_embeddings, got one of "
+                "them. Leave it out."
+            )
+        caches, cached = prefix_cache.fetch(tokens.tolist())
+    else:
+        caches = make_prompt_cache(model, max_kv_size) if prompt_cache is None else prompt_cache
+    context = length + (context_length(caches) if prefix_cache is None else 0)
+    limit = model.streaming.max_context
+    if length == 0:
+        raise RequestError("[prompt] must have at least one token, got none. Say something.")
+    if context > limit:
+        raise RequestError(
+            f"[prompt] must leave the context at most max_context = {limit} tokens, got {context}. Shorten it, or "
+            "load with a larger max_context."
+        )
+    # The last token needs no place in the cache: it is not fed back.
+    room = limit - context + 1
+    steps = _Steps(
+        model,
+        caches,
+        sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1)),
+        logits_processors or [],
+        lambda: maybe_quantize_kv_cache(caches, quantized_kv_start, kv_group_size, kv_bits),
+    )
+    return _stream(
+        steps,
+        tokenizer,
+        tokens,
+        input_embeddings,
+        room if max_tokens < 0 else min(max_tokens, room),
+        prefill_step_size,
+        prompt_progress_callback or (lambda *_: None),
+        room if prompt_cache is not None else 0,
+        None
+        if prefix_cache is None
+        else _Snapshots(prefix_cache, cached, prefix_cache.points(snapshot_at, cached, length)),
+    )
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    verbose: bool = False,
+    **kwargs: Any,
+) -> str:
+    """Generate a complete answer. Arguments as :func:`mlx_lm.generate` and :func:`stream_generate`.
+
+    Args:
+        model: From :func:`flash_moe_mlx.load`.
+        tokenizer: From :func:`flash_moe_mlx.load`.
+        prompt: Text, or token ids.
+        verbose: Print the text as it comes, then the figures.
+        **kwargs: Passed to :func:`stream_generate`.
+
+    Returns:
+        The text.
+    """
+    text, response = "", None
+    for response in stream_generate(model, tokenizer, prompt, **kwargs):
+        text += response.text
+        if verbose:
+            print(response.text, end="", flush=True)
+    if verbose and response is not None:
+        print(
+            f"\n{response.prompt_tokens} prompt tokens, {response.prompt_tps:.1f} tok/s; "
+            f"{response.generation_tokens} tokens, {response.generation_tps:.1f} tok/s; "
+            f"hit rate {response.streaming.hit_rate:.1%}, {response.streaming.bytes_read / 1e6:.1f} MB read, "
+            f"peak memory {response.peak_memory:.3f} GB",
+            file=sys.stdout,
+        )
+    return text
+
+
+def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], model: Any) -> mx.array:
+    if isinstance(prompt, str):
+        special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
+        prompt = tokenizer.encode(prompt, add_special_tokens=special)
+    try:
+        ids = np.asarray(prompt)
+    except (ValueError, RuntimeError):  # rows of several lengths; a dtype that numpy doesn't have
+        ids = np.asarray(None)
+    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
+        got = f"shape {ids.shape} of {ids.dtype}" if ids.ndim else type(prompt).__name__
+        raise RequestError(f"[prompt] must be text or token ids of shape (L,), got {got}. Encode it first.")
+    size = getattr(getattr(model, "config", getattr(model, "args", None)), "vocab_size", None)
+    # MLX would read whatever lies beyond the embeddings.
+    if ids.size and (ids.min() < 0 or ids.max() >= (size or 1 << 31)):
+        raise RequestError(
+            f"[prompt] token ids must be from 0 to {(size or 1 << 31) - 1}, got {ids.min()} to {ids.max()}. "
+            "Use the model's own tokenizer."
+        )
+    return mx.array(ids.astype(np.uint32))
+
+
+@dataclass
+class _Snapshots:
+    """What one generation asks of a prefix cache: tokens spared, and points still to be copied, ascending."""
+
+    cache: PrefixCache
+    cached: int
+    points: list[int]
+
+
+class _Steps:
+    """Forward passes of one generation: prompt chunks, then one token at a time."""
+
+    def __init__(
+        self,
+        model: Any,
+        caches: list[Any],
+        sampler: Sampler,
+        processors: list[LogitsProcessor],
+        quantize_caches: Callable[[], None],
+    ):
+        self.model = model
+        self.caches = caches
+        self.tell_length: Callable[[int], None] = lambda _: None
+        self._sampler = sampler
+        self._processors = processors
+        self._quantize_caches = quantize_caches
+        self._seen: mx.array | None = None
+
+    def _begin(self, tokens: mx.array, embeddings: mx.array | None) -> None:
+        self.tell_length(context_length(self.caches) + len(tokens if embeddings is None else embeddings))
+
+    def note(self, tokens: mx.array) -> None:
+        """Tokens that logits processors are to see."""
+        if self._processors and len(tokens):
+            self._seen = tokens if self._seen is None else mx.concatenate([self._seen, tokens])
+
+    def prefill(self, tokens: mx.array, embeddings: mx.array | None) -> None:
+        """Advance the caches by a chunk of the prompt; no logits are computed."""
+        self._begin(tokens, embeddings)
+        self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=0)
+        self.note(tokens)
+        self._quantize_caches()
+        mx.eval(pending_states(self.caches), self._seen)
+        mx.clear_cache()
+
+    def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
+        """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,)."""
+        self._begin(tokens, embeddings)
+        logits = self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
+            :, -1, :
+        ]
+        self.note(tokens)
+        for processor in self._processors:
+            logits = processor(self._seen, logits)
+        self._quantize_caches()
+        logprobs = logits - mx.logsumexp(logits, keepdims=True)
+        token, logprobs = self._sampler(logprobs), logprobs.squeeze(0)
+        # All that outlives the step: a lazy array could be evaluated by this thread alone.
+        mx.eval(token, logprobs, pending_states(self.caches), self._seen)
+        return token, logprobs
+
+
+def _batched(embeddings: mx.array | None) -> mx.array | None:
+    return None if embeddings is None else embeddings[None]
+
+
+def _stream(steps: _Steps, *arguments: Any) -> Generator[GenerationResponse, None, None]:
+    with steps.model.streaming.sequence() as steps.tell_length:
+        yield from _responses(steps, *arguments)
+
+
+def _responses(
+    steps: _Steps,
+    tokenizer: TokenizerWrapper,
+    prompt: mx.array,
+    embeddings: mx.array | None,
+    max_tokens: int,
+    prefill_step_size: int,
+    progress: Callable[[int, int], None],
+    room_to_keep: int,
+    snapshots: _Snapshots | None,
+) -> Generator[GenerationResponse, None, None]:
+    before = steps.model.streaming.counters.copy()
+    detokenizer = tokenizer.detokenizer
+    length = len(prompt) if embeddings is None else len(embeddings)
+    started = time.perf_counter()
+    done = cached = snapshots.cached if snapshots is not None else 0
+    if cached:
+        steps.note(prompt[:cached])
+    progress(done, length)
+    points = list(snapshots.points) if snapshots is not None else []
+    # The last prompt token goes alone, as in mlx_lm: the chunks before it need no logits.
+    while length - done > 1:
+        size = min(prefill_step_size, *(point - done for point in points[:1]), length - done - 1)
+        steps.prefill(prompt[done : done + size], _part(embeddings, done, size))
+        done += size
+        if snapshots is not None and points[:1] == [done]:
+            snapshots.cache.store(prompt[: points.pop(0)].tolist(), steps.caches)
+        progress(done, length)
+    token, logprobs = steps.next_token(prompt[done:], _part(embeddings, done, 1))
+    progress(length, length)
+    prompt_tps = (length - cached) / (time.perf_counter() - started)
+
+    started = time.perf_counter()
+    fed: list[int] = []
+    for count in range(1, max_tokens + 1):
+        token_id = token.item()
+        ended = token_id in tokenizer.eos_token_ids
+        if not ended:
+            detokenizer.add_token(token_id)
+        last = ended or count == max_tokens
+        if last:
+            detokenizer.finalize()
+            # A conversation goes on from the caller's caches: the last token belongs there, an end token too.
+            if count < room_to_keep:
+                steps.prefill(token, None)
+            if snapshots is not None:
+                snapshots.cache.store([*prompt.tolist(), *fed], steps.caches)
+        streaming = GenerationStats.from_counters(steps.model.streaming.counters.since(before))
+        if last:
+            figures = (length, cached, count, streaming.hit_rate, streaming.bytes_read)
+            logger.debug("%d prompt tokens (%d cached), %d tokens; hit rate %.3f, %d bytes read", *figures)
+        yield GenerationResponse(
+            text=detokenizer.last_segment,
+            token=token_id,
+            logprobs=logprobs,
+            from_draft=False,
+            prompt_tokens=length,
+            prompt_tps=prompt_tps,
+            generation_tokens=count,
+            generation_tps=count / (time.perf_counter() - started),
+            peak_memory=mx.get_peak_memory() / 1e9,
+            finish_reason=("stop" if ended else "length") if last else None,
+            streaming=streaming,
+            cached_tokens=cached,
+        )
+        if last:
+            return
+        token, logprobs = steps.next_token(token)
+        fed.append(token_id)
+
+
+def _part(embeddings: mx.array | None, start: int, size: int) -> mx.array | None:
+    return None if embeddings is None else embeddings[start : start + size]

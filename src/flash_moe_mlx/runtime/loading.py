@@ -1,0 +1,362 @@
+"""load(): from a path or a repository to a model that streams its experts, under a memory limit from the first byte."""
+
+import logging
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from mlx.utils import tree_flatten
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
+from mlx_lm.utils import load_config as load_mlx_lm_config
+
+from ..config import StreamingConfig
+from ..errors import (
+    CheckpointError,
+    CorruptError,
+    MemoryLimitError,
+    MissingTensorError,
+    RequestError,
+    UnsupportedModelError,
+)
+from ..experts.budget import Budget, LayerExperts, divide
+from ..experts.buffer_cache import BufferCacheShare
+from ..experts.engine import StreamingEngine
+from ..formats.checkpoint import Checkpoint
+from ..formats.hub_headers import HTTPError
+from ..formats.packed_format import EXPERTS_FOLDER
+from ..machine import default_memory_limit_bytes, usable_memory_bytes
+from ..models.registry import prepare_family
+from ..models.spec import Family
+from ..ops.backend import backend, use_cpu_kernels
+from ..packing.verification import check_other_files
+from ..storage.io_choice import DEFAULT_THREADS, choose_io, choose_threads
+from ..storage.store import ExpertStore, direct_buffer_bytes
+
+logger = logging.getLogger(__name__)
+
+_SMALL_BUFFER_CACHE = 4 << 20
+
+
+def load(
+    path_or_repo: str | Path,
+    *,
+    memory_limit: int | str | None = None,
+    max_context: int = 8192,
+    num_experts_per_tok: int | None = None,
+    io: str = "auto",
+    activation_bits: int | None = None,
+    verify: str | bool = "sample",
+    revision: str | None = None,
+    tokenizer_config: dict[str, Any] | None = None,
+    return_config: bool = False,
+) -> tuple[Any, TokenizerWrapper] | tuple[Any, TokenizerWrapper, dict[str, Any]]:
+    """Load a model whose routed experts are streamed from disk, and its tokenizer.
+
+    Args:
+        path_or_repo: Local directory, or a repository on the Hugging Face hub.
+        memory_limit: Bytes, or a text such as "8GB" or "8GiB": bounds dense weights, expert slots, KV cache
+            at ``max_context`` and scratch. None takes a safe share of this machine.
+        max_context: Tokens of prompt and answer that there must be room for.
+        num_experts_per_tok: Overrides the router's K. Fewer than the model's own is faster and lossy.
+        io: How expert bytes are read: "mmap" or "pread" through the page cache, "direct" past it, or "auto", which
+            chooses by how much of the experts it could hold; ``model.streaming.stats()`` tells what and why.
+        activation_bits: 8 rounds what one or two tokens are multiplied with to 8 bits a group, as llama.cpp does, on
+            the CPU: faster and lossy (logits change by 1 to 2 %). None is exact.
+        verify: Of a packed checkpoint: "full" compares every record that is read with its checksum, and all other
+            files before they are loaded; "sample" one record in 16; False none. Stock checkpoints have no checksums.
+        revision: Branch, tag or commit of the repository.
+        tokenizer_config: Passed to the tokenizer.
+        return_config: Return config.json's contents too.
+
+    Returns:
+        (model, tokenizer), or (model, tokenizer, config).
+
+    Raises:
+        CheckpointError: If the files can't be used; subclasses say why.
+        MemoryLimitError: If the limit can't hold; raised before weights are read, names the smallest that works.
+        RequestError: If an argument is not usable.
+    """
+    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io, activation_bits)
+    prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify)
+    with ExitStack() as undo:
+        undo.callback(prepared.store.close)
+        config = load_mlx_lm_config(prepared.checkpoint.directory)
+        tokenizer = _load_tokenizer(prepared.checkpoint.directory, config, tokenizer_config)
+        undo.pop_all()
+    model = prepared.load()
+    return (model, tokenizer, config) if return_config else (model, tokenizer)
+
+
+def load_model(
+    path: str | Path,
+    *,
+    memory_limit: int | str | None = None,
+    max_context: int = 8192,
+    num_experts_per_tok: int | None = None,
+    io: str = "auto",
+    activation_bits: int | None = None,
+    verify: str | bool = "sample",
+    revision: str | None = None,
+) -> Any:
+    """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
+    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io, activation_bits)
+    return _prepare(_resolve(path, revision), streaming, verify).load()
+
+
+def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
+    name = os.fspath(path_or_repo)
+    # os.path's: they answer for a name that is no path at all too, where Path's raise.
+    if os.path.exists(path := os.path.expanduser(name)):
+        return Path(path)
+    if isinstance(path_or_repo, Path) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+        raise CheckpointError(f"[load] {name} must be a directory or a hub repository, got neither. Check the path.")
+    try:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=[*DEFAULT_ALLOW_PATTERNS, f"{EXPERTS_FOLDER}/*.safetensors"]
+            )
+        )
+    # OSError covers "not in the local cache".
+    except (HTTPError, HFValidationError, OSError) as error:
+        raise CheckpointError(
+            f"[load] {name} must be a local directory or a repository that the hub serves, got {_brief(error)} "
+            "Check name and network, or pass a local path."
+        ) from error
+
+
+def _load_tokenizer(directory: Path, config: Mapping[str, Any], extra: dict[str, Any] | None) -> TokenizerWrapper:
+    text = config.get("text_config") or {}
+    eos = config.get("eos_token_id") or text.get("eos_token_id")
+    try:
+        tokenizer = load_tokenizer(directory, extra, eos_token_ids=eos)
+    # What transformers and mlx_lm raise for files that are JSON and no tokenizer.
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
+        raise CheckpointError(
+            f"[{directory.name}] must hold a tokenizer that transformers can load, got {_brief(error)} "
+            "Download the tokenizer files, or use load_model."
+        ) from error
+    # Without files transformers makes one up that knows its special tokens and nothing else.
+    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
+        raise CheckpointError(
+            f"[{directory.name}] must hold a tokenizer with a vocabulary, got {tokenizer.vocab_size} tokens. "
+            "Download tokenizer.json or the files it stands for, or use load_model."
+        )
+    return tokenizer
+
+
+def _brief(error: BaseException) -> str:
+    lines = str(error).splitlines()
+    return f"{type(error).__name__}: {lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """A checkpoint whose headers, dimensions and budget were found good; no weight was read."""
+
+    checkpoint: Checkpoint
+    family: Family
+    streaming: StreamingConfig
+    limit_bytes: int
+    store: ExpertStore
+    io_reason: str
+
+    def load(self) -> Any:
+        model, checkpoint = self.family.model, self.checkpoint
+        # Freed buffers would pile up behind the limit's back while tensors are converted.
+        with ExitStack() as undo, BufferCacheShare(_SMALL_BUFFER_CACHE):
+            undo.callback(self.store.close)
+            self._load_dense()
+            engine = StreamingEngine(
+                self.store,
+                {layer: checkpoint.layout(layer) for layer in checkpoint.moe_layers},
+                {layer: checkpoint.num_experts(layer) for layer in checkpoint.moe_layers},
+                self.family.costs,
+                self.streaming,
+                self.limit_bytes,
+                self.family.num_experts_per_tok,
+                self.family.lossy,
+                self.io_reason,
+            )
+            undo.pop_all()
+        model.attach(engine)
+        model.eval()
+        return model
+
+    def _load_dense(self) -> None:
+        """Read and convert the dense tensors, one at a time. Expert tensors are never evaluated."""
+        weights = self.family.weights
+        for name in list(weights):
+            value = weights.pop(name)
+            mx.eval(value)
+            self.family.model.load_weights([(name, value)], strict=False)
+        # What a module made for itself, such as rotary frequencies, is lazy still, and then this thread's alone.
+        for module in self.family.model.modules():
+            mx.eval([value for value in module.values() if isinstance(value, mx.array)])
+
+
+def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Checkpoint, Family]:
+    """What headers and config.json say of a checkpoint, checked. No weight is read.
+
+    Raises:
+        CheckpointError: If the files can't be used.
+        RequestError: If an argument of load's can't be had with this model.
+    """
+    checkpoint = Checkpoint.open(directory)
+    stored = _lazy_dense(checkpoint)
+    family = prepare_family(checkpoint, stored, streaming, _activation_dtype(stored))
+    _check_tensors(family, directory.name)
+    return checkpoint, family
+
+
+def divide_limit(
+    limit_bytes: int, checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, io_buffer_bytes: int
+) -> Budget:
+    """Where the bytes of a limit will go.
+
+    Raises:
+        MemoryLimitError: If the limit can't hold.
+    """
+    return divide(
+        limit_bytes,
+        family.costs,
+        {
+            layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
+            for layer in checkpoint.moe_layers
+        },
+        min_slots=family.num_experts_per_tok,
+        batch=1,
+        tokens=streaming.prefill_step_size,
+        length=streaming.max_context,
+        io_buffer_bytes=io_buffer_bytes,
+    )
+
+
+def choose_limit(streaming: StreamingConfig) -> int:
+    """The limit asked for, or a safe share of this machine."""
+    if streaming.memory_limit_bytes is not None:
+        return streaming.memory_limit_bytes
+    return default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
+
+
+@dataclass(frozen=True)
+class Reads:
+    """How experts will be read.
+
+    Attributes:
+        io: "mmap", "pread" or "direct".
+        num_threads: I/O threads.
+        reason: Why so.
+    """
+
+    io: str
+    num_threads: int
+    reason: str
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that they take."""
+        return direct_buffer_bytes(self.num_threads) if self.io == "direct" else 0
+
+
+def choose_reads(
+    limit_bytes: int, checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, *, probe: bool = True
+) -> Reads:
+    """What load's ``io`` means for a checkpoint and a limit; "auto" is decided here.
+
+    Args:
+        limit_bytes: The memory limit.
+        checkpoint: Opened.
+        family: Of it.
+        streaming: load's arguments.
+        probe: Find the number of threads by a short probe of the files, where it isn't remembered.
+
+    Raises:
+        MemoryLimitError: If the limit can't hold.
+    """
+    reads = Reads(streaming.io, DEFAULT_THREADS, "as asked for")
+    slot_bytes = divide_limit(limit_bytes, checkpoint, family, streaming, reads.buffer_bytes).slot_bytes
+    if streaming.io != "auto":
+        return reads
+    records = {layer: checkpoint.layout(layer).record_bytes for layer in checkpoint.moe_layers}
+    expert_bytes = sum(nbytes * checkpoint.num_experts(layer) for layer, nbytes in records.items())
+    choice = choose_io(checkpoint.expert_files, expert_bytes, slot_bytes, limit_bytes, usable_memory_bytes())
+    reads = Reads(choice.io, DEFAULT_THREADS, choice.reason)
+    if reads.io == "direct":
+        if probe:
+            threads = choose_threads(checkpoint.expert_files, max(records.values()), expert_bytes)
+            reads = replace(reads, num_threads=threads)
+        try:
+            divide_limit(limit_bytes, checkpoint, family, streaming, reads.buffer_bytes)
+        except MemoryLimitError:
+            return Reads("pread", DEFAULT_THREADS, "the limit has no room for the buffers of direct reads")
+    return reads
+
+
+def _with_rounded_activations(family: Family, bits: int) -> Family:
+    if not (hasattr(family.model, "activation_bits") and use_cpu_kernels()):
+        raise RequestError(
+            f"[activation_bits] must be left out where the CPU kernels don't decode, got {bits}. They decode "
+            'Qwen3.5-MoE and Qwen3-Next on the CPU, with numba: pip install "flash-moe-mlx[cpu]".'
+        )
+    family.model.activation_bits = bits
+    return replace(family, lossy=(*family.lossy, f"{bits}-bit activations in decode"))
+
+
+def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
+    checkpoint, family = inspect_checkpoint(directory, streaming)
+    if streaming.activation_bits is not None:
+        family = _with_rounded_activations(family, streaming.activation_bits)
+    if verify == "full" and checkpoint.manifest:
+        check_other_files(directory, checkpoint.manifest)
+    limit_bytes = choose_limit(streaming)
+    reads = choose_reads(limit_bytes, checkpoint, family, streaming)
+    store = ExpertStore(checkpoint, io=reads.io, num_threads=reads.num_threads, verify=verify)
+    with ExitStack() as undo:
+        undo.callback(store.close)
+        divide_limit(limit_bytes, checkpoint, family, streaming, store.buffer_bytes)
+        undo.pop_all()
+    return _Prepared(checkpoint, family, streaming, limit_bytes, store, reads.reason)
+
+
+def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:
+    """The dense tensors by stored name, lazy: MLX reads headers here, and each tensor when it is evaluated."""
+    stored: dict[str, mx.array] = {}
+    for path in sorted({info.path for info in checkpoint.dense.values()}):
+        stored |= {name: value for name, value in mx.load(str(path)).items() if name in checkpoint.dense}
+    return stored
+
+
+def _activation_dtype(stored: Mapping[str, mx.array]) -> mx.Dtype:
+    """float32 on the CPU, where MLX accumulates bfloat16 in bfloat16; else the checkpoint's own."""
+    if backend() == "cpu":
+        return mx.float32
+    return next((value.dtype for name, value in stored.items() if name.endswith("norm.weight")), mx.float32)
+
+
+def _check_tensors(family: Family, where: str) -> None:
+    """Names and shapes of the dense weights against the model's; both are lazy."""
+    expected = {name: value.shape for name, value in tree_flatten(family.model.parameters())}
+    present = {name: value.shape for name, value in family.weights.items()}
+    if missing := sorted(expected.keys() - present.keys()):
+        raise MissingTensorError(
+            f"[{where}] must have {missing[0]}, got {len(missing)} tensors absent. Download the checkpoint again."
+        )
+    if unknown := sorted(present.keys() - expected.keys()):
+        raise UnsupportedModelError(
+            f"[{where}] must have only tensors that the model knows, got {unknown[0]} and {len(unknown) - 1} more. "
+            "The checkpoint is of another architecture than config.json says."
+        )
+    for name, shape in present.items():
+        if shape != expected[name]:
+            raise CorruptError(
+                f"[{where}] {name} must have shape {expected[name]} by config.json, got {shape}. "
+                "Download the checkpoint again."
+            )

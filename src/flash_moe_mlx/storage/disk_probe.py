@@ -1,0 +1,89 @@
+"""How fast a disk gives records at random places of files, past the page cache where the system allows it."""
+
+import mmap
+import os
+import random
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import RequestError, StoreError
+from .file_io import DIRECT_ALIGNMENT, ReadOnlyFile, read_aligned, read_fully
+
+
+@dataclass(frozen=True)
+class DiskProbe:
+    """What a probe measured.
+
+    Attributes:
+        record_bytes: Bytes of each read.
+        num_reads: Reads, all threads together.
+        seconds: Time that they took.
+        num_threads: Threads that read at once.
+        direct: Whether the page cache was bypassed; without, the rate may be that of memory.
+    """
+
+    record_bytes: int
+    num_reads: int
+    seconds: float
+    num_threads: int
+    direct: bool
+
+    @property
+    def bytes_per_second(self) -> float:
+        """The rate."""
+        return self.num_reads * self.record_bytes / self.seconds
+
+
+def probe_disk(paths: Sequence[Path], record_bytes: int, *, seconds: float = 1.0, num_threads: int = 8) -> DiskProbe:
+    """Read records at random places of files for a while.
+
+    Raises:
+        RequestError: If no file is as large as a record.
+        StoreError: If a file can't be read.
+    """
+    large = [path for path in paths if path.stat().st_size >= record_bytes]
+    if not large:
+        raise RequestError(f"[disk probe] a file must have {record_bytes} bytes, got none that large. Name another.")
+    try:
+        return _probe(large, record_bytes, seconds, num_threads, direct=True)
+    except StoreError:  # a file system without direct reads: tmpfs, some network shares
+        return _probe(large, record_bytes, seconds, num_threads, direct=False)
+
+
+def _probe(paths: Sequence[Path], record_bytes: int, seconds: float, num_threads: int, direct: bool) -> DiskProbe:
+    files = [ReadOnlyFile(path, direct=direct) for path in paths]
+    started = time.perf_counter()
+
+    def read() -> int:
+        place = random.Random()
+        reads = 0
+        with closing(mmap.mmap(-1, record_bytes + 2 * DIRECT_ALIGNMENT)) as buffer:  # page-aligned
+            target = bytearray(record_bytes)
+            while time.perf_counter() - started < seconds:
+                file = place.choice(files)
+                offset = place.randrange(0, file.size() - record_bytes + 1, DIRECT_ALIGNMENT)
+                with memoryview(target) as view:
+                    if direct:
+                        read_aligned(file.fd, buffer, view, offset)
+                    else:
+                        read_fully(file.fd, view, offset)
+                reads += 1
+        return reads
+
+    try:
+        if not direct and hasattr(os, "posix_fadvise"):
+            for file in files:
+                os.posix_fadvise(file.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        with ThreadPoolExecutor(num_threads) as pool:
+            tasks = [pool.submit(read) for _ in range(num_threads)]
+        num_reads = sum(task.result() for task in tasks)
+        return DiskProbe(record_bytes, num_reads, time.perf_counter() - started, num_threads, direct)
+    except OSError as error:
+        raise StoreError(f"[disk probe] the files must be readable, got {error}. Check them.") from error
+    finally:
+        for file in files:
+            file.close()

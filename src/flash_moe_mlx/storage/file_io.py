@@ -1,0 +1,131 @@
+"""One file that is only read: opened once, read at positions, mapped where asked for, past the page cache if need be.
+
+Functions here block; `store.py` runs them on its I/O threads.
+"""
+
+import errno
+import fcntl
+import io
+import mmap
+import os
+import threading
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import StoreError
+
+DIRECT_ALIGNMENT = 4096
+"""Offsets, lengths and addresses of direct reads are multiples of this: what disks with 512-byte blocks take too."""
+
+
+class ReadOnlyFile:
+    """One file, opened once, and its map where one is asked for."""
+
+    def __init__(self, path: Path, *, direct: bool):
+        self.path = path
+        flags = os.O_RDONLY | os.O_CLOEXEC | (getattr(os, "O_DIRECT", 0) if direct else 0)
+        try:
+            # An object that closes the descriptor even where its owner is dropped without close().
+            self._file = io.FileIO(path, opener=lambda name, _: os.open(name, flags))
+            if direct and hasattr(fcntl, "F_NOCACHE"):  # macOS
+                fcntl.fcntl(self._file.fileno(), fcntl.F_NOCACHE, 1)
+        except OSError as error:
+            if direct and error.errno == errno.EINVAL:
+                raise StoreError(
+                    f'[store] io="direct" must be possible on the file system of {path}, got a refusal. Use io="pread".'
+                ) from error
+            raise StoreError(f"[store] {path} must be readable, got {error}. Check the file.") from error
+        self.fd = self._file.fileno()
+        self._lock = threading.Lock()
+        self._map: mmap.mmap | None = None
+        self._view: memoryview | None = None
+
+    def size(self) -> int:
+        return os.fstat(self.fd).st_size
+
+    def map(self) -> memoryview:
+        """The whole file, read-only. Nothing is read until it is touched."""
+        with self._lock:
+            if self._view is None:
+                try:
+                    self._map = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
+                except (OSError, ValueError) as error:  # ValueError: an empty file
+                    raise StoreError(f'[store] {self.path} must be mappable, got {error}. Use io="pread".') from error
+                self._view = memoryview(self._map)
+            return self._view
+
+    def read_ahead(self, offset: int, nbytes: int) -> None:
+        """Ask the system for the pages of a range, without waiting for them."""
+        view = self.map()
+        begin = offset - offset % mmap.PAGESIZE
+        if self._map is not None and offset + nbytes <= len(view):
+            self._map.madvise(mmap.MADV_WILLNEED, begin, offset + nbytes - begin)
+
+    def copy(self, target: memoryview, offset: int) -> int:
+        """Copy out of the map; returns the bytes that the file still has, copying none if they are too few."""
+        # A file that shrank since it was mapped would end the process (SIGBUS), so its size is asked right before.
+        view = self.map()
+        available = max(0, min(self.size(), len(view)) - offset)
+        if available < len(target):
+            return available
+        # numpy's copy lets other threads run meanwhile; a memoryview's own assignment doesn't.
+        np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(view[offset : offset + len(target)], np.uint8))
+        return len(target)
+
+    def close(self) -> None:
+        with self._lock:
+            self._file.close()
+            if self._view is not None and self._map is not None:
+                with suppress(BufferError):  # views are still out: the last of them unmaps
+                    self._view.release()
+                    self._map.close()
+                self._view = self._map = None
+
+
+def read_fully(fd: int, target: memoryview, offset: int) -> int:
+    """Positioned reads until ``target`` is full or the file ends. Returns bytes read."""
+    done = 0
+    while done < len(target):
+        try:
+            got = os.preadv(fd, [target[done:]], offset + done)
+        except InterruptedError:
+            continue
+        if got == 0:
+            break
+        done += got
+    return done
+
+
+def read_from_disk(path: Path, target: memoryview, offset: int) -> int:
+    """As `read_fully`, by name; the system is asked to drop what it has of the range in memory before."""
+    with path.open("rb", buffering=0) as file:
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), offset, len(target), os.POSIX_FADV_DONTNEED)
+        return read_fully(file.fileno(), target, offset)
+
+
+def read_aligned(fd: int, buffer: mmap.mmap, target: memoryview, offset: int) -> int:
+    """As `read_fully`, but with aligned offsets, lengths and addresses only, through ``buffer``."""
+    skip = offset % DIRECT_ALIGNMENT
+    wanted = skip + len(target)  # from the aligned position at or before offset
+    length = -(-wanted // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
+    done = 0
+    with memoryview(buffer) as view:
+        while done < wanted:
+            # A direct read ends inside a block only where the file ends. Should one have been cut there all the same,
+            # that block is read again, and no more of it means that the file has no more.
+            begin = done - done % DIRECT_ALIGNMENT
+            try:
+                with view[begin:length] as rest:
+                    got = os.preadv(fd, [rest], offset - skip + begin)
+            except InterruptedError:
+                continue
+            if begin + got <= done:
+                break
+            done = begin + got
+        available = max(0, min(done, wanted) - skip)
+        if available:
+            np.copyto(np.frombuffer(target[:available], np.uint8), np.frombuffer(buffer, np.uint8, available, skip))
+    return available

@@ -1,0 +1,128 @@
+"""An answer's parts, however it is cut into pieces, and the bound on thinking."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from flash_moe_mlx.chat.answer import AnswerSplitter, Part, ThinkingBudget, begins_thinking
+from flash_moe_mlx.errors import RequestError
+
+START, END, A, B = 0, 1, 2, 3
+
+
+def tokenizer(**changes: object) -> SimpleNamespace:
+    """A thinking model's markers, and token ids: one each for <think> and </think>."""
+    values = {
+        "has_thinking": True, "think_start": "<think>", "think_end": "</think>",
+        "think_start_tokens": (START,), "think_end_tokens": (END,),
+        "has_tool_calling": True, "tool_call_start": "<tool_call>", "tool_call_end": "</tool_call>",
+    } | changes  # fmt: skip
+    result = SimpleNamespace(**values)
+    for name in ("rfind_think_start", "rfind_think_end"):
+        marker = values["think_start_tokens" if name.endswith("start") else "think_end_tokens"]
+        setattr(result, name, lambda tokens, m=marker: TokenizerWrapper._find(tokens, m, reverse=True))
+    return result
+
+
+def parts(pieces: list[str], prompt: tuple[int, ...] = (), **changes: object) -> list[tuple[str, str]]:
+    """What a splitter makes of an answer, neighbours of one kind joined."""
+    calls = changes.pop("tool_calls", True)
+    splitter = AnswerSplitter(tokenizer(**changes), prompt, tool_calls=calls)
+    result: list[Part] = []
+    for i, piece in enumerate(pieces):
+        for part in splitter.feed(piece, last=i == len(pieces) - 1):
+            if result and result[-1].kind == part.kind != "tool_call":
+                part = Part(part.kind, result.pop().text + part.text)
+            result.append(part)
+    return [(part.kind, part.text) for part in result]
+
+
+ANSWER = "<think>\nHm < 3.\n</think>\n\nI look.\n<tool_call>\n{1}\n</tool_call>\n<tool_call>\n{2}\n</tool_call>"
+WHOLE = [
+    ("thinking", "Hm < 3.\n"),
+    ("text", "I look.\n"),
+    ("tool_call", "{1}\n"),
+    ("tool_call", "{2}\n"),
+]
+
+
+@given(st.lists(st.integers(0, len(ANSWER)), max_size=30))
+def test_parts_do_not_depend_on_how_the_answer_is_cut(cuts: list[int]):
+    places = [0, *sorted(cuts), len(ANSWER)]
+    assert parts([ANSWER[a:b] for a, b in pairwise(places)]) == WHOLE
+    assert parts(list(ANSWER)) == WHOLE
+
+
+@pytest.mark.parametrize(
+    ("text", "changes", "expected"),
+    [
+        ("a </think> b", {}, [("text", "a </think> b")]),
+        ("a <tool_c", {}, [("text", "a <tool_c")]),
+        ("a<tool_call>{1}", {}, [("text", "a"), ("tool_call", "{1}")]),
+        ("[TOOL]f{}\n", {"tool_call_start": "[TOOL]", "tool_call_end": ""}, [("tool_call", "f{}\n")]),
+        ("<tool_call>{1}</tool_call>", {"tool_calls": False}, [("text", "<tool_call>{1}</tool_call>")]),
+        ("<think>a</think>", {"has_thinking": False}, [("text", "<think>a</think>")]),
+        ("<think></think>", {}, []),
+        ("", {}, []),
+    ],
+)
+def test_parts(text: str, changes: dict, expected: list):
+    assert parts([text], **changes) == expected
+    assert parts([*text, ""], **changes) == expected
+
+
+def test_text_is_not_held_longer_than_it_may_be_a_marker():
+    splitter = AnswerSplitter(tokenizer())
+    assert list(splitter.feed("one <")) == [Part("text", "one ")]
+    assert list(splitter.feed("t")) == []
+    assert list(splitter.feed("wo")) == [Part("text", "<two")]
+
+
+def test_a_prompt_may_open_the_thinking():
+    assert begins_thinking(tokenizer(), [A, START])
+    assert not begins_thinking(tokenizer(), [A, START, END])
+    assert not begins_thinking(tokenizer(), [START, *[A] * 20])  # said by somebody else
+    assert not begins_thinking(tokenizer(), [])
+    assert not begins_thinking(tokenizer(has_thinking=False), [START])
+    assert parts(["a</think>b"], prompt=(A, START)) == [("thinking", "a"), ("text", "b")]
+
+
+def answer_of(budget: ThinkingBudget, prompt: list[int], wanted: list[int]) -> list[int]:
+    """What a model that wants to say ``wanted`` says under a budget."""
+    tokens = list(prompt)
+    for token in wanted:
+        logits = mx.where(mx.arange(8) == token, 5.0, 0.0)[None]
+        tokens.append(int(mx.argmax(budget(mx.array(tokens), logits)).item()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "wanted", "max_tokens", "said"),
+    [
+        ([A, START], [A] * 5, 2, [A, A, END, A, A]),
+        ([A, START], [A] * 3, 0, [END, A, A]),
+        ([A, START], [A, END, A, A, A], 2, [A, END, A, A, A]),
+        ([A], [START, A, A, A, B], 2, [START, A, A, END, B]),
+        ([A], [A, B, A, B], 0, [A, B, A, B]),
+        ([A], [START, A, A, START, A, A], 1, [START, A, END, START, END, A]),
+    ],
+)
+def test_thinking_budget(prompt: list[int], wanted: list[int], max_tokens: int, said: list[int]):
+    assert answer_of(ThinkingBudget(tokenizer(), prompt, max_tokens), prompt, wanted) == said
+
+
+def test_thinking_budget_with_an_end_of_several_tokens():
+    markers = tokenizer(think_start_tokens=(4, 5), think_end_tokens=(6, 7))
+    assert answer_of(ThinkingBudget(markers, [4, 5], 1), [4, 5], [A] * 5) == [A, 6, 7, A, A]
+
+
+def test_thinking_budget_of_a_model_that_does_not_think():
+    markers = tokenizer(has_thinking=False, think_start_tokens=None, think_end_tokens=None)
+    assert answer_of(ThinkingBudget(markers, [A], 0), [A], [A, B]) == [A, B]
+    with pytest.raises(RequestError, match="thinking_budget"):
+        ThinkingBudget(markers, [], -1)

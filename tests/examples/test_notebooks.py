@@ -1,0 +1,46 @@
+"""The notebooks run as they stand, on the embedded model; they are kept without outputs."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+nbclient = pytest.importorskip("nbclient", reason="needs nbclient and ipykernel: pip install 'flash_moe_mlx[dev]'")
+nbformat = pytest.importorskip("nbformat")
+pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'flash_moe_mlx[plot]'")
+
+ROOT = Path(__file__).resolve().parents[2]
+NOTEBOOKS = sorted((ROOT / "examples" / "notebooks").glob("*.ipynb"))
+
+# (texts that a run must print, tables and pictures that it must show)
+SHOWN = {
+    "quickstart": (["42", "tok/s, hit rate"], 2, 0),
+    "where_the_time_goes": (["lfu ", "belady"], 1, 3),
+    "choose_a_memory_limit": (["experts stay in memory", "42"], 1, 2),
+}
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT / "src"), os.environ.get("PYTHONPATH", "")]))
+    notebook = nbformat.read(path, as_version=4)
+    resources = {"metadata": {"path": str(tmp_path)}}
+    nbclient.NotebookClient(notebook, timeout=120, kernel_name="python3", resources=resources).execute()
+    outputs = [output for cell in notebook.cells if cell.cell_type == "code" for output in cell.outputs]
+    printed = "".join(output.text for output in outputs if output.output_type == "stream")
+    shown = [output.data for output in outputs if output.output_type in ("display_data", "execute_result")]
+    texts, tables, pictures = SHOWN[path.stem]
+    assert [text for text in texts if text not in printed] == []
+    assert sum("<table>" in data.get("text/html", "") for data in shown) == tables
+    assert sum("image/png" in data for data in shown) == pictures
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_notebook_is_kept_clean(path: Path):
+    for cell in nbformat.read(path, as_version=4).cells:
+        if cell.cell_type == "code":
+            assert cell.outputs == [] and cell.execution_count is None
+
+
+def test_all_notebooks_are_known():
+    assert [path.stem for path in NOTEBOOKS] == sorted(SHOWN)

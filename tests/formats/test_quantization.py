@@ -1,0 +1,187 @@
+"""Bits and group size from shapes and config.json: what mlx-lm would infer, and what contradicts itself."""
+
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+from flash_moe_mlx.errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
+from flash_moe_mlx.formats.expert_layout import Quantization
+from flash_moe_mlx.formats.quantization import BITS, GROUP_SIZES, QuantizationSettings, Stored, mlx_name
+
+DTYPES = {mx.uint32: "U32", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint8: "U8"}
+
+
+def stored(width: int, bits: int, group_size: int, *, dtype: mx.Dtype = mx.bfloat16, **more: Any) -> dict[str, Stored]:
+    """What `mx.quantize` makes of 8 rows."""
+    parts = mx.quantize(mx.zeros((8, width), dtype), bits=bits, group_size=group_size, **more)
+    names = ("weight", "scales", "biases")[: len(parts)]
+    return {name: Stored(DTYPES[part.dtype], tuple(part.shape)) for name, part in zip(names, parts, strict=True)}
+
+
+def resolve(
+    tensors: dict[str, Stored], section: Any = None, in_features: int | None = None, *, exact: bool = True
+) -> Quantization | None:
+    settings = QuantizationSettings({} if section is None else {"quantization": section})
+    return settings.resolve("model x", "x", tensors, in_features, exact=exact)
+
+
+@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
+def test_width_settles_it(bits: int, group_size: int, dtype: mx.Dtype):
+    tensors, expected = stored(256, bits, group_size, dtype=dtype), Quantization(bits, group_size)
+    assert resolve(tensors, in_features=256) == expected
+    # Whatever the default says: it is what the conversion was asked for.
+    assert resolve(tensors, {"bits": 4, "group_size": 64}, 256) == expected
+    assert resolve(tensors, {"bits": 4, "group_size": 64, "x": {"bits": bits, "group_size": group_size}}) == expected
+    assert resolve(tensors, {"bits": bits, "group_size": group_size}) == expected
+
+
+def test_shapes_give_only_the_product():
+    tensors = stored(256, 4, 64)
+    assert resolve(tensors, {"bits": 8, "group_size": 32}) == Quantization(8, 32)
+    assert resolve(tensors, {"bits": 8, "group_size": 32}, 256) == Quantization(4, 64)
+    with pytest.raises(
+        CorruptError, match=r"2 bits in groups of 128 or 4 bits in groups of 64 or 8 bits .* Add an entry"
+    ):
+        resolve(tensors)
+    assert resolve(stored(256, 5, 32)) == Quantization(5, 32)  # the only 160
+    assert resolve(tensors, {"bits": 3, "group_size": 64}) == Quantization(4, 64)  # the default's group size
+    assert resolve(tensors, {"bits": 3, "group_size": 64}, 512, exact=False) == Quantization(2, 128)
+    assert resolve(tensors, {"bits": 4, "group_size": 64}, 100, exact=False) == Quantization(4, 64)
+
+
+def test_an_entry_that_contradicts_the_tensors():
+    tensors = stored(256, 4, 64)
+    base = {"bits": 4, "group_size": 64}
+    with pytest.raises(CorruptError, match=r"must be 8 bits in groups of 64, as config\.json says"):
+        resolve(tensors, {**base, "x": {"bits": 8, "group_size": 64}})
+    with pytest.raises(CorruptError, match=r"must be 8 bits in groups of 32, as config\.json says"):
+        resolve(tensors, {**base, "x": {"bits": 8, "group_size": 32}}, 256)
+    with pytest.raises(CorruptError, match=r"must be unquantised, as config\.json says"):
+        resolve(tensors, {**base, "x": False})
+    plain = {"weight": Stored("BF16", (8, 256))}
+    with pytest.raises(CorruptError, match=r"must have scales, as config\.json says"):
+        resolve(plain, {**base, "x": {"bits": 8}})
+    assert resolve(plain, {**base, "x": False}) is None
+    assert resolve(plain, base) is None
+    assert resolve(tensors, {**base, "x": True}) == Quantization(4, 64)
+    assert resolve(stored(256, 8, 64), {**base, "x": {"bits": 8}}) == Quantization(8, 64)  # the rest from the default
+    with pytest.raises(CorruptError, match="must have 192 inputs"):
+        resolve(tensors, base, 192)
+    # A width that is only likely gives way to an entry that fits the shapes, and no other.
+    entry = {**base, "x": {"bits": 8, "group_size": 32}}
+    assert resolve(tensors, entry, 256, exact=False) == Quantization(8, 32)
+    with pytest.raises(CorruptError, match="must be 8 bits in groups of 64"):
+        resolve(tensors, {**base, "x": {"bits": 8, "group_size": 64}}, 256, exact=False)
+
+
+def test_tensors_that_do_not_belong_together():
+    good = stored(256, 4, 64)
+    for changes, kind, message in [
+        ({"scales": None}, MissingTensorError, "no scales"),
+        ({"biases": None}, MissingTensorError, "no biases"),
+        ({"weight": None}, MissingTensorError, "must have a weight"),
+        ({"scales": None, "biases": None}, MissingTensorError, "packed weights"),
+        ({"biases": Stored("F32", (8, 4))}, CorruptError, "must be alike"),
+        ({"biases": Stored("BF16", (8, 8))}, CorruptError, "must be alike"),
+        ({"weight": Stored("U32", (9, 32))}, CorruptError, "the same rows"),
+        ({"weight": Stored("U32", (32,))}, CorruptError, "the same rows"),
+        ({"weight": Stored("U32", (8, 33))}, CorruptError, "in groups of 32, 64 or 128"),
+        ({"weight": Stored("U32", (8, 64 * 7))}, CorruptError, "in groups of 32, 64 or 128"),
+        ({"weight": Stored("U32", (8, 0))}, CorruptError, "in groups of 32, 64 or 128"),
+        ({"weight": Stored("BF16", (8, 32))}, UnsupportedModelError, "BF16 weights with BF16 scales"),
+        ({"scales": Stored("U8", (8, 4))}, UnsupportedModelError, "mxfp4, nvfp4 or mxfp8"),
+    ]:
+        tensors = {name: value for name, value in {**good, **changes}.items() if value is not None}
+        with pytest.raises(kind, match=message):
+            resolve(tensors, {"bits": 4, "group_size": 64})
+    empty = {"weight": Stored("U32", (8, 0)), "scales": Stored("F32", (8, 0)), "biases": Stored("F32", (8, 0))}
+    with pytest.raises(CorruptError, match="in groups of"):
+        resolve(empty)
+
+
+@pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)])
+def test_other_modes_of_mlx(mode: str, bits: int, group_size: int):
+    """By what the tensors are, by the default, and by an entry."""
+    entry = {"bits": bits, "group_size": group_size, "mode": mode}
+    with pytest.raises(UnsupportedModelError, match="mxfp4, nvfp4 or mxfp8"):
+        resolve(stored(256, bits, group_size, mode=mode), {"bits": 4, "group_size": 64})
+    with pytest.raises(UnsupportedModelError, match=f"of 'quantization' must be affine, got '{mode}'"):
+        QuantizationSettings({"quantization": entry})
+    with pytest.raises(UnsupportedModelError, match=f"of 'y' must be affine, got '{mode}'.*affine"):
+        QuantizationSettings({"quantization": {"bits": 4, "group_size": 64, "y": entry}})
+
+
+OTHERS: dict[str, tuple[dict[str, Any], str]] = {
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "'gptq'"),
+    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq'"),
+    "fp8": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "'fp8'"),
+    "in text_config": ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "'fp8'"),
+    "modelopt": ({"quantization_config": {"quant_algo": "NVFP4"}}, "'NVFP4'"),
+    "no method": ({"quantization_config": {}}, "got method None"),
+    "7 bits": ({"quantization": {"bits": 7, "group_size": 64}}, "got 7 in groups of 64"),
+    "groups of 16": ({"quantization": {"bits": 4, "group_size": 16}}, "in groups of 16"),
+}
+
+
+@pytest.mark.parametrize(("config", "message"), OTHERS.values(), ids=OTHERS)
+def test_other_methods(config: dict[str, Any], message: str):
+    with pytest.raises(UnsupportedModelError, match=message):
+        QuantizationSettings(config)
+
+
+@pytest.mark.parametrize(
+    "section",
+    ["4bit", 4, [], True, {}, {"bits": 4}, {"bits": "4", "group_size": 64}, {"bits": True, "group_size": 64},
+     {"bits": 4.0, "group_size": 64}, {"bits": 4, "group_size": 64, "x": {"bits": []}},
+     {"group_size": 64, "x": {"group_size": 64}}],
+    ids=str,
+)  # fmt: skip
+def test_nonsense(section: object):
+    with pytest.raises(CorruptError, match=r"^\[config.json\] quantization "):
+        QuantizationSettings({"quantization": section})
+
+
+def test_sections_that_are_fine():
+    assert QuantizationSettings({}).default is None
+    legacy = QuantizationSettings({"quantization_config": {"bits": 4, "group_size": 64, "mode": "affine"}})
+    assert legacy.default == Quantization(4, 64)
+    both = {"quantization": {"bits": 4, "group_size": 64}, "quantization_config": {"quant_method": "fp8"}}
+    assert QuantizationSettings(both).default == Quantization(4, 64)  # MLX's own section is the one that counts
+    assert QuantizationSettings({"text_config": "text", "quantization_config": None}).default is None
+
+
+def test_null_is_the_modes_own_size():
+    """What `mlx_lm.convert --quant-predicate mixed_3_6` writes; mlx takes None for 64."""
+    section = {"bits": 4, "group_size": 32, "x": {"bits": 3, "group_size": None, "mode": "affine"}}
+    assert resolve(stored(256, 3, 64), section) == Quantization(3, 64)
+    packed, scales, _ = mx.quantize(mx.zeros((8, 256)), bits=3, group_size=None)
+    assert (packed.shape[1], scales.shape[1]) == (256 * 3 // 32, 256 // 64)
+    packed, *_ = mx.quantize(mx.zeros((8, 256)), bits=None, group_size=None)
+    assert packed.shape[1] == 256 * 4 // 32
+
+
+def test_errors_are_checkpoint_errors():
+    assert issubclass(UnsupportedModelError, CheckpointError)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("model.language_model.layers.0.mlp.gate.weight", "language_model.model.layers.0.mlp.gate.weight"),
+        ("language_model.model.layers.0.mlp.gate.weight", "language_model.model.layers.0.mlp.gate.weight"),
+        ("model.layers.0.mlp.gate.weight", "language_model.model.layers.0.mlp.gate.weight"),
+        ("lm_head.weight", "language_model.lm_head.weight"),
+    ],
+)
+def test_names_as_mlx_lm_makes_them(name: str, expected: str):
+    from mlx_lm.models.qwen3_5 import Model
+
+    class Seam(Model):
+        def __init__(self) -> None:
+            object.__setattr__(self, "language_model", type("T", (), {"sanitize": staticmethod(lambda w: w)}))
+
+    assert mlx_name(name) == expected
+    assert set(Model.sanitize(Seam(), {name: 0})) == {expected}
