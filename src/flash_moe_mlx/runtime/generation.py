@@ -23,6 +23,7 @@ from ..errors import RequestError
 from ..models.caches import context_length, pending_states
 from ..stats import GenerationStats
 from .prefix_cache import PrefixCache
+from .prompt_text import check_length, check_text
 
 logger = logging.getLogger(__name__)
 
@@ -194,6 +195,8 @@ def generate(
 
 def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], model: Any) -> mx.array:
     if isinstance(prompt, str):
+        check_text(prompt)
+        check_length(tokenizer, prompt, model.streaming.max_context)
         special = tokenizer.bos_token is None or not prompt.startswith(tokenizer.bos_token)
         prompt = tokenizer.encode(prompt, add_special_tokens=special)
     try:
@@ -259,7 +262,7 @@ class _Steps:
         mx.clear_cache()
 
     def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
-        """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,)."""
+        """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,), float32."""
         self._begin(tokens, embeddings)
         logits = self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
             :, -1, :
@@ -268,6 +271,8 @@ class _Steps:
         for processor in self._processors:
             logits = processor(self._seen, logits)
         self._quantize_caches()
+        # In float32, whatever the activations are: samplers add up as many probabilities as the vocabulary has words.
+        logits = logits.astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token, logprobs = self._sampler(logprobs), logprobs.squeeze(0)
         # All that outlives the step: a lazy array could be evaluated by this thread alone.

@@ -3,6 +3,7 @@
 from typing import Any
 
 from ..errors import FlashMoEError, RequestError
+from ..runtime.prompt_text import PromptTooLongError
 
 
 class ApiError(Exception):
@@ -35,7 +36,7 @@ class ApiError(Exception):
 
 
 _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
-_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}}
+_HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 
 
 def failed_generation(error: BaseException) -> ApiError:
@@ -45,6 +46,8 @@ def failed_generation(error: BaseException) -> ApiError:
     """
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, PromptTooLongError):
+        return ApiError(400, str(error), code="context_length_exceeded")
     if isinstance(error, RequestError):
         return ApiError(400, str(error))
     told = str(error) if isinstance(error, FlashMoEError) else f"the generation failed with {type(error).__name__}"

@@ -18,16 +18,23 @@ from starlette.types import Receive, Scope, Send
 from ..errors import FlashMoEError
 from . import metrics
 from .api_error import ApiError, failed_generation
+from .body import BodyBudget, parse_body, read_body
 from .config import ServerConfig
-from .guard import Guard, json_body, refusal
+from .guard import Guard, refusal
 from .openai_format import DONE, ChatFormat, CompletionFormat, event
 from .parts import AnswerPart, ToolCall
 from .schema import GenerationRequest, parse_chat, parse_completion
-from .worker import Finished, Generation, Worker
+from .worker import ClientLeft, Finished, Generation, Worker
 
 logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499  # nginx's number; nobody receives it
+
+BODIES_AT_ONCE = 8
+"""Largest bodies that there is memory for at once; each may hold the first 64 KiB besides."""
+
+VALUES = 100_000
+"""Numbers, texts, objects and arrays in a body: more than 128 tools with a hundred parameters each."""
 
 
 def create_app(model: Any, tokenizer: Any, config: ServerConfig) -> Starlette:
@@ -54,6 +61,8 @@ class _Server:
         logits = getattr(getattr(model, "config", getattr(model, "args", None)), "vocab_size", None)
         self._vocabulary = min(len(tokenizer), logits or len(tokenizer))
         self._worker = Worker(model, tokenizer, max_queue=config.max_queue, prefix_cache=config.prefix_cache)
+        self._bodies = BodyBudget(BODIES_AT_ONCE * config.max_body_bytes)
+        self._max_values = VALUES + 4 * model.streaming.max_context  # a prompt may be token ids
         self._page = files(__package__).joinpath("status.html").read_text()
         self.app = Starlette(
             routes=[
@@ -71,10 +80,13 @@ class _Server:
                 FlashMoEError: lambda request, error: refusal(failed_generation(error)),
                 HTTPException: lambda request, error: refusal(ApiError(error.status_code, f"{error.detail}.")),
                 ClientDisconnect: lambda request, error: Response(status_code=CLIENT_LEFT),
+                ClientLeft: lambda request, error: Response(status_code=CLIENT_LEFT),
                 Exception: lambda request, error: refusal(failed_generation(error)),  # Starlette logs it too
             },
             lifespan=self._lifespan,
         )
+        # Redirects would be to a URL made from the Host header.
+        self.app.router.redirect_slashes = False
         self.app.add_middleware(Guard, config=config, counts=self._worker.metrics.requests)
 
     @asynccontextmanager
@@ -96,14 +108,23 @@ class _Server:
         parse: Callable[..., GenerationRequest],
         format_type: type[ChatFormat] | type[CompletionFormat],
     ) -> Response:
-        body = await json_body(request, self._config.max_body_bytes)
-        wanted = parse(body, self._config.model_id, self._vocabulary, self._config.sampling)
-        generation = await self._worker.submit(wanted)
+        with self._bodies.share() as share:
+            body = await read_body(request, self._config.max_body_bytes, self._config.body_seconds, share)
+            generation = self._worker.admit()
+
+            def read() -> GenerationRequest:
+                value = parse_body(body, self._max_values)
+                body.clear()
+                return parse(value, self._config.model_id, self._vocabulary, self._config.sampling)
+
+            async with _cancelled_when_left(generation, request.receive):
+                await self._worker.start(generation, read)
+        wanted = generation.request
         answer = format_type(self._config.model_id, wanted.top_logprobs is not None)
         if wanted.stream:
             return _EventStream(generation, answer)
         parts: list[AnswerPart] = []
-        async with _cancelled_when_left(generation, request.receive):
+        async with _ended_with(generation), _cancelled_when_left(generation, request.receive):
             async for part in generation:
                 if isinstance(part, Finished):
                     return JSONResponse(answer.whole(parts, part))
@@ -158,7 +179,7 @@ class _EventStream(Response):
         self._answer = answer
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with _cancelled_when_left(self._generation, receive):
+        async with _ended_with(self._generation), _cancelled_when_left(self._generation, receive):
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
             async for chunk in self._chunks():
                 await send({"type": "http.response.body", "body": chunk, "more_body": True})
@@ -195,7 +216,7 @@ def _failure(generation: Generation) -> ApiError | None:
 
 @asynccontextmanager
 async def _cancelled_when_left(generation: Generation, receive: Receive) -> AsyncIterator[None]:
-    """Within it, a client that leaves ends its generation. Leaving it ends the generation too."""
+    """Within it, a client that leaves ends its generation, and so does an exception."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -203,8 +224,20 @@ async def _cancelled_when_left(generation: Generation, receive: Receive) -> Asyn
         generation.cancel()
 
     watching = asyncio.ensure_future(watch())
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        watching.cancel()
+        if failed:
+            generation.cancel()
+
+
+@asynccontextmanager
+async def _ended_with(generation: Generation) -> AsyncIterator[None]:
+    """Leaving it ends the generation."""
     try:
         yield
     finally:
-        watching.cancel()
         generation.cancel()

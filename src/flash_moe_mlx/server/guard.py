@@ -1,11 +1,13 @@
-"""Who may come in: API key, Host header, size and type of bodies. Counts the answers."""
+"""Who may come in: the Host header and the API key. Counts the answers.
+
+Every decision is taken on the ASGI scope as the server parsed it, never on a URL rebuilt from headers that the client
+chose: Starlette before 1.0.1 read a request's path out of its Host header.
+"""
 
 import hmac
-import json
+import re
 from collections import Counter
-from typing import Any
 
-from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -13,9 +15,10 @@ from .api_error import ApiError
 from .config import ServerConfig
 
 OPEN_PATHS = ("/", "/health")
-"""What needs no API key: the status page, which holds no data of its own, and whether the server runs."""
+"""Paths that need no API key: the status page, which holds no data of its own, and whether the server runs."""
 
-_DRAINED_BYTES = 1 << 26
+# RFC 9112 section 3.2, without percent-encoding and user names, which no client of an API sends.
+_HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?")
 
 
 class Guard:
@@ -24,13 +27,16 @@ class Guard:
     def __init__(self, app: ASGIApp, config: ServerConfig, counts: Counter[tuple[str, int]]):
         self._app = app
         self._config = config
+        self._allowed_hosts = config.allowed_hosts and {host.lower() for host in config.allowed_hosts}
         self._counts = counts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
+            return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        request = Request(scope)
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
@@ -39,51 +45,45 @@ class Guard:
                 self._counts[scope["path"] if known else "other", message["status"]] += 1
             await send(message)
 
-        refused = self._refused(request)
+        refused = self._refused(scope)
         await (self._app if refused is None else refusal(refused))(scope, receive, counted)
 
-    def _refused(self, request: Request) -> ApiError | None:
-        config = self._config
-        host = request.headers.get("host", "")
-        name = host if host.endswith("]") else host.rpartition(":")[0] or host
-        if config.allowed_hosts is not None and name.lower() not in config.allowed_hosts:
-            return ApiError(403, f"the Host header must name this server, got {host[:80]!r}.", code="host_not_allowed")
-        if config.api_key is None or request.url.path in OPEN_PATHS:
-            return None
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        # Starlette reads headers as Latin-1; a key's other letters are sent in UTF-8.
-        if scheme.lower() == "bearer" and hmac.compare_digest(key.strip().encode("latin-1"), config.api_key.encode()):
+    def _refused(self, scope: Scope) -> ApiError | None:
+        if not scope["path"].startswith("/"):  # absolute-form, authority-form, "*": for proxies
+            return ApiError(
+                400, f"the request target must be a path, got {scope['path'][:80]!r}.", code="invalid_target"
+            )
+        hosts = headers(scope, b"host")
+        match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
+        if match is None:
+            got = repr(hosts[0][:80].decode("latin-1")) if len(hosts) == 1 else f"{len(hosts)} of them"
+            return ApiError(400, f"the Host header must be one name and port, got {got}.", code="invalid_host")
+        name = match[1].decode("ascii").lower()
+        if self._allowed_hosts is not None and name not in self._allowed_hosts:
+            return ApiError(403, f"the Host header must name this server, got {name[:80]!r}.", code="host_not_allowed")
+        if self._config.api_key is None or _is_open(scope) or self._has_key(scope, self._config.api_key):
             return None
         return ApiError(401, "the API key must be sent as a bearer token, got another or none.", code="invalid_api_key")
 
+    def _has_key(self, scope: Scope, expected: str) -> bool:
+        sent = headers(scope, b"authorization")
+        scheme, _, key = sent[0].partition(b" ") if len(sent) == 1 else (b"", b"", b"")
+        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(b" \t"), expected.encode())
+
+
+def headers(scope: Scope, name: bytes) -> list[bytes]:
+    """Return the values of every header of this lower-case name."""
+    return [value for key, value in scope["headers"] if key.lower() == name]
+
+
+def _is_open(scope: Scope) -> bool:
+    """Return whether the request reads an open path, spelled as it is: no other spelling is taken for it."""
+    path = scope["path"].removeprefix(scope.get("root_path", ""))
+    raw = scope.get("raw_path")
+    spelled = raw is None or raw.partition(b"?")[0] == scope["path"].encode()
+    return path in OPEN_PATHS and spelled and scope["method"] in ("GET", "HEAD")
+
 
 def refusal(error: ApiError) -> Response:
-    """The HTTP response that says it."""
+    """Return the HTTP response that says it."""
     return JSONResponse(error.body, error.status, headers=error.headers)
-
-
-async def json_body(request: Request, limit: int) -> Any:
-    """A request's body.
-
-    Raises:
-        ApiError: 413 beyond ``limit`` bytes, 415 if it is not said to be JSON, 400 if it is none.
-    """
-    # A page of another site can post a form, or plain text, to this machine; not this without asking first.
-    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise ApiError(415, "Content-Type must be application/json.")
-    body, size = bytearray(), 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size <= limit:
-            body += chunk
-        elif size > max(limit, _DRAINED_BYTES):
-            break  # read so far for the client's sake: most write the whole body before they read the answer
-    if size > limit:
-        raise ApiError(413, f"the body must have at most {limit} bytes, got more.", code="body_too_large")
-    try:
-        value = json.loads(body.decode())
-        if b"\\u" in body:
-            json.dumps(value, ensure_ascii=False).encode()  # half a surrogate pair is no text
-    except (ValueError, RecursionError) as error:
-        raise ApiError(400, f"the body must be JSON in UTF-8, got {str(error)[:200]}.", code="invalid_json") from None
-    return value

@@ -1,11 +1,11 @@
 """Messages and tools of a chat request, checked and brought to the form that chat templates take."""
 
-import json
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from .api_error import ApiError
+from .strict_json import parse_json
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
 MAX_TOOLS = 128
@@ -88,8 +88,8 @@ def _call(call: Any, where: str) -> dict[str, Any]:
     arguments = function.get("arguments")
     if isinstance(arguments, str):
         try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
+            arguments = parse_json(arguments or "{}")
+        except ValueError:
             raise ApiError(400, f"{where}.function.arguments must be JSON, got {_kind(arguments)}.") from None
     name = _name(function.get("name"), f"{where}.function.name")
     arguments = _object(arguments, f"{where}.function.arguments")
@@ -109,4 +109,6 @@ def _object(value: Any, where: str) -> Mapping[str, Any]:
 
 
 def _kind(value: Any) -> str:
-    return repr(value)[:80] if isinstance(value, str) else "nothing" if value is None else f"a {type(value).__name__}"
+    return (
+        repr(value[:80])[:80] if isinstance(value, str) else "nothing" if value is None else f"a {type(value).__name__}"
+    )

@@ -1,5 +1,6 @@
 """Figures of a running server: one table of names, rendered for Prometheus and as JSON for the status page."""
 
+import math
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -84,8 +85,9 @@ _TABLE: list[tuple[str, str, str, _Reader]] = [
 
 
 def values(metrics: Metrics, model: Any, worker: Any) -> dict[str, float]:
-    """Every figure without labels, by its name."""
-    return {name: read(metrics, model, worker) for name, _, _, read in _TABLE}
+    """Return every figure without labels, by its name. JSON has no NaN: a figure that is none is 0."""
+    figures = {name: read(metrics, model, worker) for name, _, _, read in _TABLE}
+    return {name: value if math.isfinite(value) else 0.0 for name, value in figures.items()}
 
 
 def prometheus(metrics: Metrics, model: Any, worker: Any) -> str:

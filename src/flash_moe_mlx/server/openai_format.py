@@ -15,7 +15,7 @@ DONE = b"data: [DONE]\n\n"
 
 def event(value: dict[str, Any]) -> bytes:
     """A server-sent event."""
-    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+    return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode(errors="replace")
 
 
 @dataclass(frozen=True)
@@ -164,4 +164,4 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
 
 def _finite(logprob: float) -> float:
     """JSON has no infinity; OpenAI says -9999 for what is as good as impossible."""
-    return max(logprob, -9999.0)
+    return logprob if logprob > -9999.0 else -9999.0

@@ -1,5 +1,6 @@
 """From a request's sampling parameters to mlx_lm's sampler and logits processors."""
 
+import math
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -8,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from ..errors import FlashMoEError
 from ..runtime.generation import GenerationResponse, LogitsProcessor, Sampler
 from .parts import TokenLogprob
 from .schema import Sampling
@@ -56,7 +58,11 @@ def _after(start: int, processor: LogitsProcessor) -> LogitsProcessor:
 
 def token_logprob(response: GenerationResponse, decode: Callable[[list[int]], str], top: int) -> TokenLogprob:
     """A token's log-probability and the ``top`` likeliest in its place, likeliest first."""
-    logprobs = np.array(response.logprobs, copy=False)
+    logprobs = np.array(response.logprobs.astype(mx.float32), copy=False)
+    if math.isnan(logprobs[response.token]):
+        raise FlashMoEError(
+            "[logprobs] must be numbers, got NaN: the model's logits are not finite. Verify the checkpoint."
+        )
     best: Any = np.argpartition(-logprobs, top - 1)[:top] if top else []
     ordered = sorted(best, key=lambda token: -logprobs[token])
     return TokenLogprob(

@@ -5,6 +5,7 @@ ignored, as other servers do, since clients send many.
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -13,7 +14,10 @@ from .api_error import ApiError
 from .messages import check_messages, check_tools
 
 MAX_STOPS = 4
+MAX_STOP_CHARACTERS = 1000
 MAX_TOP_LOGPROBS = 20
+MIN_REPETITION_PENALTY = 0.01
+"""Logits are divided by it: by next to nothing, they would no longer be finite."""
 MAX_LOGIT_BIASES = 1024
 COMPLETION_MAX_TOKENS = 16
 """OpenAI's default for /v1/completions. A chat answer may take the rest of the context."""
@@ -162,14 +166,13 @@ def _sampling(body: Mapping[str, Any], vocabulary: int, defaults: Sampling) -> S
         top_k=_integer(body, "top_k", defaults.top_k, 0, _INT64),
         min_p=_number(body, "min_p", defaults.min_p, 0, 1),
         seed=_integer(body, "seed", defaults.seed, -_INT64, _INT64),
-        repetition_penalty=_number(body, "repetition_penalty", defaults.repetition_penalty, 0, 10),
+        repetition_penalty=_number(body, "repetition_penalty", defaults.repetition_penalty, MIN_REPETITION_PENALTY, 10),
         presence_penalty=_number(body, "presence_penalty", defaults.presence_penalty, -2, 2),
         frequency_penalty=_number(body, "frequency_penalty", defaults.frequency_penalty, -2, 2),
         logit_bias=_logit_bias(_mapping(body, "logit_bias"), vocabulary),
     )
-    for name in ("top_p", "repetition_penalty"):
-        if getattr(result, name) == 0:
-            raise _wrong(name, "be above 0", 0)
+    if result.top_p == 0:
+        raise _wrong("top_p", "be above 0", 0)
     return result
 
 
@@ -189,6 +192,8 @@ def _stop(value: Any) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
         raise _wrong("stop", f"be a text or up to {MAX_STOPS} texts, none empty", value)
+    if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
+        raise _wrong("stop", f"have texts of at most {MAX_STOP_CHARACTERS} characters", value)
     return tuple(stops)
 
 
@@ -248,5 +253,9 @@ def _wrong(name: str, must: str, got: Any) -> ApiError:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = _BRIEF.repr(value)  # never the whole of it: it may be megabytes, and deep
     return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+_BRIEF = reprlib.Repr()
+_BRIEF.maxstring = _BRIEF.maxlong = _BRIEF.maxother = 80

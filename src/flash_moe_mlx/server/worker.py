@@ -1,17 +1,18 @@
 """Worker: the one thread that generates, and the bounded queue before it.
 
-Requests come from the event loop; parts of answers go back to it through an `asyncio.Queue` a request, so that a client
-that reads slowly holds nobody up. Prompts are rendered and encoded on a second thread.
+Requests come from the event loop; parts of answers go back to it through an `asyncio.Queue` per request, so that a
+client that reads slowly holds nobody up. Bodies are parsed, and prompts rendered and encoded, on a second thread, one
+at a time: memory holds one parsed body, however many wait. Between these stages a client that has left is noticed.
 """
 
 import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
@@ -19,6 +20,7 @@ import mlx.core as mx
 from ..errors import MemoryLimitError
 from ..runtime.generation import GenerationResponse, stream_generate
 from ..runtime.prefix_cache import PrefixCache, chat_prompt
+from ..runtime.prompt_text import PromptTooLongError, check_length
 from ..stats import StreamingStats
 from .api_error import ApiError
 from .metrics import Metrics
@@ -39,6 +41,10 @@ class Finished:
     cached_tokens: int
 
 
+class ClientLeft(Exception):
+    """The client of a request has left before its answer began."""
+
+
 @dataclass(frozen=True)
 class _Prompt:
     tokens: list[int]
@@ -49,19 +55,23 @@ class Generation:
     """One request's generation: an asynchronous iterator of its answer's parts, the last of them `Finished`.
 
     Where that does not come, `error` says why.
+
+    Attributes:
+        request: The request, without its messages and prompt, once `Worker.start` has read it.
     """
 
-    def __init__(self, request: GenerationRequest, loop: asyncio.AbstractEventLoop):
-        self.request = request
+    request: GenerationRequest
+
+    def __init__(self, loop: asyncio.AbstractEventLoop):
         self.arrived = time.perf_counter()
         self.cancelled = threading.Event()
         self.future: Future[Finished | None] | None = None
-        self._loop = loop
+        self.loop = loop
         self._parts: asyncio.Queue[AnswerPart | Finished | None] = asyncio.Queue()
 
     def put(self, part: AnswerPart | Finished | None) -> None:
         """Hand over a part, None at the end, from any thread."""
-        self._loop.call_soon_threadsafe(self._parts.put_nowait, part)
+        self.loop.call_soon_threadsafe(self._parts.put_nowait, part)
 
     def cancel(self) -> None:
         """End it: at once if it waits, else before the next layer's reads. Does nothing where it has ended."""
@@ -130,33 +140,47 @@ class Worker:
         """Bytes of the states kept."""
         return 0 if self._prefix_cache is None else self._prefix_cache.nbytes
 
-    async def submit(self, request: GenerationRequest) -> Generation:
-        """Queue a request. Iterate over what is returned, and `Generation.cancel` it if you stop before its end.
+    def admit(self) -> Generation:
+        """Give a request its place in the queue. `start` it next; `Generation.cancel` it if you stop before its end.
 
         Raises:
-            ApiError: 429 if the queue is full; 400 if the prompt is too long or the chat template refuses it.
+            ApiError: 429 if the queue is full.
         """
         if len(self._admitted) > self._max_queue:
             raise ApiError(429, f"the queue must have room, got {len(self._admitted)} requests. Try again soon.")
-        loop = asyncio.get_running_loop()
-        generation = Generation(request, loop)
+        generation = Generation(asyncio.get_running_loop())
         self._admitted.add(generation)
+        return generation
+
+    async def start(self, generation: Generation, read: Callable[[], GenerationRequest]) -> None:
+        """Read an admitted request, prepare its prompt, and queue it. Iterate over the generation afterwards.
+
+        Args:
+            generation: From `admit`.
+            read: Parses the request. Called on the prompts' thread, and not at all once the client has left.
+
+        Raises:
+            ApiError: What ``read`` raises; 400 if the prompt is too long or the chat template refuses it.
+            ClientLeft: If it was cancelled meanwhile.
+        """
+        loop = generation.loop
         try:
-            prompt = await loop.run_in_executor(self._prompts, self._prepare, request)
+            prompt = await loop.run_in_executor(self._prompts, self._prepare, generation, read)
+            if generation.cancelled.is_set():
+                raise ClientLeft
             generation.future = self._generations.submit(self._run, generation, prompt)
         finally:
             if generation.future is None:
                 self._admitted.discard(generation)
 
         def ended(future: Future[Finished | None]) -> None:
-            # First its place: who has an answer may ask again at once.
+            # Free the queue slot first: the client may send its next request immediately.
             loop.call_soon_threadsafe(self._admitted.discard, generation)
             if not future.cancelled() and future.exception() is None:
                 generation.put(future.result())
             generation.put(None)
 
         generation.future.add_done_callback(ended)
-        return generation
 
     async def close(self) -> None:
         """End every generation, wait for the threads, and give the prefix cache's memory back."""
@@ -170,31 +194,44 @@ class Worker:
         if self._prefix_cache is not None:
             self._prefix_cache.close()
 
-    def _prepare(self, request: GenerationRequest) -> _Prompt:
-        """Render and encode the prompt. On the prompts' thread."""
+    def _prepare(self, generation: Generation, read: Callable[[], GenerationRequest]) -> _Prompt:
+        """Parse the request, render and encode its prompt. On the prompts' thread."""
+        _check_wanted(generation)
+        request = read()
+        # Messages may be megabytes, and a queue of them many: only their tokens are kept.
+        generation.request = replace(request, messages=None if request.messages is None else [], prompt="")
+        _check_wanted(generation)
         try:
             tokens, snapshot_at = self._encode(request)
+        except PromptTooLongError as error:
+            raise self._too_long(request, str(error)) from None
         # Text that is no Unicode (lone surrogates), and objects nested deeper than Python goes.
         except (UnicodeError, RecursionError) as error:
             raise ApiError(400, f"the prompt must be text that can be encoded, got {type(error).__name__}.") from error
         limit = self._model.streaming.max_context
         if not 0 < len(tokens) <= limit:
-            raise ApiError(
-                400,
+            raise self._too_long(
+                request,
                 f"the prompt must have 1 to {limit} tokens, got {len(tokens)}. Shorten it, or serve with a larger "
                 "--max-context.",
-                param="prompt" if request.messages is None else "messages",
-                code="context_length_exceeded",
             )
         return _Prompt(tokens, snapshot_at)
 
+    def _too_long(self, request: GenerationRequest, message: str) -> ApiError:
+        param = "prompt" if request.messages is None else "messages"
+        return ApiError(400, message, param=param, code="context_length_exceeded")
+
     def _encode(self, request: GenerationRequest) -> tuple[list[int], list[int] | None]:
-        tokenizer = self._tokenizer
+        tokenizer, limit = self._tokenizer, self._model.streaming.max_context
         if request.messages is None:
-            prompt = request.prompt
-            return tokenizer.encode(prompt) if isinstance(prompt, str) else prompt, None
+            if not isinstance(request.prompt, str):
+                return request.prompt, None
+            check_length(tokenizer, request.prompt, limit)
+            return tokenizer.encode(request.prompt), None
         if not tokenizer.has_chat_template:
             raise ApiError(400, "this model must have a chat template, got none. Use /v1/completions.")
+        for message in request.messages:  # before the template copies them; it may drop white space at their ends
+            check_length(tokenizer, message["content"].strip(), limit)
         arguments: dict[str, Any] = {} if request.tools is None else {"tools": request.tools}
         if request.thinking is not None:
             arguments["enable_thinking"] = request.thinking
@@ -252,6 +289,11 @@ class Worker:
             self.metrics.token(response, 0.0 if last is None else now - last)
             last = now
             yield response
+
+
+def _check_wanted(generation: Generation) -> None:
+    if generation.cancelled.is_set():
+        raise ClientLeft
 
 
 def _make_prefix_cache(model: Any, size: int | str | None) -> PrefixCache | None:

@@ -1,0 +1,78 @@
+"""Text of prompts: refused before it is tokenised where it is no text, or can't fit into the context.
+
+Tokenising takes some 360 bytes and 3 microseconds per character, so a prompt far longer than the context would cost in
+proportion to what somebody sent. No token stands for more characters than the vocabulary's longest has, so a text's
+length says how many tokens it has at least.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from ..errors import RequestError
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+
+_USUAL_CHARACTERS = 8
+"""Characters per token that no ordinary text exceeds. Where a text has more, its tokens are counted piece by piece."""
+
+_PIECE = 1 << 15
+
+_longest: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()
+
+
+class PromptTooLongError(RequestError):
+    """A prompt that the context has no room for."""
+
+
+def check_text(text: Any, where: str = "prompt") -> None:
+    """Check that a value is text that can be encoded.
+
+    Raises:
+        RequestError: If it is no text, or holds half of a surrogate pair: bytes that were not UTF-8.
+    """
+    if not isinstance(text, str):
+        raise RequestError(f"[{where}] must be text, got {type(text).__name__}. Pass a str.")
+    if not text.isascii() and (found := _LONE_SURROGATE.search(text)):
+        raise RequestError(
+            f"[{where}] must be Unicode text, got half of a surrogate pair at character {found.start()}. Encode it as "
+            "UTF-8."
+        )
+
+
+def check_length(tokenizer: Any, text: str, max_tokens: int) -> None:
+    """Check that a text may have at most ``max_tokens`` tokens, in memory and time that follow ``max_tokens``.
+
+    A text that passes may still have more: it is long enough to be tokenised and counted.
+
+    Raises:
+        PromptTooLongError: If it has more for certain.
+    """
+    longest = longest_token(tokenizer)
+    too_long = len(text) > max_tokens * longest
+    if not too_long and len(text) > max_tokens * _USUAL_CHARACTERS:
+        too_long = _counts_beyond(lambda piece: len(tokenizer.encode(piece)), text, max_tokens, longest)
+    if too_long:
+        raise PromptTooLongError(
+            f"[prompt] must leave the context at most max_context = {max_tokens} tokens, got {len(text)} characters, "
+            "which are more. Shorten it, or load with a larger max_context."
+        )
+
+
+def longest_token(tokenizer: Any) -> int:
+    """Return the number of characters of the vocabulary's longest token."""
+    inner = getattr(tokenizer, "_tokenizer", tokenizer)
+    if inner not in _longest:
+        _longest[inner] = max(map(len, inner.get_vocab()), default=1)
+    return _longest[inner]
+
+
+def _counts_beyond(count: Callable[[str], int], text: str, max_tokens: int, margin: int) -> bool:
+    """Return whether a text's pieces have more tokens than ``max_tokens``, whatever was cut at their ends."""
+    total = 0
+    for start in range(0, len(text), _PIECE):
+        total += max(0, count(text[start : start + _PIECE]) - margin)
+        if total > max_tokens:
+            return True
+    return False
