@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .chat.conversation import Conversation
+    from .chat.prompt import chat_prompt
     from .chat.tools import load_tools
     from .errors import (
         CheckpointError,
@@ -38,7 +39,7 @@ if TYPE_CHECKING:
     from .runtime.async_generation import stream_generate_async
     from .runtime.generation import GenerationResponse, generate, stream_generate
     from .runtime.loading import load, load_model
-    from .runtime.prefix_cache import PrefixCache, chat_prompt
+    from .runtime.prefix_cache import PrefixCache
 
 __version__ = "0.1.0"
 
@@ -83,7 +84,7 @@ _MODULES = {
     "stream_generate": "runtime.generation",
     "stream_generate_async": "runtime.async_generation",
     "PrefixCache": "runtime.prefix_cache",
-    "chat_prompt": "runtime.prefix_cache",
+    "chat_prompt": "chat.prompt",
     "Conversation": "chat.conversation",
     "load_tools": "chat.tools",
     "GenerationResponse": "runtime.generation",

@@ -8,8 +8,10 @@ from typing import Any
 
 from ..errors import RequestError
 from ..runtime.generation import GenerationResponse, LogitsProcessor, Sampler, stream_generate
-from ..runtime.prefix_cache import PrefixCache, chat_prompt
+from ..runtime.prefix_cache import PrefixCache
 from .answer import AnswerSplitter, Kind, Part, ThinkingBudget
+from .calls import NotACallError, read_calls
+from .prompt import chat_prompt
 from .tools import Tool, ToolResult
 
 REFUSED = "refused by the user"
@@ -178,8 +180,7 @@ class Conversation:
         for raw in answer.raw_calls:
             try:
                 calls += self._parse(raw)
-            # What mlx_lm's parsers raise for text of another form.
-            except (ValueError, LookupError, TypeError, AttributeError, SyntaxError) as error:
+            except NotACallError as error:
                 calls.append(f"the call can't be read ({error}): {raw.strip()}")
         if not text and not calls:  # nothing was said: neither is what it would have answered
             if self.messages[-1]["role"] == "user":
@@ -195,15 +196,8 @@ class Conversation:
 
     def _parse(self, raw: str) -> list[ToolCall]:
         """Calls of a text between the tokenizer's markers: JSON, XML, whatever the model's parser reads."""
-        parsed = self.tokenizer.tool_parser(raw, [tool.schema for tool in self.tools])
-        calls = []
-        for call in parsed if isinstance(parsed, list) else [parsed]:
-            arguments = call.get("arguments") or {}
-            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
-            if not isinstance(arguments, dict) or not isinstance(call["name"], str):
-                raise ValueError("a call must have a name and arguments by name")
-            calls.append(ToolCall(f"call_{next(self._numbers)}", call["name"], arguments))
-        return calls
+        calls = read_calls(self.tokenizer.tool_parser, raw, [tool.schema for tool in self.tools])
+        return [ToolCall(f"call_{next(self._numbers)}", call.name, call.arguments) for call in calls]
 
     def _end(self, answer: "_Answer", calls: list[ToolCall | str], allowed: bool) -> Generator[Event, None, None]:
         """Run the calls of an answer and add their results, whatever interrupts it."""

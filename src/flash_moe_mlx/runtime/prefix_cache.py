@@ -16,12 +16,11 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from jinja2 import TemplateError
 from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..config import parse_size
-from ..errors import RequestError, StoreError
+from ..errors import StoreError
 from ..stats import format_bytes
 
 logger = logging.getLogger(__name__)
@@ -31,8 +30,6 @@ MIN_SNAPSHOT_TOKENS = 16
 
 NEW_SNAPSHOTS = 3
 """Most copies kept of one prompt's points: the first (a system prompt) and the last ones."""
-
-_PROBE = "\u2063"  # an invisible separator: what no message begins with
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,7 +43,7 @@ class _Snapshot:
 
     def usable(self, tokens: np.ndarray) -> int:
         """How many of ``tokens`` need no prefill with this: all but one at most, which gives the logits."""
-        common = _common_prefix(self.tokens, tokens[:-1])
+        common = common_prefix(self.tokens, tokens[:-1])
         return common if self.trimmable or common == len(self.tokens) else 0
 
 
@@ -180,55 +177,8 @@ class PrefixCache:
             raise StoreError("[PrefixCache] must be open, got a closed one. Make a new one.")
 
 
-def chat_prompt(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], **template_arguments: Any
-) -> tuple[list[int], list[int]]:
-    """A conversation's prompt, and the points in it that later prompts are likely to share.
-
-    These are the end of the system prompt (with the tools), the end of what comes before the last message of the user,
-    and the end of the last message, before what the template adds to make the model answer: templates drop the
-    thinking of earlier turns, so what follows that point is often another text in the next prompt. A point is where
-    the prompt and a shorter conversation begin to differ, so it is right for a template that changes earlier turns.
-
-    Args:
-        tokenizer: From :func:`flash_moe_mlx.load`; must have a chat template.
-        messages: As ``tokenizer.apply_chat_template`` takes them.
-        **template_arguments: Passed to it, such as ``tools``.
-
-    Returns:
-        Token ids, and positions in them, ascending: for ``snapshot_at``.
-
-    Raises:
-        RequestError: If the template can't render the messages.
-    """
-    try:
-        tokens = _render(tokenizer, messages, True, template_arguments)
-    except TemplateError as error:
-        raise RequestError(
-            f"[messages] must suit the chat template, got {error}. Check roles and their order."
-        ) from error
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    users = [i for i, m in enumerate(messages) if m["role"] == "user"]
-    shorter = [list(messages)]
-    if len(messages) > len(system):
-        shorter.append([*system, {"role": "user", "content": _PROBE}])
-    if users and users[-1] > len(system):
-        shorter.append(list(messages[: users[-1]]))
-    points = set()
-    for part in shorter:
-        try:
-            points.add(_common_prefix(np.array(tokens), np.array(_render(tokenizer, part, False, template_arguments))))
-        except TemplateError:
-            logger.debug("the chat template does not take the first %d messages alone", len(part))
-    return tokens, sorted(points)
-
-
-def _render(tokenizer: Any, messages: Sequence[Any], generate: bool, template_arguments: dict[str, Any]) -> list[int]:
-    options = {"return_dict": False, **template_arguments, "add_generation_prompt": generate}
-    return list(tokenizer.apply_chat_template(list(messages), tokenize=True, **options))
-
-
-def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
+    """Return how many tokens two sequences begin with in common."""
     size = min(len(a), len(b))
     differing = np.flatnonzero(a[:size] != b[:size])
     return int(differing[0]) if len(differing) else size
@@ -236,7 +186,7 @@ def _common_prefix(a: np.ndarray, b: np.ndarray) -> int:
 
 def _covers(snapshot: _Snapshot, tokens: np.ndarray) -> bool:
     """Whether it serves as one of ``tokens`` would: it is of these, or can be cut back to them."""
-    begins = _common_prefix(snapshot.tokens, tokens) == len(tokens)
+    begins = common_prefix(snapshot.tokens, tokens) == len(tokens)
     return begins and (snapshot.trimmable or len(snapshot.tokens) == len(tokens))
 
 

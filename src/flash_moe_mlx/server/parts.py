@@ -2,11 +2,12 @@
 
 import json
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from ..chat.answer import AnswerSplitter, Part
+from ..chat.calls import NotACallError, read_calls
 from .schema import GenerationRequest
 
 
@@ -147,16 +148,7 @@ class AnswerParser:
 
     def _parsed(self, text: str) -> list[ToolCall] | None:
         try:
-            parsed = self._tokenizer.tool_parser(text, self._request.tools)
-        # What mlx_lm's parsers raise for text that is no call.
-        except (ValueError, LookupError, TypeError, AttributeError, SyntaxError):
+            calls = read_calls(self._tokenizer.tool_parser, text, self._request.tools)
+        except NotACallError:
             return None
-        calls = []
-        for call in parsed if isinstance(parsed, list) else [parsed]:
-            if not isinstance(call, Mapping) or not isinstance(call.get("name"), str):
-                return None
-            arguments = call.get("arguments") or {}
-            if not isinstance(arguments, str):
-                arguments = json.dumps(arguments, ensure_ascii=False)
-            calls.append(ToolCall(call["name"], arguments))
-        return calls or None
+        return [ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls]

@@ -17,9 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..chat.prompt import chat_prompt
 from ..errors import MemoryLimitError
 from ..runtime.generation import GenerationResponse, stream_generate
-from ..runtime.prefix_cache import PrefixCache, chat_prompt
+from ..runtime.prefix_cache import PrefixCache
 from ..runtime.prompt_text import PromptTooLongError, check_length
 from ..stats import StreamingStats
 from .api_error import ApiError

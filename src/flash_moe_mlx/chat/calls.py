@@ -1,0 +1,130 @@
+"""Tool calls that a model makes: what of its words is a call that a client and a later prompt can take."""
+
+import json
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+MAX_DEPTH = 64
+"""Deepest nesting of arguments: what JSON libraries and templates can still go through."""
+
+_NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+# What parsers raise for text that is no call: among them are Python's own parser, and numbers that don't fit.
+PARSER_ERRORS = (
+    ValueError, LookupError, TypeError, AttributeError, SyntaxError, ArithmeticError, RecursionError, MemoryError,
+    AssertionError,
+)  # fmt: skip
+
+
+class NotACallError(ValueError):
+    """A text that looks like a call and is none; the message says why."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call that the model makes.
+
+    Attributes:
+        name: The tool's name: 1 to 64 letters, digits and ``_.-``.
+        arguments: Its arguments by name, which JSON can hold.
+        id: The model's own, where it gave one.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+
+def is_name(value: Any) -> bool:
+    """Return whether clients and servers take it as a tool's name."""
+    return isinstance(value, str) and _NAME.fullmatch(value) is not None
+
+
+def checked_call(name: Any, arguments: Any, call_id: Any = None) -> Call:
+    """Return a call whose parts can be sent to a client and come back.
+
+    Args:
+        name: The name, as the model said it.
+        arguments: An object, JSON of one, or nothing.
+        call_id: The model's own id, if any.
+
+    Raises:
+        NotACallError: If there is no such call.
+    """
+    if not is_name(name):
+        raise NotACallError(f"a tool's name must be 1 to 64 letters, digits and _.-, got {_shown(name)}")
+    if isinstance(arguments, str):
+        arguments = read_json(arguments) if arguments.strip() else None
+    if arguments is None:
+        arguments = {}
+    if not isinstance(arguments, Mapping):
+        raise NotACallError(f"arguments must be an object, got {_shown(arguments)}")
+    own = isinstance(call_id, str) and 0 < len(call_id) <= 64 and call_id.isprintable()
+    return Call(name, _sendable(arguments), call_id if own else None)
+
+
+def read_json(text: str) -> Any:
+    """Return the value of a JSON text, which may have line breaks in strings.
+
+    Raises:
+        NotACallError: If it is none.
+    """
+    try:
+        return json.loads(text, strict=False, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
+        raise NotACallError(f"arguments must be JSON, got {error}") from error
+
+
+def read_calls(parser: Callable[[str, Any], Any], text: str, tools: Sequence[Mapping[str, Any]] | None) -> list[Call]:
+    """Return the calls of a text by a parser of mlx_lm's.
+
+    Args:
+        parser: Takes the text between a call's markers, and tools.
+        text: The text.
+        tools: Tools, in the form that templates take.
+
+    Raises:
+        NotACallError: If it holds no call, or one that can't be sent.
+    """
+    try:
+        parsed = parser(text, tools)
+    except PARSER_ERRORS as error:
+        raise NotACallError(str(error) or type(error).__name__) from error
+    calls = parsed if isinstance(parsed, list) else [parsed]
+    if not calls or not all(isinstance(call, Mapping) for call in calls):
+        raise NotACallError("a call must have a name and arguments by name")
+    return [checked_call(call.get("name"), call.get("arguments"), call.get("id")) for call in calls]
+
+
+def _sendable(value: Any, depth: int = 0) -> Any:
+    """Copy a value with what JSON and UTF-8 can't hold refused or replaced."""
+    if depth > MAX_DEPTH:
+        raise NotACallError(f"arguments must be nested at most {MAX_DEPTH} deep, got more")
+    if isinstance(value, str):
+        return _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {_sendable(str(key)): _sendable(item, depth + 1) for key, item in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_sendable(item, depth + 1) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        _refuse(str(value))
+    if value is None or isinstance(value, bool | float):
+        return value
+    if isinstance(value, int):
+        if value.bit_length() > 1024:
+            raise NotACallError("numbers must fit into 1,024 bits, got a longer one")
+        return value
+    raise NotACallError(f"arguments must be JSON, got a {type(value).__name__}")
+
+
+def _refuse(constant: str) -> Any:
+    raise NotACallError(f"arguments must be JSON, got {constant}")
+
+
+def _shown(value: Any) -> str:
+    text = repr(value) if isinstance(value, str) else "nothing" if value is None else f"a {type(value).__name__}"
+    return text if len(text) <= 80 else f"{text[:77]}..."
