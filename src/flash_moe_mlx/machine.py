@@ -3,6 +3,8 @@
 import os
 from pathlib import Path
 
+from .system import installed_memory_bytes
+
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROCESS_OVERHEAD_BYTES = 600_000_000
 """Interpreter, libraries and tokenizer: they come on top of ``memory_limit`` (DESIGN, promise 2)."""
@@ -13,7 +15,7 @@ SAFE_SHARE = 0.7
 
 def physical_memory_bytes() -> int:
     """Installed memory of this machine in bytes."""
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return installed_memory_bytes()
 
 
 def cgroup_limit_bytes(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int | None:

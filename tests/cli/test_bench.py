@@ -63,7 +63,7 @@ GOOD = {
     "cpu_kernels": True,
     "versions": {},
     "memory": {"physical_bytes": 64e9, "cgroup_limit_bytes": None, "recommended_working_set_bytes": 60e9},
-    "disk": {"direct": True, "bytes_per_second": 5e9},
+    "disk": {"direct": True, "plausible": True, "bytes_per_second": 5e9},
 }
 
 
@@ -72,15 +72,16 @@ GOOD = {
     [
         ({}, None),
         ({"disk": None}, None),
-        ({"disk": {"direct": True, "bytes_per_second": 2e8}}, "200.00 MB/s"),
-        ({"disk": {"direct": False, "bytes_per_second": 9e9}}, "no direct reads"),
+        ({"disk": {"direct": True, "plausible": True, "bytes_per_second": 2e8}}, "200.00 MB/s"),
+        ({"disk": {"direct": True, "plausible": False, "bytes_per_second": 25e9}}, "came from memory"),
+        ({"disk": {"direct": False, "plausible": True, "bytes_per_second": 9e9}}, "no direct reads"),
         ({"memory": {**GOOD["memory"], "recommended_working_set_bytes": 40e9}}, "iogpu.wired_limit_mb"),
         ({"memory": {**GOOD["memory"], "cgroup_limit_bytes": 8e9}}, "8.00 GB"),
         ({"backend": "cpu", "cpu_kernels": False}, "numba"),
     ],
 )
 def test_advice(changes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(module.sys, "platform", "linux")
+    monkeypatch.setattr(module.system, "is_macos", lambda: False)
     monkeypatch.setattr(module.os.path, "exists", lambda path: False)
     advice = module._advice({**GOOD, **changes})
     assert len(advice) == (words is not None)

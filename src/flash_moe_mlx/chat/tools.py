@@ -7,12 +7,9 @@ bounds its time and output. It is no sandbox: a tool may do what the user may.
 import importlib.util
 import inspect
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +18,7 @@ from typing import Any
 from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException, get_json_schema
 
 from ..errors import RequestError
+from ..system import kill_group
 
 CALCULATOR = Path(__file__).with_name("calculator.py")
 """The built-in tool's file, for :func:`load_tools`."""
@@ -70,8 +68,7 @@ class Tool:
             except subprocess.TimeoutExpired:
                 return ToolResult(f"no result within {timeout_seconds:g} seconds", ok=False)
             finally:  # whatever it started goes with it, after Ctrl-C too
-                with suppress(ProcessLookupError):
-                    os.killpg(process.pid, signal.SIGKILL)
+                kill_group(process.pid)
         if not output:
             return ToolResult(f"the tool ended without a result, exit code {process.returncode}", ok=False)
         reply = json.loads(output)

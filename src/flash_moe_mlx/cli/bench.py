@@ -1,6 +1,5 @@
 """``flash-moe bench``: the speed of a model. Its subcommands measure parts."""
 
-import os
 import statistics
 from pathlib import Path
 from typing import Annotated, Any
@@ -8,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RequestError
+from ..system import can_drop_pages, drop_pages
 from .options import (
     ActivationBits,
     Io,
@@ -35,7 +35,7 @@ def bench(
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 64,
     runs: Annotated[int, typer.Option(help="Runs, after one that compiles and is not counted.", min=1)] = 3,
     cold: Annotated[
-        bool, typer.Option("--cold", help="Before each run, empty the expert slots and the model's page cache (Linux).")
+        bool, typer.Option("--cold", help="Before each run, empty the expert slots and the model's page cache.")
     ] = False,
     memory_limit: MemoryLimit = None,
     max_context: MaxContext = 8192,
@@ -145,7 +145,7 @@ def _run(model: Any, tokenizer: Any, prompt_tokens: int, max_tokens: int) -> dic
 
 
 def _local(model: str | None) -> Path:
-    if not hasattr(os, "posix_fadvise"):
+    if not can_drop_pages():
         raise RequestError("[--cold] the system must be able to drop a file's pages, got one that isn't. Leave it out.")
     directory = Path(model_path(model)).expanduser()
     if not directory.is_dir():
@@ -155,9 +155,12 @@ def _local(model: str | None) -> Path:
 
 def _drop_pages(directory: Path) -> None:
     for path in directory.rglob("*.safetensors"):
-        descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
+        with path.open("rb") as file:
+            if not drop_pages(file.fileno()):
+                raise RequestError(
+                    f"[--cold] the system must drop the pages of {path.name}, got a refusal. Leave it out, or run "
+                    '"sudo purge" before each run.'
+                )
 
 
 add_command(app, kernels)

@@ -1,9 +1,10 @@
 """``flash-moe doctor``: what the library finds on this machine, and what to change."""
 
+import mmap
 import os
 import platform
-import sys
 import tempfile
+from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import __version__
+from .. import __version__, system
 from .options import Json, Model, model_path, print_json
 
 if TYPE_CHECKING:
@@ -58,7 +59,10 @@ def doctor(
         "memory": _memory(),
     }
     probe = (_probe_model(model) if model is not None else _probe_directory(directory)) if disk else None
-    found["disk"] = None if probe is None else {**asdict(probe), "bytes_per_second": probe.bytes_per_second}
+    found["disk"] = None
+    if probe is not None:
+        rate = {"bytes_per_second": probe.bytes_per_second, "plausible": probe.is_plausible}
+        found["disk"] = asdict(probe) | rate
     found["advice"] = _advice(found)
     if json:
         print_json(found)
@@ -116,12 +120,13 @@ def _probe_directory(directory: Path | None) -> "DiskProbe":
     if directory is None:
         cache = Path(HF_HUB_CACHE)
         directory = next(path for path in (cache, *cache.parents) if path.is_dir() and os.access(path, os.W_OK))
-    with tempfile.NamedTemporaryFile(dir=directory, prefix="flash-moe-probe-") as file:
-        block = os.urandom(1 << 20)  # disks may compress
-        for _ in range(PROBE_FILE_BYTES // len(block)):
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
+    with tempfile.NamedTemporaryFile(dir=directory, prefix="flash-moe-probe-", buffering=0) as file:
+        system.avoid_page_cache(file.fileno())
+        with closing(mmap.mmap(-1, 1 << 20)) as block:  # page-aligned, as writes past the page cache must be
+            block[:] = os.urandom(len(block))  # disks may compress
+            for _ in range(PROBE_FILE_BYTES // len(block)):
+                file.write(block)
+        system.full_sync(file.fileno())
         return probe_disk([Path(file.name)], RECORD_BYTES)
 
 
@@ -164,7 +169,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
     if found["backend"] == "cpu":
         if os.path.exists("/dev/nvidiactl"):
             advice.append("There is an NVIDIA GPU that MLX doesn't use: pip install 'flash_moe_mlx[cuda13]'.")
-        if sys.platform == "darwin":
+        if system.is_macos():
             advice.append("MLX runs on the CPU: use a Mac with Apple silicon and an arm64 Python.")
         elif _lacks_numba(found):
             advice.append("The CPU kernels need numba: pip install 'flash_moe_mlx[cpu]'.")
@@ -181,6 +186,11 @@ def _advice(found: dict[str, Any]) -> list[str]:
         )
     if disk is not None and not disk["direct"]:
         advice.append("This file system has no direct reads, so its rate was not measured. Keep models on a local SSD.")
+    elif disk is not None and not disk["plausible"]:
+        advice.append(
+            f"{format_bytes(disk['bytes_per_second'])}/s is more than a disk gives: the files came from memory. "
+            "Name a model that is larger than memory, after: sudo purge."
+        )
     elif disk is not None and disk["bytes_per_second"] < SLOW_DISK:
         advice.append(
             f"The disk gives {format_bytes(disk['bytes_per_second'])}/s, and speed is bound by it where experts "

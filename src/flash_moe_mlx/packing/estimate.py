@@ -8,10 +8,11 @@ from typing import Any
 
 from ..machine import available_cores
 from ..stats import NamedRows, format_bytes
+from ..system import full_sync
 from .plan import PackPlan
 from .sources import Source
 from .tasks import ExpertTask, SourceFiles
-from .workspace import RESERVE_BYTES, Workspace, full_sync
+from .workspace import RESERVE_BYTES, Workspace
 
 _PROBE_BYTES = 64 << 20
 

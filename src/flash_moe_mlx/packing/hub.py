@@ -22,6 +22,7 @@ from ..errors import CheckpointError, CorruptError, MissingTensorError, PackErro
 from ..formats.checkpoint import Checkpoint
 from ..formats.hub_headers import HTTPError, read_header
 from ..formats.safetensors_header import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo, read_json
+from ..system import full_sync
 from .sources import header_bytes
 from .workspace import sync_folder
 
@@ -157,7 +158,7 @@ class HubSource:
                         file.write(shard.read(min(_COPY_BYTES, info.nbytes - begin)))
             file.truncate(self._sizes[name])
             file.flush()
-            os.fsync(file.fileno())
+            full_sync(file.fileno())  # it holds the only copy of the dense bytes
         os.replace(temporary, path)
         sync_folder(self.folder)
 

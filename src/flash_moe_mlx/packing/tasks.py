@@ -4,7 +4,6 @@ A task is small (tens of megabytes), always gives the same bytes, and is done ag
 """
 
 import mmap
-import os
 import threading
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from ..errors import CorruptError, PackError
 from ..formats.expert_layout import RecordPart
 from ..formats.expert_tensors import Part
 from ..storage.file_io import ReadOnlyFile
+from ..system import preadv, raise_file_limit
 from .quantiser import Bytes, ErrorSums, quantise
 from .settings import Conversion
 
@@ -75,6 +75,7 @@ class SourceFiles:
     """Source files, opened once each; safe to use from several threads."""
 
     def __init__(self) -> None:
+        raise_file_limit()
         self._files: dict[Path, ReadOnlyFile] = {}
 
     def read(self, path: Path, buffers: Sequence[Bytes], offset: int) -> None:
@@ -93,7 +94,7 @@ class SourceFiles:
         done = 0
         while done < total:
             try:
-                got = os.preadv(self._open(path).fd, buffers, offset + done)
+                got = preadv(self._open(path).fd, buffers, offset + done)
             except OSError as error:
                 raise PackError(
                     f"[pack] {path.name} must be readable, got {error}. Check the disk; then the same command goes on."

@@ -3,7 +3,6 @@
 A stock checkpoint has no checksums: of it only structure is checked. Of a packed one every file's bytes can be.
 """
 
-import os
 import zlib
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -11,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import system
 from ..errors import CheckpointError, CorruptError, FlashMoEError, MissingTensorError, RequestError
 from ..formats.checkpoint import Checkpoint
 from ..formats.packed_format import MANIFEST_NAME, Manifest, PackedLayer
@@ -208,8 +208,9 @@ class _Job:
             if self.whole_file and size != self.nbytes:
                 return f"must have {self.nbytes} bytes, got {size}"
             file.seek(self.offset)
-            if hasattr(os, "posix_fadvise"):  # what is in memory may be better than what is on the disk
-                os.posix_fadvise(file.fileno(), self.offset, self.nbytes, os.POSIX_FADV_DONTNEED)
+            # What is in memory may be better than what is on the disk.
+            system.avoid_page_cache(file.fileno())
+            system.drop_pages(file.fileno(), self.offset, self.nbytes)
             while done < self.nbytes:
                 data = file.read(min(_CHUNK_BYTES, self.nbytes - done))
                 if not data:

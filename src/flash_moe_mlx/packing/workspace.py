@@ -15,10 +15,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import system
 from ..errors import DiskFullError, PackError, RequestError
 from ..formats.packed_format import EXPERTS_FOLDER, MANIFEST_NAME, WORK_FOLDER
 from ..stats import format_bytes
-from ..storage.file_io import DIRECT_ALIGNMENT
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
@@ -99,7 +99,7 @@ class Workspace:
         """Write at a position of an output file; safe on several threads. Aligned bytes go past the page cache."""
         view = data.cast("B")
         address = np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0
-        aligned = view.nbytes > 0 and not (address | offset | view.nbytes) % DIRECT_ALIGNMENT
+        aligned = view.nbytes > 0 and not (address | offset | view.nbytes) % system.direct_write_alignment()
         file = self._open(name, direct=aligned)
         # The system lets one thread at a time write to a file, and burns the processor of those that wait.
         with self._write_locks.setdefault(name, threading.Lock()):
@@ -112,7 +112,7 @@ class Workspace:
         if file is None:
             flags = os.O_RDWR | os.O_CLOEXEC
             try:
-                opened = os.open(self.path_of(name), flags | (getattr(os, "O_DIRECT", 0) if direct else 0))
+                opened = (system.open_direct if direct else os.open)(self.path_of(name), flags)
             except OSError as error:
                 if not direct or error.errno != errno.EINVAL:
                     raise
@@ -127,7 +127,7 @@ class Workspace:
         for name in names:
             for direct in (False, True):
                 if (name, direct) in self._files:
-                    full_sync(self._files[name, direct])
+                    system.full_sync(self._files[name, direct])
 
     def close_files(self) -> None:
         for file in self._files.values():
@@ -140,7 +140,7 @@ class Workspace:
         with path.open("wb") as file:
             file.write(data)
             file.flush()
-            full_sync(file.fileno())
+            system.full_sync(file.fileno())
 
     def publish(self, names: list[str], manifest: bytes) -> None:
         """Move the finished files into their places, the manifest last, and remove the work folder."""
@@ -208,15 +208,6 @@ def locked(destination: Path, *, restart: bool) -> Iterator[Workspace]:
         yield workspace
     finally:
         workspace.close()
-
-
-def full_sync(fd: int) -> None:
-    """Wait until a file's bytes have reached the disk, and not only its cache where the system tells them apart."""
-    command = getattr(fcntl, "F_FULLFSYNC", None)  # macOS
-    if command is not None:
-        fcntl.fcntl(fd, command)
-    else:
-        os.fsync(fd)
 
 
 def sync_folder(path: Path) -> None:

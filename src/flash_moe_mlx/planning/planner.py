@@ -117,7 +117,7 @@ class Planner:
                 if disk_bytes_per_second is None and is_local:
                     record_bytes = min(checkpoint.layout(layer).payload_bytes for layer in checkpoint.moe_layers)
                     probe = probe_disk(checkpoint.expert_files, record_bytes, seconds=_PROBE_SECONDS)
-                    disk_bytes_per_second = probe.bytes_per_second
+                    disk_bytes_per_second = probe.bytes_per_second if probe.is_plausible else None
                 speed = measure_speed(disk_bytes_per_second)
             elif disk_bytes_per_second is not None:
                 speed = replace(speed, disk_bytes_per_second=disk_bytes_per_second)

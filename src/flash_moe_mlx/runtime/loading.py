@@ -39,6 +39,7 @@ from ..ops.backend import backend, use_cpu_kernels
 from ..packing.verification import check_other_files
 from ..storage.io_choice import DEFAULT_THREADS, choose_io, choose_threads
 from ..storage.store import ExpertStore, direct_buffer_bytes
+from ..system import raise_file_limit
 
 logger = logging.getLogger(__name__)
 
@@ -209,6 +210,7 @@ def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Che
         CheckpointError: If the files can't be used.
         RequestError: If an argument of load's can't be had with this model.
     """
+    raise_file_limit()  # a lazy tensor holds its shard open, and the store opens it again
     checkpoint = Checkpoint.open(directory)
     stored = _lazy_dense(checkpoint)
     family = prepare_family(checkpoint, stored, streaming, _activation_dtype(stored))

@@ -4,7 +4,6 @@ Functions here block; `store.py` runs them on its I/O threads.
 """
 
 import errno
-import fcntl
 import io
 import mmap
 import os
@@ -14,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
+from .. import system
 from ..errors import StoreError
 
-DIRECT_ALIGNMENT = 4096
-"""Offsets, lengths and addresses of direct reads are multiples of this: what disks with 512-byte blocks take too."""
+DIRECT_ALIGNMENT = system.BLOCK_BYTES
 
 
 class ReadOnlyFile:
@@ -25,12 +24,11 @@ class ReadOnlyFile:
 
     def __init__(self, path: Path, *, direct: bool):
         self.path = path
-        flags = os.O_RDONLY | os.O_CLOEXEC | (getattr(os, "O_DIRECT", 0) if direct else 0)
+        flags = os.O_RDONLY | os.O_CLOEXEC
+        open_file = system.open_direct if direct else os.open
         try:
             # An object that closes the descriptor even where its owner is dropped without close().
-            self._file = io.FileIO(path, opener=lambda name, _: os.open(name, flags))
-            if direct and hasattr(fcntl, "F_NOCACHE"):  # macOS
-                fcntl.fcntl(self._file.fileno(), fcntl.F_NOCACHE, 1)
+            self._file = io.FileIO(path, opener=lambda name, _: open_file(name, flags))
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
                 raise StoreError(
@@ -89,7 +87,7 @@ def read_fully(fd: int, target: memoryview, offset: int) -> int:
     done = 0
     while done < len(target):
         try:
-            got = os.preadv(fd, [target[done:]], offset + done)
+            got = system.preadv(fd, [target[done:]], offset + done)
         except InterruptedError:
             continue
         if got == 0:
@@ -101,8 +99,8 @@ def read_fully(fd: int, target: memoryview, offset: int) -> int:
 def read_from_disk(path: Path, target: memoryview, offset: int) -> int:
     """As `read_fully`, by name; the system is asked to drop what it has of the range in memory before."""
     with path.open("rb", buffering=0) as file:
-        if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(file.fileno(), offset, len(target), os.POSIX_FADV_DONTNEED)
+        system.avoid_page_cache(file.fileno())
+        system.drop_pages(file.fileno(), offset, len(target))
         return read_fully(file.fileno(), target, offset)
 
 
@@ -119,7 +117,7 @@ def read_aligned(fd: int, buffer: mmap.mmap, target: memoryview, offset: int) ->
             begin = done - done % DIRECT_ALIGNMENT
             try:
                 with view[begin:length] as rest:
-                    got = os.preadv(fd, [rest], offset - skip + begin)
+                    got = system.preadv(fd, [rest], offset - skip + begin)
             except InterruptedError:
                 continue
             if begin + got <= done:

@@ -3,10 +3,13 @@
 import json
 import logging
 import os
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+from .. import system
 from ..errors import RequestError, StoreError
 from ..machine import PROCESS_OVERHEAD_BYTES
 from ..stats import format_bytes
@@ -17,6 +20,12 @@ logger = logging.getLogger(__name__)
 
 DEPTHS = (2, 4, 8, 16)
 """Numbers of threads that are tried."""
+
+APPLE_DEPTHS = (*DEPTHS, 32)
+"""On macOS: the controllers in Apple's chips take more requests at once."""
+
+REMEMBERED_DAYS = 30
+"""How long a disk's best number of threads is believed: disks fill up, and systems change."""
 
 DEFAULT_THREADS = 8
 
@@ -73,7 +82,7 @@ def _direct_reads(path: Path) -> bool:
 def choose_threads(paths: Sequence[Path], record_bytes: int, expert_bytes: int, remembered: Path | None = None) -> int:
     """Threads that read records past the page cache fastest, by a short probe of these files.
 
-    It is remembered by device and size of a record.
+    It is remembered for a month, by device and size of a record.
 
     Args:
         paths: Files that hold experts.
@@ -86,21 +95,22 @@ def choose_threads(paths: Sequence[Path], record_bytes: int, expert_bytes: int, 
     remembered = remembered or cache_folder() / "disks.json"
     key = f"{paths[0].stat().st_dev}:{record_bytes}"
     known = _read(remembered)
-    if (threads := known.get(key)) in DEPTHS:
+    depths = APPLE_DEPTHS if system.is_macos() else DEPTHS
+    if (threads := _remembered_threads(known.get(key))) in depths:
         return threads
     try:
-        rates = {
-            depth: probe_disk(paths, record_bytes, seconds=_PROBE_SECONDS, num_threads=depth).bytes_per_second
-            for depth in DEPTHS
-        }
+        probes = [probe_disk(paths, record_bytes, seconds=_PROBE_SECONDS, num_threads=depth) for depth in depths]
     except (RequestError, StoreError) as error:
         logger.info("the disk could not be probed: %s", error)
         return DEFAULT_THREADS
-    best = max(rates.values())
-    threads = next(depth for depth in DEPTHS if rates[depth] >= _GOOD_ENOUGH * best)
-    logger.info("reads by %d threads: %.2f GB/s", threads, rates[threads] / 1e9)
-    _write(remembered, {**known, key: threads})
-    return threads
+    if not all(probe.is_plausible for probe in probes):
+        logger.info("the disk could not be probed: its files came from memory")
+        return DEFAULT_THREADS
+    best = max(probe.bytes_per_second for probe in probes)
+    chosen = next(probe for probe in probes if probe.bytes_per_second >= _GOOD_ENOUGH * best)
+    logger.info("reads by %d threads: %.2f GB/s", chosen.num_threads, chosen.bytes_per_second / 1e9)
+    _write(remembered, {**known, key: {"threads": chosen.num_threads, "probed": int(time.time())}})
+    return chosen.num_threads
 
 
 def cache_folder() -> Path:
@@ -108,7 +118,15 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flash_moe_mlx"
 
 
-def _read(path: Path) -> dict[str, int]:
+def _remembered_threads(entry: object) -> int:
+    """Threads of an entry that is young enough; 0 of any other. The first form was a number without a date."""
+    if not (isinstance(entry, dict) and isinstance(entry.get("probed"), int)):
+        return 0
+    age = time.time() - entry["probed"]
+    return int(entry.get("threads", 0)) if 0 <= age < REMEMBERED_DAYS * 86400 else 0
+
+
+def _read(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):  # none yet, or cut short
@@ -116,7 +134,7 @@ def _read(path: Path) -> dict[str, int]:
     return value if isinstance(value, dict) else {}
 
 
-def _write(path: Path, value: dict[str, int]) -> None:
+def _write(path: Path, value: dict[str, Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(f".{os.getpid()}.tmp")

@@ -12,6 +12,7 @@ from contextlib import suppress
 from queue import SimpleQueue
 
 from ..errors import StoreError
+from ..system import expect_waiters
 
 _POLL_SECONDS = 0.05
 """How late a waiter is at most, where an interrupt came between the two steps of opening a latch."""
@@ -86,6 +87,7 @@ class IOThreads:
 
 
 def _serve(jobs: _Jobs) -> None:
+    expect_waiters()
     while (job := jobs.get()) is not None:
         job()
         del job  # it keeps buffers alive
