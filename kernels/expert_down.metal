@@ -21,7 +21,7 @@ const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group)
 const uint first_row = row_set * ROWS;
 
 const device float* row_of_h = h + size_t(pair) * I;
-const device uint32_t* record = bank + size_t(slots[pair]) * RECORD;
+const device uint32_t* record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
 const device uint32_t* words = record + DOWN_WEIGHT;
 const device DOWN_S* scales = (const device DOWN_S*)(record + DOWN_SCALES);
 const device DOWN_S* biases = (const device DOWN_S*)(record + DOWN_BIASES);

@@ -1,114 +1,103 @@
-// expert_down_combine.metal: down projection of the routed experts and all that follows it in the layer (decode)
+// expert_down_combine.metal: down projections of a token's experts and all that follows in the layer (decode)
 // Math     out[t,n] = sum_k w[t,k] (sum_i Wd[n,i] h[t,k,i]) + sigmoid(g[t]) shared[t,n] + residual[t,n], k in order
 // FMA      sum_i (q s + z) h = s sum_i q h + z sum_i h: one fma a weight, the sum of h shared by all rows
 // Inputs   h, bank, slots, weights, shared, shared_gate, residual
 // Outputs  out
-// Shapes   h (T K, I) f32, bank (S, RECORD) u32, slots (T, K) u32, weights (T, K), shared (T, H),
-//          shared_gate (T, 1), residual (T, H), out (T, H)
-// Threads  grid (32 T, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
-//          32/LANES x ROWS outputs of one token, all its experts one after the other
-// Traffic  T K H I (bits + 32/G) / 8 bytes of weights, once; the per-expert outputs stay in registers
-// Fused    down projection, weighting, sum, shared gate, residual: the bits of expert_down and moe_combine
-// Assumes  as expert_down, and I <= TILE; an input that is absent is replaced by any other and not read
+// Shapes   h f32: (T K, I), then (T, SHARED_I) with SHARED_EXPERT; bank (S, RECORD) u32, slots (T, K) u32,
+//          weights (T, K), shared (SHARED_RECORD) u32 with SHARED_EXPERT, else (T, H), shared_gate (T, GATE_PITCH),
+//          its element GATE_AT, residual (T, H), out (T, H)
+// Threads  grid (32 T, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a threadgroup computes TILE_ROWS
+//          outputs of a token, each SIMD group one expert at a time, in ROUNDS rounds; then they are added in order
+// Traffic  (T K I + T SHARED_I) H (bits + 32/G) / 8 bytes of weights, once; an expert's outputs never leave the GPU
+// Fused    down projections, shared expert, weighting, sum, shared gate, residual: the bits of expert_down, moe_combine
+// Assumes  as expert_down; an input that is absent is replaced by any other and not read
 #include "quantized.h"
+#include "expert.h"
 // --- body ---
+typedef FmPart<DOWN_BITS, DOWN_GROUP, DOWN_WIDTH, DOWN_S, DOWN_WEIGHT, DOWN_SCALES, DOWN_BIASES> DownPart;
+typedef FmPart<
+    SHARED_DOWN_BITS, SHARED_DOWN_GROUP, SHARED_DOWN_WIDTH, SHARED_DOWN_S, SHARED_DOWN_WEIGHT, SHARED_DOWN_SCALES,
+    SHARED_DOWN_BIASES>
+    SharedPart;
 constexpr int PITCH = TILE / FM_CHUNK * FM_STRIDE;
-FM_THREADGROUP_ARRAY(float4, staged_memory, 2 * PITCH / 4);
-threadgroup float* staged = (threadgroup float*)staged_memory;
+constexpr int TILE_ROWS = SETS * (32 / LANES) * ROWS;
+constexpr int EXPERTS = K + SHARED_EXPERT;
+FM_THREADGROUP_ARRAY(float4, staged_memory, SIMD_GROUPS * PITCH / 4);
+FM_THREADGROUP_ARRAY(float, sums, EXPERTS * TILE_ROWS);
 
 const uint lane = thread_index_in_simdgroup;
 const uint simd_group = simdgroup_index_in_threadgroup;
 const uint token = threadgroup_position_in_grid.x;
-const uint experts = slots_shape[1];
-const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
-const uint first_row = row_set * ROWS;
+const uint first_row = threadgroup_position_in_grid.y * TILE_ROWS;
+const uint lane_row = first_row + lane / LANES * ROWS;
 const uint first_chunk = lane % LANES;
-const device float* rows_of_h = h + size_t(token) * experts * I;
+threadgroup float* own = (threadgroup float*)staged_memory + simd_group * PITCH;
 
-float combined[ROWS];
-#pragma unroll
-for (int r = 0; r < ROWS; r++) {
-  combined[r] = 0.0f;
-}
+for (uint round = 0; round < ROUNDS; round++) {
+  const uint expert = round * SIMD_GROUPS + simd_group;
+  const bool is_shared = SHARED_EXPERT && expert == K;
+  const bool other_parts = is_shared && !SAME_PARTS;
+  const uint pair = token * K + metal::min(expert, uint(K - 1));
+  const device uint32_t* record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
+  const device float* row_of_h = h + size_t(pair) * I;
+  if (is_shared) {
+    record = (const device uint32_t*)shared;
+    row_of_h = h + size_t(uint(slots_shape[0])) * K * I + token * SHARED_I;
+  }
 
-// Weights and h of the next step are on their way while this one is computed, across experts too.
-FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> next;
-float4 next_h[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
-fm_request_tile<TILE, SIMD_GROUPS>(next_h, rows_of_h, I, simd_group, lane);
-const device uint32_t* record = bank + size_t(slots[token * experts]) * RECORD;
-if (first_chunk < I / FM_CHUNK) {
-  fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
-      next, record + DOWN_WEIGHT, (const device DOWN_S*)(record + DOWN_SCALES),
-      (const device DOWN_S*)(record + DOWN_BIASES), first_row, H - 1, first_chunk);
-}
-
-for (uint k = 0; k < experts; k++) {
-  // Two buffers in turn: who is a step ahead writes the one that nobody reads, so one barrier a step is enough.
-  threadgroup float* own = staged + k % 2 * PITCH;
-  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(own, next_h, I, simd_group, lane);
-  const uint following = metal::min(k + 1, experts - 1);
-  fm_request_tile<TILE, SIMD_GROUPS>(next_h, rows_of_h + size_t(following) * I, I, simd_group, lane);
-  const device uint32_t* next_record = bank + size_t(slots[token * experts + following]) * RECORD;
+  // The first weights are on their way while h is staged, each SIMD group its own expert's.
+  FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> next;
+  FmRows<SHARED_DOWN_BITS, SHARED_DOWN_GROUP, ROWS, SHARED_DOWN_S> shared_next;
+  if (round > 0) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (other_parts) {
+    if (first_chunk < SHARED_I / FM_CHUNK) {
+      fm_load_part<SharedPart, ROWS, SHARED_I>(shared_next, record, lane_row, H - 1, first_chunk);
+    }
+    fm_stage_tile<SHARED_SCALED_BITS, TILE, 1>(own, row_of_h, SHARED_I, 0, lane);
+  } else if (expert < EXPERTS) {
+    if (first_chunk < I / FM_CHUNK) {
+      fm_load_part<DownPart, ROWS, I>(next, record, lane_row, H - 1, first_chunk);
+    }
+    fm_stage_tile<SCALED_BITS, TILE, 1>(own, row_of_h, I, 0, lane);
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-
-  float total[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    total[r] = 0.0f;
+  if (other_parts) {
+    fm_down_rows<SharedPart, ROWS, LANES, SHARED_I, SETS, (SHARED_SCALED_BITS > 0)>(
+        shared_next, record, first_row, H - 1, own, lane, sums + K * TILE_ROWS);
+  } else if (expert < EXPERTS) {
+    fm_down_rows<DownPart, ROWS, LANES, I, SETS, (SCALED_BITS > 0)>(
+        next, record, first_row, H - 1, own, lane, sums + expert * TILE_ROWS);
   }
-#pragma unroll 1
-  for (uint chunk = first_chunk; chunk < I / FM_CHUNK; chunk += LANES) {
-    const FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> rows = next;
-    const bool last = chunk + LANES >= I / FM_CHUNK;
-    const device uint32_t* source = last ? next_record : record;
-    if (!last || k + 1 < experts) {
-      fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
-          next, source + DOWN_WEIGHT, (const device DOWN_S*)(source + DOWN_SCALES),
-          (const device DOWN_S*)(source + DOWN_BIASES), first_row, H - 1, last ? first_chunk : chunk + LANES);
-    }
-    const threadgroup float* chunk_of_h = own + chunk * FM_STRIDE;
-    const threadgroup float4* fours_of_h = (const threadgroup float4*)chunk_of_h;
-    float dot[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      dot[r] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      fm_multiply<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, (SCALED_BITS > 0)>(
-          rows, i * 8, fours_of_h[2 * i], fours_of_h[2 * i + 1], dot);
-    }
-    fm_fold<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S>(rows, dot, chunk_of_h[FM_CHUNK], total);
-  }
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
 
-  const float weight = float(weights[token * experts + k]);
+const uint own_row = lane * SIMD_GROUPS + simd_group;
+const uint row = first_row + own_row;
+if (own_row < TILE_ROWS && row < H) {
+  float value = 0.0f;
 #pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    float sum = fm_lane_sum<LANES>(total[r]);
+  for (uint k = 0; k < K; k++) {
+    float sum = sums[k * TILE_ROWS + own_row];
     if (DOWN_HAS_BIAS) {
-      sum += float(((const device DOWN_B*)(record + DOWN_BIAS))[metal::min(first_row + r, uint(H - 1))]);
+      const uint slot = metal::min(uint(slots[token * K + k]), uint(bank_shape[0] - 1));
+      sum += float(((const device DOWN_B*)(bank + size_t(slot) * RECORD + DOWN_BIAS))[row]);
     }
-    combined[r] = metal::fma(weight, sum, combined[r]);
+    value = metal::fma(float(weights[token * K + k]), sum, value);
   }
-  record = next_record;
-}
-
-float open = 1.0f;
-if (HAS_GATE) {
-  open = 1.0f / (1.0f + metal::exp(-float(shared_gate[token])));
-}
-#pragma unroll
-for (int r = 0; r < ROWS; r++) {
-  const uint row = first_row + r;
-  if (lane % LANES == 0 && row < H) {
-    const size_t element = size_t(token) * H + row;
-    float value = combined[r];
-    if (HAS_SHARED) {
-      value = metal::fma(open, float(shared[element]), value);
-    }
-    if (HAS_RESIDUAL) {
-      value += float(residual[element]);
-    }
-    out[element] = static_cast<OUT>(value);
+  float open = 1.0f;
+  if (HAS_GATE) {
+    open = 1.0f / (1.0f + metal::exp(-float(shared_gate[token * GATE_PITCH + GATE_AT])));
   }
+  const size_t element = size_t(token) * H + row;
+  if (SHARED_EXPERT) {
+    value = metal::fma(open, sums[K * TILE_ROWS + own_row], value);
+  } else if (HAS_SHARED) {
+    value = metal::fma(open, float(((const device SHARED_X*)shared)[element]), value);
+  }
+  if (HAS_RESIDUAL) {
+    value += float(residual[element]);
+  }
+  out[element] = static_cast<OUT>(value);
 }

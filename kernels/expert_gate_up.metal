@@ -1,107 +1,75 @@
-// expert_gate_up.metal: gate and up projections of the routed experts, with SwiGLU (decode)
-// Math     h[p,i] = silu(sum_j Wg[i,j] x[j]) * sum_j Wu[i,j] x[j], for pair p = (token, slot), w = q*scale + bias
+// expert_gate_up.metal: gate and up projections of the routed experts and the shared one, with SwiGLU (decode)
+// Math     h[p,i] = silu(sum_j Wg[i,j] x[j]) * sum_j Wu[i,j] x[j], for pair p = (token, slot), w = q*scale + bias;
+//          with HAS_NORM, x is norm x / sqrt(mean(x^2) + EPS)
 // FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma a weight, the sum of x shared by all rows
-// Inputs   x, bank, slots
+// Inputs   x, norm, bank, slots, shared
 // Outputs  h
-// Shapes   x (T, H), bank (S, RECORD) u32, slots (T, K) u32, h (T K, I) f32
-// Threads  grid (32 T K, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
+// Shapes   x (T, H), norm (H), bank (S, RECORD) u32, slots (T, K) u32, shared (SHARED_RECORD) u32,
+//          h f32: (T K, I), then (T, SHARED_I) with HAS_SHARED
+// Threads  grid (32 T (K + shared), SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
 //          32/LANES x ROWS rows of one expert, LANES lanes a row, a chunk of 32 weights a lane at a time
-// Traffic  T K I H 2 (bits + 32/G) / 8 bytes of weights, once; x from threadgroup memory
-// Fused    2 matvecs + activation; the gate and up rows of a lane share each read of x
-// Assumes  H % G == 0, parts of the record on 16-byte boundaries; f32 sums
+// Traffic  (T K I + T SHARED_I) H 2 (bits + 32/G) / 8 bytes of weights, once; x from threadgroup memory
+// Fused    norm, 2 matvecs, activation, the shared expert; the gate and up rows of a lane share each read of x
+// Assumes  H % G == 0, parts of a record on 16-byte boundaries; f32 sums. An input that is absent is not read
 #include "quantized.h"
+#include "expert.h"
 // --- body ---
+typedef FmPart<GATE_BITS, GATE_GROUP, GATE_WIDTH, GATE_S, GATE_WEIGHT, GATE_SCALES, GATE_BIASES> GatePart;
+typedef FmPart<UP_BITS, UP_GROUP, UP_WIDTH, UP_S, UP_WEIGHT, UP_SCALES, UP_BIASES> UpPart;
+typedef FmPart<
+    SHARED_GATE_BITS, SHARED_GATE_GROUP, SHARED_GATE_WIDTH, SHARED_GATE_S, SHARED_GATE_WEIGHT, SHARED_GATE_SCALES,
+    SHARED_GATE_BIASES>
+    SharedGatePart;
+typedef FmPart<
+    SHARED_UP_BITS, SHARED_UP_GROUP, SHARED_UP_WIDTH, SHARED_UP_S, SHARED_UP_WEIGHT, SHARED_UP_SCALES,
+    SHARED_UP_BIASES>
+    SharedUpPart;
 FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / FM_CHUNK * FM_STRIDE / 4);
+FM_THREADGROUP_ARRAY(float, squares, SIMD_GROUPS);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 
 const uint lane = thread_index_in_simdgroup;
 const uint simd_group = simdgroup_index_in_threadgroup;
-const uint pair = threadgroup_position_in_grid.x;
+const uint experts = uint(slots_shape[1]);
+const uint token = threadgroup_position_in_grid.x / (experts + HAS_SHARED);
+const uint rank = threadgroup_position_in_grid.x % (experts + HAS_SHARED);
+const bool is_shared = HAS_SHARED && rank == experts;
+const uint pair = token * experts + rank;
 const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
 const uint first_row = row_set * ROWS;
-
-const device X* row_of_x = x + size_t(pair / uint(slots_shape[1])) * H;
-const device uint32_t* record = bank + size_t(slots[pair]) * RECORD;
-const device uint32_t* gate_words = record + GATE_WEIGHT;
-const device GATE_S* gate_scales = (const device GATE_S*)(record + GATE_SCALES);
-const device GATE_S* gate_biases = (const device GATE_S*)(record + GATE_BIASES);
-const device uint32_t* up_words = record + UP_WEIGHT;
-const device UP_S* up_scales = (const device UP_S*)(record + UP_SCALES);
-const device UP_S* up_biases = (const device UP_S*)(record + UP_BIASES);
+const device X* row_of_x = x + size_t(token) * H;
 
 float gate[ROWS];
 float up[ROWS];
+if (is_shared && !SAME_PARTS) {
+  fm_gate_up<SharedGatePart, SharedUpPart, ROWS, LANES, H, TILE, SIMD_GROUPS, SHARED_SCALED_BITS, HAS_NORM>(
+      staged, squares, row_of_x, norm, shared, first_row, SHARED_I - 1, simd_group, lane, gate, up);
+} else {
+  const device uint32_t* record = shared;
+  if (!is_shared) {
+    record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
+  }
+  fm_gate_up<GatePart, UpPart, ROWS, LANES, H, TILE, SIMD_GROUPS, SCALED_BITS, HAS_NORM>(
+      staged, squares, row_of_x, norm, record, first_row, I - 1, simd_group, lane, gate, up);
+}
+
+const float scale = HAS_NORM ? fm_rms_scale<SIMD_GROUPS, H>(squares, EPS) : 1.0f;
+const uint width = is_shared ? SHARED_I : I;
+const size_t start = is_shared ? size_t(uint(slots_shape[0])) * experts * I + token * SHARED_I : size_t(pair) * I;
 #pragma unroll
 for (int r = 0; r < ROWS; r++) {
-  gate[r] = 0.0f;
-  up[r] = 0.0f;
-}
-
-// The first weights are on their way while x is staged; later ones while their predecessors are used.
-FmRows<GATE_BITS, GATE_GROUP, ROWS, GATE_S> gate_next;
-FmRows<UP_BITS, UP_GROUP, ROWS, UP_S> up_next;
-uint chunk = lane % LANES;
-if (chunk < H / FM_CHUNK) {
-  fm_load_rows<GATE_BITS, GATE_GROUP, ROWS, GATE_S, H, GATE_WIDTH>(
-      gate_next, gate_words, gate_scales, gate_biases, first_row, I - 1, chunk);
-  fm_load_rows<UP_BITS, UP_GROUP, ROWS, UP_S, H, UP_WIDTH>(
-      up_next, up_words, up_scales, up_biases, first_row, I - 1, chunk);
-}
-
-for (uint tile = 0; tile < H; tile += TILE) {
-  const uint width = metal::min(uint(TILE), H - tile);
-  if (tile > 0) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-  fm_stage_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_x + tile, width, simd_group, lane);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-
-#pragma unroll 1
-  for (; chunk < (tile + width) / FM_CHUNK; chunk += LANES) {
-    const FmRows<GATE_BITS, GATE_GROUP, ROWS, GATE_S> gate_rows = gate_next;
-    const FmRows<UP_BITS, UP_GROUP, ROWS, UP_S> up_rows = up_next;
-    if (chunk + LANES < H / FM_CHUNK) {
-      fm_load_rows<GATE_BITS, GATE_GROUP, ROWS, GATE_S, H, GATE_WIDTH>(
-          gate_next, gate_words, gate_scales, gate_biases, first_row, I - 1, chunk + LANES);
-      fm_load_rows<UP_BITS, UP_GROUP, ROWS, UP_S, H, UP_WIDTH>(
-          up_next, up_words, up_scales, up_biases, first_row, I - 1, chunk + LANES);
-    }
-    const threadgroup float* chunk_of_x = staged + (chunk - tile / FM_CHUNK) * FM_STRIDE;
-    const threadgroup float4* fours_of_x = (const threadgroup float4*)chunk_of_x;
-    float gate_dot[ROWS];
-    float up_dot[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      gate_dot[r] = 0.0f;
-      up_dot[r] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float4 low = fours_of_x[2 * i];
-      const float4 high = fours_of_x[2 * i + 1];
-      fm_multiply<GATE_BITS, GATE_GROUP, ROWS, GATE_S, (SCALED_BITS > 0)>(
-          gate_rows, i * 8, low, high, gate_dot);
-      fm_multiply<UP_BITS, UP_GROUP, ROWS, UP_S, (SCALED_BITS > 0)>(
-          up_rows, i * 8, low, high, up_dot);
-    }
-    const float sum = chunk_of_x[FM_CHUNK];
-    fm_fold<GATE_BITS, GATE_GROUP, ROWS, GATE_S>(gate_rows, gate_dot, sum, gate);
-    fm_fold<UP_BITS, UP_GROUP, ROWS, UP_S>(up_rows, up_dot, sum, up);
-  }
-}
-
-#pragma unroll
-for (int r = 0; r < ROWS; r++) {
-  float gate_sum = fm_lane_sum<LANES>(gate[r]);
-  float up_sum = fm_lane_sum<LANES>(up[r]);
+  float gate_sum = fm_lane_sum<LANES>(gate[r]) * scale;
+  float up_sum = fm_lane_sum<LANES>(up[r]) * scale;
   const uint row = first_row + r;
-  if (lane % LANES == 0 && row < I) {
-    if (GATE_HAS_BIAS) {
+  if (lane % LANES == 0 && row < width) {
+    if (GATE_HAS_BIAS && !is_shared) {
+      const device uint32_t* record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
       gate_sum += float(((const device GATE_B*)(record + GATE_BIAS))[row]);
     }
-    if (UP_HAS_BIAS) {
+    if (UP_HAS_BIAS && !is_shared) {
+      const device uint32_t* record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
       up_sum += float(((const device UP_B*)(record + UP_BIAS))[row]);
     }
-    h[size_t(pair) * I + row] = gate_sum / (1.0f + metal::exp(-gate_sum)) * up_sum;
+    h[start + row] = gate_sum / (1.0f + metal::exp(-gate_sum)) * up_sum;
   }
 }

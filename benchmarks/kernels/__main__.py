@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from flash_moe_mlx.lab import kernel_cases as cases
 from flash_moe_mlx.lab.kernel_table import FULL, QUICK, Layers, Size, Table, Work, standard_work
@@ -22,7 +23,7 @@ from flash_moe_mlx.ops.gpu.geometry import choose_geometry
 # (rows a lane, SIMD groups a threadgroup)
 GATE_UP_SPREADS = ((1, 16), (2, 8), (2, 16), (4, 8))
 DOWN_SPREADS = ((2, 8), (4, 8), (4, 16))
-COMBINE_SPREADS = ((1, 4), (1, 8), (2, 4), (2, 8), (4, 4))
+COMBINE_TILES = (4, 8, 16, 32)  # outputs a threadgroup
 PRODUCT_SPREADS = ((1, 8), (2, 8), (2, 16), (4, 4), (4, 16), (8, 8))
 DELTA_SPREADS = ((8, 1, 4), (8, 1, 8), (8, 2, 4), (8, 2, 8), (16, 2, 8), (4, 1, 8), (32, 4, 8))
 
@@ -35,11 +36,11 @@ def named(row: Row, suffix: str) -> Row:
 def tuning_work(size: Size, layers: Layers) -> Iterator[Work]:
     """Other spreads of the same kernels over threads, to choose the defaults from."""
 
-    def layer(model: cases.Model, bits: int, experts: int, gate_up: tuple | None, down: tuple | None, n: int) -> Row:
+    def layer(model: cases.Model, bits: int, experts: int, n: int, **spread: Any) -> Row:
         made = layers.get(model, bits)
-        plan = cases.spread_plan(made, gate_up, down)
+        plan = cases.spread_plan(made, experts, **spread)
         row = cases.moe_layer(made, experts, calls=size.calls, samples=size.samples, plan=plan, launches=n)
-        return named(row, f" {n} launches{f' up {gate_up}' if gate_up else ''}{f' down {down}' if down else ''}")
+        return named(row, f" {n} launches" + "".join(f" {name} {chosen}" for name, chosen in spread.items()))
 
     def product(bits: int, rows: int, simd_groups: int) -> Row:
         made = choose_geometry("tuning", 4096, [(bits, cases.GROUP)], rows=rows, simd_groups=simd_groups)
@@ -61,14 +62,14 @@ def tuning_work(size: Size, layers: Layers) -> Iterator[Work]:
         (4, size.models[0], (4, 8, 10)), (4, size.models[-1], (4, 8)), (2, size.models[0], (10,)),
     ):  # fmt: skip
         for experts in choices:
-            yield partial(layer, model, bits, experts, None, None, 3)
-            for spread in COMBINE_SPREADS:
-                yield partial(layer, model, bits, experts, None, spread, 2)
+            yield partial(layer, model, bits, experts, 3)
+            for tile_rows in COMBINE_TILES:
+                yield partial(layer, model, bits, experts, 2, tile_rows=tile_rows)
             if experts >= 8:
                 for spread in GATE_UP_SPREADS:
-                    yield partial(layer, model, bits, experts, spread, None, 3)
+                    yield partial(layer, model, bits, experts, 3, gate_up=spread)
                 for spread in DOWN_SPREADS:
-                    yield partial(layer, model, bits, experts, None, spread, 3)
+                    yield partial(layer, model, bits, experts, 3, down=spread)
     for bits in (2, 4):
         for rows, simd_groups in PRODUCT_SPREADS:
             yield partial(product, bits, rows, simd_groups)

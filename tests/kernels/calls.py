@@ -9,14 +9,23 @@ import pytest
 from flash_moe_mlx.ops.dequant_matvec import dequant_matvec_kernel
 from flash_moe_mlx.ops.expert_ffn import expert_ffn_kernel
 from flash_moe_mlx.ops.expert_ffn_combine import expert_ffn_combine_kernel
-from flash_moe_mlx.ops.gated_delta import gated_delta_conv_step_kernel, gated_delta_kernel
+from flash_moe_mlx.ops.gated_delta import gated_delta_kernel
+from flash_moe_mlx.ops.gated_delta_step import Columns, gated_delta_conv_step_kernel
 from flash_moe_mlx.ops.gpu import kernel_source
 from flash_moe_mlx.ops.moe_combine import moe_combine_kernel
+from flash_moe_mlx.ops.norm import Norm
+from flash_moe_mlx.ops.norm_matvec import Gate, Matrix, matvec_residual_kernel, norm_matvec_kernel
+from flash_moe_mlx.ops.qk_norm_rope import Heads, qk_norm_rope_kernel, rotation
+from flash_moe_mlx.ops.router_topk import router_topk_kernel
 
 from ..ops.oracle import make_bank
 
 BF16 = mx.bfloat16
 HIDDEN, WIDTH, K = 384, 256, 3
+
+
+def norm(size: int, dtype: mx.Dtype = BF16) -> Norm:
+    return Norm(mx.random.normal((size,)).astype(dtype), 1e-6)
 
 
 def experts() -> mx.array:
@@ -26,9 +35,11 @@ def experts() -> mx.array:
 
 def layer() -> mx.array:
     bank, _ = make_bank(HIDDEN, WIDTH, 4, (4, 4, 4), (64, 64, 64))
-    x, shared, residual = (mx.random.normal((2, HIDDEN)).astype(BF16) for _ in range(3))
+    shared, _ = make_bank(HIDDEN, WIDTH, 1, (4, 4, 4), (64, 64, 64))
+    x, residual = (mx.random.normal((2, HIDDEN)).astype(BF16) for _ in range(2))
     slots, weights = mx.array([[2, 0, 2], [1, 3, 0]], mx.uint32), mx.random.uniform(shape=(2, K))
-    return expert_ffn_combine_kernel(x, bank, slots, weights, shared, mx.random.normal((2, 1)).astype(BF16), residual)
+    gate = mx.random.normal((2, 5))
+    return expert_ffn_combine_kernel(x, bank, slots, weights, shared, gate, residual, norm(HIDDEN))
 
 
 def matvec() -> mx.array:
@@ -51,23 +62,51 @@ def delta() -> mx.array:
 
 def delta_conv() -> mx.array:
     channels = 2 * 2 * 32 + 4 * 40
-    qkv, conv_state, weight = (mx.random.normal(shape).astype(BF16) for shape in
-                               ((2, 1, channels), (2, 3, channels), (channels, 4)))  # fmt: skip
-    a, b = (mx.random.normal((2, 1, 4)).astype(BF16) for _ in range(2))
+    columns = Columns(0, 64, 32, 128, channels, 80, channels + 160, channels + 164, 2)
+    projected, conv_state, weight = (mx.random.normal(shape).astype(BF16) for shape in
+                                     ((2, channels + 168), (2, 3, channels), (channels, 4)))  # fmt: skip
     state = mx.random.normal((2, 4, 40, 32))
     return gated_delta_conv_step_kernel(
-        qkv, conv_state, weight, a, b, mx.zeros((4,)), mx.ones((4,)), state, k_heads=2
+        projected, columns, conv_state, weight, mx.zeros((4,)), mx.ones((4,)), state, norm(40)
     )[2]  # fmt: skip
 
 
+def matrix(outputs: int) -> Matrix:
+    packed = mx.quantize(mx.random.normal((outputs, HIDDEN)).astype(BF16), group_size=64, bits=4)
+    return Matrix(*packed, 4, 64)
+
+
+def joined() -> mx.array:
+    return norm_matvec_kernel(mx.random.normal((2, HIDDEN)).astype(BF16), norm(HIDDEN), matrix(40), mx.float32)
+
+
+def output_projection() -> mx.array:
+    x, gates, residual = (mx.random.normal((2, size)).astype(BF16) for size in (HIDDEN, 2 * HIDDEN + 64, 40))
+    return matvec_residual_kernel(x, matrix(40), residual, Gate(gates, 64, 64, 128))
+
+
+def router() -> mx.array:
+    return router_topk_kernel(mx.random.normal((2, 41)), 40, K, True, mx.arange(40)[::-1].astype(mx.uint32))[1]
+
+
+def rope() -> mx.array:
+    heads = Heads(4, 2, 64, 0, 128, 512)
+    turns = mx.concatenate([rotation(7, 16, 1e4), rotation(8, 16, 1e4)])
+    return qk_norm_rope_kernel(mx.random.normal((2, 768)).astype(BF16), heads, norm(64), norm(64), turns)[0]
+
+
 CALLS: dict[str, Callable[[], mx.array]] = {
-    "expert_gate_up": experts,
+    "expert_gate_up": layer,
     "expert_down": experts,
     "expert_down_combine": layer,
     "dequant_matvec": matvec,
     "moe_combine": combine,
     "gated_delta": delta,
     "gated_delta_conv_step": delta_conv,
+    "norm_matvec": joined,
+    "matvec_residual": output_projection,
+    "router_topk": router,
+    "qk_norm_rope": rope,
 }
 """A wrapper's call for each kernel file."""
 

@@ -11,7 +11,7 @@ from .calls import CALLS
 from .lint import lint_body, lint_code, lint_file
 
 KERNELS = Path(__file__).resolve().parents[2] / "kernels"
-HELPERS = ("quantized.h", "delta.h")
+HELPERS = ("quantized.h", "expert.h", "delta.h")
 
 
 def test_every_kernel_file_is_known():

@@ -48,7 +48,9 @@ def differs(launch: tuple[Any, ...], order: str, edit: Edit) -> bool:
     return bool(np.sqrt(((result - expected) ** 2).sum() / (expected**2).sum()) > LIMIT)
 
 
-MATVECS = ("dequant_matvec", "expert_gate_up", "expert_down", "expert_down_combine")
+MATVECS = (
+    "dequant_matvec", "expert_gate_up", "expert_down", "expert_down_combine", "norm_matvec", "matvec_residual"
+)  # fmt: skip
 
 WRONG_RESULTS = {
     "wrong shift": in_helpers("words[bit / 32] >> (SCALED ? bit & 16", "words[bit / 32] >> (SCALED ? bit & 8"),
@@ -71,11 +73,14 @@ def test_wrong_arithmetic_shows(name: str, fault: str, order: str, monkeypatch: 
 BARRIER = "threadgroup_barrier(mem_flags::mem_threadgroup);"
 STAGED = {
     "dequant_matvec": f"  {BARRIER}\n  for (; chunk",
-    "expert_gate_up": f"  {BARRIER}\n  for (; chunk",
+    "norm_matvec": f"  {BARRIER}\n  fm_dot_tile",
+    "matvec_residual": f"  {BARRIER}\n  fm_dot_tile",
+    "expert_gate_up": f"    {BARRIER}\n    for (; chunk",
     "expert_down": f"  {BARRIER}\n  for (; chunk",
-    "expert_down_combine": f"  {BARRIER}\n  float total",
+    "expert_down_combine": f"{BARRIER}\nconst uint own_row",
     "gated_delta": f"    {BARRIER}\n  }}\n  if (start < length)",
     "gated_delta_conv_step": f"{BARRIER}\nfloat q_squares",
+    "router_topk": f"{BARRIER}\nfor (uint expert",
 }
 
 
@@ -83,17 +88,66 @@ STAGED = {
 @pytest.mark.parametrize("name", STAGED)
 def test_a_missing_barrier_shows_in_every_order(name: str, order: str, monkeypatch: pytest.MonkeyPatch):
     """What one SIMD group staged, another must not read before the barrier, whoever runs first."""
-    body = kernel_source.read_kernel(name).body.replace("#pragma unroll 1\n", "")
 
-    def edit(helpers: str, _: str) -> tuple[str, str]:
-        assert body.count(STAGED[name]) == 1
-        return helpers, body.replace(STAGED[name], STAGED[name].replace(BARRIER, ""))
+    def edit(helpers: str, body: str) -> tuple[str, str]:
+        texts = [text.replace("#pragma unroll 1\n", "") for text in (helpers, body)]
+        assert sum(text.count(STAGED[name]) for text in texts) == 1
+        without = STAGED[name].replace(BARRIER, "")
+        return texts[0].replace(STAGED[name], without), texts[1].replace(STAGED[name], without)
 
     assert differs(record(monkeypatch, name), order, edit)
 
 
+WRONG_EPILOGUES = {
+    "norm_matvec": {
+        "root of the squares forgotten": in_body("static_cast<OUT>(sum * scale)", "static_cast<OUT>(sum)"),
+        "norm of other columns": in_body("norm + tile", "norm + 1 + tile"),
+    },
+    "matvec_residual": {
+        "residual forgotten": in_body(" + float(residual[element])", ""),
+        "gates of another place": in_body("GATE_PITCH + GATE_AT", "GATE_PITCH"),
+    },
+    "expert_gate_up": {
+        "shared expert reads a routed record": in_body("if (!is_shared) {\n    record", "{\n    record"),
+        "root of the squares forgotten": in_body(
+            "HAS_NORM ? fm_rms_scale<SIMD_GROUPS, H>(squares, EPS) : 1.0f", "1.0f"
+        ),
+    },
+    "expert_down_combine": {
+        "shared expert's gate of another column": in_body("GATE_PITCH + GATE_AT", "GATE_PITCH"),
+        "shared expert forgotten": in_body("if (SHARED_EXPERT) {", "if (false) {"),
+        "weights of another rank": in_body("weights[token * K + k]", "weights[token * K]"),
+    },
+    "gated_delta_conv_step": {
+        "norm forgotten": in_body("out[r] * scale *", "out[r] *"),
+        "values of another head": in_body("V_AT + key_head * V_STEP", "V_AT"),
+        "beta and decay swapped": in_body("row[A_AT + gates]", "row[B_AT + gates]"),
+    },
+    "router_topk": {
+        "not normalised": in_body("/ sum", "", 1),
+        "slots without the table": in_body("HAS_TABLE ? table[expert] : expert", "expert"),
+        "ranks upside down": in_body("value > own", "value < own"),
+    },
+    "qk_norm_rope": {
+        "turned the other way": in_body("second ? turned : -turned", "second ? -turned : turned"),
+        "keys with the queries' norm": in_body("is_key ? k_norm : q_norm", "q_norm"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "fault"), [(name, fault) for name, faults in WRONG_EPILOGUES.items() for fault in faults]
+)
+def test_what_is_fused_is_seen(name: str, fault: str, monkeypatch: pytest.MonkeyPatch):
+    assert differs(record(monkeypatch, name), "ascending", WRONG_EPILOGUES[name][fault])
+
+
 WRONG_SPACES = {
     "dequant_matvec": ("const threadgroup float* chunk_of_x", "const device float* chunk_of_x"),
+    "norm_matvec": ("threadgroup float* staged = (threadgroup", "device float* staged = (threadgroup"),
+    "matvec_residual": ("const device X* row_of_gate", "const threadgroup X* row_of_gate"),
+    "router_topk": ("FM_THREADGROUP_ARRAY(float, best, K);", "device float* best = values;"),
+    "qk_norm_rope": ("const device float* cosine", "const threadgroup float* cosine"),
     "expert_gate_up": ("threadgroup float* staged = (threadgroup", "device float* staged = (threadgroup"),
     "expert_down": ("const device uint32_t* record", "const threadgroup uint32_t* record"),
     "expert_down_combine": ("threadgroup float* own", "device float* own"),
@@ -107,7 +161,7 @@ WRONG_SPACES = {
 def test_a_wrong_address_space_does_not_compile(name: str, monkeypatch: pytest.MonkeyPatch):
     launch = record(monkeypatch, name)
     run(launch, "ascending")
-    with pytest.raises(opencl.BuildError, match=r"address space|__(?:local|constant|global) float4"):
+    with pytest.raises(opencl.BuildError, match=r"address space|__(?:local|constant|global) float"):
         run(launch, "ascending", in_body(*WRONG_SPACES[name]))
 
 

@@ -11,10 +11,18 @@ from flash_moe_mlx.ops import (
     expert_ffn_combine,
     gated_delta,
     gated_delta_conv_step,
+    matvec_residual,
     moe_combine,
+    norm_matvec,
+    qk_norm_rope,
+    router_topk,
 )
 from flash_moe_mlx.ops.backend import backend, use_kernels
+from flash_moe_mlx.ops.gated_delta_step import Columns
 from flash_moe_mlx.ops.gpu import kernel_source
+from flash_moe_mlx.ops.norm import Norm
+from flash_moe_mlx.ops.norm_matvec import Matrix
+from flash_moe_mlx.ops.qk_norm_rope import Heads, rotation
 
 from .oracle import make_bank
 
@@ -45,8 +53,14 @@ def run_all() -> None:
     q, v, a = mx.zeros((1, 2, 1, 32)), mx.zeros((1, 2, 1, 32)), mx.zeros((1, 2, 1))
     one, state = mx.zeros((1,)), mx.zeros((1, 1, 32, 32))
     gated_delta(q, q, v, a, a, one, one, state)
-    qkv, conv = mx.zeros((1, 1, 96)), mx.zeros((1, 3, 96))
-    gated_delta_conv_step(qkv, conv, mx.zeros((96, 4)), a[:, :1], a[:, :1], one, one, state, k_heads=1)
+    projected, conv, norm = mx.zeros((1, 130)), mx.zeros((1, 3, 96)), Norm(mx.ones((32,)), 1e-6)
+    columns = Columns(0, 32, 32, 64, 96, 32, 128, 129, 1)
+    gated_delta_conv_step(projected, columns, conv, mx.zeros((96, 4)), one, one, state, norm)
+    matrix = Matrix(*packed, 4, 64)
+    x = norm_matvec(mx.zeros((1, 64)), Norm(mx.ones((64,)), 1e-6), matrix)
+    matvec_residual(mx.zeros((1, 64)), matrix, x)
+    router_topk(x, 8, 2, True)
+    qk_norm_rope(mx.zeros((1, 64)), Heads(1, 1, 32, 0, 32, 32), norm, norm, rotation(0, 16, 1e4))
 
 
 ALL = [
@@ -58,6 +72,10 @@ ALL = [
     "dequant_matvec",
     "gated_delta",
     "gated_delta_conv_step",
+    "norm_matvec",
+    "matvec_residual",
+    "router_topk",
+    "qk_norm_rope",
 ]
 
 

@@ -4,8 +4,6 @@ import pytest
 
 from flash_moe_mlx.ops.gated_delta import (
     conv1d_silu,
-    gated_delta_conv_step_kernel,
-    gated_delta_conv_step_reference,
     gated_delta_kernel,
     gated_delta_reference,
 )
@@ -85,29 +83,6 @@ def test_no_state_is_a_state_of_zeros(kernels):
     reference_y, _ = gated_delta_reference(*arrays, None)
     assert np.array_equal(np.array(y), np.array(zero_y))
     assert_close("y", wide(reference_y), y)
-
-
-@pytest.mark.parametrize("case", [case for case in CASES.values() if case[1] < 17], ids=lambda case: f"D{case[4]}")
-def test_conv_step_matches_the_oracle(case, kernels):
-    batch, _, k_heads, v_heads, k_dim, v_dim, dtype = case
-    (_, _, _, a, b, A_log, dt_bias), state = inputs(batch, 1, *case[2:])
-    channels = 2 * k_heads * k_dim + v_heads * v_dim
-    qkv, conv_state = (mx.random.normal((batch, n, channels)).astype(dtype) for n in (1, 3))
-    conv_weight = mx.random.normal((channels, 4)).astype(dtype)
-    arguments = (qkv, conv_state, conv_weight, a, b, A_log, dt_bias, state)
-    y, new_conv_state, new_state = gated_delta_conv_step_kernel(*arguments, k_heads=k_heads)
-    mixed, expected_conv_state = conv_oracle(wide(qkv), wide(conv_state), wide(conv_weight))
-    parts = np.split(mixed, [k_heads * k_dim, 2 * k_heads * k_dim], axis=-1)
-    q, k, v = (part.reshape(batch, 1, -1, size) for part, size in zip(parts, (k_dim, k_dim, v_dim), strict=True))
-    rest = (wide(array) for array in (a, b, A_log, dt_bias, state))
-    expected_y, expected_state = gated_delta_oracle(q, k, v, *rest, None)
-    assert_close("y", expected_y, y)
-    # The convolution's output is rounded to the dtype of x, as between two separate operations.
-    assert_close("state", expected_state, new_state, {F32: 2e-6, BF16: 4e-3, F16: 1e-3}[dtype])
-    assert np.array_equal(wide(new_conv_state), expected_conv_state)
-    with mx.stream(mx.cpu):
-        reference = gated_delta_conv_step_reference(*arguments, k_heads=k_heads)
-        assert_close("y and reference", wide(reference[0]), y)
 
 
 def test_conv_in_parts_and_masked():

@@ -11,9 +11,11 @@ from ..formats.expert_layout import PROJECTIONS, Quantization, RecordLayout
 from ..ops.dequant_matvec import dequant_matvec, dequant_matvec_kernel
 from ..ops.expert_ffn import ExpertPlan, expert_ffn_kernel, plan_experts
 from ..ops.expert_ffn_combine import combine_kernel, expert_ffn_combine, expert_ffn_combine_kernel
-from ..ops.gated_delta import gated_delta, gated_delta_conv_step, gated_delta_kernel, gated_delta_reference
+from ..ops.gated_delta import gated_delta, gated_delta_kernel, gated_delta_reference
+from ..ops.gated_delta_step import Columns, gated_delta_conv_step
 from ..ops.gpu.geometry import Geometry, choose_geometry
 from ..ops.moe_combine import moe_combine
+from ..ops.norm import Norm
 from ..ops.slot_memory import ExpertBank
 from .kernel_timing import Row, compare, relative_rms, sample
 
@@ -112,7 +114,7 @@ def moe_layer(
             if plan is None:
                 h = expert_ffn_combine(h, layer.bank, ids, weights, shared, gate, x)
             elif launches == 2:
-                h = expert_ffn_combine_kernel(h, layer.bank, ids, weights, shared, gate, x, plan)
+                h = expert_ffn_combine_kernel(h, layer.bank, ids, weights, shared, gate, x, plan=plan)
             else:
                 h = moe_combine(expert_ffn_kernel(h, layer.bank, ids, plan), weights, shared, gate, x)
         return [h]
@@ -130,16 +132,30 @@ def moe_layer(
     return compare(name, ours, theirs if plan is None else None, calls, nbytes, samples, close)
 
 
-def spread_plan(layer: Layer, gate_up: tuple[int, int] | None, down: tuple[int, int] | None) -> ExpertPlan:
-    """A plan whose kernels have other (rows a lane, SIMD groups a threadgroup); None leaves the plan's own."""
+def spread_plan(
+    layer: Layer,
+    experts: int,
+    gate_up: tuple[int, int] | None = None,
+    down: tuple[int, int] | None = None,
+    tile_rows: int | None = None,
+) -> ExpertPlan:
+    """A plan whose kernels have other spreads over threads; None leaves the plan's own.
+
+    Args:
+        layer: The layer.
+        experts: K.
+        gate_up: Rows a lane and SIMD groups a threadgroup of expert_gate_up.
+        down: The same of expert_down.
+        tile_rows: Outputs a threadgroup of expert_down_combine.
+    """
     model, pair = layer.model, (layer.bits, GROUP)
     made = []
     for columns, pairs, spread in ((model.hidden, [pair] * 2, gate_up), (model.width, [pair], down)):
         made.append(
             None if spread is None else choose_geometry("bench", columns, pairs, rows=spread[0], simd_groups=spread[1])
         )
-    plan = plan_experts(layer.layout, *made)
-    combine_kernel(plan, mx.bfloat16, True, True, True, made[1])
+    plan = plan_experts(layer.layout, made[0], made[1])
+    combine_kernel(plan, experts, mx.bfloat16, mx.bfloat16, 1, True, tile_rows)
     return plan
 
 
@@ -205,20 +221,24 @@ def delta_step(k_heads: int, v_heads: int, size: int, *, calls: int, states: int
 
 
 def delta_conv_step(k_heads: int, v_heads: int, size: int, *, calls: int, states: int, samples: int) -> Row:
-    """The same with the convolution in front; the next step's qkv depends on this one's y."""
-    channels = (2 * k_heads + v_heads) * size
-    _, _, _, a, b, A_log, dt_bias = delta_inputs(1, k_heads, v_heads, size)
+    """The same with convolution and gated norm; the next step's convolution depends on this one's."""
+    keys, values, share = k_heads * size, v_heads * size, v_heads // k_heads
+    channels = 2 * keys + values
+    b = channels + values
+    columns = Columns(0, keys, size, 2 * keys, channels, share * size, b, b + v_heads, share)
+    *_, A_log, dt_bias = delta_inputs(1, k_heads, v_heads, size)
     conv_state = mx.random.normal((1, 3, channels)).astype(mx.bfloat16)
     conv_weight = mx.random.normal((channels, 4)).astype(mx.bfloat16)
-    qkv = mx.random.normal((1, 1, channels)).astype(mx.bfloat16)
+    projected = mx.random.normal((1, b + 2 * v_heads)).astype(mx.bfloat16)
+    norm = Norm(mx.ones((size,), mx.bfloat16), 1e-6)
     own = [mx.random.normal((1, v_heads, size, size)) for _ in range(states)]
-    mx.eval(a, b, A_log, dt_bias, conv_state, conv_weight, qkv, own)
+    mx.eval(A_log, dt_bias, conv_state, conv_weight, projected, norm.weight, own)
 
     def ours() -> list[mx.array]:
         conv, outputs = conv_state, []
         for i in range(calls):
             _, conv, new_state = gated_delta_conv_step(
-                qkv, conv, conv_weight, a, b, A_log, dt_bias, own[i % states], k_heads=k_heads
+                projected, columns, conv, conv_weight, A_log, dt_bias, own[i % states], norm
             )
             outputs.append(new_state)
         return [conv, *outputs]

@@ -6,11 +6,12 @@ from typing import Any
 import mlx.core as mx
 
 from ..errors import ShapeError
-from ..formats.expert_layout import PART_ALIGNMENT, RecordLayout
+from ..formats.expert_layout import PART_ALIGNMENT, PROJECTIONS, RecordLayout
 from .backend import use_cpu_kernels, use_kernels
 from .gpu import kernel_source
 from .gpu.geometry import Geometry, choose_geometry, load_width
 from .gpu.kernel_source import Constants, Kernel
+from .norm import Norm
 from .numerics import Activation, swiglu
 from .slot_memory import MLX_DTYPES, ExpertBank
 
@@ -71,36 +72,49 @@ def expert_ffn_reference(x: mx.array, bank: ExpertBank, slots: mx.array, activat
 
 @dataclass(frozen=True, eq=False)
 class ExpertPlan:
-    """The two expert kernels of a layout: made once, used by every step.
+    """The expert kernels of a layer's layouts: made once, used by every step.
 
     Attributes:
-        layout: The layout, held so that its id stays its own.
-        gate_up: kernels/expert_gate_up.metal, by the dtype of x.
+        layout: The routed experts' layout, held so that its id stays its own.
+        shared: The shared expert's, where it is computed with the routed ones.
         down: kernels/expert_down.metal.
         gate_up_geometry: Spread of gate and up over threads.
         down_geometry: Spread of down over threads.
-        combined: What ``expert_ffn_combine`` makes of the same layout: kernels/expert_down_combine.metal.
+        constants: What kernels/expert_gate_up.metal has for every dtype and norm.
+        gate_up: That kernel, by dtype of x, eps of its norm or None, and whether it computes the shared expert.
+        combined: What ``expert_ffn_combine`` makes of the same layouts: kernels/expert_down_combine.metal.
     """
 
     layout: RecordLayout
-    gate_up: dict[mx.Dtype, Kernel]
+    shared: RecordLayout | None
     down: Kernel
     gate_up_geometry: Geometry
     down_geometry: Geometry
-    combined: dict[Any, tuple[Kernel, Geometry]] = field(default_factory=dict)
+    constants: Constants
+    gate_up: dict[tuple[mx.Dtype, float | None, bool], Kernel] = field(default_factory=dict)
+    combined: dict[Any, tuple[Kernel, Any]] = field(default_factory=dict)
+
+    def gate_up_kernel(self, dtype: mx.Dtype, norm: Norm | None, shared: bool) -> Kernel:
+        """kernels/expert_gate_up.metal for a dtype of x."""
+        key = (dtype, None if norm is None else norm.eps, shared)
+        if key not in self.gate_up:
+            extra = (("HAS_NORM", norm is not None), ("EPS", 0.0 if norm is None else norm.eps), ("HAS_SHARED", shared))
+            constants = (("X", dtype), *extra, *self.constants)
+            self.gate_up[key] = Kernel("expert_gate_up", constants, self.gate_up_geometry.threadgroup)
+        return self.gate_up[key]
 
 
-_plans: dict[int, ExpertPlan] = {}
+_plans: dict[tuple[int, int], ExpertPlan] = {}
 
 
 def is_quantized(layout: RecordLayout) -> bool:
     """Tell whether all three projections are quantised, as the kernels need."""
-    return all(layout.quantization(projection) for projection in ("gate_proj", "up_proj", "down_proj"))
+    return all(layout.quantization(projection) for projection in PROJECTIONS)
 
 
-def projection_constants(layout: RecordLayout, projection: str, columns: int) -> Constants:
+def projection_constants(layout: RecordLayout, projection: str, columns: int, prefix: str = "") -> Constants:
     """Where one projection lies in the record, in words, and how it is quantised."""
-    prefix = projection.removesuffix("_proj").upper()
+    prefix += projection.removesuffix("_proj").upper()
     quantization = layout.quantization(projection)
     assert quantization is not None
     parts = layout.by_name
@@ -133,36 +147,61 @@ def projection_constants(layout: RecordLayout, projection: str, columns: int) ->
     )
 
 
+def pairs_of(layout: RecordLayout, *projections: str) -> list[tuple[int, int]]:
+    """(bits, group size) of quantised projections."""
+    pairs = []
+    for projection in projections:
+        quantization = layout.quantization(projection)
+        assert quantization is not None
+        pairs.append((quantization.bits, quantization.group_size))
+    return pairs
+
+
+def same_parts(layout: RecordLayout, shared: RecordLayout) -> bool:
+    """Tell whether a record of one layout can be read as one of the other."""
+    return layout.parts == shared.parts and all(
+        layout.quantization(projection) == shared.quantization(projection) for projection in PROJECTIONS
+    )
+
+
 def plan_experts(
-    layout: RecordLayout, gate_up_geometry: Geometry | None = None, down_geometry: Geometry | None = None
+    layout: RecordLayout,
+    gate_up_geometry: Geometry | None = None,
+    down_geometry: Geometry | None = None,
+    shared: RecordLayout | None = None,
 ) -> ExpertPlan:
-    """Constants of the expert kernels for a layout.
+    """Constants of the expert kernels for a layer's layouts.
 
     Args:
         layout: Record whose three projections are quantised.
         gate_up_geometry: Spread of gate and up; chosen from the shapes where it is None.
-        down_geometry: Spread of down, likewise.
+        down_geometry: Spread of down; chosen from the shapes where it is None.
+        shared: The shared expert's record, quantised, of the same hidden size and without biases.
 
     Raises:
         ShapeError: If the kernels can't read this layout.
     """
     hidden, width = layout.hidden_size, layout.intermediate_size
-    pairs = {}
-    for projection in ("gate_proj", "up_proj", "down_proj"):
-        quantization = layout.quantization(projection)
-        assert quantization is not None
-        pairs[projection] = (quantization.bits, quantization.group_size)
     if gate_up_geometry is None:
         gate_up_geometry = choose_geometry(
-            "expert_ffn", hidden, [pairs["gate_proj"], pairs["up_proj"]], rows=2, simd_groups=SIMD_GROUPS
+            "expert_ffn", hidden, pairs_of(layout, "gate_proj", "up_proj"), rows=2, simd_groups=SIMD_GROUPS
         )
     if down_geometry is None:
-        down_geometry = choose_geometry("expert_ffn", width, [pairs["down_proj"]], rows=4, simd_groups=SIMD_GROUPS)
+        down_geometry = choose_geometry(
+            "expert_ffn", width, pairs_of(layout, "down_proj"), rows=4, simd_groups=SIMD_GROUPS
+        )
     shape = (("H", hidden), ("I", width), ("RECORD", layout.record_bytes // WORD_BYTES))
-    gate_up = (
+    other = layout if shared is None else shared
+    scaled = choose_geometry("expert_ffn", hidden, pairs_of(other, "gate_proj", "up_proj"), rows=2, simd_groups=1)
+    constants = (
         *shape,
         *projection_constants(layout, "gate_proj", hidden),
         *projection_constants(layout, "up_proj", hidden),
+        ("SHARED_I", other.intermediate_size),
+        ("SAME_PARTS", same_parts(layout, other)),
+        ("SHARED_SCALED_BITS", scaled.scaled_bits),
+        *projection_constants(other, "gate_proj", hidden, "SHARED_"),
+        *projection_constants(other, "up_proj", hidden, "SHARED_"),
         *gate_up_geometry.constants,
     )
     down = (
@@ -172,61 +211,82 @@ def plan_experts(
     )
     return ExpertPlan(
         layout,
-        {
-            dtype: Kernel("expert_gate_up", (("X", dtype), *gate_up), gate_up_geometry.threadgroup)
-            for dtype in (mx.float32, mx.bfloat16, mx.float16)
-        },
+        shared,
         Kernel("expert_down", down, down_geometry.threadgroup),
         gate_up_geometry,
         down_geometry,
+        constants,
     )
 
 
-def plan_of(layout: RecordLayout) -> ExpertPlan:
-    """The plan of a layout, made on its first use."""
-    plan = _plans.get(id(layout))
+def plan_of(layout: RecordLayout, shared: RecordLayout | None = None) -> ExpertPlan:
+    """The plan of a layer's layouts, made on its first use."""
+    key = (id(layout), id(shared))
+    plan = _plans.get(key)
     if plan is None:
-        plan = _plans[id(layout)] = plan_experts(layout)
+        plan = _plans[key] = plan_experts(layout, shared=shared)
     return plan
 
 
-def gate_up(x: mx.array, bank: ExpertBank, slots: mx.array, plan: ExpertPlan) -> mx.array:
-    """Inputs of the down projection, shape (T * K, I), float32. Kernel: kernels/expert_gate_up.metal.
+def gate_up(
+    x: mx.array,
+    bank: ExpertBank,
+    slots: mx.array,
+    plan: ExpertPlan,
+    norm: Norm | None = None,
+    shared: ExpertBank | None = None,
+) -> mx.array:
+    """Inputs of the down projection, float32: (T * K, I), flat, then the shared expert's (T, Is) if there is one.
+
+    Kernel: kernels/expert_gate_up.metal.
 
     Raises:
         ShapeError: If x is not as wide as the experts.
     """
     layout = bank.layout
-    if x.shape[1] != layout.hidden_size or slots.shape[0] != x.shape[0]:
+    tokens, experts = slots.shape
+    if x.shape[1] != layout.hidden_size or tokens != x.shape[0]:
         raise ShapeError(
             f"[expert_ffn] x must be (T, {layout.hidden_size}) and slots (T, K), got {x.shape} and {slots.shape}. "
             "Pass the layer's own bank."
         )
+    width = layout.intermediate_size
+    shared_width = 0 if shared is None else shared.layout.intermediate_size
+    # The kernel has all inputs; any array of the right type stands in for one that is absent.
     (h,) = kernel_source.launch(
-        plan.gate_up[x.dtype],
-        [x, bank.array, slots.astype(mx.uint32)],
-        [((slots.size, layout.intermediate_size), mx.float32)],
-        plan.gate_up_geometry.grid(slots.size, layout.intermediate_size),
+        plan.gate_up_kernel(x.dtype, norm, shared is not None),
+        [
+            x,
+            x if norm is None else norm.weight,
+            bank.array,
+            slots.astype(mx.uint32),
+            bank.array if shared is None else shared.array,
+        ],
+        [((tokens * (experts * width + shared_width),), mx.float32)],
+        plan.gate_up_geometry.grid(tokens * (experts + (shared is not None)), max(width, shared_width)),
     )
     return h
 
 
-def expert_ffn_kernel(x: mx.array, bank: ExpertBank, slots: mx.array, plan: ExpertPlan | None = None) -> mx.array:
+def expert_ffn_kernel(
+    x: mx.array, bank: ExpertBank, slots: mx.array, plan: ExpertPlan | None = None, norm: Norm | None = None
+) -> mx.array:
     """``expert_ffn`` on the GPU, for quantised records.
 
     Kernels: kernels/expert_gate_up.metal, kernels/expert_down.metal.
 
     Args:
-        x: As for ``expert_ffn``.
-        bank: Likewise.
-        slots: Likewise.
+        x: Shape (T, H).
+        bank: Slots of one layer.
+        slots: Shape (T, K), uint32.
         plan: Constants; made from the layout and remembered where it is None.
+        norm: Norm of x, or None where x is normalised already.
 
     Raises:
         ShapeError: If the kernels can't read this layout, or x is not as wide as the experts.
     """
     plan = plan or plan_of(bank.layout)
-    h = gate_up(x, bank, slots, plan)
+    h = gate_up(x, bank, slots, plan, norm)
     tokens, experts = slots.shape
     hidden = x.shape[1]
     (y,) = kernel_source.launch(
@@ -238,7 +298,9 @@ def expert_ffn_kernel(x: mx.array, bank: ExpertBank, slots: mx.array, plan: Expe
     return y
 
 
-def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None) -> mx.array:
+def expert_ffn(
+    x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None, norm: Norm | None = None
+) -> mx.array:
     """SwiGLU feed-forward of the K routed experts of each token.
 
     Computes ``W_d (silu(W_g x) * W_u x)`` for each slot, plus the experts' own biases where the record
@@ -249,6 +311,7 @@ def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activ
         bank: Slots of one layer.
         slots: Slot of each token's routed experts. Shape (T, K), uint32.
         activation: In place of SwiGLU, for models with another one; runs the reference.
+        norm: Norm of x, or None where x is normalised already.
 
     Returns:
         Per-expert outputs, shape (T, K, H), float32. Sums are float32. Each (token, slot) pair is
@@ -260,12 +323,12 @@ def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activ
     Cost: reads T * K records. Unquantised records run the reference on every backend.
     Reference: Shazeer 2020, arXiv:2002.05202.
     """
+    if activation is None and use_kernels() and is_quantized(bank.layout):
+        return expert_ffn_kernel(x, bank, slots, norm=norm)
+    if norm is not None:
+        x = norm.reference(x)
     if use_cpu_kernels():
         from .cpu import experts
 
         return experts.expert_ffn(x, bank, slots, activation)
-    if activation is not None:
-        return expert_ffn_reference(x, bank, slots, activation)
-    if use_kernels() and is_quantized(bank.layout):
-        return expert_ffn_kernel(x, bank, slots)
-    return expert_ffn_reference(x, bank, slots)
+    return expert_ffn_reference(x, bank, slots, activation or swiglu)

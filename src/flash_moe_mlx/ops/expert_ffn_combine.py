@@ -1,70 +1,162 @@
-"""A whole routed layer whose experts are all in their slots: two launches on a GPU."""
+"""A whole routed layer whose experts are all in their slots: two launches on a GPU, the shared expert included."""
 
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import mlx.core as mx
 
+from ..formats.expert_layout import RecordLayout
 from .backend import use_kernels
 from .expert_ffn import (
+    SIMD_GROUPS,
     WORD_BYTES,
     ExpertPlan,
     expert_ffn,
+    expert_ffn_kernel,
     expert_ffn_reference,
     gate_up,
     is_quantized,
+    pairs_of,
+    plan_experts,
     plan_of,
     projection_constants,
+    same_parts,
 )
 from .gpu import kernel_source
-from .gpu.geometry import SIMD_WIDTH, Geometry, choose_geometry
+from .gpu.geometry import CHUNK, SIMD_WIDTH, choose_geometry, choose_lanes
 from .gpu.kernel_source import Kernel
 from .moe_combine import moe_combine, moe_combine_reference
+from .norm import Norm
 from .slot_memory import ExpertBank
 
-MAX_WIDTH = 2048
-"""Widest expert of which two rows of h fit into threadgroup memory."""
+STAGED_BYTES = 28 << 10
+"""Threadgroup memory for the experts' h, of Metal's 32 KiB: each SIMD group stages that of its own expert."""
 
-MAX_BYTES = 16 << 20
-"""Bytes of a call's experts above which three launches beat two. On an H100 two took 16 against 20 us at 7 MB, as long
-at 14 MB, and longer from 28 MB on: a token's experts run one after the other in them."""
+MAX_SIMD_GROUPS = 16
 
-SIMD_GROUPS = 4
-MIN_SIMD_GROUPS = 2048
-"""SIMD groups in all below which a lane takes one row, not two: a token's experts run one after the other, so the
-rows alone must fill the GPU. Reasoned for the 132 processors of an H100, and not yet tuned there."""
+MAX_WIDTH = STAGED_BYTES // (4 * (CHUNK + 4)) * CHUNK // 2
+"""Widest expert of which two fit into it."""
+
+ROWS = 4
+"""Rows of one expert that a lane takes at once."""
+
+MIN_THREADGROUPS = 256
+TILE_ROWS = 16
+"""Outputs a threadgroup: fewer where that leaves too few threadgroups for the GPU, for each stages all experts' h."""
+
+
+@dataclass(frozen=True)
+class CombineSpread:
+    """Spread of down and combine over threads.
+
+    Attributes:
+        lanes: Lanes that share a row.
+        rows: Rows of one expert that a lane takes at once.
+        sets: Sets of such rows that a SIMD group takes one after the other.
+        simd_groups: SIMD groups a threadgroup, each with one expert at a time.
+        rounds: Experts that a SIMD group takes one after the other.
+    """
+
+    lanes: int
+    rows: int
+    sets: int
+    simd_groups: int
+    rounds: int
+
+    @property
+    def tile_rows(self) -> int:
+        """Outputs a threadgroup."""
+        return self.sets * (SIMD_WIDTH // self.lanes) * self.rows
+
+    @property
+    def threadgroup(self) -> tuple[int, int, int]:
+        """Threads a threadgroup."""
+        return (SIMD_WIDTH, self.simd_groups, 1)
+
+    def grid(self, tokens: int, outputs: int) -> tuple[int, int, int]:
+        """Threads in all."""
+        return (SIMD_WIDTH * tokens, self.simd_groups * -(-outputs // self.tile_rows), 1)
+
+
+def choose_spread(hidden: int, width: int, lanes: int, experts: int, tile_rows: int | None = None) -> CombineSpread:
+    """Spread for a layer.
+
+    Args:
+        hidden: H.
+        width: The wider of routed and shared experts.
+        lanes: Lanes that share a row: those of expert_down, whose bits depend on them.
+        experts: Experts of a token, the shared one included.
+        tile_rows: Outputs a threadgroup; chosen from the shapes where it is None.
+    """
+    if tile_rows is None:
+        tile_rows = TILE_ROWS if hidden // TILE_ROWS >= MIN_THREADGROUPS else TILE_ROWS // 2
+    sharing = SIMD_WIDTH // lanes
+    rows = max(1, min(ROWS, tile_rows // sharing))
+    most = min(MAX_SIMD_GROUPS, STAGED_BYTES // (width // CHUNK * (CHUNK + 4) * 4))
+    rounds = -(-experts // most)
+    return CombineSpread(lanes, rows, max(1, tile_rows // (sharing * rows)), -(-experts // rounds), rounds)
 
 
 def combine_kernel(
-    plan: ExpertPlan, dtype: mx.Dtype, shared: bool, gate: bool, residual: bool, spread: Geometry | None = None
-) -> tuple[Kernel, Geometry]:
-    """kernels/expert_down_combine.metal for a layout, and its spread; what is absent is compiled out.
+    plan: ExpertPlan,
+    experts: int,
+    dtype: mx.Dtype,
+    shared: mx.Dtype | None,
+    gate_pitch: int,
+    residual: bool,
+    tile_rows: int | None = None,
+) -> tuple[Kernel, CombineSpread]:
+    """kernels/expert_down_combine.metal for a layer's layouts, and its spread; what is absent is compiled out.
 
-    The spread is that of expert_down but for rows and SIMD groups, so the bits are its bits. ``spread`` replaces
-    the plan's own from then on.
+    Args:
+        plan: The layer's plan; says whether the shared expert is computed too.
+        experts: K.
+        dtype: Of the result.
+        shared: Of the shared expert's output, where that is given; None where it isn't.
+        gate_pitch: Columns of the array whose last one is the shared expert's gate; 0 without a gate.
+        residual: Whether a residual is added.
+        tile_rows: Outputs a threadgroup, from then on; chosen from the shapes where it is None.
     """
-    key = (dtype, shared, gate, residual)
-    if key not in plan.combined or spread is not None:
-        layout = plan.layout
-        quantization = layout.quantization("down_proj")
-        assert quantization is not None
-        pair = (quantization.bits, quantization.group_size)
-        geometry = spread or choose_geometry(
-            "expert_ffn_combine", layout.intermediate_size, [pair], rows=2, simd_groups=SIMD_GROUPS
+    key = (experts, dtype, shared, gate_pitch, residual)
+    if key not in plan.combined or tile_rows is not None:
+        layout, other = plan.layout, plan.shared or plan.layout
+        lanes = choose_lanes(layout.intermediate_size // CHUNK)
+        width = max(layout.intermediate_size, other.intermediate_size)
+        spread = choose_spread(layout.hidden_size, width, lanes, experts + (plan.shared is not None), tile_rows)
+        scaled, shared_scaled = (
+            choose_geometry(
+                "expert_ffn_combine", each.intermediate_size, pairs_of(each, "down_proj"), rows=1, simd_groups=1
+            ).scaled_bits
+            for each in (layout, other)
         )
-        if spread is None and layout.hidden_size * geometry.lanes // (SIMD_WIDTH * 2) < MIN_SIMD_GROUPS:
-            geometry = replace(geometry, rows=1)
         constants = (
             ("OUT", dtype),
             ("H", layout.hidden_size),
             ("I", layout.intermediate_size),
+            ("SHARED_I", other.intermediate_size),
+            ("K", experts),
             ("RECORD", layout.record_bytes // WORD_BYTES),
-            ("HAS_SHARED", shared),
-            ("HAS_GATE", shared and gate),
+            ("SHARED_EXPERT", plan.shared is not None),
+            ("SAME_PARTS", same_parts(layout, other)),
+            ("HAS_SHARED", shared is not None),
+            ("SHARED_X", shared or mx.float32),
+            ("HAS_GATE", gate_pitch > 0),
+            ("GATE_PITCH", gate_pitch),
+            ("GATE_AT", gate_pitch - 1),
             ("HAS_RESIDUAL", residual),
             *projection_constants(layout, "down_proj", layout.intermediate_size),
-            *geometry.constants,
+            *projection_constants(other, "down_proj", other.intermediate_size, "SHARED_"),
+            ("TILE", width),
+            ("SCALED_BITS", scaled),
+            ("SHARED_SCALED_BITS", shared_scaled),
+            ("LANES", spread.lanes),
+            ("ROWS", spread.rows),
+            ("SETS", spread.sets),
+            ("SIMD_GROUPS", spread.simd_groups),
+            ("ROUNDS", spread.rounds),
         )
-        plan.combined[key] = (Kernel("expert_down_combine", constants, geometry.threadgroup), geometry)
+        plan.combined[key] = (Kernel("expert_down_combine", constants, spread.threadgroup), spread)
     return plan.combined[key]
 
 
@@ -73,12 +165,18 @@ def expert_ffn_combine_reference(
     bank: ExpertBank,
     slots: mx.array,
     weights: mx.array,
-    shared: mx.array | None,
+    shared: mx.array | ExpertBank | None,
     shared_gate: mx.array | None,
     residual: mx.array | None,
+    norm: Norm | None = None,
 ) -> mx.array:
     """``expert_ffn_combine`` in plain MLX operations."""
-    return moe_combine_reference(expert_ffn_reference(x, bank, slots), weights, shared, shared_gate, residual)
+    if norm is not None:
+        x = norm.reference(x)
+    if isinstance(shared, ExpertBank):
+        shared = expert_ffn_reference(x, shared, mx.zeros((len(x), 1), mx.uint32))[:, 0]
+    y = expert_ffn_reference(x, bank, slots)
+    return moe_combine_reference(y, weights, shared, _last_column(shared_gate), residual)
 
 
 def expert_ffn_combine_kernel(
@@ -86,35 +184,77 @@ def expert_ffn_combine_kernel(
     bank: ExpertBank,
     slots: mx.array,
     weights: mx.array,
-    shared: mx.array | None,
+    shared: mx.array | ExpertBank | None,
     shared_gate: mx.array | None,
     residual: mx.array | None,
+    norm: Norm | None = None,
     plan: ExpertPlan | None = None,
 ) -> mx.array:
     """``expert_ffn_combine`` on the GPU, for quantised records of experts at most MAX_WIDTH wide.
 
     Kernels: kernels/expert_gate_up.metal, kernels/expert_down_combine.metal. ``plan``: constants, made from the
-    layout and remembered where it is None.
+    layouts and remembered where it is None.
     """
-    plan = plan or plan_of(bank.layout)
-    h = gate_up(x, bank, slots, plan)
+    own = shared if isinstance(shared, ExpertBank) else None
+    given = shared if isinstance(shared, mx.array) else None
+    plan = plan or plan_of(bank.layout, None if own is None else own.layout)
+    h = gate_up(x, bank, slots, plan, norm, own)
     dtype = combined_dtype(shared, residual)
-    kernel, geometry = combine_kernel(plan, dtype, shared is not None, shared_gate is not None, residual is not None)
+    gate_pitch = 0 if shared_gate is None or shared is None else shared_gate.shape[1]
+    given_dtype = None if given is None else given.dtype
+    kernel, spread = combine_kernel(plan, slots.shape[1], dtype, given_dtype, gate_pitch, residual is not None)
     # The kernel has all inputs; any array stands in for one that is absent.
-    extra = [weights if array is None else array for array in (shared, shared_gate, residual)]
     (out,) = kernel_source.launch(
         kernel,
-        [h, bank.array, slots.astype(mx.uint32), weights, *extra],
+        [
+            h,
+            bank.array,
+            slots.astype(mx.uint32),
+            weights,
+            own.array if own is not None else bank.array if given is None else given,
+            weights if shared_gate is None else shared_gate,
+            weights if residual is None else residual,
+        ],
         [(x.shape, dtype)],
-        geometry.grid(x.shape[0], bank.layout.hidden_size),
+        spread.grid(x.shape[0], bank.layout.hidden_size),
     )
     return out
 
 
-def combined_dtype(shared: mx.array | None, residual: mx.array | None) -> mx.Dtype:
-    """dtype of the residual, else of the shared expert, else float32: as ``moe_combine``."""
+@cache
+def _shared_plan(layout: RecordLayout, routed: RecordLayout) -> ExpertPlan:
+    lanes = choose_lanes(routed.intermediate_size // CHUNK)
+    pairs = pairs_of(layout, "down_proj")
+    down = choose_geometry("expert_ffn", layout.intermediate_size, pairs, rows=4, simd_groups=SIMD_GROUPS, lanes=lanes)
+    return plan_experts(layout, down_geometry=down)
+
+
+def shared_expert(x: mx.array, shared: ExpertBank, routed: RecordLayout, norm: Norm | None = None) -> mx.array:
+    """Output of the shared expert alone, with the bits that ``expert_ffn_combine`` gives it.
+
+    Args:
+        x: Hidden states. Shape (T, H).
+        shared: A bank of one slot.
+        routed: Layout of the routed experts of the same layer.
+        norm: Norm of x, or None where x is normalised already.
+
+    Returns:
+        Shape (T, H), float32.
+    """
+    slots = mx.zeros((len(x), 1), mx.uint32)
+    if not (use_kernels() and is_quantized(shared.layout) and is_quantized(routed)):
+        return expert_ffn(x, shared, slots, norm=norm)[:, 0]
+    return expert_ffn_kernel(x, shared, slots, _shared_plan(shared.layout, routed), norm)[:, 0]
+
+
+def _last_column(shared_gate: mx.array | None) -> mx.array | None:
+    return None if shared_gate is None else shared_gate[:, -1:]
+
+
+def combined_dtype(shared: Any, residual: mx.array | None) -> mx.Dtype:
+    """dtype of the residual, else of the shared expert's output, else float32: as ``moe_combine``."""
     for array in (residual, shared):
-        if array is not None:
+        if isinstance(array, mx.array):
             return array.dtype
     return mx.float32
 
@@ -124,29 +264,38 @@ def expert_ffn_combine(
     bank: ExpertBank,
     slots: mx.array,
     weights: mx.array,
-    shared: mx.array | None,
+    shared: mx.array | ExpertBank | None,
     shared_gate: mx.array | None,
     residual: mx.array | None,
+    norm: Norm | None = None,
 ) -> mx.array:
-    """``moe_combine(expert_ffn(x, bank, slots), ...)`` in one call, and with the same bits.
+    """``moe_combine(expert_ffn(norm(x), bank, slots), ...)`` in one call, and with the same bits.
 
-    For a layer all of whose experts are in their slots at once. On a GPU, small calls are two launches, not three,
-    and the per-expert outputs never leave the registers.
+    For a layer all of whose experts are in their slots at once. On a GPU it is two launches, and the per-expert
+    outputs never leave the GPU's processors.
 
     Args:
-        x: As for ``expert_ffn``, like the next two.
+        x: Hidden states. Shape (T, H), float32, bfloat16 or float16.
         bank: Slots of one layer.
-        slots: Shape (T, K), uint32.
-        weights: As for ``moe_combine``, like the next three.
-        shared: Shape (T, H), or None.
-        shared_gate: Shape (T, 1), or None.
-        residual: Shape (T, H), or None.
+        slots: Slot of each token's routed experts. Shape (T, K), uint32. One beyond the last slot reads the last.
+        weights: Router weights. Shape (T, K).
+        shared: The shared expert as a bank of one slot, its output (T, H), or None.
+        shared_gate: Logits whose last column is that of the shared expert's gate, or None for a gate of one.
+        residual: What the layer adds its output to, shape (T, H), or None.
+        norm: Norm of x, or None where x is normalised already.
 
     Returns:
-        Shape (T, H), dtype of the residual, else of shared, else float32.
+        Shape (T, H), dtype of the residual, else of the shared expert's output, else float32.
     """
-    layout = bank.layout
-    fits = layout.intermediate_size <= MAX_WIDTH and slots.size * layout.payload_bytes <= MAX_BYTES
-    if use_kernels() and is_quantized(layout) and fits:
-        return expert_ffn_combine_kernel(x, bank, slots, weights, shared, shared_gate, residual)
-    return moe_combine(expert_ffn(x, bank, slots), weights, shared, shared_gate, residual)
+    if use_kernels() and fits(bank.layout, shared.layout if isinstance(shared, ExpertBank) else None):
+        return expert_ffn_combine_kernel(x, bank, slots, weights, shared, shared_gate, residual, norm)
+    if isinstance(shared, ExpertBank):
+        shared = shared_expert(x, shared, bank.layout, norm)
+    y = expert_ffn(x, bank, slots, norm=norm)
+    return moe_combine(y, weights, shared, _last_column(shared_gate), residual)
+
+
+def fits(layout: RecordLayout, shared: RecordLayout | None) -> bool:
+    """Tell whether the kernel takes these layouts."""
+    layouts = (layout,) if shared is None else (layout, shared)
+    return all(is_quantized(each) and each.intermediate_size <= MAX_WIDTH for each in layouts)

@@ -102,6 +102,23 @@ FM_FN void fm_fold(
     total[r] = metal::fma(float(rows.scales[r]), dot[r] * FM_DOT_SCALE, shifted);
   }
 }
+template <int BITS, int GROUP, int ROWS, typename S, bool SCALED>
+FM_FN void fm_add_chunk(
+    const thread FmRows<BITS, GROUP, ROWS, S>& rows,
+    const threadgroup float* chunk_of_x,
+    thread float (&total)[ROWS]) {
+  const threadgroup float4* fours_of_x = (const threadgroup float4*)chunk_of_x;
+  float dot[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    dot[r] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    fm_multiply<BITS, GROUP, ROWS, S, SCALED>(rows, i * 8, fours_of_x[2 * i], fours_of_x[2 * i + 1], dot);
+  }
+  fm_fold<BITS, GROUP, ROWS, S>(rows, dot, chunk_of_x[FM_CHUNK], total);
+}
 template <int LANES>
 FM_FN float fm_lane_sum(float value) {
 #pragma unroll
@@ -164,6 +181,95 @@ FM_FN void fm_stage_tile(threadgroup float* staged, const device X* x, uint widt
   float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
   fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
   fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+}
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
+FM_FN void fm_stage_normed_tile(
+    threadgroup float* staged,
+    threadgroup float* squares,
+    const device X* x,
+    const device X* norm,
+    uint width,
+    bool first,
+    uint simd_group,
+    uint lane) {
+  float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  float4 weights[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
+  fm_request_tile<TILE, SIMD_GROUPS>(weights, norm, width, simd_group, lane);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    if ((i * SIMD_GROUPS + simd_group) * 128 + lane * 4 < width) {
+      sum = metal::fma(values[i].x, values[i].x, sum);
+      sum = metal::fma(values[i].y, values[i].y, sum);
+      sum = metal::fma(values[i].z, values[i].z, sum);
+      sum = metal::fma(values[i].w, values[i].w, sum);
+    }
+    values[i].x *= weights[i].x;
+    values[i].y *= weights[i].y;
+    values[i].z *= weights[i].z;
+    values[i].w *= weights[i].w;
+  }
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+  sum = simd_sum(sum);
+  if (lane == 0) {
+    squares[simd_group] = first ? sum : squares[simd_group] + sum;
+  }
+}
+template <int SIMD_GROUPS, int COLUMNS>
+FM_FN float fm_rms_scale(const threadgroup float* squares, float eps) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < SIMD_GROUPS; i++) {
+    sum += squares[i];
+  }
+  return 1.0f / metal::sqrt(sum / float(COLUMNS) + eps);
+}
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS, int HEAD, int PITCH, typename X>
+FM_FN void fm_stage_gated_tile(
+    threadgroup float* staged,
+    const device X* x,
+    const device X* gate,
+    uint width,
+    uint first,
+    uint simd_group,
+    uint lane) {
+  float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  fm_request_tile<TILE, SIMD_GROUPS>(values, x + first, width, simd_group, lane);
+#pragma unroll
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
+    const uint place = first + (index < width ? index : 0);
+    const device X* source = gate + place / HEAD * PITCH + place % HEAD;
+    values[i].x *= 1.0f / (1.0f + metal::exp(-float(source[0])));
+    values[i].y *= 1.0f / (1.0f + metal::exp(-float(source[1])));
+    values[i].z *= 1.0f / (1.0f + metal::exp(-float(source[2])));
+    values[i].w *= 1.0f / (1.0f + metal::exp(-float(source[3])));
+  }
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+}
+template <int BITS, int GROUP, int ROWS, int COLUMNS, int WIDTH, int LANES, bool SCALED, typename S>
+FM_FN void fm_dot_tile(
+    thread FmRows<BITS, GROUP, ROWS, S>& next,
+    const device uint32_t* weights,
+    const device S* scales,
+    const device S* biases,
+    uint first_row,
+    uint last_row,
+    thread uint& chunk,
+    uint first,
+    uint end,
+    const threadgroup float* staged,
+    thread float (&total)[ROWS]) {
+#pragma unroll 1
+  for (; chunk < end; chunk += LANES) {
+    const FmRows<BITS, GROUP, ROWS, S> rows = next;
+    if (chunk + LANES < COLUMNS / FM_CHUNK) {
+      fm_load_rows<BITS, GROUP, ROWS, S, COLUMNS, WIDTH>(
+          next, weights, scales, biases, first_row, last_row, chunk + LANES);
+    }
+    fm_add_chunk<BITS, GROUP, ROWS, S, SCALED>(rows, staged + (chunk - first) * FM_STRIDE, total);
+  }
 }
 [[kernel]] void custom_kernel_flash_moe_dequant_matvec_32567d89b53f_float_uint32_t_bfloat16_t_bfloat16_t_float(
   const device float* x [[buffer(0)]],

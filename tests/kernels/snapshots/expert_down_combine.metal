@@ -102,6 +102,23 @@ FM_FN void fm_fold(
     total[r] = metal::fma(float(rows.scales[r]), dot[r] * FM_DOT_SCALE, shifted);
   }
 }
+template <int BITS, int GROUP, int ROWS, typename S, bool SCALED>
+FM_FN void fm_add_chunk(
+    const thread FmRows<BITS, GROUP, ROWS, S>& rows,
+    const threadgroup float* chunk_of_x,
+    thread float (&total)[ROWS]) {
+  const threadgroup float4* fours_of_x = (const threadgroup float4*)chunk_of_x;
+  float dot[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    dot[r] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    fm_multiply<BITS, GROUP, ROWS, S, SCALED>(rows, i * 8, fours_of_x[2 * i], fours_of_x[2 * i + 1], dot);
+  }
+  fm_fold<BITS, GROUP, ROWS, S>(rows, dot, chunk_of_x[FM_CHUNK], total);
+}
 template <int LANES>
 FM_FN float fm_lane_sum(float value) {
 #pragma unroll
@@ -165,25 +182,252 @@ FM_FN void fm_stage_tile(threadgroup float* staged, const device X* x, uint widt
   fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
   fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
 }
-[[kernel]] void custom_kernel_flash_moe_expert_down_combine_4c9aa0567d78_float_uint32_t_uint32_tc_floatc_bfloat16_t_bfloat16_tc_bfloat16_t_bfloat16_t(
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
+FM_FN void fm_stage_normed_tile(
+    threadgroup float* staged,
+    threadgroup float* squares,
+    const device X* x,
+    const device X* norm,
+    uint width,
+    bool first,
+    uint simd_group,
+    uint lane) {
+  float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  float4 weights[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
+  fm_request_tile<TILE, SIMD_GROUPS>(weights, norm, width, simd_group, lane);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    if ((i * SIMD_GROUPS + simd_group) * 128 + lane * 4 < width) {
+      sum = metal::fma(values[i].x, values[i].x, sum);
+      sum = metal::fma(values[i].y, values[i].y, sum);
+      sum = metal::fma(values[i].z, values[i].z, sum);
+      sum = metal::fma(values[i].w, values[i].w, sum);
+    }
+    values[i].x *= weights[i].x;
+    values[i].y *= weights[i].y;
+    values[i].z *= weights[i].z;
+    values[i].w *= weights[i].w;
+  }
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+  sum = simd_sum(sum);
+  if (lane == 0) {
+    squares[simd_group] = first ? sum : squares[simd_group] + sum;
+  }
+}
+template <int SIMD_GROUPS, int COLUMNS>
+FM_FN float fm_rms_scale(const threadgroup float* squares, float eps) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < SIMD_GROUPS; i++) {
+    sum += squares[i];
+  }
+  return 1.0f / metal::sqrt(sum / float(COLUMNS) + eps);
+}
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS, int HEAD, int PITCH, typename X>
+FM_FN void fm_stage_gated_tile(
+    threadgroup float* staged,
+    const device X* x,
+    const device X* gate,
+    uint width,
+    uint first,
+    uint simd_group,
+    uint lane) {
+  float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  fm_request_tile<TILE, SIMD_GROUPS>(values, x + first, width, simd_group, lane);
+#pragma unroll
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
+    const uint place = first + (index < width ? index : 0);
+    const device X* source = gate + place / HEAD * PITCH + place % HEAD;
+    values[i].x *= 1.0f / (1.0f + metal::exp(-float(source[0])));
+    values[i].y *= 1.0f / (1.0f + metal::exp(-float(source[1])));
+    values[i].z *= 1.0f / (1.0f + metal::exp(-float(source[2])));
+    values[i].w *= 1.0f / (1.0f + metal::exp(-float(source[3])));
+  }
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+}
+template <int BITS, int GROUP, int ROWS, int COLUMNS, int WIDTH, int LANES, bool SCALED, typename S>
+FM_FN void fm_dot_tile(
+    thread FmRows<BITS, GROUP, ROWS, S>& next,
+    const device uint32_t* weights,
+    const device S* scales,
+    const device S* biases,
+    uint first_row,
+    uint last_row,
+    thread uint& chunk,
+    uint first,
+    uint end,
+    const threadgroup float* staged,
+    thread float (&total)[ROWS]) {
+#pragma unroll 1
+  for (; chunk < end; chunk += LANES) {
+    const FmRows<BITS, GROUP, ROWS, S> rows = next;
+    if (chunk + LANES < COLUMNS / FM_CHUNK) {
+      fm_load_rows<BITS, GROUP, ROWS, S, COLUMNS, WIDTH>(
+          next, weights, scales, biases, first_row, last_row, chunk + LANES);
+    }
+    fm_add_chunk<BITS, GROUP, ROWS, S, SCALED>(rows, staged + (chunk - first) * FM_STRIDE, total);
+  }
+}
+template <int BITS_, int GROUP_, int WIDTH_, typename S_, int WEIGHT_, int SCALES_, int BIASES_>
+struct FmPart {
+  enum { BITS = BITS_, GROUP = GROUP_, WIDTH = WIDTH_, WEIGHT = WEIGHT_, SCALES = SCALES_, BIASES = BIASES_ };
+  typedef S_ S;
+};
+template <typename PART, int ROWS, int COLUMNS>
+FM_FN void fm_load_part(
+    thread FmRows<PART::BITS, PART::GROUP, ROWS, typename PART::S>& rows,
+    const device uint32_t* record,
+    uint first_row,
+    uint last_row,
+    uint chunk) {
+  fm_load_rows<PART::BITS, PART::GROUP, ROWS, typename PART::S, COLUMNS, PART::WIDTH>(
+      rows,
+      record + PART::WEIGHT,
+      (const device typename PART::S*)(record + PART::SCALES),
+      (const device typename PART::S*)(record + PART::BIASES),
+      first_row,
+      last_row,
+      chunk);
+}
+template <
+    typename GATE, typename UP, int ROWS, int LANES, int COLUMNS, int TILE, int SIMD_GROUPS, int SCALED_BITS, bool NORM,
+    typename X>
+FM_FN void fm_gate_up(
+    threadgroup float* staged,
+    threadgroup float* squares,
+    const device X* x,
+    const device X* norm,
+    const device uint32_t* record,
+    uint first_row,
+    uint last_row,
+    uint simd_group,
+    uint lane,
+    thread float (&gate)[ROWS],
+    thread float (&up)[ROWS]) {
+  constexpr bool SCALED = SCALED_BITS > 0;
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    gate[r] = 0.0f;
+    up[r] = 0.0f;
+  }
+  FmRows<GATE::BITS, GATE::GROUP, ROWS, typename GATE::S> gate_next;
+  FmRows<UP::BITS, UP::GROUP, ROWS, typename UP::S> up_next;
+  uint chunk = lane % LANES;
+  if (chunk < COLUMNS / FM_CHUNK) {
+    fm_load_part<GATE, ROWS, COLUMNS>(gate_next, record, first_row, last_row, chunk);
+    fm_load_part<UP, ROWS, COLUMNS>(up_next, record, first_row, last_row, chunk);
+  }
+  for (uint tile = 0; tile < COLUMNS; tile += TILE) {
+    const uint width = metal::min(uint(TILE), COLUMNS - tile);
+    if (tile > 0) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    if (NORM) {
+      fm_stage_normed_tile<SCALED_BITS, TILE, SIMD_GROUPS>(
+          staged, squares, x + tile, norm + tile, width, tile == 0, simd_group, lane);
+    } else {
+      fm_stage_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, x + tile, width, simd_group, lane);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll 1
+    for (; chunk < (tile + width) / FM_CHUNK; chunk += LANES) {
+      const FmRows<GATE::BITS, GATE::GROUP, ROWS, typename GATE::S> gate_rows = gate_next;
+      const FmRows<UP::BITS, UP::GROUP, ROWS, typename UP::S> up_rows = up_next;
+      if (chunk + LANES < COLUMNS / FM_CHUNK) {
+        fm_load_part<GATE, ROWS, COLUMNS>(gate_next, record, first_row, last_row, chunk + LANES);
+        fm_load_part<UP, ROWS, COLUMNS>(up_next, record, first_row, last_row, chunk + LANES);
+      }
+      const threadgroup float* chunk_of_x = staged + (chunk - tile / FM_CHUNK) * FM_STRIDE;
+      const threadgroup float4* fours_of_x = (const threadgroup float4*)chunk_of_x;
+      float gate_dot[ROWS];
+      float up_dot[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        gate_dot[r] = 0.0f;
+        up_dot[r] = 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float4 low = fours_of_x[2 * i];
+        const float4 high = fours_of_x[2 * i + 1];
+        fm_multiply<GATE::BITS, GATE::GROUP, ROWS, typename GATE::S, SCALED>(gate_rows, i * 8, low, high, gate_dot);
+        fm_multiply<UP::BITS, UP::GROUP, ROWS, typename UP::S, SCALED>(up_rows, i * 8, low, high, up_dot);
+      }
+      const float sum = chunk_of_x[FM_CHUNK];
+      fm_fold<GATE::BITS, GATE::GROUP, ROWS, typename GATE::S>(gate_rows, gate_dot, sum, gate);
+      fm_fold<UP::BITS, UP::GROUP, ROWS, typename UP::S>(up_rows, up_dot, sum, up);
+    }
+  }
+}
+template <typename PART, int ROWS, int LANES, int COLUMNS, int SETS, bool SCALED>
+FM_FN void fm_down_rows(
+    thread FmRows<PART::BITS, PART::GROUP, ROWS, typename PART::S>& next,
+    const device uint32_t* record,
+    uint first_row,
+    uint last_row,
+    const threadgroup float* staged,
+    uint lane,
+    threadgroup float* sums) {
+  constexpr int ROWS_OF_A_SET = 32 / LANES * ROWS;
+  const uint first_chunk = lane % LANES;
+  const uint own_row = lane / LANES * ROWS;
+#pragma unroll 1
+  for (uint set = 0; set < SETS; set++) {
+    float total[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      total[r] = 0.0f;
+    }
+#pragma unroll 1
+    for (uint chunk = first_chunk; chunk < COLUMNS / FM_CHUNK; chunk += LANES) {
+      const FmRows<PART::BITS, PART::GROUP, ROWS, typename PART::S> rows = next;
+      const bool last = chunk + LANES >= COLUMNS / FM_CHUNK;
+      if (!last || set + 1 < SETS) {
+        fm_load_part<PART, ROWS, COLUMNS>(
+            next, record, first_row + own_row + (last ? set + 1 : set) * ROWS_OF_A_SET, last_row,
+            last ? first_chunk : chunk + LANES);
+      }
+      fm_add_chunk<PART::BITS, PART::GROUP, ROWS, typename PART::S, SCALED>(rows, staged + chunk * FM_STRIDE, total);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const float sum = fm_lane_sum<LANES>(total[r]);
+      if (first_chunk == 0) {
+        sums[set * ROWS_OF_A_SET + own_row + r] = sum;
+      }
+    }
+  }
+}
+[[kernel]] void custom_kernel_flash_moe_expert_down_combine_911c2742d431_float_uint32_t_uint32_tc_floatc_uint32_t_float_bfloat16_t_bfloat16_t(
   const device float* h [[buffer(0)]],
   const device uint32_t* bank [[buffer(1)]],
-  const constant uint32_t* slots [[buffer(2)]],
-  const constant int* slots_shape [[buffer(3)]],
-  const constant float* weights [[buffer(4)]],
-  const device bfloat16_t* shared [[buffer(5)]],
-  const constant bfloat16_t* shared_gate [[buffer(6)]],
-  const device bfloat16_t* residual [[buffer(7)]],
-  device bfloat16_t* out [[buffer(8)]],
+  const constant int* bank_shape [[buffer(2)]],
+  const constant uint32_t* slots [[buffer(3)]],
+  const constant int* slots_shape [[buffer(4)]],
+  const constant float* weights [[buffer(5)]],
+  const device uint32_t* shared [[buffer(6)]],
+  const device float* shared_gate [[buffer(7)]],
+  const device bfloat16_t* residual [[buffer(8)]],
+  device bfloat16_t* out [[buffer(9)]],
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
 typedef bfloat16_t OUT;
 constexpr int H = 384;
 constexpr int I = 256;
+constexpr int SHARED_I = 256;
+constexpr int K = 3;
 constexpr int RECORD = 41472;
-constexpr bool HAS_SHARED = true;
+constexpr bool SHARED_EXPERT = true;
+constexpr bool SAME_PARTS = true;
+constexpr bool HAS_SHARED = false;
+typedef float SHARED_X;
 constexpr bool HAS_GATE = true;
+constexpr int GATE_PITCH = 5;
+constexpr int GATE_AT = 4;
 constexpr bool HAS_RESIDUAL = true;
 constexpr int DOWN_BITS = 4;
 constexpr int DOWN_GROUP = 64;
@@ -195,101 +439,105 @@ constexpr int DOWN_WEIGHT = 27648;
 constexpr int DOWN_SCALES = 39936;
 constexpr int DOWN_BIASES = 40704;
 constexpr int DOWN_BIAS = 0;
-constexpr int LANES = 8;
-constexpr int ROWS = 1;
-constexpr int SIMD_GROUPS = 4;
+constexpr int SHARED_DOWN_BITS = 4;
+constexpr int SHARED_DOWN_GROUP = 64;
+constexpr int SHARED_DOWN_WIDTH = 4;
+typedef bfloat16_t SHARED_DOWN_S;
+typedef float SHARED_DOWN_B;
+constexpr bool SHARED_DOWN_HAS_BIAS = false;
+constexpr int SHARED_DOWN_WEIGHT = 27648;
+constexpr int SHARED_DOWN_SCALES = 39936;
+constexpr int SHARED_DOWN_BIASES = 40704;
+constexpr int SHARED_DOWN_BIAS = 0;
 constexpr int TILE = 256;
 constexpr int SCALED_BITS = 4;
+constexpr int SHARED_SCALED_BITS = 4;
+constexpr int LANES = 8;
+constexpr int ROWS = 2;
+constexpr int SETS = 1;
+constexpr int SIMD_GROUPS = 4;
+constexpr int ROUNDS = 1;
+typedef FmPart<DOWN_BITS, DOWN_GROUP, DOWN_WIDTH, DOWN_S, DOWN_WEIGHT, DOWN_SCALES, DOWN_BIASES> DownPart;
+typedef FmPart<
+    SHARED_DOWN_BITS, SHARED_DOWN_GROUP, SHARED_DOWN_WIDTH, SHARED_DOWN_S, SHARED_DOWN_WEIGHT, SHARED_DOWN_SCALES,
+    SHARED_DOWN_BIASES>
+    SharedPart;
 constexpr int PITCH = TILE / FM_CHUNK * FM_STRIDE;
-FM_THREADGROUP_ARRAY(float4, staged_memory, 2 * PITCH / 4);
-threadgroup float* staged = (threadgroup float*)staged_memory;
+constexpr int TILE_ROWS = SETS * (32 / LANES) * ROWS;
+constexpr int EXPERTS = K + SHARED_EXPERT;
+FM_THREADGROUP_ARRAY(float4, staged_memory, SIMD_GROUPS * PITCH / 4);
+FM_THREADGROUP_ARRAY(float, sums, EXPERTS * TILE_ROWS);
 const uint lane = thread_index_in_simdgroup;
 const uint simd_group = simdgroup_index_in_threadgroup;
 const uint token = threadgroup_position_in_grid.x;
-const uint experts = slots_shape[1];
-const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
-const uint first_row = row_set * ROWS;
+const uint first_row = threadgroup_position_in_grid.y * TILE_ROWS;
+const uint lane_row = first_row + lane / LANES * ROWS;
 const uint first_chunk = lane % LANES;
-const device float* rows_of_h = h + size_t(token) * experts * I;
-float combined[ROWS];
-#pragma unroll
-for (int r = 0; r < ROWS; r++) {
-  combined[r] = 0.0f;
-}
-FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> next;
-float4 next_h[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
-fm_request_tile<TILE, SIMD_GROUPS>(next_h, rows_of_h, I, simd_group, lane);
-const device uint32_t* record = bank + size_t(slots[token * experts]) * RECORD;
-if (first_chunk < I / FM_CHUNK) {
-  fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
-      next, record + DOWN_WEIGHT, (const device DOWN_S*)(record + DOWN_SCALES),
-      (const device DOWN_S*)(record + DOWN_BIASES), first_row, H - 1, first_chunk);
-}
-for (uint k = 0; k < experts; k++) {
-  threadgroup float* own = staged + k % 2 * PITCH;
-  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(own, next_h, I, simd_group, lane);
-  const uint following = metal::min(k + 1, experts - 1);
-  fm_request_tile<TILE, SIMD_GROUPS>(next_h, rows_of_h + size_t(following) * I, I, simd_group, lane);
-  const device uint32_t* next_record = bank + size_t(slots[token * experts + following]) * RECORD;
+threadgroup float* own = (threadgroup float*)staged_memory + simd_group * PITCH;
+for (uint round = 0; round < ROUNDS; round++) {
+  const uint expert = round * SIMD_GROUPS + simd_group;
+  const bool is_shared = SHARED_EXPERT && expert == K;
+  const bool other_parts = is_shared && !SAME_PARTS;
+  const uint pair = token * K + metal::min(expert, uint(K - 1));
+  const device uint32_t* record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
+  const device float* row_of_h = h + size_t(pair) * I;
+  if (is_shared) {
+    record = (const device uint32_t*)shared;
+    row_of_h = h + size_t(uint(slots_shape[0])) * K * I + token * SHARED_I;
+  }
+  FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> next;
+  FmRows<SHARED_DOWN_BITS, SHARED_DOWN_GROUP, ROWS, SHARED_DOWN_S> shared_next;
+  if (round > 0) {
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+  }
+  if (other_parts) {
+    if (first_chunk < SHARED_I / FM_CHUNK) {
+      fm_load_part<SharedPart, ROWS, SHARED_I>(shared_next, record, lane_row, H - 1, first_chunk);
+    }
+    fm_stage_tile<SHARED_SCALED_BITS, TILE, 1>(own, row_of_h, SHARED_I, 0, lane);
+  } else if (expert < EXPERTS) {
+    if (first_chunk < I / FM_CHUNK) {
+      fm_load_part<DownPart, ROWS, I>(next, record, lane_row, H - 1, first_chunk);
+    }
+    fm_stage_tile<SCALED_BITS, TILE, 1>(own, row_of_h, I, 0, lane);
+  }
   threadgroup_barrier(mem_flags::mem_threadgroup);
-  float total[ROWS];
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    total[r] = 0.0f;
+  if (other_parts) {
+    fm_down_rows<SharedPart, ROWS, LANES, SHARED_I, SETS, (SHARED_SCALED_BITS > 0)>(
+        shared_next, record, first_row, H - 1, own, lane, sums + K * TILE_ROWS);
+  } else if (expert < EXPERTS) {
+    fm_down_rows<DownPart, ROWS, LANES, I, SETS, (SCALED_BITS > 0)>(
+        next, record, first_row, H - 1, own, lane, sums + expert * TILE_ROWS);
   }
-#pragma unroll 1
-  for (uint chunk = first_chunk; chunk < I / FM_CHUNK; chunk += LANES) {
-    const FmRows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S> rows = next;
-    const bool last = chunk + LANES >= I / FM_CHUNK;
-    const device uint32_t* source = last ? next_record : record;
-    if (!last || k + 1 < experts) {
-      fm_load_rows<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, I, DOWN_WIDTH>(
-          next, source + DOWN_WEIGHT, (const device DOWN_S*)(source + DOWN_SCALES),
-          (const device DOWN_S*)(source + DOWN_BIASES), first_row, H - 1, last ? first_chunk : chunk + LANES);
-    }
-    const threadgroup float* chunk_of_h = own + chunk * FM_STRIDE;
-    const threadgroup float4* fours_of_h = (const threadgroup float4*)chunk_of_h;
-    float dot[ROWS];
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+const uint own_row = lane * SIMD_GROUPS + simd_group;
+const uint row = first_row + own_row;
+if (own_row < TILE_ROWS && row < H) {
+  float value = 0.0f;
 #pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      dot[r] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      fm_multiply<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S, (SCALED_BITS > 0)>(
-          rows, i * 8, fours_of_h[2 * i], fours_of_h[2 * i + 1], dot);
-    }
-    fm_fold<DOWN_BITS, DOWN_GROUP, ROWS, DOWN_S>(rows, dot, chunk_of_h[FM_CHUNK], total);
-  }
-  const float weight = float(weights[token * experts + k]);
-#pragma unroll
-  for (int r = 0; r < ROWS; r++) {
-    float sum = fm_lane_sum<LANES>(total[r]);
+  for (uint k = 0; k < K; k++) {
+    float sum = sums[k * TILE_ROWS + own_row];
     if (DOWN_HAS_BIAS) {
-      sum += float(((const device DOWN_B*)(record + DOWN_BIAS))[metal::min(first_row + r, uint(H - 1))]);
+      const uint slot = metal::min(uint(slots[token * K + k]), uint(bank_shape[0] - 1));
+      sum += float(((const device DOWN_B*)(bank + size_t(slot) * RECORD + DOWN_BIAS))[row]);
     }
-    combined[r] = metal::fma(weight, sum, combined[r]);
+    value = metal::fma(float(weights[token * K + k]), sum, value);
   }
-  record = next_record;
-}
-float open = 1.0f;
-if (HAS_GATE) {
-  open = 1.0f / (1.0f + metal::exp(-float(shared_gate[token])));
-}
-#pragma unroll
-for (int r = 0; r < ROWS; r++) {
-  const uint row = first_row + r;
-  if (lane % LANES == 0 && row < H) {
-    const size_t element = size_t(token) * H + row;
-    float value = combined[r];
-    if (HAS_SHARED) {
-      value = metal::fma(open, float(shared[element]), value);
-    }
-    if (HAS_RESIDUAL) {
-      value += float(residual[element]);
-    }
-    out[element] = static_cast<OUT>(value);
+  float open = 1.0f;
+  if (HAS_GATE) {
+    open = 1.0f / (1.0f + metal::exp(-float(shared_gate[token * GATE_PITCH + GATE_AT])));
   }
+  const size_t element = size_t(token) * H + row;
+  if (SHARED_EXPERT) {
+    value = metal::fma(open, sums[K * TILE_ROWS + own_row], value);
+  } else if (HAS_SHARED) {
+    value = metal::fma(open, float(((const device SHARED_X*)shared)[element]), value);
+  }
+  if (HAS_RESIDUAL) {
+    value += float(residual[element]);
+  }
+  out[element] = static_cast<OUT>(value);
 }
 
 }

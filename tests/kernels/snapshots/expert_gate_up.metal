@@ -102,6 +102,23 @@ FM_FN void fm_fold(
     total[r] = metal::fma(float(rows.scales[r]), dot[r] * FM_DOT_SCALE, shifted);
   }
 }
+template <int BITS, int GROUP, int ROWS, typename S, bool SCALED>
+FM_FN void fm_add_chunk(
+    const thread FmRows<BITS, GROUP, ROWS, S>& rows,
+    const threadgroup float* chunk_of_x,
+    thread float (&total)[ROWS]) {
+  const threadgroup float4* fours_of_x = (const threadgroup float4*)chunk_of_x;
+  float dot[ROWS];
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    dot[r] = 0.0f;
+  }
+#pragma unroll
+  for (int i = 0; i < 4; i++) {
+    fm_multiply<BITS, GROUP, ROWS, S, SCALED>(rows, i * 8, fours_of_x[2 * i], fours_of_x[2 * i + 1], dot);
+  }
+  fm_fold<BITS, GROUP, ROWS, S>(rows, dot, chunk_of_x[FM_CHUNK], total);
+}
 template <int LANES>
 FM_FN float fm_lane_sum(float value) {
 #pragma unroll
@@ -165,16 +182,241 @@ FM_FN void fm_stage_tile(threadgroup float* staged, const device X* x, uint widt
   fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
   fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
 }
-[[kernel]] void custom_kernel_flash_moe_expert_gate_up_68dbdd8d089c_bfloat16_t_uint32_t_uint32_tc_float(
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS, typename X>
+FM_FN void fm_stage_normed_tile(
+    threadgroup float* staged,
+    threadgroup float* squares,
+    const device X* x,
+    const device X* norm,
+    uint width,
+    bool first,
+    uint simd_group,
+    uint lane) {
+  float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  float4 weights[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  fm_request_tile<TILE, SIMD_GROUPS>(values, x, width, simd_group, lane);
+  fm_request_tile<TILE, SIMD_GROUPS>(weights, norm, width, simd_group, lane);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    if ((i * SIMD_GROUPS + simd_group) * 128 + lane * 4 < width) {
+      sum = metal::fma(values[i].x, values[i].x, sum);
+      sum = metal::fma(values[i].y, values[i].y, sum);
+      sum = metal::fma(values[i].z, values[i].z, sum);
+      sum = metal::fma(values[i].w, values[i].w, sum);
+    }
+    values[i].x *= weights[i].x;
+    values[i].y *= weights[i].y;
+    values[i].z *= weights[i].z;
+    values[i].w *= weights[i].w;
+  }
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+  sum = simd_sum(sum);
+  if (lane == 0) {
+    squares[simd_group] = first ? sum : squares[simd_group] + sum;
+  }
+}
+template <int SIMD_GROUPS, int COLUMNS>
+FM_FN float fm_rms_scale(const threadgroup float* squares, float eps) {
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < SIMD_GROUPS; i++) {
+    sum += squares[i];
+  }
+  return 1.0f / metal::sqrt(sum / float(COLUMNS) + eps);
+}
+template <int SCALED_BITS, int TILE, int SIMD_GROUPS, int HEAD, int PITCH, typename X>
+FM_FN void fm_stage_gated_tile(
+    threadgroup float* staged,
+    const device X* x,
+    const device X* gate,
+    uint width,
+    uint first,
+    uint simd_group,
+    uint lane) {
+  float4 values[FM_TILE_STEPS(TILE, SIMD_GROUPS)];
+  fm_request_tile<TILE, SIMD_GROUPS>(values, x + first, width, simd_group, lane);
+#pragma unroll
+  for (int i = 0; i < FM_TILE_STEPS(TILE, SIMD_GROUPS); i++) {
+    const uint index = (i * SIMD_GROUPS + simd_group) * 128 + lane * 4;
+    const uint place = first + (index < width ? index : 0);
+    const device X* source = gate + place / HEAD * PITCH + place % HEAD;
+    values[i].x *= 1.0f / (1.0f + metal::exp(-float(source[0])));
+    values[i].y *= 1.0f / (1.0f + metal::exp(-float(source[1])));
+    values[i].z *= 1.0f / (1.0f + metal::exp(-float(source[2])));
+    values[i].w *= 1.0f / (1.0f + metal::exp(-float(source[3])));
+  }
+  fm_store_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, values, width, simd_group, lane);
+}
+template <int BITS, int GROUP, int ROWS, int COLUMNS, int WIDTH, int LANES, bool SCALED, typename S>
+FM_FN void fm_dot_tile(
+    thread FmRows<BITS, GROUP, ROWS, S>& next,
+    const device uint32_t* weights,
+    const device S* scales,
+    const device S* biases,
+    uint first_row,
+    uint last_row,
+    thread uint& chunk,
+    uint first,
+    uint end,
+    const threadgroup float* staged,
+    thread float (&total)[ROWS]) {
+#pragma unroll 1
+  for (; chunk < end; chunk += LANES) {
+    const FmRows<BITS, GROUP, ROWS, S> rows = next;
+    if (chunk + LANES < COLUMNS / FM_CHUNK) {
+      fm_load_rows<BITS, GROUP, ROWS, S, COLUMNS, WIDTH>(
+          next, weights, scales, biases, first_row, last_row, chunk + LANES);
+    }
+    fm_add_chunk<BITS, GROUP, ROWS, S, SCALED>(rows, staged + (chunk - first) * FM_STRIDE, total);
+  }
+}
+template <int BITS_, int GROUP_, int WIDTH_, typename S_, int WEIGHT_, int SCALES_, int BIASES_>
+struct FmPart {
+  enum { BITS = BITS_, GROUP = GROUP_, WIDTH = WIDTH_, WEIGHT = WEIGHT_, SCALES = SCALES_, BIASES = BIASES_ };
+  typedef S_ S;
+};
+template <typename PART, int ROWS, int COLUMNS>
+FM_FN void fm_load_part(
+    thread FmRows<PART::BITS, PART::GROUP, ROWS, typename PART::S>& rows,
+    const device uint32_t* record,
+    uint first_row,
+    uint last_row,
+    uint chunk) {
+  fm_load_rows<PART::BITS, PART::GROUP, ROWS, typename PART::S, COLUMNS, PART::WIDTH>(
+      rows,
+      record + PART::WEIGHT,
+      (const device typename PART::S*)(record + PART::SCALES),
+      (const device typename PART::S*)(record + PART::BIASES),
+      first_row,
+      last_row,
+      chunk);
+}
+template <
+    typename GATE, typename UP, int ROWS, int LANES, int COLUMNS, int TILE, int SIMD_GROUPS, int SCALED_BITS, bool NORM,
+    typename X>
+FM_FN void fm_gate_up(
+    threadgroup float* staged,
+    threadgroup float* squares,
+    const device X* x,
+    const device X* norm,
+    const device uint32_t* record,
+    uint first_row,
+    uint last_row,
+    uint simd_group,
+    uint lane,
+    thread float (&gate)[ROWS],
+    thread float (&up)[ROWS]) {
+  constexpr bool SCALED = SCALED_BITS > 0;
+#pragma unroll
+  for (int r = 0; r < ROWS; r++) {
+    gate[r] = 0.0f;
+    up[r] = 0.0f;
+  }
+  FmRows<GATE::BITS, GATE::GROUP, ROWS, typename GATE::S> gate_next;
+  FmRows<UP::BITS, UP::GROUP, ROWS, typename UP::S> up_next;
+  uint chunk = lane % LANES;
+  if (chunk < COLUMNS / FM_CHUNK) {
+    fm_load_part<GATE, ROWS, COLUMNS>(gate_next, record, first_row, last_row, chunk);
+    fm_load_part<UP, ROWS, COLUMNS>(up_next, record, first_row, last_row, chunk);
+  }
+  for (uint tile = 0; tile < COLUMNS; tile += TILE) {
+    const uint width = metal::min(uint(TILE), COLUMNS - tile);
+    if (tile > 0) {
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+    }
+    if (NORM) {
+      fm_stage_normed_tile<SCALED_BITS, TILE, SIMD_GROUPS>(
+          staged, squares, x + tile, norm + tile, width, tile == 0, simd_group, lane);
+    } else {
+      fm_stage_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, x + tile, width, simd_group, lane);
+    }
+    threadgroup_barrier(mem_flags::mem_threadgroup);
+#pragma unroll 1
+    for (; chunk < (tile + width) / FM_CHUNK; chunk += LANES) {
+      const FmRows<GATE::BITS, GATE::GROUP, ROWS, typename GATE::S> gate_rows = gate_next;
+      const FmRows<UP::BITS, UP::GROUP, ROWS, typename UP::S> up_rows = up_next;
+      if (chunk + LANES < COLUMNS / FM_CHUNK) {
+        fm_load_part<GATE, ROWS, COLUMNS>(gate_next, record, first_row, last_row, chunk + LANES);
+        fm_load_part<UP, ROWS, COLUMNS>(up_next, record, first_row, last_row, chunk + LANES);
+      }
+      const threadgroup float* chunk_of_x = staged + (chunk - tile / FM_CHUNK) * FM_STRIDE;
+      const threadgroup float4* fours_of_x = (const threadgroup float4*)chunk_of_x;
+      float gate_dot[ROWS];
+      float up_dot[ROWS];
+#pragma unroll
+      for (int r = 0; r < ROWS; r++) {
+        gate_dot[r] = 0.0f;
+        up_dot[r] = 0.0f;
+      }
+#pragma unroll
+      for (int i = 0; i < 4; i++) {
+        const float4 low = fours_of_x[2 * i];
+        const float4 high = fours_of_x[2 * i + 1];
+        fm_multiply<GATE::BITS, GATE::GROUP, ROWS, typename GATE::S, SCALED>(gate_rows, i * 8, low, high, gate_dot);
+        fm_multiply<UP::BITS, UP::GROUP, ROWS, typename UP::S, SCALED>(up_rows, i * 8, low, high, up_dot);
+      }
+      const float sum = chunk_of_x[FM_CHUNK];
+      fm_fold<GATE::BITS, GATE::GROUP, ROWS, typename GATE::S>(gate_rows, gate_dot, sum, gate);
+      fm_fold<UP::BITS, UP::GROUP, ROWS, typename UP::S>(up_rows, up_dot, sum, up);
+    }
+  }
+}
+template <typename PART, int ROWS, int LANES, int COLUMNS, int SETS, bool SCALED>
+FM_FN void fm_down_rows(
+    thread FmRows<PART::BITS, PART::GROUP, ROWS, typename PART::S>& next,
+    const device uint32_t* record,
+    uint first_row,
+    uint last_row,
+    const threadgroup float* staged,
+    uint lane,
+    threadgroup float* sums) {
+  constexpr int ROWS_OF_A_SET = 32 / LANES * ROWS;
+  const uint first_chunk = lane % LANES;
+  const uint own_row = lane / LANES * ROWS;
+#pragma unroll 1
+  for (uint set = 0; set < SETS; set++) {
+    float total[ROWS];
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      total[r] = 0.0f;
+    }
+#pragma unroll 1
+    for (uint chunk = first_chunk; chunk < COLUMNS / FM_CHUNK; chunk += LANES) {
+      const FmRows<PART::BITS, PART::GROUP, ROWS, typename PART::S> rows = next;
+      const bool last = chunk + LANES >= COLUMNS / FM_CHUNK;
+      if (!last || set + 1 < SETS) {
+        fm_load_part<PART, ROWS, COLUMNS>(
+            next, record, first_row + own_row + (last ? set + 1 : set) * ROWS_OF_A_SET, last_row,
+            last ? first_chunk : chunk + LANES);
+      }
+      fm_add_chunk<PART::BITS, PART::GROUP, ROWS, typename PART::S, SCALED>(rows, staged + chunk * FM_STRIDE, total);
+    }
+#pragma unroll
+    for (int r = 0; r < ROWS; r++) {
+      const float sum = fm_lane_sum<LANES>(total[r]);
+      if (first_chunk == 0) {
+        sums[set * ROWS_OF_A_SET + own_row + r] = sum;
+      }
+    }
+  }
+}
+[[kernel]] void custom_kernel_flash_moe_expert_gate_up_2e538b9696f8_bfloat16_t_bfloat16_t_uint32_t_uint32_tc_uint32_t_float(
   const device bfloat16_t* x [[buffer(0)]],
-  const device uint32_t* bank [[buffer(1)]],
-  const constant uint32_t* slots [[buffer(2)]],
-  const constant int* slots_shape [[buffer(3)]],
-  device float* h [[buffer(4)]],
+  const device bfloat16_t* norm [[buffer(1)]],
+  const device uint32_t* bank [[buffer(2)]],
+  const constant int* bank_shape [[buffer(3)]],
+  const constant uint32_t* slots [[buffer(4)]],
+  const constant int* slots_shape [[buffer(5)]],
+  const device uint32_t* shared [[buffer(6)]],
+  device float* h [[buffer(7)]],
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
 typedef bfloat16_t X;
+constexpr bool HAS_NORM = true;
+constexpr float EPS = 1e-06f;
+constexpr bool HAS_SHARED = true;
 constexpr int H = 384;
 constexpr int I = 256;
 constexpr int RECORD = 41472;
@@ -198,95 +440,88 @@ constexpr int UP_WEIGHT = 13824;
 constexpr int UP_SCALES = 26112;
 constexpr int UP_BIASES = 26880;
 constexpr int UP_BIAS = 0;
+constexpr int SHARED_I = 256;
+constexpr bool SAME_PARTS = true;
+constexpr int SHARED_SCALED_BITS = 4;
+constexpr int SHARED_GATE_BITS = 4;
+constexpr int SHARED_GATE_GROUP = 64;
+constexpr int SHARED_GATE_WIDTH = 4;
+typedef bfloat16_t SHARED_GATE_S;
+typedef float SHARED_GATE_B;
+constexpr bool SHARED_GATE_HAS_BIAS = false;
+constexpr int SHARED_GATE_WEIGHT = 0;
+constexpr int SHARED_GATE_SCALES = 12288;
+constexpr int SHARED_GATE_BIASES = 13056;
+constexpr int SHARED_GATE_BIAS = 0;
+constexpr int SHARED_UP_BITS = 4;
+constexpr int SHARED_UP_GROUP = 64;
+constexpr int SHARED_UP_WIDTH = 4;
+typedef bfloat16_t SHARED_UP_S;
+typedef float SHARED_UP_B;
+constexpr bool SHARED_UP_HAS_BIAS = false;
+constexpr int SHARED_UP_WEIGHT = 13824;
+constexpr int SHARED_UP_SCALES = 26112;
+constexpr int SHARED_UP_BIASES = 26880;
+constexpr int SHARED_UP_BIAS = 0;
 constexpr int LANES = 4;
 constexpr int ROWS = 2;
 constexpr int SIMD_GROUPS = 4;
 constexpr int TILE = 384;
 constexpr int SCALED_BITS = 4;
+typedef FmPart<GATE_BITS, GATE_GROUP, GATE_WIDTH, GATE_S, GATE_WEIGHT, GATE_SCALES, GATE_BIASES> GatePart;
+typedef FmPart<UP_BITS, UP_GROUP, UP_WIDTH, UP_S, UP_WEIGHT, UP_SCALES, UP_BIASES> UpPart;
+typedef FmPart<
+    SHARED_GATE_BITS, SHARED_GATE_GROUP, SHARED_GATE_WIDTH, SHARED_GATE_S, SHARED_GATE_WEIGHT, SHARED_GATE_SCALES,
+    SHARED_GATE_BIASES>
+    SharedGatePart;
+typedef FmPart<
+    SHARED_UP_BITS, SHARED_UP_GROUP, SHARED_UP_WIDTH, SHARED_UP_S, SHARED_UP_WEIGHT, SHARED_UP_SCALES,
+    SHARED_UP_BIASES>
+    SharedUpPart;
 FM_THREADGROUP_ARRAY(float4, staged_memory, TILE / FM_CHUNK * FM_STRIDE / 4);
+FM_THREADGROUP_ARRAY(float, squares, SIMD_GROUPS);
 threadgroup float* staged = (threadgroup float*)staged_memory;
 const uint lane = thread_index_in_simdgroup;
 const uint simd_group = simdgroup_index_in_threadgroup;
-const uint pair = threadgroup_position_in_grid.x;
+const uint experts = uint(slots_shape[1]);
+const uint token = threadgroup_position_in_grid.x / (experts + HAS_SHARED);
+const uint rank = threadgroup_position_in_grid.x % (experts + HAS_SHARED);
+const bool is_shared = HAS_SHARED && rank == experts;
+const uint pair = token * experts + rank;
 const uint row_set = (threadgroup_position_in_grid.y * SIMD_GROUPS + simd_group) * (32 / LANES) + lane / LANES;
 const uint first_row = row_set * ROWS;
-const device X* row_of_x = x + size_t(pair / uint(slots_shape[1])) * H;
-const device uint32_t* record = bank + size_t(slots[pair]) * RECORD;
-const device uint32_t* gate_words = record + GATE_WEIGHT;
-const device GATE_S* gate_scales = (const device GATE_S*)(record + GATE_SCALES);
-const device GATE_S* gate_biases = (const device GATE_S*)(record + GATE_BIASES);
-const device uint32_t* up_words = record + UP_WEIGHT;
-const device UP_S* up_scales = (const device UP_S*)(record + UP_SCALES);
-const device UP_S* up_biases = (const device UP_S*)(record + UP_BIASES);
+const device X* row_of_x = x + size_t(token) * H;
 float gate[ROWS];
 float up[ROWS];
+if (is_shared && !SAME_PARTS) {
+  fm_gate_up<SharedGatePart, SharedUpPart, ROWS, LANES, H, TILE, SIMD_GROUPS, SHARED_SCALED_BITS, HAS_NORM>(
+      staged, squares, row_of_x, norm, shared, first_row, SHARED_I - 1, simd_group, lane, gate, up);
+} else {
+  const device uint32_t* record = shared;
+  if (!is_shared) {
+    record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
+  }
+  fm_gate_up<GatePart, UpPart, ROWS, LANES, H, TILE, SIMD_GROUPS, SCALED_BITS, HAS_NORM>(
+      staged, squares, row_of_x, norm, record, first_row, I - 1, simd_group, lane, gate, up);
+}
+const float scale = HAS_NORM ? fm_rms_scale<SIMD_GROUPS, H>(squares, EPS) : 1.0f;
+const uint width = is_shared ? SHARED_I : I;
+const size_t start = is_shared ? size_t(uint(slots_shape[0])) * experts * I + token * SHARED_I : size_t(pair) * I;
 #pragma unroll
 for (int r = 0; r < ROWS; r++) {
-  gate[r] = 0.0f;
-  up[r] = 0.0f;
-}
-FmRows<GATE_BITS, GATE_GROUP, ROWS, GATE_S> gate_next;
-FmRows<UP_BITS, UP_GROUP, ROWS, UP_S> up_next;
-uint chunk = lane % LANES;
-if (chunk < H / FM_CHUNK) {
-  fm_load_rows<GATE_BITS, GATE_GROUP, ROWS, GATE_S, H, GATE_WIDTH>(
-      gate_next, gate_words, gate_scales, gate_biases, first_row, I - 1, chunk);
-  fm_load_rows<UP_BITS, UP_GROUP, ROWS, UP_S, H, UP_WIDTH>(
-      up_next, up_words, up_scales, up_biases, first_row, I - 1, chunk);
-}
-for (uint tile = 0; tile < H; tile += TILE) {
-  const uint width = metal::min(uint(TILE), H - tile);
-  if (tile > 0) {
-    threadgroup_barrier(mem_flags::mem_threadgroup);
-  }
-  fm_stage_tile<SCALED_BITS, TILE, SIMD_GROUPS>(staged, row_of_x + tile, width, simd_group, lane);
-  threadgroup_barrier(mem_flags::mem_threadgroup);
-#pragma unroll 1
-  for (; chunk < (tile + width) / FM_CHUNK; chunk += LANES) {
-    const FmRows<GATE_BITS, GATE_GROUP, ROWS, GATE_S> gate_rows = gate_next;
-    const FmRows<UP_BITS, UP_GROUP, ROWS, UP_S> up_rows = up_next;
-    if (chunk + LANES < H / FM_CHUNK) {
-      fm_load_rows<GATE_BITS, GATE_GROUP, ROWS, GATE_S, H, GATE_WIDTH>(
-          gate_next, gate_words, gate_scales, gate_biases, first_row, I - 1, chunk + LANES);
-      fm_load_rows<UP_BITS, UP_GROUP, ROWS, UP_S, H, UP_WIDTH>(
-          up_next, up_words, up_scales, up_biases, first_row, I - 1, chunk + LANES);
-    }
-    const threadgroup float* chunk_of_x = staged + (chunk - tile / FM_CHUNK) * FM_STRIDE;
-    const threadgroup float4* fours_of_x = (const threadgroup float4*)chunk_of_x;
-    float gate_dot[ROWS];
-    float up_dot[ROWS];
-#pragma unroll
-    for (int r = 0; r < ROWS; r++) {
-      gate_dot[r] = 0.0f;
-      up_dot[r] = 0.0f;
-    }
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-      const float4 low = fours_of_x[2 * i];
-      const float4 high = fours_of_x[2 * i + 1];
-      fm_multiply<GATE_BITS, GATE_GROUP, ROWS, GATE_S, (SCALED_BITS > 0)>(
-          gate_rows, i * 8, low, high, gate_dot);
-      fm_multiply<UP_BITS, UP_GROUP, ROWS, UP_S, (SCALED_BITS > 0)>(
-          up_rows, i * 8, low, high, up_dot);
-    }
-    const float sum = chunk_of_x[FM_CHUNK];
-    fm_fold<GATE_BITS, GATE_GROUP, ROWS, GATE_S>(gate_rows, gate_dot, sum, gate);
-    fm_fold<UP_BITS, UP_GROUP, ROWS, UP_S>(up_rows, up_dot, sum, up);
-  }
-}
-#pragma unroll
-for (int r = 0; r < ROWS; r++) {
-  float gate_sum = fm_lane_sum<LANES>(gate[r]);
-  float up_sum = fm_lane_sum<LANES>(up[r]);
+  float gate_sum = fm_lane_sum<LANES>(gate[r]) * scale;
+  float up_sum = fm_lane_sum<LANES>(up[r]) * scale;
   const uint row = first_row + r;
-  if (lane % LANES == 0 && row < I) {
-    if (GATE_HAS_BIAS) {
+  if (lane % LANES == 0 && row < width) {
+    if (GATE_HAS_BIAS && !is_shared) {
+      const device uint32_t* record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
       gate_sum += float(((const device GATE_B*)(record + GATE_BIAS))[row]);
     }
-    if (UP_HAS_BIAS) {
+    if (UP_HAS_BIAS && !is_shared) {
+      const device uint32_t* record = bank + size_t(metal::min(uint(slots[pair]), uint(bank_shape[0] - 1))) * RECORD;
       up_sum += float(((const device UP_B*)(record + UP_BIAS))[row]);
     }
-    h[size_t(pair) * I + row] = gate_sum / (1.0f + metal::exp(-gate_sum)) * up_sum;
+    h[start + row] = gate_sum / (1.0f + metal::exp(-gate_sum)) * up_sum;
   }
 }
 

@@ -153,66 +153,77 @@ FM_FN void fm_prepare_tokens(
     }
   }
 }
-[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step_791a936799b5_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_float(
-  const device bfloat16_t* qkv [[buffer(0)]],
+[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step_55faf24396f3_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_bfloat16_t_float(
+  const device bfloat16_t* projected [[buffer(0)]],
   const device bfloat16_t* conv_in [[buffer(1)]],
   const device bfloat16_t* conv_weight [[buffer(2)]],
-  const device bfloat16_t* decay_in [[buffer(3)]],
-  const device bfloat16_t* beta_in [[buffer(4)]],
-  const constant float* A_log [[buffer(5)]],
-  const constant float* dt_bias [[buffer(6)]],
-  const device float* state_in [[buffer(7)]],
-  device bfloat16_t* y [[buffer(8)]],
-  device bfloat16_t* conv_out [[buffer(9)]],
-  device float* state_out [[buffer(10)]],
+  const constant float* A_log [[buffer(3)]],
+  const constant float* dt_bias [[buffer(4)]],
+  const device float* state_in [[buffer(5)]],
+  const device bfloat16_t* norm [[buffer(6)]],
+  device bfloat16_t* y [[buffer(7)]],
+  device bfloat16_t* conv_out [[buffer(8)]],
+  device float* state_out [[buffer(9)]],
   uint simdgroup_index_in_threadgroup [[simdgroup_index_in_threadgroup]],
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
 typedef bfloat16_t X;
+constexpr int PITCH = 456;
 constexpr int TAPS = 4;
 constexpr int HK = 2;
 constexpr int HV = 4;
 constexpr int DK = 32;
 constexpr int DV = 40;
+constexpr int Q_AT = 0;
+constexpr int K_AT = 64;
+constexpr int QK_STEP = 32;
+constexpr int V_AT = 128;
+constexpr int Z_AT = 288;
+constexpr int V_STEP = 80;
+constexpr int B_AT = 448;
+constexpr int A_AT = 452;
+constexpr int B_STEP = 2;
+constexpr float EPS = 1e-06f;
 constexpr int LANES = 8;
-constexpr int ROWS = 2;
-constexpr int SIMD_GROUPS = 4;
-constexpr int TILE_ROWS = SIMD_GROUPS * (32 / LANES) * ROWS;
+constexpr int ROWS = 1;
+constexpr int SIMD_GROUPS = 16;
+constexpr int HEAD_ROWS = SIMD_GROUPS * (32 / LANES) * ROWS;
 constexpr int CHANNELS = 2 * HK * DK + HV * DV;
+constexpr int SHARE = HV / HK;
 FM_THREADGROUP_ARRAY(float4, query_memory, DK / 4);
 FM_THREADGROUP_ARRAY(float4, key_memory, DK / 4);
-FM_THREADGROUP_ARRAY(float, value_memory, TILE_ROWS);
+FM_THREADGROUP_ARRAY(float, value_memory, HEAD_ROWS);
+FM_THREADGROUP_ARRAY(float, squares, SIMD_GROUPS);
 threadgroup float* query = (threadgroup float*)query_memory;
 threadgroup float* key = (threadgroup float*)key_memory;
 const uint lane = thread_index_in_simdgroup;
 const uint simd_group = simdgroup_index_in_threadgroup;
 const uint batch = threadgroup_position_in_grid.x / HV;
 const uint head = threadgroup_position_in_grid.x % HV;
-const uint key_head = head / (HV / HK);
-const uint tile_row = threadgroup_position_in_grid.y * TILE_ROWS;
+const uint key_head = head / SHARE;
 const uint own_row = (simd_group * (32 / LANES) + lane / LANES) * ROWS;
 const uint lane_in_row = lane % LANES;
+const device X* row = projected + size_t(batch) * PITCH;
 float4 state[ROWS][DK / LANES / 4];
 const size_t own_state = size_t(threadgroup_position_in_grid.x) * DV * (DK / 4);
 const device float4* state_source = (const device float4*)state_in + own_state;
 device float4* state_target = (device float4*)state_out + own_state;
 #pragma unroll
 for (int r = 0; r < ROWS; r++) {
-  const uint row = metal::min(tile_row + own_row + r, uint(DV - 1));
+  const uint safe_row = metal::min(own_row + r, uint(DV - 1));
 #pragma unroll
   for (int i = 0; i < DK / LANES / 4; i++) {
-    state[r][i] = state_source[row * (DK / 4) + i * LANES + lane_in_row];
+    state[r][i] = state_source[safe_row * (DK / 4) + i * LANES + lane_in_row];
   }
 }
-const bool owns_key = head % (HV / HK) == 0 && threadgroup_position_in_grid.y == 0;
-for (uint i = simd_group * 32 + lane; i < 2 * DK + TILE_ROWS; i += SIMD_GROUPS * 32) {
+for (uint i = simd_group * 32 + lane; i < 2 * DK + DV; i += SIMD_GROUPS * 32) {
   const bool is_value = i >= 2 * DK;
-  const uint value_row = tile_row + i - 2 * DK;
+  const bool owned = is_value || head % SHARE == 0;
   uint channel = (i / DK) * (HK * DK) + key_head * DK + i % DK;
-  bool owned = owns_key;
+  uint place = (i < DK ? Q_AT : K_AT) + key_head * QK_STEP + i % DK;
   if (is_value) {
-    channel = 2 * HK * DK + head * DV + metal::min(value_row, uint(DV - 1));
-    owned = value_row < DV;
+    channel = 2 * HK * DK + head * DV + i - 2 * DK;
+    place = V_AT + key_head * V_STEP + head % SHARE * DV + i - 2 * DK;
   }
   float sum = 0.0f;
 #pragma unroll
@@ -223,7 +234,7 @@ for (uint i = simd_group * 32 + lane; i < 2 * DK + TILE_ROWS; i += SIMD_GROUPS *
       conv_out[size_t(batch * (TAPS - 1) + tap - 1) * CHANNELS + channel] = old;
     }
   }
-  const X newest = qkv[size_t(batch) * CHANNELS + channel];
+  const X newest = row[place];
   sum = metal::fma(float(conv_weight[channel * TAPS + TAPS - 1]), float(newest), sum);
   if (owned) {
     conv_out[size_t(batch * (TAPS - 1) + TAPS - 2) * CHANNELS + channel] = newest;
@@ -252,29 +263,50 @@ for (int i = 0; i < DK / 32; i++) {
 const float q_scale = 1.0f / (metal::sqrt(simd_sum(q_squares) + 1e-6f) * metal::sqrt(float(DK)));
 const float k_scale = 1.0f / metal::sqrt(simd_sum(k_squares) + 1e-6f);
 product = simd_sum(product) * q_scale * k_scale;
-const uint token = batch * HV + head;
-const float time = fm_softplus(float(decay_in[token]) + float(dt_bias[head]));
+const uint gates = key_head * B_STEP + head % SHARE;
+const float time = fm_softplus(float(row[A_AT + gates]) + float(dt_bias[head]));
 const float decay = metal::exp(-metal::exp(float(A_log[head])) * time);
-const float beta = fm_sigmoid(float(beta_in[token]));
+const float beta = fm_sigmoid(float(row[B_AT + gates]));
 float value[ROWS];
 float out[ROWS];
 #pragma unroll
 for (int r = 0; r < ROWS; r++) {
-  value[r] = value_memory[own_row + r];
+  value[r] = value_memory[metal::min(own_row + r, uint(DV - 1))];
   out[r] = 0.0f;
 }
 fm_delta_step<DK, LANES, ROWS>(state, query, key, decay, beta, product, q_scale, k_scale, lane_in_row, value, out);
+float sum_of_squares = 0.0f;
 #pragma unroll
 for (int r = 0; r < ROWS; r++) {
-  const uint row = tile_row + own_row + r;
-  if (row < DV) {
+  const uint safe_row = own_row + r;
+  if (safe_row < DV) {
     if (lane_in_row == 0) {
-      y[size_t(token) * DV + row] = static_cast<X>(out[r]);
+      sum_of_squares = metal::fma(out[r], out[r], sum_of_squares);
     }
 #pragma unroll
     for (int i = 0; i < DK / LANES / 4; i++) {
-      state_target[row * (DK / 4) + i * LANES + lane_in_row] = state[r][i];
+      state_target[safe_row * (DK / 4) + i * LANES + lane_in_row] = state[r][i];
     }
+  }
+}
+sum_of_squares = simd_sum(sum_of_squares);
+if (lane == 0) {
+  squares[simd_group] = sum_of_squares;
+}
+threadgroup_barrier(mem_flags::mem_threadgroup);
+float total = 0.0f;
+#pragma unroll
+for (int i = 0; i < SIMD_GROUPS; i++) {
+  total += squares[i];
+}
+const float scale = 1.0f / metal::sqrt(total / float(DV) + EPS);
+#pragma unroll
+for (int r = 0; r < ROWS; r++) {
+  const uint own = own_row + r;
+  if (own < DV && lane_in_row == 0) {
+    const float gate = float(row[Z_AT + key_head * V_STEP + head % SHARE * DV + own]);
+    const float normed = out[r] * scale * float(norm[own]);
+    y[(size_t(batch) * HV + head) * DV + own] = static_cast<X>(normed * gate * fm_sigmoid(gate));
   }
 }
 

@@ -9,7 +9,7 @@ from ..oracle import assert_close, conv_oracle, gated_delta_oracle, wide
 pytest.importorskip("numba")
 
 from flash_moe_mlx.ops.cpu import delta
-from flash_moe_mlx.ops.gated_delta import conv1d_silu_reference, gated_delta_conv_step_reference
+from flash_moe_mlx.ops.gated_delta import conv1d_silu_reference
 
 
 def inputs(batch: int, steps: int, k_heads: int, v_heads: int, k_dim: int, v_dim: int) -> list[mx.array]:
@@ -94,16 +94,3 @@ def test_convolution_of_padded_rows_matches(lengths, masked):
     expected_y, expected_state = conv1d_silu_reference(x, state, weight, mask, lengths)
     assert_close("y", wide(expected_y), y)
     assert np.array_equal(np.array(new_state), np.array(expected_state))
-
-
-def test_the_step_is_convolution_then_rule():
-    batch, k_heads, v_heads, dim = 2, 2, 4, 32
-    channels = 2 * k_heads * dim + v_heads * dim
-    arrays = inputs(batch, 1, k_heads, v_heads, dim, dim)
-    qkv, conv = mx.random.normal((batch, 1, channels)), mx.random.normal((batch, 3, channels))
-    weight = mx.random.normal((channels, 4))
-    rest = (arrays[3], arrays[4], arrays[5], arrays[6], arrays[7])
-    results = delta.gated_delta_conv_step(qkv, conv, weight, *rest, k_heads)
-    expected = gated_delta_conv_step_reference(qkv, conv, weight, *rest, k_heads=k_heads)
-    for name, reference, own in zip(("y", "convolution's state", "state"), expected, results, strict=True):
-        assert_close(name, wide(reference), own, 1e-5)

@@ -211,23 +211,3 @@ def conv1d_silu(
         if mask is not None:
             new_state[n, old:][~kept[n, start:end]] = 0.0
     return y.result(x.dtype), mx.array(new_state).astype(conv_state.dtype)
-
-
-def gated_delta_conv_step(
-    qkv: mx.array,
-    conv_state: mx.array,
-    conv_weight: mx.array,
-    a: mx.array,
-    b: mx.array,
-    A_log: mx.array,
-    dt_bias: mx.array,
-    state: mx.array,
-    k_heads: int,
-) -> tuple[mx.array, mx.array, mx.array]:
-    """As ``ops.gated_delta_conv_step``."""
-    batch, v_heads, v_dim, k_dim = state.shape
-    mixed, new_conv_state = conv1d_silu(qkv, conv_state, conv_weight)
-    q, k, v = mx.split(mixed, [k_heads * k_dim, 2 * k_heads * k_dim], axis=-1)
-    q, k = q.reshape(batch, 1, k_heads, k_dim), k.reshape(batch, 1, k_heads, k_dim)
-    y, new_state = gated_delta(q, k, v.reshape(batch, 1, v_heads, v_dim), a, b, A_log, dt_bias, state)
-    return y, new_conv_state, new_state

@@ -69,6 +69,7 @@ def choose_geometry(
     simd_groups: int,
     x_rows: int = 1,
     staged_values: int = STAGED_VALUES,
+    lanes: int | None = None,
 ) -> Geometry:
     """Spread of the matvecs of one kernel, which share x.
 
@@ -80,6 +81,7 @@ def choose_geometry(
         simd_groups: SIMD groups a threadgroup.
         x_rows: Rows of x that a threadgroup stages.
         staged_values: Values of x that fit into threadgroup memory.
+        lanes: Lanes that share a row; chosen from the columns where it is None.
 
     Raises:
         ShapeError: If bits or group size are not supported, or columns are not whole groups.
@@ -93,7 +95,7 @@ def choose_geometry(
             )
     bits = quantizations[0][0]
     same = all(other == bits for other, _ in quantizations)
-    lanes = choose_lanes(columns // CHUNK)
+    lanes = lanes or choose_lanes(columns // CHUNK)
     step = CHUNK * lanes
     tile = min(columns, max(step, staged_values // x_rows // step * step))
     return Geometry(

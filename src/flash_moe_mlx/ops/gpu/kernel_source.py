@@ -28,7 +28,7 @@ DIALECTS = {"metal": "dialect_metal.h", "cuda": "dialect_cuda.h"}
 TYPE_NAMES = {mx.float32: "float", mx.bfloat16: "bfloat16_t", mx.float16: "float16_t", mx.uint32: "uint32_t"}
 """What the dialects call MLX's dtypes."""
 
-Constants = tuple[tuple[str, int | bool | mx.Dtype], ...]
+Constants = tuple[tuple[str, int | bool | float | mx.Dtype], ...]
 
 _COMMENT = re.compile(r"//[^\n]*")
 _INCLUDE = re.compile(r'^#include "([^"]+)"$', re.MULTILINE)
@@ -146,6 +146,8 @@ def declare(constants: Constants) -> str:
     for name, value in constants:
         if isinstance(value, mx.Dtype):
             lines.append(f"typedef {TYPE_NAMES[value]} {name};")
+        elif isinstance(value, float):
+            lines.append(f"constexpr float {name} = {value!r}f;")
         else:
             kind = "bool" if isinstance(value, bool) else "int"
             lines.append(f"constexpr {kind} {name} = {str(value).lower()};")
