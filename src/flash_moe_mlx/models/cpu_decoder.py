@@ -29,7 +29,8 @@ from .cpu_layers import (
     shared_expert,
     together,
 )
-from .mixers import GatedAttention, GatedDeltaNet
+from .mixers.attention import GatedAttention
+from .mixers.gated_delta import GatedDeltaNet
 from .moe_block import StreamingMoE
 
 

@@ -16,7 +16,7 @@ from ..ops.cpu.arrays import KINDS, RECORD_KINDS, address, empty, view
 from ..ops.cpu.kernels import Format, affine, dense, order
 from ..ops.cpu.tape import Operation, Tape
 from .layers import Linear, SwiGLU
-from .mixers import GatedDeltaNet
+from .mixers.gated_delta import GatedDeltaNet
 
 
 class UnsupportedLayerError(Exception):

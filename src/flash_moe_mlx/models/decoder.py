@@ -20,7 +20,9 @@ from ..ops.dequant_matvec import MAX_ROWS
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .memory import HybridCosts
-from .mixers import GatedAttention, GatedDeltaNet, mix
+from .mixers.attention import GatedAttention
+from .mixers.blocks import mix
+from .mixers.gated_delta import GatedDeltaNet
 from .moe_block import RoutedExperts, StreamingMoE
 from .spec import Family, convert, dense_bytes, load_bytes
 
@@ -72,9 +74,14 @@ class DecoderLayer(nn.Module):
                 norm_topk_prob=config.norm_topk_prob,
             )
 
+    @property
+    def mixer(self) -> GatedAttention | GatedDeltaNet:
+        """The layer's token mixer, under whichever name the checkpoint has for it."""
+        return self.linear_attn if self.is_linear else self.self_attn
+
     def mix(self, x: mx.array, cache: Any) -> mx.array:
         """``h``; the cache is advanced."""
-        return mix(self.linear_attn if self.is_linear else self.self_attn, self.input_layernorm, x, cache)
+        return mix(self.mixer, self.input_layernorm, x, cache)
 
     def __call__(self, x: mx.array, cache: Any, rows: mx.array | None = None) -> mx.array:
         h = self.mix(x, cache)
@@ -168,7 +175,7 @@ class HybridModel(nn.Module):
 
     def make_cache(self) -> list[Any]:
         """Empty caches of one sequence, one a layer: mlx_lm's ArraysCache or KVCache."""
-        return [ArraysCache(size=2) if layer.is_linear else KVCache() for layer in self.layers]
+        return [layer.mixer.make_cache() for layer in self.layers]
 
     def __call__(
         self,

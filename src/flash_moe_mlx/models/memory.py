@@ -1,18 +1,16 @@
 """Bytes that a hybrid model (GatedDeltaNet and attention) needs beside its expert slots, from its dimensions.
 
 Scratch is an upper bound on MLX's activations in one forward pass, checked against measured peaks by
-tests/test_memory.py: each term names the arrays that are alive together.
+tests/runtime/test_memory.py: each term names the arrays that are alive together.
 """
 
 from dataclasses import dataclass
 
 from ..config import ModelConfig
-from ..ops.attention import MAX_SCORE_BYTES, MIN_QUERY_BLOCK
 from ..ops.expert_batch import GROUPED_ROWS
-from .mixers import MIXER_BLOCK
+from .mixers import MIXERS
+from .mixers.blocks import FLOAT32_BYTES
 
-_FLOAT32 = 4
-_KV_STEP = 256  # mlx_lm's KVCache grows by this many tokens
 _MARGIN = 4 << 20  # small arrays, graph nodes, allocator rounding
 
 
@@ -41,48 +39,23 @@ class HybridCosts:
 
     def state_bytes(self, batch: int, length: int) -> int:
         c = self.config
-        steps = -(-length // _KV_STEP) * _KV_STEP
-        attention = c.layer_types.count("full_attention")
-        kv = attention * 2 * steps * c.num_key_value_heads * c.head_dim * self.activation_bytes
-        window = (c.linear_conv_kernel_dim - 1) * c.linear_conv_dim * self.activation_bytes
-        recurrent = c.linear_num_value_heads * c.linear_value_head_dim * c.linear_key_head_dim * _FLOAT32
-        return batch * (kv + (c.num_hidden_layers - attention) * (window + recurrent))
+        return batch * sum(MIXERS[kind].state_bytes(c, length, self.activation_bytes) for kind in c.layer_types)
 
     def scratch_bytes(self, batch: int, tokens: int, length: int) -> int:
         moe = self._moe_bytes(batch * tokens)
-        mixer = max(self._attention_bytes(batch, tokens, length), self._delta_bytes(batch, tokens))
-        hidden = 4 * batch * tokens * self.config.hidden_size * self.activation_bytes
-        logits = 4 * batch * self.config.vocab_size * _FLOAT32
+        c, sizes = self.config, (batch, tokens, length, self.activation_bytes)
+        mixers = (MIXERS[kind] for kind in set(c.layer_types))
+        mixer = max(mixer.scratch_bytes(c, *sizes, holds_scores=self.holds_scores) for mixer in mixers)
+        hidden = 4 * batch * tokens * c.hidden_size * self.activation_bytes
+        logits = 4 * batch * c.vocab_size * FLOAT32_BYTES
         return hidden + max(moe, mixer, logits) + self.matvec_bytes + _MARGIN
 
     def _moe_bytes(self, rows: int) -> int:
         c = self.config
-        routed = rows * c.num_experts_per_tok * c.hidden_size * _FLOAT32
-        routing = 8 * rows * c.num_experts * _FLOAT32
+        routed = rows * c.num_experts_per_tok * c.hidden_size * FLOAT32_BYTES
+        routing = 8 * rows * c.num_experts * FLOAT32_BYTES
         shared = rows * (3 * c.shared_expert_intermediate_size + c.hidden_size) * self.activation_bytes
-        combine = 4 * rows * c.hidden_size * _FLOAT32
+        combine = 4 * rows * c.hidden_size * FLOAT32_BYTES
         pairs = min(rows * c.num_experts_per_tok, GROUPED_ROWS + rows)
         lazy = pairs * (3 * c.moe_intermediate_size + 3 * c.hidden_size)
-        return routed + max(routing, combine + shared) + lazy * _FLOAT32 + self.expert_bytes
-
-    def _attention_bytes(self, batch: int, tokens: int, length: int) -> int:
-        c = self.config
-        if "full_attention" not in c.layer_types:
-            return 0
-        block = min(tokens, MIXER_BLOCK)
-        width = c.num_attention_heads * c.head_dim
-        projections = batch * block * (8 * width + 4 * c.hidden_size) * self.activation_bytes
-        row = batch * c.num_attention_heads * length * _FLOAT32
-        scores = 3 * row * min(max(MAX_SCORE_BYTES // row, MIN_QUERY_BLOCK), block) if self.holds_scores else 0
-        # A growing cache is copied, and the product over grouped heads repeats keys or values.
-        keys = 2 * batch * length * c.num_key_value_heads * c.head_dim * self.activation_bytes
-        return projections + scores + 3 * keys
-
-    def _delta_bytes(self, batch: int, tokens: int) -> int:
-        c = self.config
-        if "linear_attention" not in c.layer_types:
-            return 0
-        block = min(tokens, MIXER_BLOCK)
-        channels = 8 * c.linear_conv_dim + 8 * c.linear_value_dim + 4 * c.hidden_size
-        state = c.linear_num_value_heads * c.linear_value_head_dim * c.linear_key_head_dim
-        return batch * (block * channels * _FLOAT32 + 6 * state * _FLOAT32)
+        return routed + max(routing, combine + shared) + lazy * FLOAT32_BYTES + self.expert_bytes

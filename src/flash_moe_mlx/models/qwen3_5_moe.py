@@ -14,7 +14,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.quantization import mlx_name
 from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
-from .mixers import GatedDeltaNet
+from .mixers.gated_delta import GatedDeltaNet
 from .spec import Family
 
 

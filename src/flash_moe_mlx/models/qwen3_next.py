@@ -12,7 +12,7 @@ from ..config import ModelConfig, StreamingConfig
 from ..formats.checkpoint import Checkpoint
 from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
-from .mixers import GatedDeltaNet
+from .mixers.gated_delta import GatedDeltaNet
 from .spec import Family
 
 

@@ -1,0 +1,96 @@
+"""Gated full attention: a KV cache, grouped heads, an output gated by a second half of q_proj."""
+
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx_lm.models.base import create_attention_mask
+from mlx_lm.models.rope_utils import initialize_rope
+
+from ...config import ModelConfig
+from ...ops.attention import MAX_SCORE_BYTES, MIN_QUERY_BLOCK, attention
+from ..caches import KVCache
+from ..layers import Linear, QuantizationOf
+from .blocks import FLOAT32_BYTES, KV_STEP, MIXER_BLOCK
+
+
+class GatedAttention(nn.Module):
+    """Full attention whose output is gated by ``sigmoid`` of a second half of q_proj.
+
+    Queries and keys are RMS-normalised per head; rotary embedding covers part of each head.
+    """
+
+    weight_name = "self_attn"
+
+    def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf):
+        super().__init__()
+        self.num_heads = config.num_attention_heads
+        self.num_kv_heads = config.num_key_value_heads
+        self.scale = config.head_dim**-0.5
+        width, kv_width = config.head_dim * self.num_heads, config.head_dim * self.num_kv_heads
+        for name, inputs, outputs in (
+            ("q_proj", config.hidden_size, 2 * width),
+            ("k_proj", config.hidden_size, kv_width),
+            ("v_proj", config.hidden_size, kv_width),
+            ("o_proj", width, config.hidden_size),
+        ):
+            quantization = quantization_of(f"{path}.{name}")
+            setattr(self, name, Linear(inputs, outputs, quantization, bias=config.attention_bias))
+        self.q_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
+        rope = dict(config.rope_parameters)
+        self.rotary_dim = int(config.head_dim * rope.get("partial_rotary_factor", 0.25))
+        self.rope = initialize_rope(
+            self.rotary_dim,
+            base=float(rope.get("rope_theta", 10_000.0)),
+            traditional=False,
+            scaling_config=rope or None,
+            max_position_embeddings=config.max_position_embeddings,
+        )
+
+    def __call__(self, x: mx.array, cache: Any) -> mx.array:
+        """Shapes (B, L, H) in and out; the cache is advanced by L."""
+        batch, length, _ = x.shape
+        mask = create_attention_mask(x, cache)
+        queries, gate = mx.split(self.q_proj(x).reshape(batch, length, self.num_heads, -1), 2, axis=-1)
+        keys = self.k_norm(self.k_proj(x).reshape(batch, length, self.num_kv_heads, -1)).transpose(0, 2, 1, 3)
+        values = self.v_proj(x).reshape(batch, length, self.num_kv_heads, -1).transpose(0, 2, 1, 3)
+        queries = self.rope(self.q_norm(queries).transpose(0, 2, 1, 3), offset=cache.offset)
+        keys, values = cache.update_and_fetch(self.rope(keys, offset=cache.offset), values)
+        y = attention(queries, keys, values, scale=self.scale, mask=mask, cache=cache)
+        y = y.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        return self.o_proj(y * mx.sigmoid(gate.reshape(batch, length, -1)))
+
+    @staticmethod
+    def make_cache() -> KVCache:
+        """Return an empty cache of one sequence."""
+        return KVCache()
+
+    @staticmethod
+    def state_bytes(config: ModelConfig, length: int, activation_bytes: int) -> int:
+        """Return the bytes of one layer's keys and values for one sequence of ``length`` tokens."""
+        steps = -(-length // KV_STEP) * KV_STEP
+        return 2 * steps * config.num_key_value_heads * config.head_dim * activation_bytes
+
+    @staticmethod
+    def scratch_bytes(
+        config: ModelConfig, batch: int, tokens: int, length: int, activation_bytes: int, *, holds_scores: bool
+    ) -> int:
+        """Return an upper bound on the activations of one block.
+
+        Args:
+            config: Dimensions.
+            batch: Sequences.
+            tokens: New tokens per sequence.
+            length: Tokens of context at the end.
+            activation_bytes: Bytes of one activation value.
+            holds_scores: Whether attention writes scores to memory.
+        """
+        block = min(tokens, MIXER_BLOCK)
+        width = config.num_attention_heads * config.head_dim
+        projections = batch * block * (8 * width + 4 * config.hidden_size) * activation_bytes
+        row = batch * config.num_attention_heads * length * FLOAT32_BYTES
+        scores = 3 * row * min(max(MAX_SCORE_BYTES // row, MIN_QUERY_BLOCK), block) if holds_scores else 0
+        # A growing cache is copied, and the product over grouped heads repeats keys or values.
+        keys = 2 * batch * length * config.num_key_value_heads * config.head_dim * activation_bytes
+        return projections + scores + 3 * keys
