@@ -33,6 +33,9 @@ def test_default_limit_is_a_share_of_the_smallest(monkeypatch) -> None:
     monkeypatch.setattr(machine, "cgroup_limit_bytes", lambda: None)
     free = machine.default_memory_limit_bytes()
     assert free < 0.7 * 64 * 10**9
-    assert machine.default_memory_limit_bytes(48 * 10**9) < 0.7 * 48 * 10**9 < free
+    assert machine.default_memory_limit_bytes(48 * 10**9) == 0.9 * 48 * 10**9 - machine.PROCESS_OVERHEAD_BYTES < free
+    assert "90% of the 48.00 GB that Metal" in machine.explain_default_memory_limit(48 * 10**9)
+    assert machine.default_memory_limit_bytes(60 * 10**9) == free
+    assert "70% of 64.00 GB" in machine.explain_default_memory_limit(60 * 10**9)
     monkeypatch.setattr(machine, "cgroup_limit_bytes", lambda: 10 * 10**9)
     assert machine.default_memory_limit_bytes(48 * 10**9) < 0.7 * 10 * 10**9

@@ -13,6 +13,8 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from . import system
+
 if TYPE_CHECKING:
     from .chat.conversation import Conversation
     from .chat.prompt import chat_prompt
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
+system.lift_command_buffer_size()  # before MLX's first use
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # messages are the application's to show
 
 __all__ = [

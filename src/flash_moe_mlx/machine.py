@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from .stats import format_bytes
 from .system import installed_memory_bytes
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
@@ -11,6 +12,9 @@ PROCESS_OVERHEAD_BYTES = 600_000_000
 
 SAFE_SHARE = 0.7
 """Of the memory that may be used; the rest is for the page cache and for other programs."""
+
+WORKING_SET_SHARE = 0.9
+"""Of Metal's recommended working set, which has the system's share taken off already."""
 
 
 def physical_memory_bytes() -> int:
@@ -59,8 +63,26 @@ def default_memory_limit_bytes(recommended_working_set_bytes: int | None = None)
     Args:
         recommended_working_set_bytes: Metal's figure for this GPU, where there is one.
     """
-    usable = min(size for size in (usable_memory_bytes(), recommended_working_set_bytes) if size is not None)
-    return max(int(usable * SAFE_SHARE) - PROCESS_OVERHEAD_BYTES, 1)
+    safe, _ = _safe_share(recommended_working_set_bytes)
+    return max(safe - PROCESS_OVERHEAD_BYTES, 1)
+
+
+def explain_default_memory_limit(recommended_working_set_bytes: int | None = None) -> str:
+    """Say in words where `default_memory_limit_bytes` comes from."""
+    _, reason = _safe_share(recommended_working_set_bytes)
+    return f"{reason}, less {format_bytes(PROCESS_OVERHEAD_BYTES)} for the interpreter and its libraries"
+
+
+def _safe_share(working_set: int | None) -> tuple[int, str]:
+    usable = usable_memory_bytes()
+    safe, reason = int(usable * SAFE_SHARE), f"{SAFE_SHARE:.0%} of {format_bytes(usable)} of memory"
+    if working_set and int(working_set * WORKING_SET_SHARE) < safe:
+        safe = int(working_set * WORKING_SET_SHARE)
+        reason = (
+            f"{WORKING_SET_SHARE:.0%} of the {format_bytes(working_set)} that Metal recommends "
+            "(raised by: sudo sysctl iogpu.wired_limit_mb=N)"
+        )
+    return safe, reason
 
 
 def available_cores() -> int:

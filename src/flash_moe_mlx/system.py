@@ -21,6 +21,9 @@ BLOCK_BYTES = 4096
 OPEN_FILES = 4096
 """Descriptors that a process may need: a large checkpoint has some hundred shards, and each is open twice."""
 
+MAX_MB_PER_BUFFER = "1000"
+"""What MLX_MAX_MB_PER_BUFFER is set to: a decoded layer of a 397B model has some 300 Mi elements of inputs."""
+
 _MS_INVALIDATE = 2  # both systems' value
 _QOS_USER_INITIATED = 0x19  # sys/qos.h: work that somebody waits for
 
@@ -63,6 +66,17 @@ def installed_memory_bytes() -> int:
         import mlx.core as mx
 
         return int(mx.device_info()["memory_size"])
+
+
+def lift_command_buffer_size() -> None:
+    """Have MLX end Metal's command buffers by their number of operations, and not at each bank of expert slots.
+
+    MLX ends one once its inputs exceed 40 to 50 Mi elements, and counts a bank whole although a kernel reads K records
+    of it: four to five command buffers per layer. A prompt's large intermediate arrays still end theirs. MLX reads the
+    variable once, when it first uses the GPU; one that the user has set stays.
+    """
+    if is_macos():
+        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", MAX_MB_PER_BUFFER)
 
 
 # --- files ---

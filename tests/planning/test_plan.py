@@ -52,6 +52,12 @@ def test_a_limit_that_does_not_hold_is_said(demo: Plan):
     assert plan(DEMO, memory_limit=demo.smallest_limit_bytes, max_context=128, speed=SPEED).fits
 
 
+def test_the_default_limit_is_explained(demo: Plan):
+    default = plan(DEMO, max_context=128, speed=SPEED)
+    assert "The memory limit is 70% of" in default.assumptions[0]
+    assert not any("The memory limit is" in line for line in demo.assumptions)
+
+
 def test_more_memory_is_never_slower(demo: Plan):
     limits = [point.limit_bytes for point in demo.sweep]
     assert limits == sorted(limits) and limits[0] == demo.smallest_limit_bytes

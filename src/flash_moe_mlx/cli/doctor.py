@@ -57,6 +57,7 @@ def doctor(
         "versions": {"flash_moe_mlx": __version__, **{name: _version(name) for name in PACKAGES}},
         **_backend(),
         "memory": _memory(),
+        "default_memory_limit_reason": _limit_reason(),
     }
     probe = (_probe_model(model) if model is not None else _probe_directory(directory)) if disk else None
     found["disk"] = None
@@ -104,6 +105,12 @@ def _memory() -> dict[str, int | None]:
     }
 
 
+def _limit_reason() -> str:
+    from ..runtime.loading import limit_reason
+
+    return limit_reason()
+
+
 def _probe_model(model: str) -> "DiskProbe":
     from ..formats.checkpoint import Checkpoint
     from ..storage.disk_probe import probe_disk
@@ -141,6 +148,7 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     ]
     sizes = ((name.removesuffix("_bytes").replace("_", " "), size) for name, size in memory.items())
     rows += [(name, format_bytes(size)) for name, size in sizes if size is not None]
+    rows += [("", found["default_memory_limit_reason"])]
     if disk is not None:
         how = "past the page cache" if disk["direct"] else "through the page cache, which can't be bypassed here"
         rows.append(

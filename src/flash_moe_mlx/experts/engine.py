@@ -25,6 +25,7 @@ from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache, Fetch
 from .slots import PlannedWave, waves
 from .trace import DECODE, PREFILL, TraceRecorder
+from .wired_memory import WiredShare
 
 logger = logging.getLogger(__name__)
 
@@ -124,6 +125,7 @@ class StreamingEngine:
         self._local = threading.local()
         self._closed = False
         self.lock = threading.RLock()
+        self._wired = WiredShare(limit_bytes, self._budget.dense_bytes)  # before slots, which are wired as they come
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
         self._applied = self._budget
         self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes))
@@ -446,6 +448,7 @@ class StreamingEngine:
             budget = self._divide(limit_bytes, *self._reserved)
             self._apply(budget)
             self._limit_bytes = limit_bytes
+            self._wired.resize(limit_bytes)
 
     def clear(self) -> None:
         """Forget every expert in memory, so that the next ones are read again."""
@@ -464,6 +467,7 @@ class StreamingEngine:
             self._cache = ExpertCache(self._store, {}, {})
             mx.clear_cache()
             self._buffer_cache.close()
+            self._wired.close()
             for snapshots in self._snapshots:
                 snapshots.clear()
 

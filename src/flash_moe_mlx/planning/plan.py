@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..experts.trace import RoutingTrace
+from ..runtime.loading import limit_reason
 from ..stats import format_bytes, table_html
 from .planner import Expectation, LimitPlan, Planner
 from .speed import Speed
@@ -208,13 +209,15 @@ def plan(
         max_context=max_context,
         speed=planner.speed,
         sweep=tuple(planner.at(limit) for limit in planner.limits(SWEEP_POINTS)),
-        assumptions=_assumptions(planner.speed),
+        assumptions=_assumptions(planner.speed, None if memory_limit is not None else limit_reason()),
     )
 
 
-def _assumptions(speed: Speed) -> tuple[str, ...]:
+def _assumptions(speed: Speed, limit_reason: str | None) -> tuple[str, ...]:
     disk = speed.disk_bytes_per_second
+    chosen = () if limit_reason is None else (f"The memory limit is {limit_reason}.",)
     return (
+        *chosen,
         "Decode of one sequence, slots filled; prompts not counted. Reads come from the disk, not the page cache.",
         f"Weights pass through at {format_bytes(speed.weight_bytes_per_second)}/s, a layer's calls take "
         f"{1000 * speed.layer_seconds:.2f} ms, "

@@ -32,7 +32,7 @@ from ..experts.engine import StreamingEngine
 from ..formats.checkpoint import Checkpoint
 from ..formats.hub_headers import HTTPError
 from ..formats.packed_format import EXPERTS_FOLDER
-from ..machine import default_memory_limit_bytes, usable_memory_bytes
+from ..machine import default_memory_limit_bytes, explain_default_memory_limit, usable_memory_bytes
 from ..models.registry import prepare_family
 from ..models.spec import Family
 from ..ops.backend import backend, use_cpu_kernels
@@ -246,6 +246,11 @@ def choose_limit(streaming: StreamingConfig) -> int:
     if streaming.memory_limit_bytes is not None:
         return streaming.memory_limit_bytes
     return default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
+
+
+def limit_reason() -> str:
+    """Say in words where the limit comes from that `choose_limit` takes without being told one."""
+    return explain_default_memory_limit(mx.device_info().get("max_recommended_working_set_size"))
 
 
 @dataclass(frozen=True)
