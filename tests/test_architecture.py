@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A wing (a folder, or a module of the package's root) imports only from those before it. docs/architecture.md says what
 # each holds. Inside a wing, and over all of them, no file may import in a circle.
 WINGS = [
-    "errors", "stats", "system", "machine", "config", "formats", "storage", "ops", "experts", "models", "packing",
+    "errors", "stats", "system", "machine", "formats", "config", "storage", "ops", "experts", "models", "packing",
     "runtime", "chat", "planning", "lab", "plot", "server", "cli",
 ]  # fmt: skip
 # Modules that must work without MLX: what reads headers, plans and simulates.

@@ -7,6 +7,8 @@ from types import MappingProxyType
 from typing import Any
 
 from .errors import CorruptError, RequestError, UnsupportedModelError
+from .formats.config_fields import HYBRID_FIELDS, MAX_DIMENSION, ROPE_FIELDS, read_fields
+from .formats.safetensors_header import brief, some
 
 IO_MODES = ("auto", "mmap", "pread", "direct")
 DEFAULT_PREFILL_STEP_SIZE = 2048
@@ -77,9 +79,11 @@ class ModelConfig:
             UnsupportedModelError: If the activation or a layer's type is unknown.
         """
         text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else config
-        layers = _positive(text, "num_hidden_layers")
-        interval = text.get("full_attention_interval", 4)
-        layer_types = text.get("layer_types") or [
+        values = read_fields(text, HYBRID_FIELDS)
+        layers, interval, step = (
+            values.pop(name) for name in ("num_hidden_layers", "full_attention_interval", "decoder_sparse_step")
+        )
+        layer_types = values.pop("layer_types") or [
             "full_attention" if (i + 1) % interval == 0 else "linear_attention" for i in range(layers)
         ]
         if len(layer_types) != layers:
@@ -88,41 +92,37 @@ class ModelConfig:
             )
         if unknown := sorted(set(layer_types) - {"full_attention", "linear_attention"}):
             raise UnsupportedModelError(
-                f"[config.json] layer_types must be linear_attention or full_attention, got {unknown}. "
+                f"[config.json] layer_types must be linear_attention or full_attention, got {some(unknown)}. "
                 "If the model fits in memory, mlx-lm may serve it."
             )
-        if text.get("hidden_act", "silu") != "silu":
+        if (activation := values.pop("hidden_act")) != "silu":
             raise UnsupportedModelError(
-                f"[config.json] hidden_act must be silu, got {text['hidden_act']!r}. "
+                f"[config.json] hidden_act must be silu, got {brief(activation)}. "
                 "If the model fits in memory, mlx-lm may serve it."
             )
-        names = (
-            "vocab_size", "hidden_size", "num_attention_heads", "num_key_value_heads", "num_experts",
-            "num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size",
-            "linear_num_key_heads", "linear_num_value_heads", "linear_key_head_dim", "linear_value_head_dim",
-        )  # fmt: skip
-        dimensions = {name: _positive(text, name) for name in names}
-        step, mlp_only = text.get("decoder_sparse_step", 1), text.get("mlp_only_layers") or ()
+        mlp_only = set(values.pop("mlp_only_layers"))
         dense_layers = tuple(i for i in range(layers) if i in mlp_only or (i + 1) % step)
-        rope = dict(text.get("rope_parameters") or text.get("rope_scaling") or {})
+        if dense_layers and values["intermediate_size"] is None:
+            raise CorruptError(
+                f"[config.json] intermediate_size must be there for the {len(dense_layers)} layers without experts, "
+                "got none. Restore the file."
+            )
+        scaling = values.pop("rope_scaling")
+        rope = dict(values.pop("rope_parameters") or scaling or {})
         for name in ("rope_theta", "partial_rotary_factor"):
             if name in text:
                 rope.setdefault(name, text[name])
+        read_fields(rope, ROPE_FIELDS, "config.json rope_parameters")
         result = cls(
-            model_type=str(text.get("model_type", config.get("model_type", ""))),
             num_hidden_layers=layers,
-            head_dim=_positive(text, "head_dim", dimensions["hidden_size"] // dimensions["num_attention_heads"]),
-            linear_conv_kernel_dim=_positive(text, "linear_conv_kernel_dim", 4),
             layer_types=tuple(layer_types),
-            rms_norm_eps=float(text.get("rms_norm_eps", 1e-6)),
-            tie_word_embeddings=bool(text.get("tie_word_embeddings", False)),
-            attention_bias=bool(text.get("attention_bias", False)),
-            max_position_embeddings=_positive(text, "max_position_embeddings", 32768),
-            norm_topk_prob=bool(text.get("norm_topk_prob", True)),
-            intermediate_size=_positive(text, "intermediate_size") if dense_layers else 0,
             dense_layers=dense_layers,
-            rope_parameters=MappingProxyType(rope),
-            **dimensions,
+            rope_parameters=MappingProxyType({name: value for name, value in rope.items() if value is not None}),
+            **{
+                **values,
+                "head_dim": values["head_dim"] or max(values["hidden_size"] // values["num_attention_heads"], 1),
+                "intermediate_size": values["intermediate_size"] if dense_layers else 0,
+            },
         )
         result._check()
         return result
@@ -142,6 +142,21 @@ class ModelConfig:
                     f"[config.json] {heads} must be a multiple of {groups}, got {getattr(self, heads)} and "
                     f"{getattr(self, groups)}. Restore the file."
                 )
+        rotary = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 0.25))
+        if rotary < 2 or rotary % 2:
+            raise CorruptError(
+                "[config.json] partial_rotary_factor must turn an even number of each head's values, got "
+                f"{rotary} of {self.head_dim}. Restore the file."
+            )
+        for words, width in (
+            ("num_attention_heads times head_dim", 2 * self.num_attention_heads * self.head_dim),
+            ("num_key_value_heads times head_dim", self.num_key_value_heads * self.head_dim),
+            ("the widths of all linear heads", self.linear_conv_dim + self.linear_value_dim),
+        ):
+            if width > MAX_DIMENSION:
+                raise CorruptError(
+                    f"[config.json] {words} must fit an array's dimension, got {width}. Restore the file."
+                )
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ModelConfig":
         return self  # nothing in it changes, and rope_parameters can't be copied
@@ -160,14 +175,6 @@ class ModelConfig:
     def linear_conv_dim(self) -> int:
         """Channels of the causal convolution: queries, keys and values."""
         return 2 * self.linear_key_dim + self.linear_value_dim
-
-
-def _positive(config: Mapping[str, Any], name: str, default: int | None = None) -> int:
-    value = config.get(name)
-    value = default if value is None else value
-    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise CorruptError(f"[config.json] {name} must be a positive integer, got {value!r}. Restore the file.")
-    return value
 
 
 @dataclass(frozen=True)

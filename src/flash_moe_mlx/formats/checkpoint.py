@@ -11,11 +11,13 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import CheckpointError, CorruptError, MissingTensorError, RequestError, UnsupportedModelError
+from .config_fields import GENERAL_FIELDS, read_field
+from .config_files import check_config, read_config
 from .expert_layout import Quantization, RecordLayout
 from .expert_tensors import Found, Part, Parts, layer_parts, parse_name, resolve
 from .packed_format import Manifest, PackedLayer, payload_bytes, read_layer, read_manifest
 from .quantization import QuantizationSettings, Stored, mlx_name
-from .safetensors_header import TensorInfo, brief, read_json, read_shards
+from .safetensors_header import TensorInfo, brief, read_shards
 
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_SIZES = (
@@ -23,6 +25,8 @@ _EXPERT_SIZES = (
     (("routed_expert_hidden_size", "moe_hidden_size", "hidden_size"), "down_proj"),
     (("moe_intermediate_size",), "gate_proj"),
 )
+_GENERAL = {field.name: field for field in GENERAL_FIELDS}
+_LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,6})\.")
 _AGAIN = "Download the checkpoint again."
 
 # Modules that read the hidden state, in every architecture served: their width settles bits and group size, of
@@ -94,7 +98,8 @@ class Checkpoint:
         self.manifest = manifest
         packed = {layer.tensor_name: layer for layer in manifest.layers.values()} if manifest else {}
         self.directory = directory
-        self.config = MappingProxyType(dict(config))
+        config = check_config(config)
+        self.config = MappingProxyType(config)
         self.tensors = MappingProxyType(dict(tensors))
         settings = QuantizationSettings(config)  # first: it names what another tool quantised
         experts: dict[int, dict[tuple[str, str], dict[int | None, TensorInfo]]] = {}
@@ -174,7 +179,7 @@ class Checkpoint:
                 f"[checkpoint] {directory} must be a checkpoint's directory, got {got}. Check the path."
             )
         manifest = read_manifest(directory)
-        config = read_json(directory / "config.json", "Check the path, or download the checkpoint again.")
+        config = read_config(directory)
         tensors = read_shards(directory)
         for layer in manifest.layers.values() if manifest else ():
             tensors[layer.tensor_name] = read_layer(directory, layer)
@@ -243,16 +248,31 @@ class Checkpoint:
         projection = "gate_proj" if key.projection == "gate_up_proj" else key.projection
         return self._layers[key.layer].layout.quantization(projection)
 
-    def setting(self, key: str) -> int | None:
-        """An integer of config.json, from its text_config or else its top level; None where it is absent.
+    def require_layers(self, key: str, count: int) -> None:
+        """Refuse a number of layers that tensors' names don't reach, before a model of that many is made.
+
+        Args:
+            key: config.json's name for it.
+            count: Its value.
 
         Raises:
-            CorruptError: If it is there and is not an integer.
+            MissingTensorError: If fewer layers are stored.
         """
-        value = self._raw(key)
-        if value is not None and type(value) is not int:
-            raise CorruptError(f"[config.json] {key} must be an integer, got {brief(value)}. {_AGAIN}")
-        return value
+        stored = max(max(map(layer_number, self.dense), default=-1), self.moe_layers[-1]) + 1
+        if count > stored:
+            raise MissingTensorError(
+                f"[{self.directory.name}] all {count} layers of config.json's {key} must have tensors, got {stored} "
+                f"layers. {_AGAIN}"
+            )
+
+    def setting(self, key: str) -> int | None:
+        """An integer of config.json, from its text_config or else its top level; None where it is absent or a list.
+
+        Args:
+            key: One of `GENERAL_FIELDS`.
+        """
+        value = read_field({key: self._raw(key)}, _GENERAL[key])
+        return value if isinstance(value, int) else None
 
     def _raw(self, key: str) -> Any:
         text = self.config.get("text_config")
@@ -329,7 +349,7 @@ class Checkpoint:
         for keys, projection in _EXPERT_SIZES:
             size = parts[projection, "weight"].shape[0]
             # Zero says that another key holds; a list, one a layer, is left to the model.
-            key = next((key for key in keys if not isinstance(self._raw(key), list) and self.setting(key)), None)
+            key = next((key for key in keys if self.setting(key)), None)
             if key is not None and self.setting(key) != size:
                 raise CorruptError(
                     f"[{where}] experts must have config.json's {key} {self.setting(key)}, got {size}. {_AGAIN}"
@@ -354,9 +374,8 @@ class Checkpoint:
 
     def _is_extra(self, name: str) -> bool:
         """Whether a tensor is of a multi-token-prediction layer, stored behind the model's own."""
-        match = re.search(r"(?:^|\.)layers\.([0-9]{1,6})\.", name)
         count = self.setting("num_hidden_layers")
-        return match is not None and count is not None and int(match.group(1)) >= count
+        return count is not None and layer_number(name) >= count
 
     def _num_experts(self) -> int | None:
         return next((n for n in map(self.setting, _NUM_EXPERTS_KEYS) if n is not None), None)
@@ -365,3 +384,9 @@ class Checkpoint:
 def _is_skipped(name: str) -> bool:
     """Vision and multi-token-prediction tensors, which text generation doesn't use."""
     return name.startswith(("vision_tower.", "model.visual.", "visual.", "mtp.")) or ".mtp." in name
+
+
+def layer_number(name: str) -> int:
+    """The layer that a tensor's name says; -1 where it says none."""
+    match = _LAYER.search(name)
+    return int(match.group(1)) if match else -1

@@ -119,14 +119,19 @@ def read_shards(directory: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def read_json(path: Path, advice: str) -> dict[str, Any]:
+def read_json(path: Path, advice: str, *, infinity: bool = False) -> dict[str, Any]:
     """Read a JSON object from a file. ``advice`` says what to do where it is absent or broken.
+
+    Args:
+        path: The file.
+        advice: Ends messages.
+        infinity: Whether infinite numbers are allowed, as Python writes them.
 
     Raises:
         CorruptError: If it is not a JSON object.
         CheckpointError: As `read_bytes`.
     """
-    value = load_json(read_bytes(path, advice), path.name, advice)
+    value = load_json(read_bytes(path, advice), path.name, advice, infinity=infinity)
     if not isinstance(value, dict):
         raise CorruptError(f"[{path.name}] must be a JSON object, got {brief(value)}. {advice}")
     return value
@@ -156,14 +161,26 @@ def read_bytes(path: Path, advice: str) -> bytes:
     return data
 
 
-def load_json(data: bytes, where: str, advice: str = _AGAIN) -> Any:
-    """Parse JSON that nobody vouches for: UTF-8, no duplicate key, no depth or number that breaks the parser.
+def load_json(data: bytes, where: str, advice: str = _AGAIN, *, unique: bool = True, infinity: bool = False) -> Any:
+    """Parse JSON that nobody vouches for: UTF-8, no NaN, no depth or number that breaks the parser.
+
+    Args:
+        data: The text.
+        where: Opens messages.
+        advice: Ends messages.
+        unique: Whether a key may appear only once in an object.
+        infinity: Whether infinite numbers are allowed, as Python writes them.
 
     Raises:
-        CorruptError: If it is not that. ``where`` opens the message, ``advice`` ends it.
+        CorruptError: If it is not that.
     """
 
-    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def constant(text: str) -> float:
+        if text == "NaN" or not infinity:
+            raise CorruptError(f"[{where}] must be valid JSON, got the number {text}. {advice}")
+        return float(text)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         result = dict(pairs)
         if len(result) != len(pairs):
             twice, _ = Counter(key for key, _ in pairs).most_common(1)[0]
@@ -171,7 +188,8 @@ def load_json(data: bytes, where: str, advice: str = _AGAIN) -> Any:
         return result
 
     try:
-        return json.loads(data.decode("utf-8"), object_pairs_hook=unique)
+        hook = once if unique else None
+        return json.loads(data.decode("utf-8"), object_pairs_hook=hook, parse_constant=constant)
     except UnicodeDecodeError as error:
         problem = f"{error.reason} at byte {error.start}"
         raise CorruptError(f"[{where}] must be UTF-8, got {problem}. {advice}") from error
@@ -182,6 +200,25 @@ def load_json(data: bytes, where: str, advice: str = _AGAIN) -> Any:
     except MemoryError:
         problem = f"{len(data)} bytes that do not"
         raise CorruptError(f"[{where}] must be JSON that fits in memory, got {problem}. {advice}") from None
+
+
+def check_depth(value: Any, where: str, advice: str = _AGAIN, *, most: int = 64) -> None:
+    """Refuse JSON that nests deeper than ``most`` levels: copying and printing values is recursive.
+
+    Raises:
+        CorruptError: If it does. ``where`` opens the message, ``advice`` ends it.
+    """
+    level = [value]
+    for _ in range(most):
+        level = [
+            inner
+            for outer in level
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return
+    raise CorruptError(f"[{where}] must nest at most {most} levels deep, got more. {advice}")
 
 
 def brief(value: object, limit: int = 120) -> str:

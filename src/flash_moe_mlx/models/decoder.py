@@ -269,6 +269,7 @@ def prepare_hybrid(
         CheckpointError: If config.json does not describe such a model.
         RequestError: If num_experts_per_tok is more than there are experts.
     """
+    checkpoint.require_layers("num_hidden_layers", checkpoint.setting("num_hidden_layers") or 0)
     config, lossy = _with_experts_per_tok(ModelConfig.from_dict(checkpoint.config), streaming.num_experts_per_tok)
     names = {canonical_name(name): name for name in stored}
     if config.tie_word_embeddings:

@@ -16,13 +16,16 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlx_lm.utils import _get_classes
 
 from ..config import StreamingConfig
-from ..errors import CorruptError, MissingTensorError, RequestError, UnsupportedModelError
+from ..errors import CheckpointError, CorruptError, MissingTensorError, RequestError, UnsupportedModelError
 from ..experts.engine import StreamingEngine
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_tensors import parse_name
+from ..formats.foreign import ForeignCode, say
+from ..formats.safetensors_header import brief
 from ..ops.backend import backend
 from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
+from .model_arguments import MLX_LM_VERSION, check_arguments, refuse
 from .moe_block import RoutedExperts
 from .spec import Family, convert, load_bytes
 from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
@@ -49,7 +52,10 @@ class StreamingSwitchGLU(nn.Module):
         shape = (*indices.shape, x.shape[-1])
         if self.routed is None:
             if x.shape[:-1] != indices.shape[:-1]:
-                raise ValueError(f"experts of layer {self.layer} are given {x.shape} and {indices.shape}")
+                raise UnsupportedModelError(
+                    f"[layer {self.layer}] experts must be given ids for each row, got {x.shape} and {indices.shape}. "
+                    "Run the model in mlx-lm."
+                )
             self.num_experts_per_tok = indices.shape[-1]
             return mx.zeros(shape, x.dtype)
         ids = np.array(indices.reshape(-1, indices.shape[-1]))
@@ -117,16 +123,17 @@ def prepare(
         f"[num_experts_per_tok] can't be changed for {config.get('model_type')}, got {k}. Leave it out."
     )
     try:
-        model = _build(config)
-    except CorruptError as error:
+        model = _build(config, checkpoint)
+    except (CorruptError, UnsupportedModelError) as error:
         if k is None or k == trained:
             raise
         raise fixed_k from error
     swapped = _swap_experts(model, checkpoint)
     weights = {**stored, **_lazy_experts(checkpoint)}
-    weights = dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
-    weights = {name: v for name, v in weights.items() if not name.startswith(tuple(f"{path}." for path in swapped))}
-    _quantize(model, weights, checkpoint)
+    with ForeignCode(lambda error: _refuse_weights(checkpoint, error)):
+        weights = dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
+        weights = {name: v for name, v in weights.items() if not name.startswith(tuple(f"{path}." for path in swapped))}
+        _quantize(model, weights, checkpoint)
     if backend() == "cpu":
         weights = convert(weights, lambda _, v: dtype if mx.issubdtype(v.dtype, mx.floating) else v.dtype)
     caches = _cache_growth(model, dtype, str(config["model_type"]))
@@ -168,22 +175,20 @@ def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:
     return experts
 
 
-def _build(config: dict[str, Any]) -> Any:
+def _build(config: dict[str, Any], checkpoint: Checkpoint) -> Any:
     """mlx-lm's model for a config, its class extended by StreamingModel, parameters lazy."""
     try:
         # mlx-lm keeps its table of model types behind this name only; the minor version is pinned.
         model_class, args_class = _get_classes(config)
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # AttributeError: a module that is no model
         raise UnsupportedModelError(
-            f"[config.json] model_type must be one that mlx-lm knows, got {config.get('model_type')!r}. "
+            f"[config.json] model_type must be one that mlx-lm knows, got {brief(config.get('model_type'))}. "
             "Check for a newer mlx-lm."
         ) from error
-    try:
-        return type(f"Streaming{model_class.__name__}", (StreamingModel, model_class), {})(args_class.from_dict(config))
-    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-        raise CorruptError(
-            f"[config.json] must describe a {config['model_type']} model, got {error}. Restore the file."
-        ) from error
+    check_arguments(checkpoint, config, args_class)
+    with ForeignCode(lambda error: refuse(config, args_class, error)):
+        arguments = args_class.from_dict(config)
+        return type(f"Streaming{model_class.__name__}", (StreamingModel, model_class), {})(arguments)
 
 
 def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwitchGLU]:
@@ -239,20 +244,40 @@ def _cache_growth(model: Any, dtype: mx.Dtype, where: str) -> list[CacheGrowth]:
     """How each cache of one sequence grows, from dry runs: nothing is evaluated."""
     runs = []
     for tokens in (2, 2 + CACHE_STEP):  # of one token, a rotating cache would allocate ahead
-        caches = make_prompt_cache(model)
-        try:
+        with ForeignCode(lambda error: _refuse_run(where, error)):
+            caches = make_prompt_cache(model)
             super(StreamingModel, model).__call__(mx.zeros((1, tokens), mx.int32), cache=caches)
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
-            raise UnsupportedModelError(
-                f"[{where}] mlx-lm's model must run with its experts replaced, got {type(error).__name__}: {error}. "
-                "Run it in mlx-lm."
-            ) from error
         runs.append([leaf for cache in caches for leaf in _leaves(cache)])
+    for cache in runs[1]:
+        window = getattr(cache, "max_size", None)
+        if window is not None and (type(window) is not int or window < 1):
+            raise CorruptError(
+                f"[config.json] a cache's window must be a positive number of tokens, got {brief(window)}. "
+                "Restore the file."
+            )
     return [
         CacheGrowth(max(short.nbytes - step, 0), step * dtype.size // mx.float32.size, getattr(long, "max_size", None))
         for short, long in zip(*runs, strict=True)
         for step in (long.nbytes - short.nbytes,)
     ]
+
+
+def _refuse_weights(checkpoint: Checkpoint, error: BaseException) -> CheckpointError:
+    if isinstance(error, KeyError):
+        return MissingTensorError(
+            f"[{checkpoint.directory.name}] must have all tensors that mlx-lm's {checkpoint.config.get('model_type')} "
+            f"renames, got none named {brief(str(error.args[0]) if error.args else '')}. Download the checkpoint again."
+        )
+    return UnsupportedModelError(
+        f"[{checkpoint.directory.name}] must have tensors as mlx-lm {MLX_LM_VERSION} knows them, got {say(error)}. "
+        "Convert the checkpoint with mlx_lm.convert, or check for a newer mlx-lm."
+    )
+
+
+def _refuse_run(where: str, error: BaseException) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"[{where}] mlx-lm's model must run with its experts replaced, got {say(error)}. Run it in mlx-lm."
+    )
 
 
 def _leaves(cache: Any) -> Iterator[Any]:

@@ -1,10 +1,12 @@
 """load(): from a path or a repository to a model that streams its experts, under a memory limit from the first byte."""
 
+import copy
 import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +15,7 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.tokenizer_utils import load as load_tokenizer
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
-from mlx_lm.utils import load_config as load_mlx_lm_config
 
 from ..config import StreamingConfig
 from ..errors import (
@@ -24,12 +24,15 @@ from ..errors import (
     MemoryLimitError,
     MissingTensorError,
     RequestError,
+    StoreError,
     UnsupportedModelError,
 )
 from ..experts.budget import Budget, LayerExperts, divide
 from ..experts.buffer_cache import BufferCacheShare
 from ..experts.engine import StreamingEngine
 from ..formats.checkpoint import Checkpoint
+from ..formats.config_files import end_tokens
+from ..formats.foreign import ForeignCode, say
 from ..formats.hub_headers import HTTPError
 from ..formats.packed_format import EXPERTS_FOLDER
 from ..machine import default_memory_limit_bytes, explain_default_memory_limit, usable_memory_bytes
@@ -40,6 +43,7 @@ from ..packing.verification import check_other_files
 from ..storage.io_choice import DEFAULT_THREADS, choose_io, choose_threads
 from ..storage.store import ExpertStore, direct_buffer_bytes
 from ..system import raise_file_limit
+from .tokenizer_files import load_checked_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +93,11 @@ def load(
     prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify)
     with ExitStack() as undo:
         undo.callback(prepared.store.close)
-        config = load_mlx_lm_config(prepared.checkpoint.directory)
-        tokenizer = _load_tokenizer(prepared.checkpoint.directory, config, tokenizer_config)
+        config = copy.deepcopy(dict(prepared.checkpoint.config))
+        eos = end_tokens(prepared.checkpoint.directory, config)
+        tokenizer = load_checked_tokenizer(prepared.checkpoint.directory, eos, tokenizer_config)
+        if eos is not None:
+            config["eos_token_id"] = eos  # as mlx_lm's load_config
         undo.pop_all()
     model = prepared.load()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
@@ -128,34 +135,9 @@ def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
     # OSError covers "not in the local cache".
     except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
-            f"[load] {name} must be a local directory or a repository that the hub serves, got {_brief(error)} "
+            f"[load] {name} must be a local directory or a repository that the hub serves, got {say(error)}. "
             "Check name and network, or pass a local path."
         ) from error
-
-
-def _load_tokenizer(directory: Path, config: Mapping[str, Any], extra: dict[str, Any] | None) -> TokenizerWrapper:
-    text = config.get("text_config") or {}
-    eos = config.get("eos_token_id") or text.get("eos_token_id")
-    try:
-        tokenizer = load_tokenizer(directory, extra, eos_token_ids=eos)
-    # What transformers and mlx_lm raise for files that are JSON and no tokenizer.
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, ImportError) as error:
-        raise CheckpointError(
-            f"[{directory.name}] must hold a tokenizer that transformers can load, got {_brief(error)} "
-            "Download the tokenizer files, or use load_model."
-        ) from error
-    # Without files transformers makes one up that knows its special tokens and nothing else.
-    if tokenizer.vocab_size <= len(tokenizer.all_special_tokens):
-        raise CheckpointError(
-            f"[{directory.name}] must hold a tokenizer with a vocabulary, got {tokenizer.vocab_size} tokens. "
-            "Download tokenizer.json or the files it stands for, or use load_model."
-        )
-    return tokenizer
-
-
-def _brief(error: BaseException) -> str:
-    lines = str(error).splitlines()
-    return f"{type(error).__name__}: {lines[0].rstrip('.')}." if lines else f"{type(error).__name__}."
 
 
 @dataclass(frozen=True)
@@ -196,7 +178,8 @@ class _Prepared:
         weights = self.family.weights
         for name in list(weights):
             value = weights.pop(name)
-            mx.eval(value)
+            with ForeignCode(partial(_unread, name)):
+                mx.eval(value)
             self.family.model.load_weights([(name, value)], strict=False)
         # What a module made for itself, such as rotary frequencies, is lazy still, and then this thread's alone.
         for module in self.family.model.modules():
@@ -337,8 +320,16 @@ def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:
     """The dense tensors by stored name, lazy: MLX reads headers here, and each tensor when it is evaluated."""
     stored: dict[str, mx.array] = {}
     for path in sorted({info.path for info in checkpoint.dense.values()}):
-        stored |= {name: value for name, value in mx.load(str(path)).items() if name in checkpoint.dense}
+        with ForeignCode(partial(_unread, path.name)):
+            stored |= {name: value for name, value in mx.load(str(path)).items() if name in checkpoint.dense}
     return stored
+
+
+def _unread(what: str, error: BaseException) -> StoreError:
+    return StoreError(
+        f"[load] {what} must be read whole, got {say(error)}. Check the disk, and the files with "
+        '"flash-moe verify"; they must not change while they are loaded.'
+    )
 
 
 def _activation_dtype(stored: Mapping[str, mx.array]) -> mx.Dtype:

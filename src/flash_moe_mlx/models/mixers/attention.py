@@ -1,5 +1,7 @@
 """Gated full attention: a KV cache, grouped heads, an output gated by a second half of q_proj."""
 
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -8,6 +10,9 @@ from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.rope_utils import initialize_rope
 
 from ...config import ModelConfig
+from ...errors import CorruptError
+from ...formats.foreign import ForeignCode, say
+from ...formats.safetensors_header import brief
 from ...ops.attention import MAX_SCORE_BYTES, MIN_QUERY_BLOCK, attention
 from ..caches import KVCache
 from ..layers import Linear, QuantizationOf
@@ -40,13 +45,14 @@ class GatedAttention(nn.Module):
         self.k_norm = nn.RMSNorm(config.head_dim, eps=config.rms_norm_eps)
         rope = dict(config.rope_parameters)
         self.rotary_dim = int(config.head_dim * rope.get("partial_rotary_factor", 0.25))
-        self.rope = initialize_rope(
-            self.rotary_dim,
-            base=float(rope.get("rope_theta", 10_000.0)),
-            traditional=False,
-            scaling_config=rope or None,
-            max_position_embeddings=config.max_position_embeddings,
-        )
+        with ForeignCode(partial(_refuse_rope, rope)):
+            self.rope = initialize_rope(
+                self.rotary_dim,
+                base=float(rope.get("rope_theta", 10_000.0)),
+                traditional=False,
+                scaling_config=rope or None,
+                max_position_embeddings=config.max_position_embeddings,
+            )
 
     def __call__(self, x: mx.array, cache: Any) -> mx.array:
         """Shapes (B, L, H) in and out; the cache is advanced by L."""
@@ -94,3 +100,10 @@ class GatedAttention(nn.Module):
         # A growing cache is copied, and the product over grouped heads repeats keys or values.
         keys = 2 * batch * length * config.num_key_value_heads * config.head_dim * activation_bytes
         return projections + scores + 3 * keys
+
+
+def _refuse_rope(rope: Mapping[str, Any], error: BaseException) -> CorruptError:
+    return CorruptError(
+        f"[config.json] rope_parameters must describe a rotary embedding that mlx-lm knows, got {brief(dict(rope))} "
+        f"({say(error)}). Restore the file."
+    )

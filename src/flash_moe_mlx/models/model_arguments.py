@@ -1,0 +1,115 @@
+"""mlx-lm's own arguments of a model, from config.json: what may be asked of them, and whose fault it is if they fail.
+
+mlx-lm checks nothing. Its dataclasses say which fields a model reads, and of which type: that tells a damaged file from
+a model that this mlx-lm doesn't know well enough.
+"""
+
+import dataclasses
+import inspect
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_lm import __version__ as _mlx_lm_version
+
+from ..errors import CheckpointError, CorruptError, UnsupportedModelError
+from ..formats.checkpoint import Checkpoint
+from ..formats.config_fields import MAX_DIMENSION
+from ..formats.foreign import say
+from ..formats.safetensors_header import brief
+
+MLX_LM_VERSION: str = _mlx_lm_version
+
+_LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+
+
+def check_arguments(checkpoint: Checkpoint, config: Mapping[str, Any], args_class: Any) -> None:
+    """Refuse integers from which mlx-lm would make more than any checkpoint's tensors could fill.
+
+    Args:
+        checkpoint: Opened.
+        config: Its config.json.
+        args_class: mlx-lm's dataclass for the model.
+
+    Raises:
+        MissingTensorError: If more layers are asked for than are stored.
+        CorruptError: If another integer that the model reads isn't whole, or doesn't fit an array's dimension.
+    """
+    text = config.get("text_config")
+    expected = _types(args_class)
+    for name, value in config.items():
+        if name in expected:
+            _check_integer(checkpoint, name, value, expected[name])
+    if isinstance(text, Mapping):
+        for name, value in text.items():
+            _check_integer(checkpoint, name, value, Any)
+
+
+def _check_integer(checkpoint: Checkpoint, name: str, value: Any, expected: Any) -> None:
+    whole = type(value) is int
+    if whole and name in _LAYER_COUNTS:
+        checkpoint.require_layers(name, value)
+    fraction = type(value) is float and not value.is_integer() and _fits(1, expected) and not _fits("", expected)
+    fraction = fraction and float not in (expected, *typing.get_args(expected))
+    if fraction or (whole and not -MAX_DIMENSION <= value <= MAX_DIMENSION):
+        raise CorruptError(
+            f"[config.json] {name} must be an integer that fits an array's dimension, got {brief(value)}. "
+            "Restore the file."
+        )
+
+
+def refuse(config: Mapping[str, Any], args_class: Any, error: BaseException) -> CheckpointError:
+    """The error for a model that mlx-lm couldn't make from a config."""
+    model_type = config.get("model_type")
+    if wrong := _wrong_type(config, args_class):
+        return CorruptError(f"[config.json] must describe a {model_type} model, got {wrong}. Restore the file.")
+    if isinstance(error, TypeError) and (absent := _absent(config, args_class)):
+        return CorruptError(
+            f"[config.json] must describe a {model_type} model, got no {', '.join(absent)}. Restore the file."
+        )
+    return UnsupportedModelError(
+        f"[config.json] must describe a {model_type} model that mlx-lm {MLX_LM_VERSION} can make, got {say(error)}. "
+        "Compare the file with the original; if it is the same, check for another version of mlx-lm."
+    )
+
+
+def _types(args_class: Any) -> dict[str, Any]:
+    """Types of the fields that a model reads, where they can be resolved."""
+    if not dataclasses.is_dataclass(args_class):
+        return {}
+    try:
+        return typing.get_type_hints(args_class)
+    except (NameError, TypeError):
+        return {field.name: Any for field in dataclasses.fields(args_class)}
+
+
+def _absent(config: Mapping[str, Any], args_class: Any) -> list[str]:
+    """Fields without a default that the config lacks."""
+    parameters = inspect.signature(args_class).parameters.values()
+    return [p.name for p in parameters if p.default is p.empty and p.name not in config]
+
+
+def _wrong_type(config: Mapping[str, Any], args_class: Any) -> str | None:
+    """The first field whose value isn't of the type that mlx-lm states, with its value."""
+    for name, expected in _types(args_class).items():
+        if config.get(name) is not None and not _fits(config[name], expected):
+            return f"{name} = {brief(config[name])}"
+    return None
+
+
+def _fits(value: Any, expected: Any) -> bool:
+    origin, arguments = typing.get_origin(expected), typing.get_args(expected)
+    if origin in (typing.Union, types.UnionType):
+        return any(_fits(value, argument) for argument in arguments)
+    if expected in (int, float):  # numbers of either kind are written for both
+        return type(value) in (int, float)
+    if expected is type(None):
+        return value is None
+    kind = origin or expected
+    if not isinstance(kind, type):
+        return True
+    if kind in (list, tuple):
+        inner = [argument for argument in arguments if argument is not Ellipsis]
+        return isinstance(value, list) and all(_fits(entry, inner[0]) for entry in value if inner)
+    return isinstance(value, kind)

@@ -1,0 +1,101 @@
+"""A checkpoint's tokenizer: its files are checked, then read by mlx-lm, whose exceptions become typed errors.
+
+Tables are made that are as long as the highest token id, so ids are bounded before anybody reads the files.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from mlx_lm.tokenizer_utils import load as load_tokenizer
+
+from ..errors import CheckpointError, CorruptError
+from ..formats.foreign import ForeignCode, say
+from ..formats.safetensors_header import brief, check_depth, load_json, read_bytes
+
+MAX_TOKEN_ID = 1 << 22
+"""Sixteen times the largest vocabulary known."""
+
+_JSON_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    "chat_template.json",
+)  # fmt: skip
+_DIGITS = re.compile(r"[0-9]{1,10}")
+_AGAIN = "Download the tokenizer files, or use load_model."
+
+
+def load_checked_tokenizer(
+    directory: Path, eos: int | list[int] | None, extra: Mapping[str, Any] | None = None
+) -> TokenizerWrapper:
+    """Load a directory's tokenizer.
+
+    Args:
+        directory: The checkpoint's.
+        eos: Ids that end an answer, in addition to the tokenizer's own.
+        extra: Passed to the tokenizer.
+
+    Raises:
+        CheckpointError: If the files are no tokenizer that transformers can load.
+    """
+    check_tokenizer_files(directory)
+    with ForeignCode(lambda error: _refusal(directory, error)):
+        tokenizer = load_tokenizer(directory, dict(extra or {}), eos_token_ids=[eos] if isinstance(eos, int) else eos)
+        vocabulary, special = tokenizer.vocab_size, len(tokenizer.all_special_tokens)
+        # Broken rules of normalisation, splitting and decoding show on use.
+        tokenizer.decode(tokenizer.encode("a b"))
+    # Without files transformers makes one up that knows its special tokens and nothing else.
+    if vocabulary <= special:
+        raise CheckpointError(
+            f"[{directory.name}] must hold a tokenizer with a vocabulary, got {vocabulary} tokens. "
+            "Download tokenizer.json or the files it stands for, or use load_model."
+        )
+    return tokenizer
+
+
+def check_tokenizer_files(directory: Path) -> None:
+    """Check a directory's tokenizer files as far as they decide how much memory they take.
+
+    Raises:
+        CheckpointError: If one is not an object of JSON in bounds, or gives a token an id that is out of them.
+    """
+    for name in _JSON_FILES:
+        path = directory / name
+        if not path.exists():
+            continue
+        value = load_json(read_bytes(path, _AGAIN), name, _AGAIN, unique=False)
+        if not isinstance(value, dict):
+            raise CorruptError(f"[{name}] must be a tokenizer's JSON object, got {brief(value)}. {_AGAIN}")
+        check_depth(value, name, _AGAIN)
+        for token_id in _ids(name, value):
+            number = int(token_id) if isinstance(token_id, str) and _DIGITS.fullmatch(token_id) else token_id
+            if type(number) is not int or not 0 <= number <= MAX_TOKEN_ID:
+                raise CorruptError(
+                    f"[{name}] a tokenizer's ids must be integers from 0 to {MAX_TOKEN_ID}, got {brief(token_id)}. "
+                    f"{_AGAIN}"
+                )
+
+
+def _ids(name: str, value: Mapping[str, Any]) -> Iterator[Any]:
+    """Every token id that a file states."""
+    if name == "tokenizer.json":
+        model = value.get("model")
+        vocabulary = model.get("vocab") if isinstance(model, dict) else None
+        if isinstance(vocabulary, dict):
+            yield from vocabulary.values()
+        added = value.get("added_tokens")
+        if isinstance(added, list):
+            yield from (token["id"] for token in added if isinstance(token, dict) and "id" in token)
+    elif name == "tokenizer_config.json":
+        decoder = value.get("added_tokens_decoder")
+        if isinstance(decoder, dict):
+            yield from decoder
+    elif name in ("added_tokens.json", "vocab.json"):
+        yield from value.values()
+
+
+def _refusal(directory: Path, error: BaseException) -> CheckpointError:
+    return CheckpointError(
+        f"[{directory.name}] must hold a tokenizer that transformers can load, got {say(error)}. {_AGAIN}"
+    )
