@@ -12,6 +12,10 @@ def _has_gpu() -> bool:
     return mx.metal.is_available() or (hasattr(mx, "cuda") and mx.cuda.is_available())
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--mutations", type=int, default=0, help="mutations of each checkpoint's JSON files; few without")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     without = {}
     if find_spec("torch") is None:

@@ -285,12 +285,12 @@ def test_config_is_not_readable(tmp_path: Path):
 
 CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[CheckpointError], str]] = {
     "fewer experts": ({"num_experts": 4}, CorruptError, "the 4 experts of config.json, got 8"),
-    "experts as text": ({"num_experts": "8"}, CorruptError, "num_experts must be an integer, got '8'"),
+    "experts as text": ({"num_experts": "8"}, CorruptError, "num_experts must be an integer from 0 to .*, got '8'"),
     "experts a bool": ({"num_experts": True}, CorruptError, "num_experts must be an integer"),
     "another hidden size": ({"hidden_size": 128}, CorruptError, "hidden_size 128, got 64"),
     "another expert width": ({"moe_intermediate_size": 128}, CorruptError, "moe_intermediate_size 128, got 64"),
     "more layers": ({"num_hidden_layers": 6}, MissingTensorError, "all 6 layers .* layer 4 has none"),
-    "absurdly more layers": ({"num_hidden_layers": 10**18}, MissingTensorError, "layer 4 has none"),
+    "absurdly more layers": ({"num_hidden_layers": 10**9}, MissingTensorError, "layer 4 has none"),
     "fewer layers": ({"num_hidden_layers": 3}, CorruptError, "got 3 and experts in layer 3"),
     "gptq": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}, UnsupportedModelError, "'gptq'",
@@ -314,7 +314,7 @@ def test_more_experts_in_config_than_files(tmp_path: Path):
     refused(tmp_path / "mlx", CorruptError, "the 9 experts of config.json, got 8")
     write_config(make_checkpoint(tmp_path / "hf", "hf-per-expert"), num_experts=9)
     refused(tmp_path / "hf", MissingTensorError, r"'model\.layers\.0\.mlp\.experts\.8\.gate_proj\.weight'")
-    write_config(tmp_path / "hf", num_experts=10**15)
+    write_config(tmp_path / "hf", num_experts=10**9)
     refused(tmp_path / "hf", MissingTensorError, r"experts\.8\.gate_proj\.weight'.* more")
 
 

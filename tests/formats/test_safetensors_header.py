@@ -152,7 +152,7 @@ BROKEN_HEADERS: dict[str, tuple[bytes, str]] = {
     "deep": (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
     "deep objects": (b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "nested too deeply"),
     "integer of 10,000 digits": (b'{"a":' + b"9" * 10_000 + b"}", "valid JSON"),
-    "nan": (b'{"a":NaN}', "tensor 'a'"),
+    "nan": (b'{"a":NaN}', "the number NaN"),
     "lone surrogate": (b'{"\\ud800":1}', "tensor"),
     "control characters": (b'{"\\u001b[31m\\u0000":1}', "tensor"),
 }

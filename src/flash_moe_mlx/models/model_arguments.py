@@ -107,7 +107,7 @@ def _fits(value: Any, expected: Any) -> bool:
     if expected is type(None):
         return value is None
     kind = origin or expected
-    if not isinstance(kind, type):
+    if kind is Any or not isinstance(kind, type):
         return True
     if kind in (list, tuple):
         inner = [argument for argument in arguments if argument is not Ellipsis]
