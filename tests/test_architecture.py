@@ -37,7 +37,7 @@ EXPORTED = {
     "pack", "verify", "plan", "Plan", "profile",
     "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",
-    "RequestError",
+    "NonFiniteError", "RequestError",
     "__version__",
 }  # fmt: skip
 

@@ -12,6 +12,7 @@
     +-- PackError                  packing stopped; what was done is kept, and running it again goes on
     |   +-- DiskFullError          the disk has too little room for the result
     +-- ShapeError                 an array's shape breaks a kernel's contract
+    +-- NonFiniteError             the model computed NaN or infinity
     +-- RequestError               an argument of a call is not usable (also a ValueError)
 
 Messages follow ``[where] what must hold, got what. What to do.``
@@ -80,6 +81,20 @@ class DiskFullError(PackError):
 
 class ShapeError(FlashMoEError):
     """An array's shape breaks a kernel's contract."""
+
+
+class NonFiniteError(FlashMoEError):
+    """The model computed NaN or infinity.
+
+    Attributes:
+        layer: Index of the layer where it began; None if it began outside the layers or could not be found.
+        token: Index of the first token concerned among those of the forward pass, if it is known.
+    """
+
+    def __init__(self, message: str, layer: int | None = None, token: int | None = None):
+        super().__init__(message)
+        self.layer = layer
+        self.token = token
 
 
 class RequestError(FlashMoEError, ValueError):

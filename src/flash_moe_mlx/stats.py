@@ -85,6 +85,7 @@ class StreamingStats(NamedRows):
         io: How expert bytes are read.
         lossy: What was asked for that changes results; empty by default.
         io_reason: Why ``io`` is what it is.
+        slow_decode: Why single tokens are decoded through MLX, several times slower; empty where they are not.
     """
 
     tokens: int
@@ -102,6 +103,7 @@ class StreamingStats(NamedRows):
     io: str
     lossy: tuple[str, ...] = ()
     io_reason: str = ""
+    slow_decode: str = ""
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) pairs in the order in which they are shown."""
@@ -115,6 +117,7 @@ class StreamingStats(NamedRows):
             ("expert slots", f"{self.num_slots:,} of {self.num_experts:,} ({format_bytes(self.slot_bytes)})"),
             ("I/O mode", f"{self.io} ({self.io_reason})" if self.io_reason else self.io),
         ]
+        rows += [("slow decode", self.slow_decode)] if self.slow_decode else []
         return rows + [("lossy", choice) for choice in self.lossy]
 
 

@@ -1,6 +1,7 @@
 """Single tokens on the CPU, as tapes, against the same model run through MLX."""
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 from flash_moe_mlx.errors import RequestError
 from flash_moe_mlx.experts.trace import NOT_RECORDED, RoutingTrace
 from flash_moe_mlx.models import decoder as hybrid
+from flash_moe_mlx.models.caches import ArraysCache
 from flash_moe_mlx.ops.backend import use_cpu_kernels
 
 from ..support.models import VOCABULARY, chat_config, make_converted, smallest_limit, streamed
@@ -148,7 +150,7 @@ def test_other_weights_are_seen(directory: Path) -> None:
         assert np.array_equal(decode(other, prefilled(other), PROMPT, PROMPT + 2), after)
 
 
-def test_a_layer_that_tapes_do_not_know_is_run_through_mlx(directory: Path) -> None:
+def test_a_layer_that_tapes_do_not_know_is_run_through_mlx(directory: Path, caplog: pytest.LogCaptureFixture) -> None:
     with streamed(directory) as model:
         expected = decode(model, prefilled(model), PROMPT, PROMPT + 2)
         layer = model.text_model.layers[0].mlp
@@ -164,6 +166,61 @@ def test_a_layer_that_tapes_do_not_know_is_run_through_mlx(directory: Path) -> N
         layer.gate = Wrapped(layer.gate)
         assert_close("wrapped", expected, decode(model, prefilled(model), PROMPT, PROMPT + 2), 1e-5)
         assert model._has_other_layers
+        assert "Wrapped" in model.streaming.stats().slow_decode
+        assert "slow decode" in str(model.streaming.stats())
+        assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
+def arrays_of(cache: Any) -> list[mx.array]:
+    return cache.cache if isinstance(cache, ArraysCache) else [cache.keys, cache.values]
+
+
+def change(cache: Any, how: Callable[[mx.array], mx.array]) -> None:
+    changed = [how(array) for array in arrays_of(cache)]
+    if isinstance(cache, ArraysCache):
+        cache.cache = changed
+    else:
+        cache.keys, cache.values = changed
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16])
+def test_a_conversation_goes_on_after_a_cast(dtype: mx.Dtype, directory: Path) -> None:
+    """Caches of another dtype have less room than float32 takes."""
+    with streamed(directory) as model:
+        expected = decode(model, prefilled(model), PROMPT, PROMPT + 20)
+        cache = prefilled(model)
+        for layer_cache in cache:
+            change(layer_cache, lambda array: array.astype(dtype))
+        rounded = decode(model, cache, PROMPT, PROMPT + 20)
+        assert model._cpu_decoder is not None
+        assert_close("cast", expected, rounded, 0.2)
+        assert all(array.dtype == mx.float32 for layer_cache in cache for array in arrays_of(layer_cache))
+
+
+def test_strided_weights_and_other_dtypes(directory: Path, through_mlx: Any) -> None:
+    """As an owner may assign them: transposed, sliced, or in bfloat16."""
+    with streamed(directory) as model:
+        for layer in model.layers:
+            norm = layer.input_layernorm
+            norm.weight = norm.weight.astype(mx.bfloat16)
+            projection = layer.mlp.shared_expert.down_proj
+            projection.scales = mx.contiguous(projection.scales.T).T
+            projection.weight = mx.concatenate([projection.weight, projection.weight], axis=1)[:, ::2]
+            gate = layer.mlp.gate
+            gate.scales = mx.contiguous(gate.scales.T).T
+        tapes = decode(model, prefilled(model), PROMPT, PROMPT + 6)
+        assert model._cpu_decoder is not None and not model._has_other_layers
+        through_mlx()
+        assert_close("strided", decode(model, prefilled(model), PROMPT, PROMPT + 6), tapes, 1e-5)
+
+
+def test_a_cache_of_another_model_is_refused(directory: Path) -> None:
+    with streamed(directory) as model:
+        for place in (0, next(i for i, layer in enumerate(model.layers) if not layer.is_linear)):
+            cache = prefilled(model)
+            change(cache[place], lambda array: array[:, :1, ..., :8])
+            with pytest.raises(RequestError, match="cache"):
+                decode(model, cache, PROMPT, PROMPT + 1)
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128])

@@ -124,6 +124,7 @@ class StreamingEngine:
         self._numbers = itertools.count()
         self._local = threading.local()
         self._closed = False
+        self.slow_decode = ""  # why single tokens are not decoded the quick way; set by the model
         self.lock = threading.RLock()
         self._wired = WiredShare(limit_bytes, self._budget.dense_bytes)  # before slots, which are wired as they come
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
@@ -407,6 +408,7 @@ class StreamingEngine:
             io=self._store.io,
             io_reason=self._io_reason,
             lossy=self._lossy,
+            slow_decode=self.slow_decode,
         )
 
     def reset_stats(self) -> None:

@@ -45,10 +45,10 @@ class ArraysCache(_OwnArrays, mlx_caches.ArraysCache):
         self._arrays = arrays
 
     def own(self) -> list[mx.array] | None:
-        """The arrays, to be written in place; None while there are none. Seen by others, they are copied first."""
+        """The arrays as float32, to be written in place; None while there are none. Seen by others, they are copied."""
         if self._arrays[0] is None or self.left_padding is not None or self.lengths is not None:
             return None
-        if self._exposed:
+        if self._exposed:  # arrays that are not have been copied, as float32
             self._arrays = [_copy(array) for array in self._arrays]
             self._exposed = False
         return self._arrays
@@ -83,7 +83,7 @@ class KVCache(_OwnArrays, mlx_caches.KVCache):
     def own(self) -> tuple[mx.array, mx.array] | None:
         """Keys and values with room for one token more, to be written in place; None while there are none.
 
-        Shape (1, Hkv, room, D) each. Seen by others, or full, they are copied first.
+        Shape (1, Hkv, room, D) each, float32. Seen by others, or full, they are copied first.
         """
         if self._keys is None or self._values is None:
             return None
@@ -99,13 +99,12 @@ class KVCache(_OwnArrays, mlx_caches.KVCache):
 
 
 def _copy(array: mx.array, used: int | None = None, room: int | None = None) -> mx.array:
-    """An array in memory of its own; ``used`` rows of axis 2, and zeros up to ``room`` of them, if given."""
-    source = np.asarray(array) if array.dtype != mx.bfloat16 else None
-    if source is None:
-        return mx.contiguous(array)
+    """As float32 in memory of its own; ``used`` rows of axis 2, and zeros up to ``room`` of them, if given."""
+    # Another dtype is that of a model which was cast while the conversation went on.
+    source = np.asarray(array if array.dtype == mx.float32 else array.astype(mx.float32))
     if used is None or room is None:
         return mx.array(source)
-    target = mx.zeros((*array.shape[:2], room, array.shape[3]), array.dtype)
+    target = mx.zeros((*array.shape[:2], room, array.shape[3]), mx.float32)
     mx.eval(target)
     np.asarray(memoryview(target))[:, :, :used] = source[:, :, :used]
     return target

@@ -12,10 +12,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from ..errors import NonFiniteError, RequestError
 from ..experts.engine import StreamingEngine
 from ..ops.cpu import decode_tasks as tasks
 from ..ops.cpu.arrays import address, empty, floats, view
 from ..ops.cpu.tape import Operation, Tape
+from ..ops.finite import is_finite, non_finite
 from .caches import KVCache
 from .cpu_layers import (
     ExpertTape,
@@ -28,6 +30,7 @@ from .cpu_layers import (
     routed_experts,
     shared_expert,
     together,
+    vector_of,
 )
 from .mixers.attention import GatedAttention
 from .mixers.gated_delta import GatedDeltaNet
@@ -41,11 +44,15 @@ class _Attention:
     place: Operation
     attend: Operation
     join: Operation
+    heads: int
+    dim: int
 
     def set(self, arrays: Sequence[mx.array], position: int) -> None:
-        keys, values = arrays
-        stride = keys.shape[2] * keys.shape[3]
-        at = address(view(keys, np.float32)), address(view(values, np.float32)), stride
+        keys, values = (view(array, np.float32) for array in arrays)
+        stride = arrays[0].shape[2] * arrays[0].shape[3]
+        if not keys.size == values.size == self.heads * stride or arrays[0].shape[3] != self.dim:
+            raise _other_cache(arrays)
+        at = address(keys), address(values), stride
         self.place.arguments[13:17] = (*at, position)
         self.attend.arguments[1:5] = (*at, position + 1)
         self.join.arguments[1] = position + 1
@@ -57,11 +64,23 @@ class _Delta:
 
     convolve: Operation
     delta: Operation
+    window_size: int
+    state_size: int
 
     def set(self, arrays: Sequence[mx.array], position: int) -> None:
-        window, state = arrays
-        self.convolve.arguments[1] = address(view(window, np.float32))
-        self.delta.arguments[5] = address(view(state, np.float32))
+        window, state = (view(array, np.float32) for array in arrays)
+        if window.size != self.window_size or state.size != self.state_size:
+            raise _other_cache(arrays)
+        self.convolve.arguments[1] = address(window)
+        self.delta.arguments[5] = address(state)
+
+
+def _other_cache(arrays: Sequence[mx.array]) -> RequestError:
+    shapes = ", ".join(str(array.shape) for array in arrays)
+    return RequestError(
+        f"[cache] must be of this model and of one sequence, got arrays of shapes {shapes}. Make it with the model's "
+        "make_cache()."
+    )
 
 
 @dataclass
@@ -74,6 +93,9 @@ class _Layer:
     hits: ExpertTape
     misses: ExpertTape
     combine: Operation
+    mixed: np.ndarray
+    outputs: dict[str, np.ndarray]
+    shared_expert: ExpertTape  # holds the memory that ``shared`` reads
     whole: Tape = field(
         init=False
     )  # shared expert and experts that are in memory, combined, and the next layer's begin
@@ -136,25 +158,51 @@ class CPUDecoder:
             logits: Whether to compute them.
 
         Raises:
-            StoreError: If an expert can't be read. The caches are then of no more use.
+            NonFiniteError: If the router's choice or the logits are not finite; as with StoreError, the caches are
+                then of no more use.
+            RequestError: If a cache is not of this model.
+            StoreError: If an expert can't be read.
         """
         np.copyto(self._hidden, floats(hidden).reshape(-1))
         position = max((cache.offset for cache in caches if isinstance(cache, KVCache)), default=0)
         if self._rope is not None:
             self._turn(position)
-        for layer, arrays, cache in zip(self._layers, room, caches, strict=True):
+        for layer, arrays in zip(self._layers, room, strict=True):
             layer.mixer.set(arrays, position)
-            if isinstance(layer.mixer, _Attention):
+        for cache in caches:
+            if isinstance(cache, KVCache):
                 cache.offset += 1
         for tape in (self._layers[-1].whole, self._layers[-1].late):
             tape.set_tasks(self._head, self._head.tasks if logits else 0)
         self._first.play()
         for number, layer in enumerate(self._layers):
-            self._experts(number, layer)
-        return mx.array(self._logits)[None, None] if logits else None
+            self._experts(number, layer, hidden)
+        if not logits:
+            return None
+        if not is_finite(self._logits):
+            raise self._located(len(self._layers), hidden)
+        return mx.array(self._logits)[None, None]
 
-    def _experts(self, number: int, layer: _Layer) -> None:
+    def _located(self, number: int, embedded: mx.array) -> NonFiniteError:
+        """Find out what made a router's logits, or the model's, not finite: what they came from is still in memory.
+
+        Args:
+            number: The router's layer; the number of layers for the model's logits.
+            embedded: The token.
+        """
+        for where, array in self._layers[number - 1].outputs.items() if number else ():
+            if not is_finite(array):
+                return non_finite(number - 1, where)
+        if number == len(self._layers):
+            return non_finite(None if is_finite(self._hidden) else number - 1, "the output projection")
+        if number == 0 and not is_finite(embedded):
+            return non_finite(None, "the embedding")
+        return non_finite(number, "the router" if is_finite(self._layers[number].mixed) else "the mixer")
+
+    def _experts(self, number: int, layer: _Layer, embedded: mx.array) -> None:
         ids = self._ids.tolist()
+        if ids[0] < 0:
+            raise self._located(number, embedded)
         fetch = self._engine.token(number, ids)
         records = fetch.addresses(ids)
         self._engine.record(number, self._ids[None], self._weights[None])
@@ -193,7 +241,8 @@ class CPUDecoder:
         else:
             mixer, body = self._attention(config, layer.self_attn, x, mixed)
         mlp = layer.mlp
-        logits, gate = pool.floats("router", config.num_experts), pool.floats("gate", 1)
+        logits = pool.floats("router", config.num_experts)
+        gate = pool.floats(f"gate {index % 2}", 1)  # two: the next layer's is computed before the choice is looked at
         shared_y, y = pool.floats("shared", size), pool.floats("experts", self._k, size)
         router = together([product(mlp.gate, after, logits)], [product(mlp.shared_expert_gate, after, gate)])
         shared = shared_expert(mlp.shared_expert, after, shared_y, pool)
@@ -214,7 +263,10 @@ class CPUDecoder:
         combine = Operation(
             tasks.combine, -(-size // tasks.CHANNELS), y, self._k, size, self._weights, shared_y, gate, hidden
         )
-        return _Layer(mixer, begin, [shared.gate_up, *shared.order, shared.down], hits, misses, combine)
+        outputs = {"the experts": y, "the shared expert": shared_y, "the shared expert's gate": gate}
+        return _Layer(
+            mixer, begin, [shared.gate_up, *shared.order, shared.down], hits, misses, combine, mixed, outputs, shared
+        )
 
     def _delta(self, config: Any, mixer: GatedDeltaNet, x: Vector, y: np.ndarray) -> tuple[_Delta, list[Operation]]:
         channels, heads = config.linear_conv_dim, config.linear_num_value_heads
@@ -224,7 +276,13 @@ class CPUDecoder:
         inputs = projections_of(mixer, x, (qkv, z, b, a), pool)
         convolved, out = pool.floats("convolved", channels), pool.vector("delta", values)
         taps = config.linear_conv_kernel_dim
-        weights = [floats(array) for array in (mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, mixer.norm.weight)]
+        sizes_of = (
+            (mixer.conv1d.weight, channels * taps),
+            (mixer.A_log, heads),
+            (mixer.dt_bias, heads),
+            (mixer.norm.weight, config.linear_value_head_dim),
+        )
+        weights = [vector_of(weight, size) for weight, size in sizes_of]
         convolve = Operation(
             tasks.convolve, -(-channels // tasks.CHANNELS), qkv, 0, weights[0], channels, taps, convolved
         )
@@ -248,7 +306,14 @@ class CPUDecoder:
             nbytes=4 * heads * config.linear_key_head_dim * config.linear_value_head_dim,
         )
         output = product(mixer.out_proj, out, y)
-        return _Delta(convolve, delta), [*inputs, convolve, delta, *out.orders, output]
+        state_size = heads * config.linear_key_head_dim * config.linear_value_head_dim
+        return _Delta(convolve, delta, (taps - 1) * channels, state_size), [
+            *inputs,
+            convolve,
+            delta,
+            *out.orders,
+            output,
+        ]
 
     def _attention(
         self, config: Any, mixer: GatedAttention, x: Vector, y: np.ndarray
@@ -264,8 +329,8 @@ class CPUDecoder:
             q,
             k,
             v,
-            floats(mixer.q_norm.weight),
-            floats(mixer.k_norm.weight),
+            vector_of(mixer.q_norm.weight, dim),
+            vector_of(mixer.k_norm.weight, dim),
             self._cos,
             self._sin,
             heads,
@@ -295,7 +360,7 @@ class CPUDecoder:
         )
         join = Operation(tasks.join, heads, self._partial, 0, heads, dim, q, out.data)
         output = product(mixer.o_proj, out, y)
-        return _Attention(place, attend, join), [*inputs, place, attend, join, *out.orders, output]
+        return _Attention(place, attend, join, kv_heads, dim), [*inputs, place, attend, join, *out.orders, output]
 
 
 def _held(model: Any) -> list[tuple[dict[str, Any], str, Any]]:

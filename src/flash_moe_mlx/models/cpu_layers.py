@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import mlx.core as mx
@@ -12,7 +12,7 @@ import numpy as np
 from ..formats.expert_layout import Quantization, RecordLayout
 from ..ops.cpu import decode_tasks as tasks
 from ..ops.cpu import product_tasks as products
-from ..ops.cpu.arrays import KINDS, RECORD_KINDS, address, empty, view
+from ..ops.cpu.arrays import KINDS, RECORD_KINDS, address, empty, floats, view
 from ..ops.cpu.kernels import Format, affine, dense, order
 from ..ops.cpu.tape import Operation, Tape
 from .layers import Linear, SwiGLU
@@ -105,17 +105,30 @@ def product(linear: nn.Module, x: Vector, y: Any) -> Operation:
     """``y = linear(x)``."""
     if not isinstance(linear, Linear):
         raise UnsupportedLayerError(type(linear).__name__)
-    weight = linear.weight
-    stored = weight if linear.quantization is None else linear.scales
-    if stored.dtype not in KINDS:
-        raise UnsupportedLayerError(str(stored.dtype))
-    form = x.format(_format(linear.quantization, KINDS[stored.dtype]))
+    weight, form = linear.weight, x.format(_stored_format(linear, x.size))
     own = (weight, 0, 0) if linear.quantization is None else (weight, linear.scales, linear.biases)
-    bias, kind = (linear.bias, KINDS[linear.bias.dtype]) if "bias" in linear else (0, 0)
+    bias, kind = (floats(linear.bias), KINDS[mx.float32]) if "bias" in linear else (0, 0)
     row_bytes = form.row_bytes(x.size)
     arguments = (*own, bias, kind, *x.input(form), weight.shape[0], x.size, row_bytes, y)
     nbytes = weight.shape[0] * row_bytes
     return Operation(products.matrix(form), products.blocks(weight.shape[0]), *arguments, nbytes=nbytes)
+
+
+def _stored_format(linear: Linear, size: int) -> Format:
+    """Format of a matrix that is multiplied with ``size`` values, once its arrays are found to be what it says."""
+    quantization, rows = linear.quantization, linear.weight.shape[0]
+    parts = {"weight": linear.weight}
+    shapes = {"weight": (rows, size)}
+    if quantization is not None:
+        groups = (rows, size // quantization.group_size)
+        parts |= {"scales": linear.scales, "biases": linear.biases}
+        shapes = {"weight": (rows, size * quantization.bits // 32), "scales": groups, "biases": groups}
+    stored = linear.weight if quantization is None else linear.scales
+    kinds = {name: mx.uint32 if quantization and name == "weight" else stored.dtype for name in parts}
+    for name, part in parts.items():
+        if part.shape != shapes[name] or part.dtype != kinds[name] or stored.dtype not in KINDS:
+            raise UnsupportedLayerError(f"{name} of shape {part.shape} and {part.dtype}")
+    return _format(quantization, KINDS[stored.dtype])
 
 
 def projections_of(mixer: GatedDeltaNet, x: Vector, parts: Sequence[np.ndarray], pool: Pool) -> list[Operation]:
@@ -139,7 +152,14 @@ def projections_of(mixer: GatedDeltaNet, x: Vector, parts: Sequence[np.ndarray],
 
 def normed(norm: nn.RMSNorm, x: np.ndarray, added: Any, y: Vector) -> Operation:
     """``x += added`` unless that is 0, then ``y = norm(x)``."""
-    return Operation(tasks.norm, 1, x, added, norm.weight, x.size, float(norm.eps), y.data)
+    return Operation(tasks.norm, 1, x, added, vector_of(norm.weight, x.size), x.size, float(norm.eps), y.data)
+
+
+def vector_of(weight: mx.array, size: int) -> np.ndarray:
+    """A weight of ``size`` numbers as contiguous float32, whatever it is stored as."""
+    if weight.size != size:
+        raise UnsupportedLayerError(f"a weight of shape {weight.shape} in place of {size} values")
+    return floats(weight)
 
 
 @dataclass
@@ -151,6 +171,7 @@ class ExpertTape:
         ranks: Which of the token's K experts each is. Shape (K,), int64.
         gate_up, order, down: Operations, whose tasks follow the number of records.
         blocks: Tasks of the first and of the last for each record.
+        held: Memory that operations read by address alone.
     """
 
     records: np.ndarray
@@ -159,6 +180,7 @@ class ExpertTape:
     order: list[Operation]
     down: Operation
     blocks: tuple[int, int]
+    held: list[np.ndarray] = field(default_factory=list)
 
     def set(self, tape: Tape, records: Sequence[int], ranks: Sequence[int]) -> None:
         """Make a tape compute these records, for these ranks."""
@@ -188,17 +210,20 @@ def routed_experts(name: str, layout: RecordLayout, x: Vector, k: int, y: np.nda
 def shared_expert(shared: SwiGLU, x: Vector, y: np.ndarray, pool: Pool) -> ExpertTape:
     """The shared expert, as a record that begins at address 0."""
     forms, places = {}, {}
+    held: list[np.ndarray] = []
+    width = shared.gate_proj.weight.shape[0]
     for projection in ("gate_proj", "up_proj", "down_proj"):
         linear = getattr(shared, projection)
         if not isinstance(linear, Linear) or "bias" in linear:
             raise UnsupportedLayerError(projection)
+        forms[projection] = _stored_format(linear, width if projection == "down_proj" else x.size)
         parts = [linear.weight] if linear.quantization is None else [linear.weight, linear.scales, linear.biases]
-        if parts[-1].dtype not in KINDS:
-            raise UnsupportedLayerError(str(parts[-1].dtype))
-        forms[projection] = _format(linear.quantization, KINDS[parts[-1].dtype])
-        addresses = [address(view(part, np.uint8)) for part in parts]
-        places[projection] = (*addresses, *[0] * (3 - len(addresses)))
-    return _ffn("shared", forms, places, shared.gate_proj.weight.shape[0], x, 1, y, pool)
+        views = [view(part, np.uint8) for part in parts]
+        held += views
+        places[projection] = (*map(address, views), *[0] * (3 - len(views)))
+    tape = _ffn("shared", forms, places, width, x, 1, y, pool)
+    tape.held = held
+    return tape
 
 
 def _ffn(

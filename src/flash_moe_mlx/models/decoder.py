@@ -8,16 +8,19 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..config import ModelConfig, StreamingConfig
-from ..errors import RequestError
+from ..errors import NonFiniteError, RequestError
 from ..experts.engine import StreamingEngine
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import DTYPE_BYTES, Quantization
-from ..ops.backend import use_cpu_kernels, use_kernels
+from ..ops.backend import backend, use_cpu_kernels, use_kernels
 from ..ops.dequant_matmul import product_scratch_bytes
 from ..ops.dequant_matvec import MAX_ROWS
+from ..ops.finite import first_bad_row, is_finite, non_finite
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
+from .checks import check_tokens, checked_later, clamped, locate
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .memory import HybridCosts
 from .mixers.attention import GatedAttention
@@ -110,6 +113,9 @@ class TextModel(nn.Module):
         """As a call, for the caches' sake alone: what follows the last mixer is left out."""
         for layer, layer_cache in zip(self.layers[:-1], cache[:-1], strict=True):
             hidden = layer(hidden, layer_cache, rows)
+        # No router looks at what the last mixer is given, and caches may be kept.
+        if not is_finite(hidden if rows is None else hidden.reshape(-1, hidden.shape[-1])[rows]):
+            raise non_finite(len(self.layers) - 2, "the output")
         self.layers[-1].mix(hidden, cache[-1])
 
 
@@ -137,6 +143,11 @@ class HybridModel(nn.Module):
     def dtype(self) -> mx.Dtype:
         """Of activations: ``set_dtype`` changes it, as in mlx-lm's models."""
         return self.text_model.norm.weight.dtype
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Token ids that the embeddings have."""
+        return self.text_model.embed_tokens.weight.shape[0]
 
     @property
     def text_model(self) -> TextModel:
@@ -168,7 +179,9 @@ class HybridModel(nn.Module):
             try:
                 self._cpu_decoder = CPUDecoder(self, self.streaming.max_context)
             except UnsupportedLayerError as error:
-                logger.info("tokens are decoded through MLX: %s", error)
+                reason = f"the CPU's decode step does not know {error}"
+                logger.warning("[decode] %s: tokens are decoded through MLX, several times slower.", reason)
+                self.streaming.slow_decode = reason
                 self._has_other_layers = True
                 return None
         return self._cpu_decoder
@@ -201,12 +214,21 @@ class HybridModel(nn.Module):
 
         Raises:
             MemoryLimitError: If the limit can't hold a pass of this size.
-            RequestError: If the context exceeds max_context.
+            NonFiniteError: If NaN or infinity is computed, in which case the caches are of no more use. Logits are
+                looked at on a CPU, lazy ones only where they are one a sequence.
+            RequestError: If the context exceeds max_context, or token ids are not of the vocabulary.
             StoreError: If an expert can't be read.
         """
         text = self.text_model
         cache = self.make_cache() if cache is None else cache
-        hidden = text.embed_tokens.embed(inputs, self.dtype) if input_embeddings is None else input_embeddings
+        later = input_embeddings is None and checked_later(inputs)
+        if input_embeddings is None:
+            if not later:
+                check_tokens(inputs, self.vocabulary_size)
+            given = clamped(inputs, self.vocabulary_size) if later else inputs
+            hidden = text.embed_tokens.embed(given, self.dtype)
+        else:
+            hidden = input_embeddings
         batch, tokens = hidden.shape[:2]
         length = tokens + context_length(cache)
         rows = unpadded_rows(cache, tokens)
@@ -215,16 +237,75 @@ class HybridModel(nn.Module):
                 logits = self._stepped(hidden, cache, tokens if logits_to_keep is None else logits_to_keep)
                 if logits is not None:
                     return logits
-            hidden = hidden.astype(self.dtype)
-            if logits_to_keep == 0 and not self.streaming.is_recording:
-                text.advance(hidden, cache, rows)
-            else:
-                hidden = text(hidden, cache, rows)
+            embedded = hidden = hidden.astype(self.dtype)
+            try:
+                if logits_to_keep == 0 and not self.streaming.is_recording:
+                    text.advance(hidden, cache, rows)
+                else:
+                    hidden = text(hidden, cache, rows)
+            except NonFiniteError as error:
+                place = error.token or 0
+                raise self._located(embedded, place if rows is None else int(rows[place].item()), error) from None
+            if later:
+                check_tokens(inputs, self.vocabulary_size)
+            if backend() != "cpu":
+                self._check_routers(embedded, rows)
         if logits_to_keep == 0:
             return self._no_logits(batch)
         if logits_to_keep is None and batch * tokens > MAX_ROWS:
-            return self.output_projection.deferred(text.norm(hidden))
-        return self.output_projection(text.norm(hidden[:, -(logits_to_keep or tokens) :]))
+            logits = self.output_projection.deferred(text.norm(hidden))
+        else:
+            logits = self.output_projection(text.norm(hidden[:, -(logits_to_keep or tokens) :]))
+        if backend() == "cpu" and (logits.shape[1] == 1 or logits_to_keep is not None or batch * tokens <= MAX_ROWS):
+            self._check_logits(logits, embedded, hidden)
+        return logits
+
+    def diagnose(self, inputs: mx.array, input_embeddings: mx.array | None = None) -> NonFiniteError:
+        """Find out where a pass stopped to compute finite numbers, by its last token alone.
+
+        Args:
+            inputs: Token ids. Shape (B, L).
+            input_embeddings: As for a call.
+        """
+        embedded = input_embeddings
+        if embedded is None:
+            embedded = self.text_model.embed_tokens.embed(inputs[:1, -1:], self.dtype)
+        with self.streaming.forward_pass(1, 1, 1):
+            embedded = embedded[:1, -1:].astype(self.dtype)
+            return self._located(embedded, 0, non_finite(None, "the logits"))
+
+    def _located(self, embedded: mx.array, token: int, found: NonFiniteError) -> NonFiniteError:
+        """Run one token of (B, L, H), counted through, alone; ``found`` if that is finite."""
+        alone = embedded.reshape(-1, embedded.shape[-1])[token][None, None]
+        if not is_finite(alone):
+            return non_finite(None, "the embedding", token)
+        return locate(lambda: self.text_model(alone, self.make_cache()), self.text_model.layers, token, found)
+
+    def _check_routers(self, embedded: mx.array, rows: mx.array | None) -> None:
+        """Check what routers on a GPU left unchecked. NaN stays in the residual: if the last is fine, all are."""
+        routed = [layer.mlp.routed for layer in self.layers if isinstance(layer.mlp, StreamingMoE)]
+        unchecked = [(r.layer, r.unchecked) for r in routed if r.unchecked is not None]
+        for r in routed:
+            r.unchecked = None
+        if not unchecked or np.isfinite(np.array(unchecked[-1][1])).all():
+            return
+        for layer, weights in unchecked:
+            if not is_finite(weights):
+                place = first_bad_row(weights)
+                token = place if rows is None else int(rows[place].item())
+                raise self._located(embedded, token, non_finite(layer, "the router's weights", token))
+
+    def _check_logits(self, logits: mx.array, embedded: mx.array, hidden: mx.array) -> None:
+        if is_finite(logits):
+            return
+        kept, tokens = logits.shape[1], hidden.shape[1]
+        sequence, place = divmod(first_bad_row(logits.reshape(-1, logits.shape[-1])), kept)
+        place += tokens - kept
+        found = non_finite(None, "the output projection", sequence * tokens + place)
+        if not is_finite(hidden[sequence, place]):
+            found = non_finite(len(self.layers) - 1, "the output", sequence * tokens + place)
+        with self.streaming.forward_pass(1, 1, 1):
+            raise self._located(embedded, sequence * tokens + place, found)
 
     def _stepped(self, hidden: mx.array, cache: list[Any], kept: int) -> mx.array | None:
         """Logits of the last ``kept`` tokens, one token at a time; None where the decoder can't go on from here."""

@@ -14,10 +14,11 @@ import numpy as np
 
 from ..experts.engine import Wave
 from ..experts.slots import PAIRWISE_TOKENS
-from ..ops.backend import use_cpu_kernels
+from ..ops.backend import backend, use_cpu_kernels
 from ..ops.expert_batch import expert_ffn_grouped
 from ..ops.expert_ffn import expert_ffn
 from ..ops.expert_ffn_combine import expert_ffn_combine
+from ..ops.finite import first_bad_row, is_finite, non_finite
 from ..ops.moe_combine import moe_combine
 from ..ops.numerics import Activation
 
@@ -33,18 +34,35 @@ class ExpertFetcher(Protocol):
 
 
 class RoutedExperts:
-    """The routed experts of one layer. Holds no weights."""
+    """The routed experts of one layer. Holds no weights.
+
+    Attributes:
+        layer: Index of the layer.
+        unchecked: The router's weights of a step on a GPU, where to look at them at once would be a wait; else None.
+    """
 
     def __init__(self, fetcher: ExpertFetcher, layer: int, hidden_size: int, activation: Activation | None = None):
         """Args: where experts come from, the layer, H, and what is between up and down; None is SwiGLU."""
         self._fetcher = fetcher
-        self._layer = layer
+        self.layer = layer
+        self.unchecked: mx.array | None = None
         self._hidden_size = hidden_size
         self._activation = activation
 
     def record(self, ids: np.ndarray, weights: mx.array) -> None:
         """Note the router's choice for a trace, ids and weights of shape (T, K)."""
-        self._fetcher.record(self._layer, ids, weights)
+        self._fetcher.record(self.layer, ids, weights)
+
+    def check(self, weights: mx.array) -> None:
+        """Check that the router's weights, shape (T, K), are finite: NaN in a hidden state makes all of them NaN.
+
+        Raises:
+            NonFiniteError: If they are not.
+        """
+        if len(weights) <= PAIRWISE_TOKENS and backend() != "cpu":
+            self.unchecked = weights
+        elif not is_finite(weights):
+            raise non_finite(self.layer, "the router's weights", first_bad_row(weights))
 
     def fetch(self, ids: np.ndarray) -> Iterator[Wave]:
         """Begin to read the experts of ids (T, K) that are not in memory.
@@ -52,7 +70,7 @@ class RoutedExperts:
         Raises:
             StoreError: If a record can't be read, now or when its wave is asked for.
         """
-        return self._fetcher.waves(self._layer, *np.unique(ids, return_counts=True))
+        return self._fetcher.waves(self.layer, *np.unique(ids, return_counts=True))
 
     def __call__(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave] | None = None) -> mx.array:
         """Outputs of each token's experts.
@@ -131,6 +149,8 @@ def _slot_table(slots: Mapping[int, int], ids: np.ndarray) -> np.ndarray:
 def route(logits: mx.array, k: int, normalise: bool) -> tuple[mx.array, mx.array]:
     """Softmax over all experts, then the K most probable, most probable first.
 
+    Of equally probable experts those of the higher index are chosen, as mlx-lm's models do, and come first.
+
     Args:
         logits: Shape (T, E).
         k: Experts a token.
@@ -140,10 +160,14 @@ def route(logits: mx.array, k: int, normalise: bool) -> tuple[mx.array, mx.array
         Ids (T, K) uint32 and weights (T, K) float32.
     """
     probabilities = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
-    ids = mx.argpartition(-probabilities, kth=k - 1, axis=-1)[:, :k]
+    if backend() == "cpu":
+        # Sorting all experts takes three times as long there. The chosen ones' order decides between equals below.
+        chosen = mx.sort(mx.argpartition(probabilities, kth=-k, axis=-1)[:, -k:], axis=-1)
+        order = mx.argsort(mx.take_along_axis(probabilities, chosen, axis=-1), axis=-1)
+        ids = mx.take_along_axis(chosen, order, axis=-1)[:, ::-1]
+    else:  # where MLX's argpartition is a sort
+        ids = mx.argsort(probabilities, axis=-1)[:, : -k - 1 : -1]
     weights = mx.take_along_axis(probabilities, ids, axis=-1)
-    order = mx.argsort(-weights, axis=-1)
-    ids, weights = mx.take_along_axis(ids, order, axis=-1), mx.take_along_axis(weights, order, axis=-1)
     return ids, weights / weights.sum(axis=-1, keepdims=True) if normalise else weights
 
 
@@ -181,6 +205,10 @@ class StreamingMoE(nn.Module):
             residual: What the block's output is added to.
             rows: Which of the B x L positions hold tokens; the others are padding, read no experts and stay as
                 they are. None: all.
+
+        Raises:
+            NonFiniteError: If the router's weights are not finite.
+            StoreError: If an expert can't be read.
         """
         if rows is not None:
             flat, output = x.reshape(-1, x.shape[-1]), residual.reshape(-1, x.shape[-1])
@@ -193,6 +221,7 @@ class StreamingMoE(nn.Module):
         mx.async_eval(ids, weights)
         shared = None if use_cpu_kernels() else self._shared(flat)
         host_ids = np.array(ids)
+        self.routed.check(weights)
         waves = self.routed.fetch(host_ids)
         self.routed.record(host_ids, weights)
         shared = shared or self._shared(flat)

@@ -6,6 +6,7 @@ type, K and the size of the caches by a dry run, in which nothing is evaluated.
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -16,15 +17,25 @@ from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlx_lm.utils import _get_classes
 
 from ..config import StreamingConfig
-from ..errors import CheckpointError, CorruptError, MissingTensorError, RequestError, UnsupportedModelError
+from ..errors import (
+    CheckpointError,
+    CorruptError,
+    MissingTensorError,
+    NonFiniteError,
+    RequestError,
+    UnsupportedModelError,
+)
 from ..experts.engine import StreamingEngine
+from ..experts.slots import PAIRWISE_TOKENS
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_tensors import parse_name
 from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import brief
 from ..ops.backend import backend
+from ..ops.finite import first_bad_row, is_finite, non_finite
 from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
+from .checks import check_tokens, checked_later, clamped, locate, vocabulary_size
 from .model_arguments import MLX_LM_VERSION, check_arguments, refuse
 from .moe_block import RoutedExperts
 from .spec import Family, convert, load_bytes
@@ -46,6 +57,9 @@ class StreamingSwitchGLU(nn.Module):
         self.activation = activation
         self.routed = None
         self.num_experts_per_tok = 0
+        self.checked = (
+            False  # whether the pass is a prompt's, without padding: that its numbers are finite is seen here
+        )
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
         """Outputs of each token's experts: x (..., H) and indices (..., K) to (..., K, H), in the dtype of x."""
@@ -58,6 +72,9 @@ class StreamingSwitchGLU(nn.Module):
                 )
             self.num_experts_per_tok = indices.shape[-1]
             return mx.zeros(shape, x.dtype)
+        if self.checked and not is_finite(x):
+            row = first_bad_row(x.reshape(-1, x.shape[-1]))
+            raise non_finite(self.layer, "what the experts are given", row)
         ids = np.array(indices.reshape(-1, indices.shape[-1]))
         # The weights stay in mlx-lm's block: a trace says that they are not known.
         self.routed.record(ids, mx.full(ids.shape, mx.nan))
@@ -69,18 +86,24 @@ class StreamingModel:
 
     Attributes:
         streaming: The running engine; set by ``attach``.
+        vocabulary_size: Token ids that the embeddings have; set by ``attach``.
     """
 
     streaming: StreamingEngine
+    vocabulary_size: int
 
     def attach(self, engine: StreamingEngine) -> None:
         """Make ``engine`` the source of every layer's routed experts."""
         self.streaming = engine
-        for _, module in self.named_modules():  # type: ignore[attr-defined]
-            if isinstance(module, StreamingSwitchGLU):
-                # A subclass may compute something else.
-                activation = None if type(module.activation) is SwiGLU else module.activation
-                module.routed = RoutedExperts(engine, module.layer, engine.hidden_size(module.layer), activation)
+        self.vocabulary_size = vocabulary_size(self, getattr(self, "args", None))  # type: ignore[arg-type]
+        for module in self._switches():
+            # A subclass may compute something else.
+            activation = None if type(module.activation) is SwiGLU else module.activation
+            module.routed = RoutedExperts(engine, module.layer, engine.hidden_size(module.layer), activation)
+
+    def _switches(self) -> list[StreamingSwitchGLU]:
+        modules = self.named_modules()  # type: ignore[attr-defined]
+        return [module for _, module in modules if isinstance(module, StreamingSwitchGLU)]
 
     def __call__(
         self,
@@ -92,10 +115,58 @@ class StreamingModel:
         """Logits, shape (B, L or logits_to_keep, vocabulary); see :class:`HybridModel`."""
         cache = make_prompt_cache(self) if cache is None else cache
         extra = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
+        later = checked_later(inputs)
+        if not later and (input_embeddings is None or (inputs is not None and inputs.size)):
+            check_tokens(inputs, self.vocabulary_size)
         batch, tokens = (inputs if input_embeddings is None else input_embeddings).shape[:2]
         with self.streaming.forward_pass(batch, tokens, tokens + context_length(cache)):
-            logits = super().__call__(inputs, cache=cache, **extra)  # type: ignore[misc]
-        return logits if logits_to_keep is None else logits[:, max(tokens - logits_to_keep, 0) :]
+            try:
+                with self._checking(batch == 1 and tokens > PAIRWISE_TOKENS):
+                    given = clamped(inputs, self.vocabulary_size) if later else inputs
+                    logits = super().__call__(given, cache=cache, **extra)  # type: ignore[misc]
+            except NonFiniteError as error:
+                place = error.token or 0
+                raise self._located(inputs[:, place : place + 1], _row(input_embeddings, place), error) from None
+            if later:
+                check_tokens(inputs, self.vocabulary_size)
+        if logits_to_keep is not None:
+            logits = logits[:, max(tokens - logits_to_keep, 0) :]
+        if logits.shape[1] == 1 and backend() == "cpu" and not is_finite(logits):
+            row = first_bad_row(logits[:, -1])
+            raise self.diagnose(inputs[row : row + 1], input_embeddings)
+        return logits
+
+    def diagnose(self, inputs: mx.array, input_embeddings: mx.array | None = None) -> NonFiniteError:
+        """As :meth:`HybridModel.diagnose`."""
+        with self.streaming.forward_pass(1, 1, 1):
+            return self._located(inputs[:1, -1:], _row(input_embeddings, -1), non_finite(None, "the logits"))
+
+    def _located(self, inputs: mx.array, embeddings: mx.array | None, found: NonFiniteError) -> NonFiniteError:
+        """Run one token alone; ``found`` if that is finite."""
+        extra = {} if embeddings is None else {"input_embeddings": embeddings}
+        cache = make_prompt_cache(self)
+        lists = (m.get("layers") for m in self.modules())  # type: ignore[attr-defined]
+        layers = max((found for found in lists if isinstance(found, list)), key=len, default=[])
+        call = super().__call__  # type: ignore[misc]
+        return locate(lambda: call(inputs, cache=cache, **extra), layers, found.token or 0, found)
+
+    @contextmanager
+    def _checking(self, checked: bool) -> Iterator[None]:
+        if not checked:
+            yield
+            return
+        switches = self._switches()
+        for switch in switches:
+            switch.checked = True
+        try:
+            yield
+        finally:
+            for switch in switches:
+                switch.checked = False
+
+
+def _row(embeddings: mx.array | None, place: int) -> mx.array | None:
+    return None if embeddings is None else embeddings[:1, place:][:, :1]
 
 
 def prepare(

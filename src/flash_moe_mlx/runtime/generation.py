@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..config import DEFAULT_PREFILL_STEP_SIZE
 from ..errors import RequestError
 from ..models.caches import context_length, pending_states
+from ..models.checks import check_sampled, lazily_finite
 from ..stats import GenerationStats
 from .prefix_cache import PrefixCache
 from .prompt_text import check_length, check_text
@@ -206,11 +207,11 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], mod
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         got = f"shape {ids.shape} of {ids.dtype}" if ids.ndim else type(prompt).__name__
         raise RequestError(f"[prompt] must be text or token ids of shape (L,), got {got}. Encode it first.")
-    size = getattr(getattr(model, "config", getattr(model, "args", None)), "vocab_size", None)
+    size = model.vocabulary_size
     # MLX would read whatever lies beyond the embeddings.
-    if ids.size and (ids.min() < 0 or ids.max() >= (size or 1 << 31)):
+    if ids.size and (ids.min() < 0 or ids.max() >= size):
         raise RequestError(
-            f"[prompt] token ids must be from 0 to {(size or 1 << 31) - 1}, got {ids.min()} to {ids.max()}. "
+            f"[prompt] token ids must be from 0 to {size - 1}, got {ids.min()} to {ids.max()}. "
             "Use the model's own tokenizer."
         )
     return mx.array(ids.astype(np.uint32))
@@ -268,6 +269,7 @@ class _Steps:
             :, -1, :
         ]
         self.note(tokens)
+        finite = lazily_finite(logits)  # before processors: they may exclude tokens with -inf
         for processor in self._processors:
             logits = processor(self._seen, logits)
         self._quantize_caches()
@@ -276,7 +278,10 @@ class _Steps:
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token, logprobs = self._sampler(logprobs), logprobs.squeeze(0)
         # All that outlives the step: a lazy array could be evaluated by this thread alone.
-        mx.eval(token, logprobs, pending_states(self.caches), self._seen)
+        mx.eval(token, logprobs, pending_states(self.caches), self._seen, finite)
+        if finite is not None and not finite.item():
+            raise self.model.diagnose(tokens[None], _batched(embeddings))
+        check_sampled(token, logprobs.shape[-1])
         return token, logprobs
 
 

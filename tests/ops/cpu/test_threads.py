@@ -39,6 +39,46 @@ def test_every_task_runs_once_and_is_finished():
     assert (counts == 5).all()
 
 
+@pytest.mark.parametrize("where", ["here", "elsewhere"])
+def test_a_kernel_that_raises_costs_no_thread(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(threads, "num_threads", lambda: 3)
+    monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    main, entered = threading.main_thread(), threading.Event()
+
+    def kernel(state: np.ndarray) -> int:
+        is_here = threading.current_thread() is main
+        if where == "elsewhere" and is_here:
+            entered.wait(10)
+            return 1000  # tasks that others have drawn
+        if where == "here" and not is_here:
+            return 1000
+        entered.set()
+        raise MemoryError("planted")
+
+    for _ in range(20):
+        entered.clear()
+        with pytest.raises(MemoryError, match="planted"):
+            threads.run(kernel)
+    counts: set[int] = set()
+    barrier = threading.Barrier(3, timeout=20)
+
+    def meet(state: np.ndarray) -> int:
+        barrier.wait()
+        counts.add(threading.get_ident())
+        return 0
+
+    threads.run(meet)
+    assert threading.get_ident() in counts
+
+
+@pytest.mark.parametrize("spins", [1, 100_000])
+def test_waiting_ends_when_it_is_over(spins: int) -> None:
+    state = np.zeros(1, np.int64)
+    threading.Timer(0.02, lambda: state.__setitem__(0, spins)).start()
+    threads.wait_for(state.ctypes.data, spins)
+    assert state[0] == spins
+
+
 def test_a_fork_has_threads_of_its_own():
     code = """
         import os, mlx.core as mx, numpy as np

@@ -240,7 +240,10 @@ def _join(args, head):  # type: ignore[no-untyped-def]
 
 
 def _choose(args, _):  # type: ignore[no-untyped-def]
-    """(logits, experts, K, normalise, ids, weights): softmax, then the K most probable, most probable first."""
+    """(logits, experts, K, normalise, ids, weights): softmax, then the K most probable, most probable first.
+
+    Of equals the one of the higher index comes first, as in ``route``. Where the softmax is not finite, ids are -1.
+    """
     a = words(args, 6)
     logits, ids, weights = floats_at(a[0], a[1]), words(a[4], a[2]), floats_at(a[5], a[2])
     highest, total = _LOWEST, np.float32(0.0)
@@ -249,11 +252,14 @@ def _choose(args, _):  # type: ignore[no-untyped-def]
     for i in range(len(logits)):
         logits[i] = exponential(logits[i] - highest)
         total += logits[i]
+    if not (total > np.float32(0.0) and total < np.float32(np.inf)):
+        ids[:] = -1
+        return
     chosen = np.float32(0.0)
     for rank in range(len(ids)):
         best = 0
         for i in range(1, len(logits)):
-            if logits[i] > logits[best]:
+            if logits[i] >= logits[best]:
                 best = i
         ids[rank], weights[rank] = best, logits[best]
         chosen += logits[best]

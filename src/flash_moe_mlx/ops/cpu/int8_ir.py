@@ -75,10 +75,11 @@ def round_to_int8(x, group_size, rounded, sums):  # type: ignore[no-untyped-def]
     """
     for group in range(len(x) // group_size):
         first = group * group_size
-        largest = np.float32(0.0)
+        largest = poison = np.float32(0.0)
         for i in range(first, first + group_size):
             largest = max(largest, abs(x[i]))
-        scale = largest / np.float32(127.0)
+            poison += x[i] * np.float32(0.0)
+        scale = largest / np.float32(127.0) + poison  # NaN if one is NaN or infinite, which the maximum passes over
         inverse = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
         total = 0
         for i in range(first, first + group_size):

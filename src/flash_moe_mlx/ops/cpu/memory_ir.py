@@ -1,9 +1,10 @@
 """Memory by address in kernels: numbers as they are stored, arrays, functions, and the counters that threads share."""
 
+import platform
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba.core import types
+from numba.core import cgutils, types
 from numba.extending import intrinsic
 
 from .vector_ir import BF16, F16, F32, LANES, Emitter, signature_of
@@ -72,6 +73,20 @@ def load_i64(typing_context, address):  # type: ignore[no-untyped-def]
         return builder.load_atomic(pointer, "acquire", 8, typ=_I64)
 
     return signature_of(1, types.int64), generate
+
+
+@intrinsic
+def pause(typing_context):  # type: ignore[no-untyped-def]
+    """``pause()``: tell the processor that this thread spins, which leaves its core to the other thread on it."""
+
+    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
+        x86 = platform.machine().lower() in ("x86_64", "amd64")
+        name, taken = ("llvm.x86.sse2.pause", []) if x86 else ("llvm.aarch64.hint", [_I32(1)])
+        type_ = ir.FunctionType(ir.VoidType(), [value.type for value in taken])
+        builder.call(cgutils.get_or_insert_function(builder.module, type_, name), taken)
+        return context.get_dummy_value()
+
+    return types.void(), generate
 
 
 @intrinsic

@@ -13,8 +13,8 @@ import numpy as np
 
 from .arrays import address, view
 from .jit import compiled
-from .memory_ir import add_one, call, load_i64
-from .threads import run
+from .memory_ir import add_one, call
+from .threads import run, wait_for
 
 ALONE_BYTES = 1 << 18
 """A tape that reads less is run by the calling thread alone: waking another takes as long."""
@@ -35,8 +35,7 @@ def _play(table, total, state):  # type: ignore[no-untyped-def]
             operation += 1
             if not table[operation, 3]:
                 needed = first
-        while load_i64(counter + 8) < needed:
-            pass
+        wait_for(counter + 8, needed)
         call(table[operation, 0], table[operation, 1], task - first)
         add_one(counter + 8)
     return total
@@ -63,16 +62,16 @@ class Operation:
             beside: It may begin when the operation before it begins.
             nbytes: About how much it reads, for ``ALONE_BYTES``.
         """
-        self._kept = (function, arguments)
-        self.arguments = np.array([_packed(value) for value in arguments], np.int64)
+        # The memory that is read, which of a strided array is a copy's.
+        held = [view(value, np.uint8) if isinstance(value, mx.array) else value for value in arguments]
+        self._kept = (function, held)
+        self.arguments = np.array([_packed(value) for value in held], np.int64)
         self.tasks = tasks
         self.nbytes = nbytes
         self.row = [function.address, address(self.arguments), tasks, int(beside)]
 
 
 def _packed(value: Any) -> int:
-    if isinstance(value, mx.array):
-        return address(view(value, np.uint8))
     if isinstance(value, np.ndarray):
         return address(value)
     if isinstance(value, float):

@@ -7,7 +7,9 @@ waits only for tasks that another thread has begun.
 """
 
 import os
+import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from functools import lru_cache
@@ -20,24 +22,40 @@ from numba import types
 
 from ...machine import CGROUP_ROOT, available_cores
 from .jit import serial
-from .memory_ir import load_i64
+from .memory_ir import load_i64, pause
 
 LOCK = threading.Lock()
 """One kernel at a time: two would only fight for the same cores."""
 
-_SPINS = 2000
+_SPINS = 1000
+"""Pauses of 10 to 50 ns: longer than most operations of a step take."""
+
+_FAILED = 1 << 62
+"""Tasks "finished" of a call in which a kernel raised: nobody waits for more, or draws another."""
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 @serial
+def wait_for(counter, needed):  # type: ignore[no-untyped-def]
+    """Wait until the int64 at address ``counter`` is at least ``needed``.
+
+    For a while with pauses; then the core goes to whoever else wants it: with more threads than cores, or under a
+    quota, the thread that is waited for may not be running.
+    """
+    spins = 0
+    while load_i64(counter) < needed:
+        if spins < _SPINS:
+            spins += 1
+            pause()
+        else:
+            _sched_yield()
+
+
+@serial
 def _wait(state, tasks):  # type: ignore[no-untyped-def]
     """Wait until ``tasks`` tasks are finished."""
-    spins, finished = 0, state.ctypes.data + 8
-    while load_i64(finished) < tasks:
-        spins += 1
-        if spins > _SPINS:
-            _sched_yield()
+    wait_for(state.ctypes.data + 8, tasks)
 
 
 def cgroup_cpus(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> float | None:
@@ -77,20 +95,64 @@ def num_threads() -> int:
     return max(1, threads if quota is None else min(threads, int(-(-quota // 1))))
 
 
-_queues: list[SimpleQueue[tuple[Callable[..., int], tuple[Any, ...]]]] = []
+class _Call:
+    """One call of a kernel, which several threads take part in.
+
+    Attributes:
+        state: The next task, and how many are finished. Shape (2,), int64.
+        inside: A mark for each thread that entered the kernel.
+        left: A mark for each that came out of it.
+        failures: What kernels raised.
+    """
+
+    __slots__ = ("_arguments", "_kernel", "failures", "inside", "left", "state")
+
+    def __init__(self, kernel: Callable[..., int], arguments: tuple[Any, ...]):
+        # New for each call: a thread that comes late finds this call's tasks taken, not the next one's.
+        self.state = np.zeros(2, np.int64)
+        self.inside: list[None] = []
+        self.left: list[None] = []
+        self.failures: list[BaseException] = []
+        self._kernel, self._arguments = kernel, (*arguments, self.state)
+
+    def take_part(self) -> int:
+        """Draw tasks until none is left, and return how many there are in all."""
+        tasks = -1
+        self.inside.append(None)
+        try:
+            tasks = self._kernel(*self._arguments)
+        finally:
+            error = sys.exc_info()[1]
+            if tasks < 0 and error is not None and not isinstance(error, KeyboardInterrupt):
+                self.failures.append(error)
+                self.state[:] = _FAILED
+            self.left.append(None)
+        return tasks
+
+    def settle(self) -> None:
+        """Draw tasks, and return when no thread writes any more."""
+        if not self.failures:
+            _wait(self.state, self.take_part())
+        while self.failures and len(self.left) < len(self.inside):
+            time.sleep(0)
 
 
-def _serve(queue: "SimpleQueue[tuple[Callable[..., int], tuple[Any, ...]]]") -> None:
-    while True:
-        kernel, arguments = queue.get()
-        kernel(*arguments)
-        del kernel, arguments  # they keep arrays alive
+_queues: list[SimpleQueue[_Call]] = []
+
+
+def _serve(queue: SimpleQueue[_Call]) -> None:
+    try:
+        while True:
+            queue.get().take_part()
+    finally:  # a kernel raised, which its caller is told; the next call starts another thread
+        _queues.remove(queue)
 
 
 def _start() -> None:
     while len(_queues) < num_threads() - 1:
-        _queues.append(SimpleQueue())
-        threading.Thread(target=_serve, args=(_queues[-1],), name="flash-moe-kernels", daemon=True).start()
+        queue: SimpleQueue[_Call] = SimpleQueue()
+        _queues.append(queue)
+        threading.Thread(target=_serve, args=(queue,), name="flash-moe-kernels", daemon=True).start()
 
 
 def _forget_threads() -> None:
@@ -111,22 +173,24 @@ def run(kernel: Callable[..., int], *arguments: Any, alone: bool = False) -> Non
             finished. Draws tasks until none is left and returns how many there are.
         arguments: What it reads; addresses in them stay valid until the call returns.
         alone: In the calling thread only.
+
+    What the kernel raises, on whichever thread, is raised here, once no thread is in it any more.
     """
     with LOCK:
         if len(_queues) < num_threads() - 1:
             _start()
-        # New for each call: a thread that comes late finds this call's tasks taken, not the next one's.
-        state = np.zeros(2, np.int64)
-        arguments = (*arguments, state)
+        call = _Call(kernel, arguments)
         finished = False
         try:
             for queue in () if alone else _queues:
-                queue.put((kernel, arguments))
-            _wait(state, kernel(*arguments))
+                queue.put(call)
+            call.settle()
             finished = True
         finally:
             # Other threads write through bare addresses: an interrupt must not free the arrays behind them.
             while not finished:
                 with suppress(KeyboardInterrupt):
-                    _wait(state, kernel(*arguments))
+                    call.settle()
                     finished = True
+        for error in call.failures:
+            raise error

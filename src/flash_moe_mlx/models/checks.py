@@ -1,0 +1,139 @@
+"""Checks of a forward pass: token ids that the embeddings have, and finite numbers."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from ..errors import NonFiniteError, RequestError
+from ..ops.backend import backend
+from ..ops.finite import is_finite, non_finite
+
+_INTEGERS = {mx.uint8, mx.uint16, mx.uint32, mx.uint64, mx.int8, mx.int16, mx.int32, mx.int64}
+
+
+def vocabulary_size(model: nn.Module, arguments: Any) -> int:
+    """Return how many token ids a model has embeddings for.
+
+    Args:
+        model: An mlx-lm model.
+        arguments: The model's arguments, where most models name the size.
+    """
+    nested = getattr(arguments, "text_config", None) or {}
+    named = getattr(arguments, "vocab_size", None) or (
+        nested.get("vocab_size") if isinstance(nested, dict) else getattr(nested, "vocab_size", None)
+    )
+    tables = (m for _, m in model.named_modules() if isinstance(m, nn.Embedding | nn.QuantizedEmbedding))
+    rows = max((table.weight.shape[0] for table in tables), default=named or 1 << 31)
+    return min(named or rows, rows)
+
+
+def check_tokens(tokens: mx.array, vocabulary: int) -> None:
+    """Check token ids before they index the embeddings: MLX would read whatever lies outside the table.
+
+    Cost: under 2 microseconds for one token in memory. Lazy ids are evaluated.
+
+    Raises:
+        RequestError: If they are not integers from 0 to ``vocabulary`` - 1 of shape (B, L).
+    """
+    if not isinstance(tokens, mx.array) or tokens.ndim != 2 or tokens.size == 0 or tokens.dtype not in _INTEGERS:
+        got = f"{tuple(tokens.shape)} of {tokens.dtype}" if isinstance(tokens, mx.array) else type(tokens).__name__
+        raise RequestError(f"[inputs] must be token ids, integers of shape (B, L), got {got}. Pass an mx.array of ids.")
+    if tokens.size == 1:
+        lowest = highest = int(tokens.item())
+    else:
+        ids = np.array(tokens)
+        lowest, highest = int(ids.min()), int(ids.max())
+    if lowest < 0 or highest >= vocabulary:
+        raise RequestError(
+            f"[inputs] token ids must be from 0 to {vocabulary - 1}, got {lowest if lowest < 0 else highest}. "
+            "Use the model's own tokenizer, and a sampler that returns ids of its vocabulary."
+        )
+
+
+def checked_later(tokens: mx.array) -> bool:
+    """Tell whether ids are checked after the pass: in decode on a GPU, to look at them first would be a wait."""
+    return isinstance(tokens, mx.array) and tokens.ndim == 2 and tokens.shape[1] == 1 and backend() != "cpu"
+
+
+def clamped(tokens: mx.array, vocabulary: int) -> mx.array:
+    """Return ids that can be looked up whatever ``tokens`` holds; lazy."""
+    if tokens.dtype not in _INTEGERS:
+        check_tokens(tokens, vocabulary)
+    return mx.minimum(tokens.astype(mx.uint32), vocabulary - 1)
+
+
+def check_sampled(token: mx.array, vocabulary: int) -> None:
+    """Check what a sampler returned, once it is in memory.
+
+    Raises:
+        RequestError: If it is not one token id from 0 to ``vocabulary`` - 1.
+    """
+    good = isinstance(token, mx.array) and token.size == 1 and token.ndim <= 1 and token.dtype in _INTEGERS
+    if not good or not 0 <= token.item() < vocabulary:
+        raise RequestError(
+            f"[sampler] must return a token id from 0 to {vocabulary - 1}, shape (1,), got {token!r}. "
+            "Return integers, as mx.argmax does."
+        )
+
+
+def lazily_finite(logits: mx.array) -> mx.array | None:
+    """Tell whether logits are finite, evaluated with whatever comes next; None on a CPU, where the model has looked."""
+    return None if backend() == "cpu" else mx.isfinite(logits).all()
+
+
+EMBEDDINGS = -1
+"""In place of a layer's index: what the first layer is given."""
+
+
+class _Watched:
+    """A decoder layer that notes whether its output is finite; in all else the layer itself."""
+
+    def __init__(self, layer: Any, index: int, bad: list[int]):
+        self._layer, self._index, self._bad = layer, index, bad
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, *arguments: Any, **named: Any) -> Any:
+        if self._index == 0 and arguments and not is_finite(arguments[0]):
+            self._bad.append(EMBEDDINGS)
+        output = self._layer(*arguments, **named)
+        hidden = output[0] if isinstance(output, Sequence) else output
+        if isinstance(hidden, mx.array) and not self._bad and not is_finite(hidden):
+            self._bad.append(self._index)
+        return output
+
+
+@contextmanager
+def watched(layers: list[Any]) -> Iterator[list[int]]:
+    """Within it, the list that is yielded gets the index of the first layer whose output is not finite."""
+    bad: list[int] = []
+    original = list(layers)
+    layers[:] = [_Watched(layer, index, bad) for index, layer in enumerate(original)]
+    try:
+        yield bad
+    finally:
+        layers[:] = original
+
+
+def locate(run: Callable[[], Any], layers: list[Any], token: int, found: NonFiniteError) -> NonFiniteError:
+    """Run a pass again with every layer watched, to name the one where NaN or infinity began.
+
+    Args:
+        run: The pass, from empty caches.
+        layers: The list of the model's layers.
+        token: Index of the token that is run.
+        found: What is known already: returned if this pass is finite.
+    """
+    with watched(layers) as bad:
+        try:
+            mx.eval(run())
+        except NonFiniteError as error:
+            found = non_finite(error.layer, "what the router is given", token)
+    if not bad:
+        return found
+    return non_finite(None, "the embedding", token) if bad[0] == EMBEDDINGS else non_finite(bad[0], "the output", token)
