@@ -15,6 +15,7 @@ from typer.main import get_command
 
 from flash_moe_mlx import __version__
 from flash_moe_mlx.cli import main
+from flash_moe_mlx.cli.main import app
 
 from ..support.command_line import invoke, refusal, succeed
 
@@ -168,3 +169,13 @@ def test_help_is_quick():
         return time.perf_counter() - started
 
     assert min(seconds() for _ in range(3)) < 1.0
+
+
+def test_commands_that_share_an_option_share_its_default():
+    group = typer.main.get_command(app)
+    defaults: dict[str, set[object]] = {}
+    for command in ("generate", "chat", "serve"):
+        for parameter in group.commands[command].params:
+            if parameter.name in ("temperature", "top_p", "top_k", "min_p", "seed", "max_context", "io", "verify"):
+                defaults.setdefault(parameter.name, set()).add(parameter.default)
+    assert len(defaults) == 8 and all(len(values) == 1 for values in defaults.values()), defaults

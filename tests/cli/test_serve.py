@@ -75,7 +75,13 @@ def test_the_documented_routes_exist(address: str):
 def test_a_port_that_is_taken_is_told_in_one_line():
     with socket.create_server(("127.0.0.1", 0)) as taken:
         line = refusal("serve", "--port", str(taken.getsockname()[1]))
-    assert "in use" in line
+    assert "in use" in line and "--port" in line and "Check the path" not in line
+
+
+def test_other_addresses_that_cant_be_had_are_told_with_advice():
+    for host in ("192.0.2.1", "no.such.host.invalid", "::2"):
+        line = refusal("serve", "--host", host, "--port", "0")
+        assert "--host" in line and "Check the path" not in line
 
 
 def test_sizes_that_are_none_are_told_in_one_line():

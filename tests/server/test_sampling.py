@@ -1,9 +1,17 @@
 """Sampling parameters as mlx_lm's functions get them."""
 
+import json
+from importlib.resources import files
+from types import SimpleNamespace
+
 import mlx.core as mx
 import pytest
 
-from flash_moe_mlx.server.sampling import processors_for, sampler_for
+import flash_moe_mlx
+from flash_moe_mlx import FlashMoEError
+from flash_moe_mlx.server.openai_format import ChatFormat, CompletionFormat, event
+from flash_moe_mlx.server.parts import TextPart, TokenLogprob
+from flash_moe_mlx.server.sampling import processors_for, sampler_for, token_logprob
 from flash_moe_mlx.server.schema import Sampling
 
 
@@ -50,3 +58,44 @@ def test_seed():
     assert draw(-1) == draw(-1)
     draw(7)
     assert draw(None) != draw(None)
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16], ids=str)
+def test_log_probabilities_of_every_activation_dtype(dtype: mx.Dtype):
+    """On a GPU activations are the checkpoint's bfloat16, which numpy does not read."""
+    demo_path = files("flash_moe_mlx") / "demo"
+    model, tokenizer = flash_moe_mlx.load(demo_path, memory_limit="100MB", max_context=128)
+    model.set_dtype(dtype)
+    seen: list[mx.Dtype] = []
+
+    def sampler(logprobs: mx.array) -> mx.array:
+        seen.append(logprobs.dtype)
+        return mx.argmax(logprobs, axis=-1)
+
+    with model.streaming:
+        for response in flash_moe_mlx.stream_generate(model, tokenizer, "Hi", 2, sampler=sampler):
+            assert response.logprobs.dtype == mx.float32
+            assert mx.logsumexp(response.logprobs).item() == pytest.approx(0, abs=1e-5)
+            found = token_logprob(response, tokenizer.decode, 3)
+            assert found.logprob == found.top[0][1] == pytest.approx(response.logprobs.max().item())
+    assert set(seen) == {mx.float32}
+
+
+def test_log_probabilities_that_are_none_are_no_json():
+    response = SimpleNamespace(token=1, logprobs=mx.array([0.0, float("nan")]))
+    with pytest.raises(FlashMoEError, match="NaN"):
+        token_logprob(response, str, 0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e30], ids=str)
+def test_events_hold_numbers(value: float):
+    finished = [TextPart("content", "a", (TokenLogprob("a", value, (("b", value),)),))]
+    for answer in (ChatFormat("demo", True), CompletionFormat("demo", True)):
+        text = event(answer.chunk(finished[0], 0)).decode()
+        assert json.loads(text[6:], parse_constant=lambda name: pytest.fail(name))["choices"][0]["logprobs"]
+    with pytest.raises(ValueError, match="JSON"):
+        event({"a": float("nan")})
+
+
+def test_an_event_is_text_whatever_the_model_says():
+    assert json.loads(event({"a": "\ud83d"})[6:]) == {"a": "?"}

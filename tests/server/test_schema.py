@@ -46,7 +46,7 @@ WRONG_BOTH: list[tuple[str, Any]] = [
     ("temperature", "hot"), ("temperature", -0.1), ("temperature", 2.1), ("temperature", True), ("temperature", [1]),
     ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 10**400), ("top_p", 0),
     ("top_p", 1.1),
-    ("top_k", -1), ("top_k", 1.5), ("min_p", 2), ("seed", "a"), ("seed", 2**64), ("repetition_penalty", 0),
+    ("top_k", -1), ("top_k", 1.5), ("min_p", 2), ("seed", "a"), ("seed", 2**64), ("repetition_penalty", 0), ("repetition_penalty", 1e-45), ("stop", "a" * 1001), ("stop", ["b", "a" * 4_000_000]),
     ("presence_penalty", 3), ("frequency_penalty", -3), ("logit_bias", []), ("logit_bias", {"a": 1}),
     ("logit_bias", {"1000": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"1": "x"}),
     ("logit_bias", {"٣": 1}), ("logit_bias", {str(i): 1 for i in range(1025)}), ("stop", 3), ("stop", [""]),

@@ -23,6 +23,7 @@ from .options import (
     open_model,
     print_json,
 )
+from .printable import echo
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -81,17 +82,17 @@ def bench(
     if json:
         print_json(result)
         return
-    typer.echo(
+    echo(
         f"{result['model']}, {result['state']}, {prompt_tokens} prompt tokens, {max_tokens} generated, "
         f"{stats.num_slots:,} of {stats.num_experts:,} experts in slots"
     )
     for figures in measured:
-        typer.echo(
+        echo(
             f"prefill {figures['prompt_tps']:.1f} tok/s, decode {figures['generation_tps']:.1f} tok/s, "
             f"hit rate {figures['hit_rate']:.1%}, {figures['bytes_read'] / 1e6:.1f} MB read, "
             f"{figures['read_seconds']:.2f} s waiting for them"
         )
-    typer.echo(f"median decode {result['median_generation_tps']:.1f} tok/s")
+    echo(f"median decode {result['median_generation_tps']:.1f} tok/s")
 
 
 def kernels(
@@ -111,7 +112,7 @@ def kernels(
     from ..lab.kernel_table import FULL, QUICK, Layers, Table, standard_work
 
     size = QUICK if quick else FULL
-    table = Table(size, (lambda line: None) if json else typer.echo)
+    table = Table(size, (lambda line: None) if json else echo)
     for measure in standard_work(size, Layers()):
         table.add(measure())
     if json:

@@ -26,6 +26,7 @@ from .options import (
     open_model,
     sampler,
 )
+from .printable import echo
 
 if TYPE_CHECKING:
     from .. import PrefixCache
@@ -50,7 +51,7 @@ def chat(
     thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of thinking in an answer.", min=0)] = None,
     max_tokens: MaxTokens = 2048,
     temperature: Temperature = 0.0,
-    top_p: TopP = 0.0,
+    top_p: TopP = 1.0,
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     seed: Seed = None,
@@ -80,8 +81,10 @@ def chat(
 
     from ..chat.conversation import Conversation
     from ..chat.tools import CALCULATOR, load_tools
+    from ..runtime.prompt_text import check_text
     from .chat_session import ChatSession
 
+    check_text(system, "system")
     console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets lines as they are
     offered = [tool for path in tools or [] for tool in load_tools(path)]
     read = _reader(console.is_terminal)
@@ -104,7 +107,7 @@ def chat(
         )
         if console.is_terminal:
             names = ", ".join(tool.name for tool in offered) or "none"
-            typer.echo(f"{model or 'the embedded demo'}; tools: {names}. /help lists the commands.")
+            echo(f"{model or 'the embedded demo'}; tools: {names}. /help lists the commands.")
         ChatSession(conversation, console, read, thinking).run()
 
 
@@ -117,7 +120,7 @@ def _reader(is_terminal: bool) -> "Reader":
     try:
         return editing_reader(Path(typer.get_app_dir("flash-moe")) / "chat_history", list(COMMANDS))
     except ImportError:
-        typer.echo("Without prompt_toolkit there is no editing: pip install 'flash_moe_mlx[chat]'.", err=True)
+        echo("Without prompt_toolkit there is no editing: pip install 'flash_moe_mlx[chat]'.", err=True)
         return read_line
 
 
@@ -131,5 +134,5 @@ def _prefix_cache(model: Any, size: str | None) -> "PrefixCache | None":
     try:
         return PrefixCache(model, int(model.streaming.stats().memory_limit_bytes * PREFIX_CACHE_SHARE))
     except MemoryLimitError:
-        typer.echo("The memory limit has no room for a prefix cache: each turn reads the whole conversation.", err=True)
+        echo("The memory limit has no room for a prefix cache: each turn reads the whole conversation.", err=True)
         return None

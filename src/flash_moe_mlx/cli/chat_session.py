@@ -13,6 +13,7 @@ from rich.text import Text
 from ..chat.answer import Part
 from ..chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
 from ..errors import FlashMoEError, RequestError
+from ..runtime.prompt_text import check_text
 from ..stats import format_bytes
 from .printable import printable
 from .terminal import AnswerView, Reader, Thinking, read_line
@@ -78,6 +79,7 @@ class ChatSession:
 
     def _turn(self, text: str) -> None:
         end: AnswerEnd | None = None
+        check_text(text, "message")
         try:
             with AnswerView(self._console, self._thinking) as self._view, closing(self._chat.send(text)) as events:
                 for event in events:
@@ -123,7 +125,7 @@ class ChatSession:
             return True
         while True:
             try:
-                answer = read_line(f"Run {call.name}? yes, no, always: ").strip().lower()
+                answer = read_line(f"Run {printable(call.name)}? yes, no, always: ").strip().lower()
             except EOFError:
                 answer = "no"
             if answer in ("a", "always"):
@@ -138,7 +140,7 @@ class ChatSession:
             self._view.progress(done, total)
 
     def _say(self, markup: str) -> None:
-        self._console.print(markup, highlight=False)
+        self._console.print(printable(markup), highlight=False)
 
     def _note(self, text: str) -> None:
         self._say(f"[dim]{escape(text)}[/dim]")
@@ -159,11 +161,12 @@ class ChatSession:
 
     def _system(self, text: str) -> None:
         if text:
+            check_text(text, "/system")
             self._chat.system = text
         self._note(self._chat.system or "There is no system prompt.")
 
     def _stats(self, _: str) -> None:
-        self._console.print(Text(str(self._chat.model.streaming.stats())))
+        self._console.print(Text(printable(str(self._chat.model.streaming.stats()))))
         cache = self._chat.prefix_cache
         if cache is not None:
             self._note(f"prefix cache {format_bytes(cache.nbytes)} of {format_bytes(cache.max_bytes)}")
@@ -181,7 +184,7 @@ class ChatSession:
         path = _file(name, "/save")
         saved = {"system": self._chat.system, "messages": self._chat.messages}
         try:
-            path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n")
+            path.write_text(json.dumps(saved, indent=2, ensure_ascii=False) + "\n", "utf-8", errors="replace")
         except OSError as error:
             raise RequestError(f"[/save] {path} must be writable, got {error.strerror}. Check the path.") from error
         self._note(f"{len(self._chat.messages)} messages are in {path}.")
@@ -199,8 +202,8 @@ def read_conversation(path: Path) -> tuple[str, list[dict[str, Any]]]:
         RequestError: If it is another file.
     """
     try:
-        saved = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+        saved = json.loads(path.read_text("utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
         raise RequestError(f"[/load] {path} must be a saved conversation, got {error}. Check the path.") from error
     roles = {"user", "assistant", "tool"}
     if not (
@@ -210,6 +213,8 @@ def read_conversation(path: Path) -> tuple[str, list[dict[str, Any]]]:
         and all(isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str) for m in messages)
     ):
         raise RequestError(f"[/load] {path} must be a saved conversation, got another file. Check the path.")
+    for text in (system, *(m["content"] for m in messages)):
+        check_text(text, f"/load {path}")
     return system, messages
 
 

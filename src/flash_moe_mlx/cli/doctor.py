@@ -14,6 +14,7 @@ import typer
 
 from .. import __version__, system
 from .options import Json, Model, model_path, print_json
+from .printable import echo
 
 if TYPE_CHECKING:
     from ..storage.disk_probe import DiskProbe
@@ -71,8 +72,8 @@ def doctor(
     rows = _rows(found)
     width = max(len(name) for name, _ in rows)
     for name, value in rows:
-        typer.echo(f"{name:<{width}}  {value}")
-    typer.echo("\n" + ("\n".join(f"- {line}" for line in found["advice"]) or "Nothing to change."))
+        echo(f"{name:<{width}}  {value}")
+    echo("\n" + ("\n".join(f"- {line}" for line in found["advice"]) or "Nothing to change."))
 
 
 def _version(name: str) -> str | None:

@@ -26,7 +26,9 @@ from .options import (
     print_json,
     sampler,
 )
-from .printable import printable
+from .printable import echo
+
+MAX_STDIN_CHARACTERS = 1 << 24  # more than any context holds; standard input may have no end
 
 
 def generate(
@@ -38,7 +40,7 @@ def generate(
     ] = False,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
-    top_p: TopP = 0.0,
+    top_p: TopP = 1.0,
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     seed: Seed = None,
@@ -61,12 +63,19 @@ def generate(
     if prompt is None:
         if sys.stdin.isatty():
             raise RequestError('[prompt] must be given, got none. Try flash-moe generate "Hello".')
-        prompt = sys.stdin.read().rstrip("\n")
+        prompt = sys.stdin.read(MAX_STDIN_CHARACTERS + 1).rstrip("\n")
+        if len(prompt) > MAX_STDIN_CHARACTERS:
+            raise RequestError(
+                f"[prompt] must have at most {MAX_STDIN_CHARACTERS} characters, got more on standard input. Shorten it."
+            )
     from .. import stream_generate
+    from ..runtime.prompt_text import check_text
+
+    check_text(prompt)
+    check_text(system, "system")
 
     how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
     with open_model(model, *how) as (loaded, tokenizer):
-        show = printable if sys.stdout.isatty() else str
         text = ""
         for response in stream_generate(
             loaded,
@@ -77,11 +86,12 @@ def generate(
         ):
             text += response.text
             if not json:
-                typer.echo(show(response.text), nl=False)
+                # A pipe gets the model's own words, a terminal none that it would obey.
+                (echo if sys.stdout.isatty() else typer.echo)(response.text, nl=False)
         if json:
             print_json({"text": text, **_figures(response, loaded.streaming.stats())})
         else:
-            typer.echo()
+            echo()
 
 
 def _messages(tokenizer: Any, prompt: str, system: str) -> list[int]:

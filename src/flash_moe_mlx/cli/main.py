@@ -6,11 +6,12 @@ To add a command:
    light; mlx, mlx_lm, transformers, rich and the library's own modules are imported inside the function, so that
    ``flash-moe --help`` stays quick. Its docstring is the help, and ends with a section "Examples:".
 2. Add it below: its module to the import, and one line ``add_command(app, NAME.NAME)``.
-3. Output for people goes out by ``typer.echo``; with ``--json`` exactly one JSON document, by `options.print_json`.
+3. Output for people goes out by `printable.echo`; with ``--json`` exactly one JSON document, by `options.print_json`.
    Errors are FlashMoEErrors: raise them, and they end as one line on stderr and exit code 2.
 4. Run ``make docs``, which writes docs/cli.md from the help. tests/cli/test_main.py checks the rest.
 """
 
+import errno
 import logging
 import os
 import sys
@@ -23,7 +24,9 @@ from typer.core import TyperGroup
 from .. import __version__
 from ..errors import FlashMoEError
 from . import bench, chat, doctor, generate, pack, plan, serve, simulate, trace, verify
+from .logs import log_to_stderr
 from .options import add_command, add_group
+from .printable import echo, make_streams_total
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +40,7 @@ class _Commands(TyperGroup):
     def main(
         self, args: Sequence[str] | None = None, prog_name: str | None = None, *arguments: Any, **extra: Any
     ) -> Any:
+        make_streams_total()
         try:
             extra["standalone_mode"] = False
             code = super().main(args, prog_name, *arguments, **extra)
@@ -47,7 +51,7 @@ class _Commands(TyperGroup):
         except FlashMoEError as error:
             code = _fail(error, str(error))
         except OSError as error:
-            code = _fail(error, f"[{error.filename or 'system'}] {error.strerror or error}. Check the path.")
+            code = _fail(error, f"[{_where(error)}] {error.strerror or error}. {_advice(error)}")
         except (KeyboardInterrupt, typer.Abort):
             code = INTERRUPTED
         sys.exit(code if isinstance(code, int) else 0)
@@ -63,9 +67,30 @@ class _Commands(TyperGroup):
         return result
 
 
+def _where(error: OSError) -> str:
+    name = error.filename
+    return os.fsdecode(name) if isinstance(name, str | bytes) else "system"
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in _ADVICE:
+        return _ADVICE[error.errno]
+    return "See -vv for where it was raised." if error.filename is None else "Check the path."
+
+
+_ADVICE: dict[int | None, str] = {
+    errno.ENOSPC: "Free some space on the disk.",
+    errno.EDQUOT: "Free some space on the disk.",
+    errno.EMFILE: "Raise the limit on open files: ulimit -n.",
+    errno.ENOMEM: "Free some memory, or lower --memory-limit.",
+    errno.EACCES: "Check the path's permissions.",
+    errno.EROFS: "Choose a path that can be written.",
+}
+
+
 def _fail(error: Exception, message: str) -> int:
     logger.debug("where the error was raised", exc_info=error)
-    typer.echo("flash-moe: " + " ".join(message.split()), err=True)
+    echo("flash-moe: " + " ".join(message.split()), err=True)
     return 2
 
 
@@ -90,12 +115,12 @@ def flash_moe(
     Where no model is named, commands run the small one that comes with the package.
     """
     if verbose:
-        logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)
+        log_to_stderr()
         logging.getLogger("flash_moe_mlx").setLevel(logging.INFO if verbose == 1 else logging.DEBUG)
     if version:
-        typer.echo(__version__)
+        echo(__version__)
     elif context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        echo(context.get_help())
 
 
 add_command(app, generate.generate)

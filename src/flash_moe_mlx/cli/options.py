@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RequestError
+from .printable import escaped
 
 Model = Annotated[
     str | None,
@@ -34,7 +35,10 @@ Verify = Annotated[str, typer.Option(help="Packed records compared with their ch
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
 MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer; -1 for no limit.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; more is more random.", min=0)]
-TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens of this probability.", min=0, max=1)]
+TopP = Annotated[
+    float,
+    typer.Option(help="Sample from the likeliest tokens of this probability; 1 is all.", min=0.001, max=1),
+]
 TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0 for all.", min=0)]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.", min=0, max=1)]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", min=0)]
@@ -103,8 +107,8 @@ def sampler(temperature: float, top_p: float, top_k: int, min_p: float, seed: in
 
 
 def print_json(value: Any) -> None:
-    """The one document of ``--json``, with whatever else is printed left to stderr."""
-    typer.echo(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False))
+    """Print the one document of ``--json``, with whatever else is printed left to stderr."""
+    typer.echo(escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def missing_extra(package: str, extra: str) -> RequestError:

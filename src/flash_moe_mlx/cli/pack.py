@@ -7,6 +7,7 @@ import typer
 
 from ..errors import RequestError
 from .options import Json, Revision, print_json
+from .printable import echo
 
 
 def pack(
@@ -48,18 +49,18 @@ def pack(
             if json:
                 print_json(estimate.to_json())
             else:
-                typer.echo(str(estimate))
+                echo(str(estimate))
             return
         packing.run(progress=not json)
         lossy, nbytes = packing.plan.lossy, packing.plan.result_bytes
     if json:
         print_json({"path": str(target), "bytes": nbytes, "lossy": list(lossy), "quantization_error": _errors(target)})
         return
-    typer.echo(str(target))
+    echo(str(target))
     for choice in lossy:
-        typer.echo(f"lossy: {choice}")
+        echo(f"lossy: {choice}")
     for projection, error in _errors(target).items():
-        typer.echo(f"{projection}: error {error['relative']:.2%} of the weights' size, at most {error['max']:.3g}")
+        echo(f"{projection}: error {error['relative']:.2%} of the weights' size, at most {error['max']:.3g}")
 
 
 def _errors(directory: Path) -> dict[str, dict[str, float]]:

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import Json, MaxContext, MemoryLimit, Model, NumExpertsPerTok, Revision, model_path, print_json
+from .printable import echo
 
 Trace = Annotated[Path | None, typer.Option(help="Recorded routing (flash-moe trace): expect its hit rate too.")]
 DiskRate = Annotated[
@@ -52,4 +53,4 @@ def plan(
     if json:
         print_json(result.to_dict())
     else:
-        typer.echo(str(result))
+        echo(str(result))

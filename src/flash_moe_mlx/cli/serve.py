@@ -1,13 +1,15 @@
 """``flash-moe serve``."""
 
+import errno
 import logging
 import os
 import socket
-import sys
 from typing import Annotated
 
 import typer
 
+from ..errors import RequestError
+from .logs import log_to_stderr
 from .options import (
     ActivationBits,
     Io,
@@ -19,10 +21,12 @@ from .options import (
     Revision,
     Temperature,
     TopK,
+    TopP,
     Verify,
     missing_extra,
     open_model,
 )
+from .printable import echo
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
@@ -38,15 +42,13 @@ def serve(
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Another name that requests may come in under; may be repeated.")
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait beside the one that runs.", min=0)] = 16,
+    max_queue: Annotated[int, typer.Option(help="Requests that may wait besides the one that runs.", min=0)] = 16,
     max_body: Annotated[str, typer.Option(help="Largest request body.")] = "4MB",
     prefix_cache: Annotated[
         str, typer.Option(help='Memory for states of earlier turns: auto, 0 for none, or a size such as "500MB".')
     ] = "auto",
     temperature: Temperature = 0.0,
-    top_p: Annotated[
-        float, typer.Option(help="Sample from the likeliest tokens of this probability.", min=0.001, max=1)
-    ] = 1.0,
+    top_p: TopP = 1.0,
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     memory_limit: MemoryLimit = None,
@@ -71,6 +73,7 @@ def serve(
         import uvicorn
 
         from ..server.app import create_app
+        from ..server.connection import BACKLOG, ConnectionLimits
     except ImportError as error:
         raise missing_extra(error.name or "starlette", "server") from error
     from ..config import parse_size
@@ -79,7 +82,7 @@ def serve(
 
     local = host in LOCAL_HOSTS
     # Taken before the model is loaded: a port that isn't free is told at once.
-    with socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET) as listener:
+    with _listen(host, port) as listener:
         config = ServerConfig(
             model_id=name or ("demo" if model is None else _checkpoint_name(model)),
             api_key=api_key or None,
@@ -93,10 +96,10 @@ def serve(
         with open_model(model, *how) as (loaded, tokenizer):
             app = create_app(loaded, tokenizer, config)
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-            typer.echo(f"Serving {config.model_id} at {address}/v1, status page at {address}/. Ctrl-C ends it.")
+            echo(f"Serving {config.model_id} at {address}/v1, status page at {address}/. Ctrl-C ends it.")
             if not local and api_key is None:
-                typer.echo("Everybody on the network may use it: set FLASH_MOE_API_KEY to a key.", err=True)
-            logging.basicConfig(format="%(name)s: %(message)s", stream=sys.stderr)  # failures are shown in any case
+                echo("Everybody on the network may use it: set FLASH_MOE_API_KEY to a key.", err=True)
+            log_to_stderr()  # failures are shown in any case
             logged = logging.getLogger("flash_moe_mlx").isEnabledFor(logging.INFO)
             settings = uvicorn.Config(
                 app,
@@ -104,9 +107,36 @@ def serve(
                 log_level="info" if logged else "warning",
                 access_log=logged,
                 server_header=False,
+                # Nothing is decided by what a proxy says of its clients.
+                proxy_headers=False,
+                http=ConnectionLimits(body_seconds=config.body_seconds + 10).protocol(),
+                ws="none",
+                backlog=BACKLOG,
                 timeout_graceful_shutdown=2,
             )
             uvicorn.Server(settings).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Take the port.
+
+    Raises:
+        RequestError: If the address can't be had.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, UnicodeError) as error:  # the second: a name that can't be one
+        number = getattr(error, "errno", None)
+        what = getattr(error, "strerror", None) or str(error)
+        advice = _LISTEN_ADVICE.get(number, "Choose an address of this machine with --host.")
+        raise RequestError(f"[{host}:{port}] must be an address that is free, got {what}. {advice}") from error
+
+
+_LISTEN_ADVICE: dict[int | None, str] = {
+    errno.EADDRINUSE: "Choose another port with --port, or 0 for a free one, or end what listens there.",
+    errno.EACCES: "Choose a port from 1024 with --port.",
+    errno.EPERM: "Choose a port from 1024 with --port.",
+}
 
 
 def _checkpoint_name(model: str) -> str:

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Json, MaxContext, Model, print_json
+from .printable import echo
 
 
 def simulate(
@@ -70,10 +71,10 @@ def simulate(
     if json:
         print_json({"trace": str(trace), "tokens": len(routing.phase), "results": results})
         return
-    typer.echo(f"{'slots':>10}  policy  hit rate  decode  misses a token" + ("   tok/s" if planner else ""))
+    echo(f"{'slots':>10}  policy  hit rate  decode  misses a token" + ("   tok/s" if planner else ""))
     for r in results:
         speed = f"  {r['tokens_per_second']:6.2f}" if r["tokens_per_second"] else ""
-        typer.echo(
+        echo(
             f"{r['slots']:>10}  {r['policy']:<6}  {r['hit_rate']:8.1%}  {r['decode_hit_rate']:6.1%}  "
             f"{r['misses_per_token']:14.1f}{speed}"
         )

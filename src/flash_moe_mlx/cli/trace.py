@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import ActivationBits, Io, MaxContext, MemoryLimit, Model, NumExpertsPerTok, Revision, Verify, open_model
+from .printable import echo
 
 
 def trace(
@@ -26,13 +27,15 @@ def trace(
     Examples:
         flash-moe trace "What is 17 + 25?" --output routing.npz
     """
-    from .. import stream_generate
+    from .. import chat_prompt, stream_generate
+    from ..runtime.prompt_text import check_text
 
+    check_text(prompt)
     how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
     with open_model(model, *how) as (loaded, tokenizer):
-        tokens = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], add_generation_prompt=True)
+        tokens, _ = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
         with loaded.streaming.trace(output):
             for response in stream_generate(loaded, tokenizer, tokens, max_tokens):
-                typer.echo(response.text, nl=False)
+                echo(response.text, nl=False)
         stats = loaded.streaming.stats()
-    typer.echo(f"\n\n{stats.tokens} tokens in {output}; hit rate {stats.hit_rate:.1%} with {stats.num_slots} slots.")
+    echo(f"\n\n{stats.tokens} tokens in {output}; hit rate {stats.hit_rate:.1%} with {stats.num_slots} slots.")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import Json, print_json
+from .printable import echo
 
 
 def verify(
@@ -28,6 +29,6 @@ def verify(
     if json:
         print_json(result.to_json())
     else:
-        typer.echo(str(result))
+        echo(str(result))
     if not result.ok:
         raise typer.Exit(1)

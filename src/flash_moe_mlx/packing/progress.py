@@ -39,6 +39,7 @@ def reporting(progress: bool | Report, title: str) -> Iterator[Report]:
 @contextmanager
 def _bar(title: str) -> Iterator[Report]:
     from rich.console import Console
+    from rich.markup import escape
     from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
     from rich.progress import Progress as Bar
 
@@ -53,9 +54,14 @@ def _bar(title: str) -> Iterator[Report]:
             start = moment.done_bytes if start is None else start
             bar.update(
                 task,
-                description=f"{title}: {moment.step}" if moment.step else title,
+                description=escape(f"{title}: {_shown(moment.step)}" if moment.step else title),
                 completed=moment.done_bytes - start,
                 total=moment.total_bytes - start,
             )
 
         yield report
+
+
+def _shown(step: str) -> str:
+    """Return a step, which may hold a file's name out of an index, without what a terminal would obey."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in step)
