@@ -15,7 +15,6 @@ from typer.main import get_command
 
 from flash_moe_mlx import __version__
 from flash_moe_mlx.cli import main
-from flash_moe_mlx.cli.main import app
 
 from ..support.command_line import invoke, refusal, succeed
 
@@ -100,7 +99,7 @@ def command_that(error: BaseException | type[BaseException], monkeypatch: pytest
     ("error", "code", "words"),
     [
         (PermissionError(13, "Permission denied", "/x/y"), 2, "[/x/y] Permission denied. Check the path."),
-        (OSError("no number"), 2, "[system] no number. Check the path."),
+        (OSError("no number"), 2, "[system] no number. See -vv for where it was raised."),
         (KeyboardInterrupt(), 130, ""),
         (EOFError(), 130, ""),
         (typer.Exit(7), 7, ""),
@@ -172,7 +171,7 @@ def test_help_is_quick():
 
 
 def test_commands_that_share_an_option_share_its_default():
-    group = typer.main.get_command(app)
+    group = get_command(main.app)
     defaults: dict[str, set[object]] = {}
     for command in ("generate", "chat", "serve"):
         for parameter in group.commands[command].params:

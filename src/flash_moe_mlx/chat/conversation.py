@@ -148,7 +148,14 @@ class Conversation:
         """Tokens of the conversation so far, and where to copy states: as :func:`chat_prompt`."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         schemas = [tool.schema for tool in self.tools] or None
-        return chat_prompt(self.tokenizer, [*system, *self.messages], tools=schemas, enable_thinking=self.thinking)
+        limit = self.model.streaming.max_context
+        return chat_prompt(
+            self.tokenizer,
+            [*system, *self.messages],
+            max_context=limit,
+            tools=schemas,
+            enable_thinking=self.thinking,
+        )
 
     def _generate(self, answer: "_Answer") -> Generator[Event, None, None]:
         prompt, points = self.prompt()

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import RequestError
 from ..runtime.prefix_cache import common_prefix
+from ..runtime.prompt_text import PromptTooLongError, check_length, check_text
 from .template import TemplateFailure, refused, render_templates
 
 logger = logging.getLogger(__name__)
@@ -16,7 +16,7 @@ _PROBE = "\u2063"  # an invisible separator: no message begins with it
 
 
 def chat_prompt(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], **template_arguments: Any
+    tokenizer: Any, messages: Sequence[dict[str, Any]], *, max_context: int | None = None, **template_arguments: Any
 ) -> tuple[list[int], list[int]]:
     """Return a conversation's prompt, and the points in it that later prompts are likely to share.
 
@@ -28,13 +28,16 @@ def chat_prompt(
     Args:
         tokenizer: From :func:`flash_moe_mlx.load`; must have a chat template.
         messages: As ``tokenizer.apply_chat_template`` takes them.
+        max_context: Tokens that there is room for; a prompt that has more is refused, a very long one before it is
+            tokenised. None is no bound.
         **template_arguments: Passed to it, such as ``tools``.
 
     Returns:
         Token ids, and positions in them, ascending: for ``snapshot_at``.
 
     Raises:
-        RequestError: If the template can't render the messages, or has no end within bounded time and memory.
+        RequestError: If the template can't render the messages, or has no end within bounded time and memory; if the
+            prompt is longer than ``max_context``.
     """
     options = {name: value for name, value in template_arguments.items() if name not in _OURS}
     system = [m for m in messages[:1] if m["role"] == "system"]
@@ -48,7 +51,14 @@ def chat_prompt(
     text, *others = render_templates(tokenizer, [messages, *shorter], generate=generate, **options)
     if isinstance(text, TemplateFailure):
         raise refused(text)
+    if max_context is not None:
+        check_length(tokenizer, text, max_context)
     tokens = _encode(tokenizer, text)
+    if max_context is not None and len(tokens) > max_context:
+        raise PromptTooLongError(
+            f"[prompt] must leave the context at most max_context = {max_context} tokens, got {len(tokens)}. Shorten "
+            "it, or load with a larger max_context."
+        )
     points = set()
     for part, other in zip(shorter, others, strict=True):
         if isinstance(other, TemplateFailure):
@@ -63,7 +73,5 @@ _OURS = frozenset(("add_generation_prompt", "tokenize", "return_dict"))
 
 
 def _encode(tokenizer: Any, text: str) -> list[int]:
-    try:
-        return list(tokenizer.encode(text, add_special_tokens=False))
-    except UnicodeError as error:
-        raise RequestError("[messages] must be text that can be encoded, got half a surrogate pair.") from error
+    check_text(text, "messages")
+    return list(tokenizer.encode(text, add_special_tokens=False))

@@ -83,7 +83,6 @@ _ADVICE: dict[int | None, str] = {
     errno.EDQUOT: "Free some space on the disk.",
     errno.EMFILE: "Raise the limit on open files: ulimit -n.",
     errno.ENOMEM: "Free some memory, or lower --memory-limit.",
-    errno.EACCES: "Check the path's permissions.",
     errno.EROFS: "Choose a path that can be written.",
 }
 

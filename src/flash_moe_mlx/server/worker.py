@@ -233,7 +233,9 @@ class Worker:
             raise ApiError(400, "this model must have a chat template, got none. Use /v1/completions.")
         for message in request.messages:  # before the template copies them; it may drop white space at their ends
             check_length(tokenizer, message["content"].strip(), limit)
-        arguments: dict[str, Any] = {} if request.tools is None else {"tools": request.tools}
+        arguments: dict[str, Any] = {"max_context": limit}
+        if request.tools is not None:
+            arguments["tools"] = request.tools
         if request.thinking is not None:
             arguments["enable_thinking"] = request.thinking
         if not request.call_required:
