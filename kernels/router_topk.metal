@@ -1,5 +1,5 @@
 // router_topk.metal: the K most probable experts of a token, their weights and slots (decode)
-// Math     p = softmax(logits); ids = the K largest, largest first, the lower id first of equals; weights = p[ids],
+// Math     p = softmax(logits); ids = the K largest, largest first, of equals the higher id first; weights = p[ids],
 //          divided by their sum if NORMALISE; slots = table[ids] if HAS_TABLE, else ids
 // Inputs   logits, table
 // Outputs  ids, weights, slots
@@ -32,7 +32,7 @@ for (uint expert = thread_number; expert < E; expert += SIMD_GROUPS * 32) {
 #pragma unroll 8
   for (uint other = 0; other < E; other++) {
     const float value = values[other];
-    rank += value > own || (value == own && other < expert) ? 1 : 0;
+    rank += value > own || (value == own && other > expert) ? 1 : 0;
   }
   if (rank < K) {
     best[rank] = own;

@@ -19,6 +19,7 @@ from ..ops.backend import backend, use_cpu_kernels, use_kernels
 from ..ops.dequant_matmul import product_scratch_bytes
 from ..ops.dequant_matvec import MAX_ROWS
 from ..ops.finite import first_bad_row, is_finite, non_finite
+from . import gpu_step
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .checks import check_tokens, checked_later, clamped, locate
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
@@ -84,10 +85,15 @@ class DecoderLayer(nn.Module):
 
     def mix(self, x: mx.array, cache: Any) -> mx.array:
         """``h``; the cache is advanced."""
-        return mix(self.mixer, self.input_layernorm, x, cache)
+        h = gpu_step.mix(self.mixer, self.input_layernorm, x, cache)
+        return mix(self.mixer, self.input_layernorm, x, cache) if h is None else h
 
     def __call__(self, x: mx.array, cache: Any, rows: mx.array | None = None) -> mx.array:
         h = self.mix(x, cache)
+        if rows is None and isinstance(self.mlp, StreamingMoE):
+            y = self.mlp.step(h, self.post_attention_layernorm)
+            if y is not None:
+                return y
         normed = self.post_attention_layernorm(h)
         return self.mlp(normed, h, rows) if isinstance(self.mlp, StreamingMoE) else h + self.mlp(normed)
 
@@ -156,6 +162,11 @@ class HybridModel(nn.Module):
     @property
     def output_projection(self) -> Linear:
         raise NotImplementedError
+
+    def prepare_steps(self) -> None:
+        """Lay matrices out as single tokens read them on a GPU, once all weights are there."""
+        if use_kernels():
+            gpu_step.prepare(self.layers)
 
     def attach(self, engine: StreamingEngine) -> None:
         """Make ``engine`` the source of every layer's routed experts."""

@@ -14,13 +14,16 @@ import numpy as np
 
 from ..experts.engine import Wave
 from ..experts.slots import PAIRWISE_TOKENS
-from ..ops.backend import backend, use_cpu_kernels
+from ..ops.backend import backend, use_cpu_kernels, use_kernels
 from ..ops.expert_batch import expert_ffn_grouped
 from ..ops.expert_ffn import expert_ffn
-from ..ops.expert_ffn_combine import expert_ffn_combine
+from ..ops.expert_ffn_combine import expert_ffn_combine, shared_expert
 from ..ops.finite import first_bad_row, is_finite, non_finite
 from ..ops.moe_combine import moe_combine
+from ..ops.norm import Norm
 from ..ops.numerics import Activation
+from ..ops.slot_memory import ExpertBank
+from .gpu_step import moe_step, norm_of
 
 
 class ExpertFetcher(Protocol):
@@ -72,13 +75,16 @@ class RoutedExperts:
         """
         return self._fetcher.waves(self.layer, *np.unique(ids, return_counts=True))
 
-    def __call__(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave] | None = None) -> mx.array:
+    def __call__(
+        self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave] | None = None, norm: Norm | None = None
+    ) -> mx.array:
         """Outputs of each token's experts.
 
         Args:
             x: Tokens. Shape (T, H).
             ids: Expert ids in the router's order. Shape (T, K), host memory.
             waves: From ``fetch(ids)``; None fetches here.
+            norm: Norm of x, at most PAIRWISE_TOKENS of them; None where they are normalised already.
 
         Returns:
             Shape (T, K, H), float32.
@@ -86,8 +92,10 @@ class RoutedExperts:
         Raises:
             StoreError: If a record can't be read.
         """
-        compute = self._by_pair if len(ids) <= PAIRWISE_TOKENS else self._by_expert
-        return compute(x, ids, self.fetch(ids) if waves is None else waves)
+        waves = self.fetch(ids) if waves is None else waves
+        if len(ids) <= PAIRWISE_TOKENS:
+            return self._by_pair(x, ids, waves, norm)
+        return self._by_expert(x if norm is None else norm.reference(x), ids, waves)
 
     def combined(
         self,
@@ -95,33 +103,39 @@ class RoutedExperts:
         ids: np.ndarray,
         waves: Iterator[Wave],
         weights: mx.array,
-        shared: mx.array,
+        shared: mx.array | ExpertBank,
         shared_gate: mx.array,
         residual: mx.array,
+        norm: Norm | None = None,
     ) -> mx.array:
-        """``moe_combine`` of the experts' outputs, shape (T, H); one operation where all experts are in one wave."""
+        """``moe_combine`` of the experts' outputs, shape (T, H); one operation where all experts are in one wave.
+
+        ``shared`` is the shared expert's output or the shared expert; the bits are the same, however many waves.
+        """
         if len(ids) <= PAIRWISE_TOKENS and self._activation is None:
             first = list(islice(waves, 1))
             slots = _slot_table(first[0].slots, ids) if first else None
             if slots is not None and (slots >= 0).all():
                 table = mx.array(slots.astype(np.uint32))
-                y = expert_ffn_combine(x, first[0].bank, table, weights, shared, shared_gate, residual)
+                y = expert_ffn_combine(x, first[0].bank, table, weights, shared, shared_gate, residual, norm)
                 self._fetcher.reading(y)
                 return y
+            if isinstance(shared, ExpertBank):
+                shared, shared_gate = shared_expert(x, shared, first[0].bank.layout, norm), shared_gate[:, -1:]
             waves = chain(first, waves)
-        return moe_combine(self(x, ids, waves), weights, shared, shared_gate, residual)
+        return moe_combine(self(x, ids, waves, norm), weights, shared, shared_gate, residual)
 
-    def _by_pair(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave]) -> mx.array:
+    def _by_pair(self, x: mx.array, ids: np.ndarray, waves: Iterator[Wave], norm: Norm | None) -> mx.array:
         y = self._outputs(ids)
         for wave in waves:
             slots = _slot_table(wave.slots, ids)
             if (slots >= 0).all():
-                y = expert_ffn(x, wave.bank, mx.array(slots.astype(np.uint32)), self._activation)
+                y = expert_ffn(x, wave.bank, mx.array(slots.astype(np.uint32)), self._activation, norm)
                 self._fetcher.reading(y)
                 return y
             tokens, ranks = np.nonzero(slots >= 0)
             pairs = mx.array(slots[tokens, ranks].astype(np.uint32)[:, None])
-            part = expert_ffn(x[mx.array(tokens)], wave.bank, pairs, self._activation)
+            part = expert_ffn(x[mx.array(tokens)], wave.bank, pairs, self._activation, norm)
             y[mx.array(tokens * ids.shape[1] + ranks)] = part[:, 0]
             mx.eval(y)
         return y.reshape(*ids.shape, self._hidden_size)
@@ -227,6 +241,31 @@ class StreamingMoE(nn.Module):
         shared = shared or self._shared(flat)
         y = self.routed.combined(flat, host_ids, waves, weights, *shared, residual.reshape(flat.shape))
         return y.reshape(residual.shape)
+
+    def step(self, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
+        """``h + self(norm(h))`` of a few tokens on a GPU, in few launches; None where the block has no such step.
+
+        Args:
+            h: Hidden states, none of them padding. Shape (B, L, H).
+            norm: The block's norm.
+
+        Raises:
+            NonFiniteError: If the router's weights are not finite.
+            StoreError: If an expert can't be read.
+        """
+        flat = h.reshape(-1, h.shape[-1])
+        step = moe_step(self) if use_kernels() and len(flat) <= PAIRWISE_TOKENS else None
+        if step is None:
+            return None
+        own_norm = norm_of(norm)
+        ids, weights, _, logits = step.route(flat, own_norm)
+        mx.async_eval(ids, weights)
+        host_ids = np.array(ids)
+        self.routed.check(weights)
+        waves = self.routed.fetch(host_ids)
+        self.routed.record(host_ids, weights)
+        y = self.routed.combined(flat, host_ids, waves, weights, step.shared.bank, logits, flat, own_norm)
+        return y.reshape(h.shape)
 
     def _shared(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """The shared expert's output (T, H) and its gate's logit (T, 1), begun."""

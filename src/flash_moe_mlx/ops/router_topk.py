@@ -17,7 +17,7 @@ def router_topk_reference(
 ) -> tuple[mx.array, mx.array, mx.array]:
     """``router_topk`` in plain MLX operations."""
     probabilities = mx.softmax(logits[:, :num_experts].astype(mx.float32), axis=-1, precise=True)
-    ids = mx.argsort(-probabilities, axis=-1)[:, :k].astype(mx.uint32)
+    ids = mx.argsort(probabilities, axis=-1)[:, : -k - 1 : -1].astype(mx.uint32)
     weights = mx.take_along_axis(probabilities, ids, axis=-1)
     if normalise:
         weights = weights / weights.sum(axis=-1, keepdims=True)
@@ -56,6 +56,9 @@ def router_topk(
     logits: mx.array, num_experts: int, k: int, normalise: bool, slot_table: mx.array | None = None
 ) -> tuple[mx.array, mx.array, mx.array]:
     """Choose each token's experts: softmax over all, then the K most probable, most probable first.
+
+    Of equally probable experts those of the higher index are chosen, and come first. Logits that are NaN or infinity
+    give weights that are not finite, and ids that exist.
 
     Args:
         logits: The router's, float32, in the first E columns. Shape (T, E or more).

@@ -184,6 +184,8 @@ class _Prepared:
         # What a module made for itself, such as rotary frequencies, is lazy still, and then this thread's alone.
         for module in self.family.model.modules():
             mx.eval([value for value in module.values() if isinstance(value, mx.array)])
+        if hasattr(self.family.model, "prepare_steps"):
+            self.family.model.prepare_steps()
 
 
 def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Checkpoint, Family]:

@@ -1,0 +1,172 @@
+"""Matrices that read the same hidden state, laid one behind the other so that one launch multiplies them all.
+
+The joined matrix takes the place of the separate ones: their modules keep views of it, so a prompt, which multiplies
+them one by one, reads the same bytes, and no byte is held twice.
+"""
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import mlx.core as mx
+
+from ..formats.expert_layout import PROJECTIONS, RecordLayout
+from ..ops.gpu.geometry import SUPPORTED_BITS, SUPPORTED_GROUPS
+from ..ops.gpu.kernel_source import MIN_DEVICE_ELEMENTS
+from ..ops.norm import Norm
+from ..ops.norm_matvec import Matrix, norm_matvec
+from ..ops.slot_memory import MLX_DTYPES, ExpertBank
+from .layers import Linear, SwiGLU
+
+_PARTS = ("weight", "scales", "biases")
+_DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
+
+
+def _has_matrix(linear: object) -> bool:
+    if not isinstance(linear, Linear) or linear.quantization is None or "bias" in linear:
+        return False
+    quantization = linear.quantization
+    return (
+        quantization.mode == "affine"
+        and quantization.bits in SUPPORTED_BITS
+        and quantization.group_size in SUPPORTED_GROUPS
+        and linear.scales.dtype == linear.biases.dtype
+    )
+
+
+def _by_format(linears: Sequence[Linear]) -> list[list[Linear]]:
+    return [list(group) for _, group in groupby(linears, key=lambda linear: (linear.quantization, linear.scales.dtype))]
+
+
+def fit(linears: Sequence[Linear]) -> bool:
+    """Tell whether the kernels multiply these modules' matrices, joined where they are of one format.
+
+    They must be affine-quantised, without a bias, and no few elements, which Metal would pass in another way.
+    """
+    return all(map(_has_matrix, linears)) and all(
+        sum(linear.scales.size for linear in group) >= MIN_DEVICE_ELEMENTS for group in _by_format(linears)
+    )
+
+
+def matrix_of(linear: Linear) -> Matrix:
+    """The matrix of a module that ``fit`` accepts."""
+    assert linear.quantization is not None
+    return Matrix(linear.weight, linear.scales, linear.biases, linear.quantization.bits, linear.quantization.group_size)
+
+
+class JoinedLinears:
+    """Modules of one format as one matrix, their rows in turn."""
+
+    def __init__(self, linears: Sequence[Linear]):
+        """Join the modules' matrices; nothing is evaluated yet.
+
+        Args:
+            linears: Modules that ``fit`` accepts, of one format.
+        """
+        self._linears = tuple(linears)
+        self._joined: Matrix | None = None
+        self._seen: tuple[mx.array, ...] = ()
+
+    @property
+    def matrix(self) -> Matrix:
+        """The joined matrix. Joins again what was given other weights or another dtype since."""
+        joined = self._joined
+        if joined is None or any(
+            linear.scales is not seen for linear, seen in zip(self._linears, self._seen, strict=True)
+        ):
+            joined = self._joined = self._join()
+        return joined
+
+    def _join(self) -> Matrix:
+        if len(self._linears) == 1:
+            self._seen = (self._linears[0].scales,)
+            return matrix_of(self._linears[0])
+        for part in _PARTS:
+            whole = mx.concatenate([linear[part] for linear in self._linears])
+            mx.eval(whole)
+            start = 0
+            for linear in self._linears:
+                end = start + len(linear[part])
+                view = whole[start:end]
+                mx.eval(view)
+                linear[part], start = view, end
+            if part == "weight":
+                weight = whole
+            elif part == "scales":
+                scales = whole
+            else:
+                biases = whole
+        self._seen = tuple(linear.scales for linear in self._linears)
+        return matrix_of(self._linears[0])._replace(weight=weight, scales=scales, biases=biases)
+
+
+class Projections:
+    """All projections of one hidden state: as many products as there are formats next to each other."""
+
+    def __init__(self, linears: Sequence[Linear]):
+        """Join the modules' matrices.
+
+        Args:
+            linears: Modules that ``fit`` accepts.
+        """
+        self.groups = [JoinedLinears(group) for group in _by_format(linears)]
+
+    def __call__(self, x: mx.array, norm: Norm, dtype: mx.Dtype | None = None) -> mx.array:
+        """Results side by side: x (T, H) to (T, P)."""
+        results = [norm_matvec(x, norm, group.matrix, dtype) for group in self.groups]
+        return results[0] if len(results) == 1 else mx.concatenate(results, axis=-1)
+
+
+class SharedRecord:
+    """A shared expert as a bank of one record, which its modules keep views of."""
+
+    def __init__(self, shared: SwiGLU):
+        """Pack the expert's matrices.
+
+        Args:
+            shared: An expert whose three modules ``fit`` accepts, each on its own.
+        """
+        self._shared = shared
+        self._seen: tuple[mx.array, ...] = ()
+        self._bank: ExpertBank | None = None
+
+    @property
+    def bank(self) -> ExpertBank:
+        """The bank. Packs again where the modules were given other weights or another dtype since."""
+        linears = [getattr(self._shared, projection) for projection in PROJECTIONS]
+        if self._bank is None or any(
+            linear.scales is not seen for linear, seen in zip(linears, self._seen, strict=True)
+        ):
+            self._bank = self._pack(linears)
+            self._seen = tuple(linear.scales for linear in linears)
+        return self._bank
+
+    def _pack(self, linears: list[Linear]) -> ExpertBank:
+        specs = {
+            (projection, part): (_DTYPE_NAMES[linear[part].dtype], linear[part].shape)
+            for projection, linear in zip(PROJECTIONS, linears, strict=True)
+            for part in _PARTS
+        }
+        quantizations = {
+            projection: linear.quantization for projection, linear in zip(PROJECTIONS, linears, strict=True)
+        }
+        bank = ExpertBank(RecordLayout.contiguous(specs, quantizations), 1)
+        pieces, filled = [], 0
+        for stored in bank.layout.parts:
+            piece = dict(zip(PROJECTIONS, linears, strict=True))[stored.projection][stored.part]
+            if stored.offset > filled:
+                pieces.append(mx.zeros((stored.offset - filled,), mx.uint8))
+            pieces.append(mx.contiguous(piece).reshape(-1).view(mx.uint8))
+            filled = stored.offset + stored.nbytes
+        if bank.layout.record_bytes > filled:
+            pieces.append(mx.zeros((bank.layout.record_bytes - filled,), mx.uint8))
+        # Made by the GPU, so that the bytes are where a kernel's output is.
+        bank.array = mx.concatenate(pieces).view(mx.uint32).reshape(1, -1)
+        mx.eval(bank.array)
+        for projection, linear in zip(PROJECTIONS, linears, strict=True):
+            for part in _PARTS:
+                stored = bank.layout.by_name[f"{projection}.{part}"]
+                words = bank.array.reshape(-1)[stored.offset // 4 : -(-(stored.offset + stored.nbytes) // 4)]
+                view = words.view(linear[part].dtype)[: linear[part].size].reshape(stored.shape)
+                mx.eval(view)
+                linear[part] = view
+        return bank

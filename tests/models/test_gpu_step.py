@@ -1,0 +1,152 @@
+"""A model's single tokens by the GPU's kernels, which run on the CPU through OpenCL: the modules' own results."""
+
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from flash_moe_mlx.models import gpu_step
+from flash_moe_mlx.ops.gpu import kernel_source
+
+from ..kernels import opencl
+from ..support.checkpoints import make_checkpoint, text_config
+from ..support.models import chat_config, make_converted, smallest_limit, streamed
+
+pytestmark = pytest.mark.skipif(opencl.opencl() is None, reason="needs the OpenCL CPU runtime of the dev extra")
+
+PROMPT, TOKENS = [5, 9, 200, 31], [7, 301, 12]
+DELTA = ["norm_matvec", "gated_delta_conv_step", "matvec_residual"]
+ATTENTION = ["norm_matvec", "qk_norm_rope", "matvec_residual"]
+MOE = ["norm_matvec", "router_topk", "expert_gate_up", "expert_down_combine"]
+
+
+def router_in_eight_bits(path: str, module: Any) -> bool | dict[str, int]:
+    """As mlx-lm's conversions: router and shared expert's gate in 8 bits."""
+    if path.endswith(("mlp.gate", "shared_expert_gate")):
+        return {"group_size": 64, "bits": 8}
+    return hasattr(module, "to_quantized")
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_converted(tmp_path_factory.mktemp("gpu"), bits=4, predicate=router_in_eight_bits)
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Pretend that there is a Metal GPU, whose kernels OpenCL runs; returns the names of those that were launched."""
+    names: list[str] = []
+
+    def launch(kernel: Any, *arguments: Any) -> list[mx.array]:
+        names.append(kernel.name)
+        return opencl.launch(kernel, *arguments)
+
+    monkeypatch.setattr(kernel_source, "launch", launch)
+    # The package has a function of the module's name.
+    monkeypatch.setattr(import_module("flash_moe_mlx.ops.backend"), "backend", lambda: "metal")
+    return names
+
+
+def logits(model: Any, launched: list[str] | None = None) -> np.ndarray:
+    """Of single tokens after a prompt; ``launched`` is emptied between."""
+    cache = model.make_cache()
+    mx.eval(model(mx.array([PROMPT]), cache=cache))
+    if launched is not None:
+        launched.clear()
+    return np.concatenate([np.array(model(mx.array([[token]]), cache=cache))[0] for token in TOKENS])
+
+
+def relative(result: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.sqrt(((result - expected) ** 2).sum() / (expected**2).sum()))
+
+
+def test_single_tokens_are_the_modules(checkpoint: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch):
+    with streamed(checkpoint) as model:
+        result = logits(model, launched)
+        layers = 3 * (DELTA + MOE) + ATTENTION + MOE
+        assert launched == len(TOKENS) * [*layers, "dequant_matvec"]
+    monkeypatch.setenv("FLASH_MOE_REFERENCE", "1")
+    with streamed(checkpoint) as model:
+        assert relative(result, logits(model)) < 1e-5
+
+
+def test_bits_do_not_depend_on_how_many_slots_there_are(checkpoint: Path, launched: list[str]):
+    with streamed(checkpoint) as model:
+        expected = logits(model)
+    with streamed(checkpoint, smallest_limit(checkpoint)) as model:
+        assert np.array_equal(logits(model, launched), expected)
+
+
+def test_a_batch_of_tokens_takes_the_steps_too(checkpoint: Path, launched: list[str]):
+    with streamed(checkpoint) as model:
+        cache = model.make_cache()
+        batch = np.array(model(mx.array([[3], [4]]), cache=cache))
+        assert launched.count("gated_delta_conv_step") == 3
+        assert "qk_norm_rope" not in launched  # a batch's positions are on the GPU
+        alone = np.array(model(mx.array([[4]]), cache=model.make_cache()))
+    assert relative(batch[1], alone[0]) < 1e-5
+
+
+def test_joined_projections_are_no_second_copy(checkpoint: Path, launched: list[str]):
+    with streamed(checkpoint) as model:
+        before = {name: np.array(mx.contiguous(value).view(mx.uint8))
+                  for name, value in tree_flatten(model.parameters()) if "layers" in name}  # fmt: skip
+        gpu_step.prepare(model.layers)
+        mx.clear_cache()
+        active = mx.get_active_memory()
+        logits(model)
+        model.layers[0].linear_attn.in_proj_qkv.weight = mx.array(model.layers[0].linear_attn.in_proj_qkv.weight)
+        for name, value in tree_flatten(model.parameters()):
+            if "layers" in name:
+                assert np.array_equal(np.array(mx.contiguous(value).view(mx.uint8)), before[name]), name
+        dense = sum(value.nbytes for _, value in tree_flatten(model.parameters()))
+        mx.clear_cache()
+        assert mx.get_active_memory() - active < 0.2 * dense
+
+
+def test_other_weights_are_joined_again(checkpoint: Path, launched: list[str]):
+    with streamed(checkpoint) as model:
+        before = logits(model)
+        layer = model.layers[0].linear_attn.in_proj_z
+        layer.scales = layer.scales * 2
+        changed = logits(model)
+        layer.scales = layer.scales / 2
+        assert not np.array_equal(changed, before)
+        assert np.array_equal(logits(model), before)
+
+
+def test_a_model_that_is_not_quantised_runs_as_before(tmp_path: Path, launched: list[str]):
+    make_checkpoint(tmp_path, "mlx", config=text_config(num_hidden_layers=1))
+    with streamed(tmp_path) as model:
+        cache = model.make_cache()
+        mx.eval(model(mx.array([[3]]), cache=cache))
+        assert gpu_step.mixer_step(model.layers[0].linear_attn) is None
+        assert gpu_step.moe_step(model.layers[0].mlp) is None
+    assert "norm_matvec" not in launched
+
+
+def test_a_layer_without_the_host_has_the_bits_of_one_that_asks_it(checkpoint: Path, launched: list[str]):
+    with streamed(checkpoint) as model:
+        asking, cache, lazy = model.make_cache(), model.make_cache(), []
+        mx.eval(model(mx.array([[3]]), cache=asking))
+        cache_of = model.streaming._cache
+        hidden = expected = model.text_model.embed_tokens.embed(mx.array([[3]]), mx.float32)
+        with model.streaming.forward_pass(1, 1, 1):
+            asking = model.make_cache()
+            for index, layer in enumerate(model.layers):
+                expected = layer(expected, asking[index])
+                table = np.full(chat_config()["num_experts"], 2**32 - 1, np.uint32)
+                for expert, slot in cache_of._layers[index].present.items():
+                    table[expert] = slot
+                step = gpu_step.decode_layer(layer, hidden, cache[index], cache_of.bank(index), mx.array(table))
+                assert step is not None
+                hidden, ids, slots = step
+                lazy.append((ids, slots, table))
+        assert np.array_equal(np.array(hidden), np.array(expected))
+        for ids, slots, table in lazy:
+            assert np.array_equal(table[np.array(ids)], np.array(slots))
+            assert np.array(slots).max() < 2**32 - 1
