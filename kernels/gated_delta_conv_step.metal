@@ -6,7 +6,7 @@
 // Outputs  y, conv_out, state_out
 // Shapes   projected (B, PITCH): of key head h, q and k at Q_AT and K_AT + h QK_STEP, v and z of its HV/HK value heads
 //          at V_AT and Z_AT + h V_STEP, b and a at B_AT and A_AT + h B_STEP; conv_in, conv_out (B, TAPS - 1, C),
-//          C = 2 HK DK + HV DV, conv_weight (C, TAPS), A_log, dt_bias (HV) f32, norm (DV), y (B, HV, DV),
+//          C = 2 HK DK + HV DV, conv_weight (C, TAPS), A_log (HV) RATE, dt_bias (HV) SHIFT, norm (DV), y (B, HV, DV),
 //          state_in, state_out (B, HV, DV, DK) f32
 // Threads  grid (32 B HV, SIMD_GROUPS, 1), threadgroup (32, SIMD_GROUPS, 1): a threadgroup owns one head's state,
 //          SIMD_GROUPS x 32/LANES x ROWS rows, LANES lanes a row (see delta.h)

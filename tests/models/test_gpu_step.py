@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from flash_moe_mlx.config import ModelConfig
 from flash_moe_mlx.models import gpu_step
+from flash_moe_mlx.models.qwen3_next import FusedGatedDeltaNet
+from flash_moe_mlx.ops.gated_delta_step import split_columns
 from flash_moe_mlx.ops.gpu import kernel_source
 
 from ..kernels import opencl
@@ -75,10 +78,14 @@ def test_single_tokens_are_the_modules(checkpoint: Path, launched: list[str], mo
 
 
 def test_bits_do_not_depend_on_how_many_slots_there_are(checkpoint: Path, launched: list[str]):
+    batch = mx.array([[3], [40], [77]])  # more experts than the fewest slots hold: computed in waves
     with streamed(checkpoint) as model:
-        expected = logits(model)
+        expected = logits(model), np.array(model(batch, cache=model.make_cache()))
     with streamed(checkpoint, smallest_limit(checkpoint)) as model:
-        assert np.array_equal(logits(model, launched), expected)
+        assert np.array_equal(logits(model), expected[0])
+        launched.clear()
+        assert np.array_equal(np.array(model(batch, cache=model.make_cache())), expected[1])
+        assert launched.count("expert_down") > launched.count("expert_down_combine")
 
 
 def test_a_batch_of_tokens_takes_the_steps_too(checkpoint: Path, launched: list[str]):
@@ -150,3 +157,23 @@ def test_a_layer_without_the_host_has_the_bits_of_one_that_asks_it(checkpoint: P
         for ids, slots, table in lazy:
             assert np.array_equal(table[np.array(ids)], np.array(slots))
             assert np.array(slots).max() < 2**32 - 1
+
+
+@pytest.mark.parametrize("heads", [(2, 4), (1, 4)], ids=["two key heads", "one key head"])
+def test_projections_by_key_head_are_split_as_the_module_does(heads: tuple[int, int]):
+    """Qwen3-Next's: q, k, v and z of a key head lie together, b and a too."""
+    k_heads, v_heads = heads
+    made = text_config(linear_num_key_heads=k_heads, linear_num_value_heads=v_heads, linear_value_head_dim=40)
+    config = ModelConfig.from_dict({**made, "model_type": "qwen3_next"})
+    mixer = FusedGatedDeltaNet(config, "", lambda _: None)
+    columns = gpu_step.columns_of(mixer)
+    assert columns is not None
+    results = [mx.random.normal((3, 1, linear.weight.shape[0])) for linear in mixer.projections()]
+    joined = mx.concatenate(results, axis=-1)[:, 0]
+    for name, own, expected in zip(
+        "qkv z b a".split(),
+        split_columns(joined, columns, k_heads, v_heads, 32, 40),
+        mixer.split(*results),
+        strict=True,
+    ):
+        assert np.array_equal(np.array(own).reshape(3, -1), np.array(expected).reshape(3, -1)), name

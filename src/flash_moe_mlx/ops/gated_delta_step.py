@@ -93,16 +93,21 @@ def gated_delta_conv_step_reference(
 
 @cache
 def step_kernel(
-    dtype: mx.Dtype, pitch: int, taps: int, heads: tuple[int, int, int, int], columns: Columns, eps: float
+    dtypes: tuple[mx.Dtype, mx.Dtype, mx.Dtype],
+    pitch: int,
+    taps: int,
+    heads: tuple[int, int, int, int],
+    columns: Columns,
+    eps: float,
 ) -> Kernel:
-    """kernels/gated_delta_conv_step.metal for one layer's heads: Hk, Hv, Dk, Dv."""
+    """kernels/gated_delta_conv_step.metal for one layer's dtypes (x, A_log, dt_bias) and heads (Hk, Hv, Dk, Dv)."""
     k_heads, v_heads, k_dim, v_dim = heads
     lanes = LANES
     while k_dim % (4 * lanes):
         lanes //= 2
     names = ("Q_AT", "K_AT", "QK_STEP", "V_AT", "Z_AT", "V_STEP", "B_AT", "A_AT", "B_STEP")
     constants = (
-        ("X", dtype),
+        *zip(("X", "RATE", "SHIFT"), dtypes, strict=True),
         ("PITCH", pitch),
         ("TAPS", taps),
         ("HK", k_heads),
@@ -132,13 +137,20 @@ def gated_delta_conv_step_kernel(
     batch, v_heads, v_dim, k_dim = state.shape
     heads = (key_heads(conv_weight.shape[0], v_heads, v_dim, k_dim), v_heads, k_dim, v_dim)
     y, new_conv_state, new_state = kernel_source.launch(
-        step_kernel(projected.dtype, projected.shape[1], conv_weight.shape[1], heads, columns, norm.eps),
+        step_kernel(
+            (projected.dtype, A_log.dtype, dt_bias.dtype),
+            projected.shape[1],
+            conv_weight.shape[1],
+            heads,
+            columns,
+            norm.eps,
+        ),
         [
             projected,
             conv_state.astype(projected.dtype),
             conv_weight,
-            A_log.astype(mx.float32),
-            dt_bias.astype(mx.float32),
+            A_log,
+            dt_bias,
             state,
             norm.weight,
         ],

@@ -153,7 +153,7 @@ FM_FN void fm_prepare_tokens(
     }
   }
 }
-[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step_55faf24396f3_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_bfloat16_t_float(
+[[kernel]] void custom_kernel_flash_moe_gated_delta_conv_step_bd8610561d0c_bfloat16_t_bfloat16_t_bfloat16_t_floatc_floatc_float_bfloat16_t_bfloat16_t_bfloat16_t_float(
   const device bfloat16_t* projected [[buffer(0)]],
   const device bfloat16_t* conv_in [[buffer(1)]],
   const device bfloat16_t* conv_weight [[buffer(2)]],
@@ -168,6 +168,8 @@ FM_FN void fm_prepare_tokens(
   uint thread_index_in_simdgroup [[thread_index_in_simdgroup]],
   uint3 threadgroup_position_in_grid [[threadgroup_position_in_grid]]) {
 typedef bfloat16_t X;
+typedef float RATE;
+typedef float SHIFT;
 constexpr int PITCH = 456;
 constexpr int TAPS = 4;
 constexpr int HK = 2;
