@@ -19,9 +19,9 @@ const uint token = threadgroup_position_in_grid.x;
 for (uint expert = thread_number; expert < E; expert += SIMD_GROUPS * 32) {
   values[expert] = logits[size_t(token) * PITCH + expert];
 }
-// Logits that are no numbers have no rank: whatever is left unchosen must still name an expert.
+// A logit that is NaN stands above all others and is not chosen: its rank names an expert, and all weights are NaN.
 if (thread_number < K) {
-  best[thread_number] = 0.0f;
+  best[thread_number] = fm_float(0x7fc00000u);
   chosen[thread_number] = thread_number;
 }
 threadgroup_barrier(mem_flags::mem_threadgroup);
@@ -32,7 +32,7 @@ for (uint expert = thread_number; expert < E; expert += SIMD_GROUPS * 32) {
 #pragma unroll 8
   for (uint other = 0; other < E; other++) {
     const float value = values[other];
-    rank += value > own || (value == own && other > expert) ? 1 : 0;
+    rank += !(value <= own) || (value == own && other > expert) ? 1 : 0;
   }
   if (rank < K) {
     best[rank] = own;

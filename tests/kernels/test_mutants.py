@@ -126,7 +126,7 @@ WRONG_EPILOGUES = {
     "router_topk": {
         "not normalised": in_body("/ sum", "", 1),
         "slots without the table": in_body("HAS_TABLE ? table[expert] : expert", "expert"),
-        "ranks upside down": in_body("value > own", "value < own"),
+        "ranks upside down": in_body("!(value <= own)", "!(value >= own)"),
     },
     "qk_norm_rope": {
         "turned the other way": in_body("second ? turned : -turned", "second ? -turned : turned"),
