@@ -89,7 +89,7 @@ def truncate(path: Path, nbytes: int) -> None:
 
 
 LFS_POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "0" * 64 + "\nsize 1234\n"
-MXFP4 = {"mode": "mxfp4", "bits": 4, "group_size": 32}
+NF4 = {"mode": "nf4", "bits": 4, "group_size": 64}
 Damage = Callable[[Path], Any]
 CHECKPOINTS: dict[str, tuple[Damage, type[FlashMoEError], str]] = {
     "no config": (lambda d: (d / "config.json").unlink(), MissingTensorError, "config.json"),
@@ -117,7 +117,7 @@ CHECKPOINTS: dict[str, tuple[Damage, type[FlashMoEError], str]] = {
     "index that leaves": (lambda d: edit_index(d, **{NORM: "../x.safetensors"}), CorruptError, "names of .safetensors"),
     "overlapping offsets": (lambda d: edit_header(d / SECOND, overlap), CorruptError, "overlap"),
     "offsets out of range": (lambda d: edit_header(d / SECOND, out_of_range), CorruptError, SECOND),
-    "mxfp4": (lambda d: edit_config(d, quantization=MXFP4), UnsupportedModelError, "mxfp4"),
+    "unknown mode": (lambda d: edit_config(d, quantization=NF4), UnsupportedModelError, "nf4"),
     "dense tensor missing": (lambda d: edit_tensors(d, lambda t: t.pop(NORM)), MissingTensorError, NORM),
     "dense tensor of another shape": (
         lambda d: edit_tensors(d, lambda t: t.update({NORM: mx.ones(3)})), CorruptError, NORM),

@@ -7,7 +7,8 @@ import pytest
 
 from flash_moe_mlx.errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
 from flash_moe_mlx.formats.expert_layout import Quantization
-from flash_moe_mlx.formats.quantization import BITS, GROUP_SIZES, QuantizationSettings, Stored, mlx_name
+from flash_moe_mlx.formats.quantization import QuantizationSettings, Stored, mlx_name
+from flash_moe_mlx.formats.schemes import AFFINE
 
 DTYPES = {mx.uint32: "U32", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint8: "U8"}
 
@@ -26,8 +27,8 @@ def resolve(
     return settings.resolve("model x", "x", tensors, in_features, exact=exact)
 
 
-@pytest.mark.parametrize("bits", BITS)
-@pytest.mark.parametrize("group_size", GROUP_SIZES)
+@pytest.mark.parametrize("bits", AFFINE.bits)
+@pytest.mark.parametrize("group_size", AFFINE.group_sizes)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16, mx.float32])
 def test_width_settles_it(bits: int, group_size: int, dtype: mx.Dtype):
     tensors, expected = stored(256, bits, group_size, dtype=dtype), Quantization(bits, group_size)
@@ -91,8 +92,10 @@ def test_tensors_that_do_not_belong_together():
         ({"weight": Stored("U32", (8, 33))}, CorruptError, "in groups of 32, 64 or 128"),
         ({"weight": Stored("U32", (8, 64 * 7))}, CorruptError, "in groups of 32, 64 or 128"),
         ({"weight": Stored("U32", (8, 0))}, CorruptError, "in groups of 32, 64 or 128"),
-        ({"weight": Stored("BF16", (8, 32))}, UnsupportedModelError, "BF16 weights with BF16 scales"),
-        ({"scales": Stored("U8", (8, 4))}, UnsupportedModelError, "mxfp4, nvfp4 or mxfp8"),
+        ({"weight": Stored("BF16", (8, 32))}, UnsupportedModelError, "weight BF16, scales BF16"),
+        ({"scales": Stored("U8", (8, 4))}, UnsupportedModelError, "scales U8, biases BF16"),
+        ({"biases": None, "scales": Stored("I8", (8, 4))}, UnsupportedModelError, "scales I8"),
+        ({"biases": None, "scales": Stored("U8", (8, 3))}, CorruptError, "or nvfp4, 4 bits in groups of 16"),
     ]:
         tensors = {name: value for name, value in {**good, **changes}.items() if value is not None}
         with pytest.raises(kind, match=message):
@@ -105,13 +108,20 @@ def test_tensors_that_do_not_belong_together():
 @pytest.mark.parametrize(("mode", "bits", "group_size"), [("mxfp4", 4, 32), ("mxfp8", 8, 32), ("nvfp4", 4, 16)])
 def test_other_modes_of_mlx(mode: str, bits: int, group_size: int):
     """By what the tensors are, by the default, and by an entry."""
+    made, expected = stored(256, bits, group_size, mode=mode), Quantization(bits, group_size, mode)
     entry = {"bits": bits, "group_size": group_size, "mode": mode}
-    with pytest.raises(UnsupportedModelError, match="mxfp4, nvfp4 or mxfp8"):
-        resolve(stored(256, bits, group_size, mode=mode), {"bits": 4, "group_size": 64})
-    with pytest.raises(UnsupportedModelError, match=f"of 'quantization' must be affine, got '{mode}'"):
-        QuantizationSettings({"quantization": entry})
-    with pytest.raises(UnsupportedModelError, match=f"of 'y' must be affine, got '{mode}'.*affine"):
-        QuantizationSettings({"quantization": {"bits": 4, "group_size": 64, "y": entry}})
+    assert resolve(made, {"bits": 4, "group_size": 64}) == expected
+    assert resolve(made, entry, 256) == expected
+    assert resolve(made, {"bits": 4, "group_size": 64, "x": {"mode": mode}}) == expected
+    # What an entry leaves out is not the section's: mlx-lm takes the mode's defaults, and affine.
+    assert resolve(stored(256, 8, 64), {**entry, "x": {"bits": 8, "group_size": 64}}) == Quantization(8, 64)
+    assert resolve(stored(256, 4, 64), {**entry, "x": {}}) == Quantization(4, 64)
+    with pytest.raises(CorruptError, match=r"must be 4 bits in groups of 64, as config\.json says"):
+        resolve(made, {**entry, "x": {"bits": 4, "group_size": 64}})
+    with pytest.raises(UnsupportedModelError, match=f"must be of {bits} bits in groups of {group_size}, got 2"):
+        QuantizationSettings({"quantization": {**entry, "bits": 2}})
+    with pytest.raises(UnsupportedModelError, match="must be affine, mxfp4, mxfp8 or nvfp4, got 'nf4'"):
+        QuantizationSettings({"quantization": {**entry, "mode": "nf4"}})
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {

@@ -18,6 +18,7 @@ from .expert_tensors import Found, Part, Parts, layer_parts, parse_name, resolve
 from .packed_format import Manifest, PackedLayer, payload_bytes, read_layer, read_manifest
 from .quantization import QuantizationSettings, Stored, mlx_name
 from .safetensors_header import TensorInfo, brief, read_shards
+from .schemes import part_names
 
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_SIZES = (
@@ -360,12 +361,10 @@ class Checkpoint:
         result = {}
         for name in self.dense:
             module, _, part = name.rpartition(".")
-            if part not in ("weight", "scales", "biases") or module in result:
+            if part not in part_names() or module in result:
                 continue
             tensors = {
-                p: Stored(info.dtype, info.shape)
-                for p in ("weight", "scales", "biases")
-                if (info := self.dense.get(f"{module}.{p}"))
+                p: Stored(info.dtype, info.shape) for p in part_names() if (info := self.dense.get(f"{module}.{p}"))
             }
             hidden = self.setting("hidden_size") if module.rpartition(".")[2] in _READS_HIDDEN else None
             path = module if module in settings.overrides else mlx_name(module)

@@ -10,8 +10,9 @@ from functools import cached_property
 from math import prod
 from types import MappingProxyType
 
+from .schemes import SCHEMES, Scheme, part_names
+
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
-PARTS = ("weight", "scales", "biases", "bias")
 
 PART_ALIGNMENT = 16
 """Parts start on 16-byte boundaries, so that kernels may load 16 bytes at a time."""
@@ -28,11 +29,25 @@ DTYPE_BYTES = {
 
 @dataclass(frozen=True)
 class Quantization:
-    """Affine quantisation ``w = q * scale + bias`` of one tensor: bits a weight, weights a group."""
+    """Quantisation of one matrix: bits per weight, weights per group, and the mode's name."""
 
     bits: int
     group_size: int
     mode: str = "affine"
+
+    @property
+    def scheme(self) -> Scheme:
+        """The mode's entry."""
+        return SCHEMES[self.mode]
+
+    def __str__(self) -> str:
+        mode = "" if self.mode == "affine" else f"{self.mode}, "
+        return f"{mode}{self.bits} bits in groups of {self.group_size}"
+
+
+def record_parts() -> tuple[str, ...]:
+    """Names of the parts that a projection may have, in the order in which a record has them."""
+    return (*part_names(), "bias")
 
 
 @dataclass(frozen=True)
@@ -41,8 +56,8 @@ class RecordPart:
 
     Attributes:
         projection: "gate_proj", "up_proj" or "down_proj".
-        part: "weight", "scales", "biases" (of the quantisation) or "bias" (of the expert).
-        dtype: safetensors name: "U32" for packed weights, "BF16", "F16" or "F32".
+        part: Part of the quantisation ("weight", "scales", ...), or "bias": the expert's own.
+        dtype: safetensors name: "U32" for packed weights, "U8" for scales of 8 bits, "BF16", "F16" or "F32".
         shape: Shape of this expert's tensor: (out, in) or (out, in * bits / 32), (out, in / G), (out,).
         offset: First byte, from the start of the record. A multiple of ``PART_ALIGNMENT``.
     """
@@ -93,7 +108,7 @@ class RecordLayout:
         """
         parts, offset = [], 0
         for projection in PROJECTIONS:
-            for part in PARTS:
+            for part in record_parts():
                 if (projection, part) not in specs:
                     continue
                 dtype, shape = specs[projection, part]
@@ -105,6 +120,12 @@ class RecordLayout:
     def by_name(self) -> Mapping[str, RecordPart]:
         """Parts by "projection.part"."""
         return MappingProxyType({part.name: part for part in self.parts})
+
+    def quantized_parts(self, projection: str) -> tuple[RecordPart, ...]:
+        """A projection's weight and the other parts of its quantisation, in the scheme's order."""
+        quantization = self.quantization(projection)
+        names = ("weight",) if quantization is None else tuple(quantization.scheme.parts)
+        return tuple(self.by_name[f"{projection}.{name}"] for name in names)
 
     def quantization(self, projection: str) -> Quantization | None:
         """Quantisation of a projection; None where it is stored unquantised."""

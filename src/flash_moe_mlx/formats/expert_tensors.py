@@ -1,6 +1,6 @@
 """The routed experts' tensors of one layer, in each of the layouts in which they are stored, as parts of a record.
 
-- "mlx": ``layers.N. ... .switch_mlp.{gate,up,down}_proj.{weight,scales,biases,bias}``, experts stacked [E, ...];
+- "mlx": ``layers.N. ... .switch_mlp.{gate,up,down}_proj.{weight,scales,...,bias}``, experts stacked [E, ...];
   some of mlx-lm's models say ``experts`` or ``switch_glu`` in place of ``switch_mlp``.
 - "hf-fused": ``layers.N. ... .experts.gate_up_proj`` [E, 2I, H], gate above up, and ``experts.down_proj`` [E, H, I].
 - "hf-per-expert": ``layers.N. ... .experts.E.{gate,up,down}_proj.weight``, one tensor an expert.
@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
-from .expert_layout import PARTS, PROJECTIONS, Quantization
-from .quantization import FLOAT_DTYPES, QuantizationSettings, Stored, mlx_name
+from .expert_layout import PROJECTIONS, Quantization, record_parts
+from .quantization import QuantizationSettings, Stored, mlx_name
 from .safetensors_header import TensorInfo, brief, some
+from .schemes import FLOAT_DTYPES
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,5})\Z")  # one spelling a number, and none that is slow to convert
 _STACKED = ("switch_mlp", "switch_glu", "experts")
@@ -30,7 +31,7 @@ class ExpertTensor:
         layer: Number of the layer.
         expert: Number of the expert; None where experts are stacked.
         projection: One of `PROJECTIONS`, or "gate_up_proj".
-        part: One of `PARTS`.
+        part: One of `record_parts`.
     """
 
     format: str
@@ -74,7 +75,9 @@ def parse_name(name: str) -> ExpertTensor | None:
         return None
     layer = int(words[position + 1])
     match rest:
-        case [*_, module, projection, part] if module in _STACKED and projection in PROJECTIONS and part in PARTS:
+        case [*_, module, projection, part] if (
+            module in _STACKED and projection in PROJECTIONS and part in record_parts()
+        ):
             return ExpertTensor("mlx", layer, None, projection, part)
         case [*_, "experts", ("gate_up_proj" | "down_proj") as projection]:
             return ExpertTensor("hf-fused", layer, None, projection, "weight")
@@ -214,7 +217,7 @@ def resolve(where: str, found: Found, parts: Parts, settings: QuantizationSettin
             raise CorruptError(f"[{where}] {projection} must have {width} inputs, got {weight.shape}. {_AGAIN}")
         if result[projection] is None and weight.dtype not in FLOAT_DTYPES:
             raise UnsupportedModelError(
-                f"[{where}] {projection} must be F16, BF16, F32 or of affine quantisation, got {weight.dtype}. "
+                f"[{where}] {projection} must be F16, BF16, F32 or quantised, got {weight.dtype}. "
                 "Use an unquantised checkpoint, or an MLX conversion of it."
             )
         if bias is not None and (bias.shape != (rows[projection],) or bias.dtype not in FLOAT_DTYPES):

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
-from .expert_layout import PARTS, PROJECTIONS, Quantization, RecordLayout
-from .quantization import BITS, FLOAT_DTYPES, GROUP_SIZES
+from .expert_layout import PROJECTIONS, Quantization, RecordLayout, record_parts
 from .safetensors_header import TensorInfo, brief, load_json, read_bytes, read_header, read_metadata
+from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES, matching
 
 MANIFEST_NAME = "experts.json"
 EXPERTS_FOLDER = "experts"
@@ -273,10 +273,29 @@ def _layout_to_json(layout: RecordLayout) -> dict[str, Any]:
     return {
         "parts": [[part.name, part.dtype, list(part.shape), part.offset] for part in layout.parts],
         "quantization": {
-            projection: quantization and {"bits": quantization.bits, "group_size": quantization.group_size}
+            projection: quantization and _quantization_to_json(quantization)
             for projection, quantization in layout.quantizations
         },
     }
+
+
+def _quantization_to_json(quantization: Quantization) -> dict[str, Any]:
+    sizes = {"bits": quantization.bits, "group_size": quantization.group_size}
+    return sizes if quantization.mode == AFFINE.mode else {**sizes, "mode": quantization.mode}
+
+
+def _quantization(value: Any, where: str) -> Quantization | None:
+    if value is None:
+        return None
+    mode = value["mode"] if isinstance(value, dict) and "mode" in value else AFFINE.mode
+    scheme = SCHEMES.get(mode) if isinstance(mode, str) else None
+    if scheme is None:
+        raise _corrupt(where + "mode must be a known one", mode)
+    stated = _object(value, where, {"bits", "group_size"} | (value.keys() & {"mode"} if mode != AFFINE.mode else set()))
+    bits, group_size = stated["bits"], stated["group_size"]
+    if type(bits) is not int or type(group_size) is not int or not scheme.allows(bits, group_size):
+        raise _corrupt(where + f" must be of {scheme.sizes_in_words}", stated)
+    return Quantization(bits, group_size, mode)
 
 
 def _layout(value: Any, where: str) -> RecordLayout:
@@ -284,16 +303,8 @@ def _layout(value: Any, where: str) -> RecordLayout:
     quantizations: dict[str, Quantization | None] = {}
     section = _object(entry["quantization"], where + "quantization", set(PROJECTIONS))
     for projection in PROJECTIONS:
-        stated = section[projection]
-        if stated is not None:
-            stated = _object(stated, where + projection, {"bits", "group_size"})
-            bits, group_size = stated["bits"], stated["group_size"]
-            whole = type(bits) is int and type(group_size) is int
-            if not whole or bits not in BITS or group_size not in GROUP_SIZES:
-                raise _corrupt(where + f"{projection} must be of 2, 3, 4, 5, 6 or 8 bits, groups of 32 to 128", stated)
-            stated = Quantization(bits, group_size)
-        quantizations[projection] = stated
-    if not isinstance(entry["parts"], list) or len(entry["parts"]) > len(PROJECTIONS) * len(PARTS):
+        quantizations[projection] = _quantization(section[projection], where + projection)
+    if not isinstance(entry["parts"], list) or len(entry["parts"]) > len(PROJECTIONS) * len(record_parts()):
         raise _corrupt(where + "parts must be a list", entry["parts"])
     specs: dict[tuple[str, str], tuple[str, tuple[int, ...]]] = {}
     offsets = []
@@ -302,10 +313,10 @@ def _layout(value: Any, where: str) -> RecordLayout:
             raise _corrupt(where + "a part must be [name, dtype, shape, offset]", part)
         name, dtype, shape, offset = part
         projection, _, kind = name.partition(".") if isinstance(name, str) else ("", "", "")
-        if projection not in PROJECTIONS or kind not in PARTS or (projection, kind) in specs:
+        if projection not in PROJECTIONS or kind not in record_parts() or (projection, kind) in specs:
             raise _corrupt(where + "a part's name must be that of one tensor of an expert", name)
-        if dtype not in (*FLOAT_DTYPES, "U32"):
-            raise _corrupt(where + f"{name} must be U32, F16, BF16 or F32", dtype)
+        if dtype not in (*FLOAT_DTYPES, "U32", "U8"):
+            raise _corrupt(where + f"{name} must be U32, U8, F16, BF16 or F32", dtype)
         if not isinstance(shape, list) or len(shape) not in (1, 2):
             raise _corrupt(where + f"{name} must have one dimension or two", shape)
         for size in shape:
@@ -333,14 +344,16 @@ def _check_shapes(
         if len(shape) != 2:
             raise _corrupt(where + f"{projection}.weight must be there, with two dimensions", shape)
         rows, width = shape
-        scales, biases = (specs.get((projection, part)) for part in ("scales", "biases"))
+        parts = {part: spec for (p, part), spec in specs.items() if p == projection and part != "bias"}
         if quantization is None:
-            good = dtype in FLOAT_DTYPES and scales is None and biases is None
+            good = dtype in FLOAT_DTYPES and len(parts) == 1
         else:
             width, rest = divmod(32 * width, quantization.bits)
-            groups = (rows, width // quantization.group_size)
-            good = dtype == "U32" and rest == 0 and width % quantization.group_size == 0 and scales == biases
-            good = good and scales is not None and scales[0] in FLOAT_DTYPES and scales[1] == groups
+            float_dtype = next((d for d, _ in parts.values() if d in FLOAT_DTYPES), "")
+            good = rest == 0 and width % quantization.group_size == 0
+            good = good and quantization.scheme in matching({part: d for part, (d, _) in parts.items()})
+            sizes_ = quantization.bits, quantization.group_size
+            good = good and parts == quantization.scheme.specs(rows, width, *sizes_, float_dtype)
         bias = specs.get((projection, "bias"))
         if not good or (bias is not None and (bias[0] not in FLOAT_DTYPES or bias[1] != (rows,))):
             raise _corrupt(where + f"{projection}'s parts must fit each other and its quantisation", specs)

@@ -4,24 +4,19 @@ config.json's ``quantization`` holds a default and one entry a module that diffe
 not quantised). The default is what the conversion was asked for, not what each tensor got: mlx-lm infers a module
 without an entry from its tensors, and so does this. An entry that contradicts the tensors is an error.
 
-Only affine quantisation is read: weight U32 [out, in * bits / 32], scales and biases [out, in / G], all with a
-leading E for stacked experts.
+`schemes` has the modes and their tensors, which all have a leading E for stacked experts.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
 from .expert_layout import Quantization
 from .safetensors_header import brief
+from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES, Scheme, matching, modes_in_words, part_names
 
-FLOAT_DTYPES = ("F16", "BF16", "F32")
-BITS = (2, 3, 4, 5, 6, 8)
-GROUP_SIZES = (32, 64, 128)
-
-_AFFINE_DEFAULTS = {"bits": 4, "group_size": 64}  # mlx.core.quantize's
-_ADVICE = 'Use an unquantised checkpoint, or one that "mlx_lm.convert" made with its default mode, affine.'
+_ADVICE = 'Use an unquantised checkpoint, or one that "mlx_lm.convert" made.'
 _AGAIN = "Download the checkpoint again, or convert it again."
 
 
@@ -42,7 +37,7 @@ class QuantizationSettings:
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        """Raises UnsupportedModelError for another mode or method than affine, CorruptError for nonsense."""
+        """Raises UnsupportedModelError for a mode or method that isn't read, CorruptError for nonsense."""
         section = config.get("quantization")
         if section is None:
             section = _hugging_face_section(config)
@@ -52,14 +47,14 @@ class QuantizationSettings:
             return
         if not isinstance(section, dict):
             raise CorruptError(f"[config.json] quantization must be an object, got {brief(section)}. {_AGAIN}")
-        self.default = _entry("quantization", section, {})
+        self.default = _entry("quantization", section, partial=False)
         for path, entry in section.items():
             if entry is True:
                 self.overrides[path] = self.default
             elif entry is False:
                 self.overrides[path] = None
             elif isinstance(entry, dict):
-                self.overrides[path] = _entry(path, entry, section)
+                self.overrides[path] = _entry(path, entry, partial=True)
 
     def resolve(
         self, name: str, path: str, tensors: Mapping[str, Stored], in_features: int | None, *, exact: bool
@@ -67,67 +62,60 @@ class QuantizationSettings:
         """Quantisation of one module.
 
         Args:
-            name: Of the module, for messages.
-            path: Of the module in mlx-lm's naming, as config.json has it.
-            tensors: Its "weight", and "scales" and "biases" where it has them.
+            name: The module's name, for messages.
+            path: The module's path in mlx-lm's naming, as config.json has it.
+            tensors: Its "weight", and the other parts of its quantisation where it has them.
             in_features: Width of its input, or None where it is not known.
             exact: Whether ``in_features`` is certain; otherwise config.json's entry goes before it, and it is dropped
                 where shapes contradict it.
 
         Raises:
-            MissingTensorError: If scales or biases are absent.
+            MissingTensorError: If a part of the quantisation is absent.
             CorruptError: If shapes, dtypes, ``in_features`` and config.json contradict each other.
-            UnsupportedModelError: If the tensors are of another quantisation than affine.
+            UnsupportedModelError: If the tensors are of no mode that is read.
         """
-        weight, scales, biases = (tensors.get(part) for part in ("weight", "scales", "biases"))
+        parts = {part: tensors[part] for part in part_names() if part in tensors}
+        weight = parts.get("weight")
         stated = path in self.overrides
         override = self.overrides.get(path)
         if weight is None:
-            raise MissingTensorError(f"[{name}] must have a weight, got scales or biases alone. {_AGAIN}")
-        if scales is None and biases is None:
+            raise MissingTensorError(f"[{name}] must have a weight, got {' and '.join(parts)} alone. {_AGAIN}")
+        if len(parts) == 1:
             if weight.dtype == "U32":
-                raise MissingTensorError(
-                    f"[{name}] must have scales and biases to its packed weights, got none. {_AGAIN}"
-                )
+                raise MissingTensorError(f"[{name}] must have scales to its packed weights, got none. {_AGAIN}")
             if stated and override is not None:
                 raise CorruptError(f"[{name}] must have scales, as config.json says, got none. {_AGAIN}")
             return None
-        if scales is not None and (scales.dtype not in FLOAT_DTYPES or weight.dtype != "U32"):
-            raise UnsupportedModelError(
-                f"[{name}] must be of affine quantisation, got {weight.dtype} weights with {scales.dtype} scales"
-                f"{_mode_of(scales)}. {_ADVICE}"
-            )
-        if scales is None or biases is None:
-            absent = "scales" if scales is None else "biases"
-            raise MissingTensorError(f"[{name}] must have both scales and biases, got no {absent}. {_AGAIN}")
+        schemes = _schemes(name, parts)
         if stated and override is None:
             raise CorruptError(f"[{name}] must be unquantised, as config.json says, got scales. {_AGAIN}")
-        candidates = _candidates(name, weight, scales, biases)
+        candidates = _candidates(name, schemes, parts)
         if in_features is not None:
             fits = [q for q in candidates if q.bits * in_features == 32 * weight.shape[-1]]
             if not fits and exact:
-                raise CorruptError(
-                    f"[{name}] must have {in_features} inputs, got weight {weight.shape} and scales "
-                    f"{scales.shape}. {_AGAIN}"
-                )
+                raise CorruptError(f"[{name}] must have {in_features} inputs, got {_shapes(parts)}. {_AGAIN}")
             if exact:
                 candidates = fits
         if override is not None:
             if override not in candidates:
                 raise CorruptError(
-                    f"[{name}] must be {_text(override)}, as config.json says, got weight {weight.shape} and "
-                    f"scales {scales.shape}, which is {' or '.join(map(_text, candidates))}. {_AGAIN}"
+                    f"[{name}] must be {override}, as config.json says, got {_shapes(parts)}, which is "
+                    f"{' or '.join(map(str, candidates))}. {_AGAIN}"
                 )
             return override
         if in_features is not None:
             candidates = fits or candidates
         if self.default in candidates:
             return self.default
-        same_group = [q for q in candidates if self.default and q.group_size == self.default.group_size]
+        same_group = [
+            q
+            for q in candidates
+            if self.default and (q.mode, q.group_size) == (self.default.mode, self.default.group_size)
+        ]
         if len(same_group or candidates) != 1:
             raise CorruptError(
                 f"[{name}] must have its bits and group size in config.json's quantization, got shapes that "
-                f"are {' or '.join(map(_text, candidates))}. Add an entry for {path}."
+                f"are {' or '.join(map(str, candidates))}. Add an entry for {path}."
             )
         return (same_group or candidates)[0]
 
@@ -139,52 +127,78 @@ def mlx_name(name: str) -> str:
     return name if name.startswith("language_model.") else f"language_model.{name}"
 
 
-def _candidates(name: str, weight: Stored, scales: Stored, biases: Stored) -> list[Quantization]:
-    """All (bits, group size) that the shapes allow: they give only the product of the two."""
-    if (biases.dtype, biases.shape) != (scales.dtype, scales.shape):
-        raise CorruptError(
-            f"[{name}] scales and biases must be alike, got {scales.dtype} {scales.shape} and {biases.dtype} "
-            f"{biases.shape}. {_AGAIN}"
-        )
+def _schemes(name: str, parts: Mapping[str, Stored]) -> list[Scheme]:
+    """Modes whose parts these are, by names and dtypes."""
+    dtypes = {part: stored.dtype for part, stored in parts.items()}
+    if found := matching(dtypes):
+        return found
+    for scheme in SCHEMES.values():
+        absent = [part for part in scheme.parts if part not in parts]
+        if absent and scheme.accepts(dtypes | {part: scheme.parts[part][0] for part in absent}):
+            raise MissingTensorError(
+                f"[{name}] must have {', '.join(scheme.parts)}, got no {' and no '.join(absent)}. {_AGAIN}"
+            )
+    got = ", ".join(f"{part} {dtype}" for part, dtype in dtypes.items())
+    raise UnsupportedModelError(f"[{name}] must be of {modes_in_words()} quantisation, got {got}. {_ADVICE}")
+
+
+def _candidates(name: str, schemes: Sequence[Scheme], parts: Mapping[str, Stored]) -> list[Quantization]:
+    """All quantisations that the shapes allow: they give only the product of bits and group size."""
+    weight, *others = parts.values()
+    scales = others[0]
+    if any(other.shape != scales.shape for other in others) or len(_float_dtypes(others)) > 1:
+        raise CorruptError(f"[{name}] {' and '.join(list(parts)[1:])} must be alike, got {_shapes(parts)}. {_AGAIN}")
     if len(weight.shape) < 2 or weight.shape[:-1] != scales.shape[:-1]:
-        raise CorruptError(
-            f"[{name}] weight and scales must have the same rows, got {weight.shape} and {scales.shape}. {_AGAIN}"
-        )
+        raise CorruptError(f"[{name}] weight and scales must have the same rows, got {_shapes(parts)}. {_AGAIN}")
     groups = scales.shape[-1]
     candidates = [
-        Quantization(bits, size)
-        for bits in BITS
-        for size in GROUP_SIZES
+        Quantization(bits, size, scheme.mode)
+        for scheme in schemes
+        for bits in scheme.bits
+        for size in scheme.group_sizes
         if groups > 0 and bits * size * groups == 32 * weight.shape[-1]
     ]
     if not candidates:
-        raise CorruptError(
-            f"[{name}] must be of 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or 128, got weight {weight.shape} "
-            f"and scales {scales.shape}. {_AGAIN}"
-        )
+        sizes = " or ".join(f"{scheme.mode}, {scheme.sizes_in_words}" for scheme in schemes)
+        raise CorruptError(f"[{name}] must be {sizes}, got {_shapes(parts)}. {_AGAIN}")
     return candidates
 
 
-def _entry(path: str, entry: Mapping[str, Any], defaults: Mapping[str, Any]) -> Quantization:
-    mode = entry.get("mode", defaults.get("mode", "affine"))
-    if mode != "affine":
+def _float_dtypes(parts: Iterable[Stored]) -> set[str]:
+    return {part.dtype for part in parts if part.dtype in FLOAT_DTYPES}
+
+
+def _shapes(parts: Mapping[str, Stored]) -> str:
+    return " and ".join(f"{name} {stored.dtype} {stored.shape}" for name, stored in parts.items())
+
+
+def _entry(path: str, entry: Mapping[str, Any], *, partial: bool) -> Quantization:
+    """The quantisation that an entry of config.json means.
+
+    As in mlx-lm, what a module's own entry (``partial``) leaves out or makes null is the mode's default, not the
+    section's, and the mode itself is affine then.
+    """
+    mode = entry.get("mode", AFFINE.mode)
+    scheme = SCHEMES.get(mode) if isinstance(mode, str) else None
+    if scheme is None:
         raise UnsupportedModelError(
-            f"[config.json] quantization of {brief(path)} must be affine, got {brief(mode)}. {_ADVICE}"
+            f"[config.json] quantization of {brief(path)} must be {modes_in_words()}, got {brief(mode)}. {_ADVICE}"
         )
-    # mlx_lm.convert's mixed recipes write a null group size, and mean the mode's own, not the section's.
-    own = {key: _AFFINE_DEFAULTS[key] if entry[key] is None else entry[key] for key in _AFFINE_DEFAULTS if key in entry}
-    bits, group_size = (own.get(key, defaults.get(key)) for key in ("bits", "group_size"))
+    bits, group_size = (
+        default if (partial and key not in entry) or (key in entry and entry[key] is None) else entry.get(key)
+        for key, default in zip(("bits", "group_size"), scheme.default, strict=True)
+    )
     if type(bits) is not int or type(group_size) is not int:
         raise CorruptError(
             f"[config.json] quantization of {brief(path)} must give bits and group_size, got {brief(bits)} and "
             f"{brief(group_size)}. {_AGAIN}"
         )
-    if bits not in BITS or group_size not in GROUP_SIZES:
+    if not scheme.allows(bits, group_size):
         raise UnsupportedModelError(
-            f"[config.json] quantization of {brief(path)} must be of 2, 3, 4, 5, 6 or 8 bits in groups of 32, 64 or "
-            f"128, got {brief(bits)} in groups of {brief(group_size)}. {_ADVICE}"
+            f"[config.json] quantization of {brief(path)} must be of {scheme.sizes_in_words}, got {brief(bits)} in "
+            f"groups of {brief(group_size)}. {_ADVICE}"
         )
-    return Quantization(bits, group_size)
+    return Quantization(bits, group_size, scheme.mode)
 
 
 def _hugging_face_section(config: Mapping[str, Any]) -> Any:
@@ -201,11 +215,3 @@ def _hugging_face_section(config: Mapping[str, Any]) -> Any:
     raise UnsupportedModelError(
         f"[config.json] quantization_config must be MLX's, got method {brief(method)}. {_ADVICE}"
     )
-
-
-def _mode_of(scales: Stored) -> str:
-    return " (mxfp4, nvfp4 or mxfp8)" if scales.dtype == "U8" else ""
-
-
-def _text(quantization: Quantization) -> str:
-    return f"{quantization.bits} bits in groups of {quantization.group_size}"

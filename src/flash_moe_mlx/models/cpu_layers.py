@@ -1,7 +1,7 @@
 """Parts of a decode step on the CPU: operations on vectors, from a model's modules and from records of experts."""
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,8 +15,12 @@ from ..ops.cpu import product_tasks as products
 from ..ops.cpu.arrays import KINDS, RECORD_KINDS, address, empty, floats, view
 from ..ops.cpu.kernels import Format, affine, dense, order
 from ..ops.cpu.tape import Operation, Tape
+from ..ops.slot_memory import MLX_DTYPES
 from .layers import Linear, SwiGLU
 from .mixers.gated_delta import GatedDeltaNet
+
+
+_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 
 
 class UnsupportedLayerError(Exception):
@@ -98,7 +102,16 @@ def together(*groups: Sequence[Operation]) -> list[Operation]:
 
 
 def _format(quantization: Quantization | None, kind: int) -> Format:
+    if quantization is not None and "cpu" not in quantization.scheme.kernels:
+        raise UnsupportedLayerError(quantization.mode)
     return dense(kind) if quantization is None else affine(quantization.bits, quantization.group_size, kind)
+
+
+def _kind(kinds: Mapping[Any, int], dtype: Any) -> int:
+    """Code of the floats that a matrix is stored with: its scales, or the unquantised weights."""
+    if dtype not in kinds:
+        raise UnsupportedLayerError(str(dtype))
+    return kinds[dtype]
 
 
 def product(linear: nn.Module, x: Vector, y: Any) -> Operation:
@@ -106,7 +119,8 @@ def product(linear: nn.Module, x: Vector, y: Any) -> Operation:
     if not isinstance(linear, Linear):
         raise UnsupportedLayerError(type(linear).__name__)
     weight, form = linear.weight, x.format(_stored_format(linear, x.size))
-    own = (weight, 0, 0) if linear.quantization is None else (weight, linear.scales, linear.biases)
+    parts = list(linear.parts.values())
+    own = (*parts, *[0] * (3 - len(parts)))
     bias, kind = (floats(linear.bias), KINDS[mx.float32]) if "bias" in linear else (0, 0)
     row_bytes = form.row_bytes(x.size)
     arguments = (*own, bias, kind, *x.input(form), weight.shape[0], x.size, row_bytes, y)
@@ -117,18 +131,17 @@ def product(linear: nn.Module, x: Vector, y: Any) -> Operation:
 def _stored_format(linear: Linear, size: int) -> Format:
     """Format of a matrix that is multiplied with ``size`` values, once its arrays are found to be what it says."""
     quantization, rows = linear.quantization, linear.weight.shape[0]
-    parts = {"weight": linear.weight}
-    shapes = {"weight": (rows, size)}
+    stored = list(linear.parts.values())[-1]
+    kind = _kind(KINDS, stored.dtype)
+    expected: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {"weight": (stored.dtype, (rows, size))}
     if quantization is not None:
-        groups = (rows, size // quantization.group_size)
-        parts |= {"scales": linear.scales, "biases": linear.biases}
-        shapes = {"weight": (rows, size * quantization.bits // 32), "scales": groups, "biases": groups}
-    stored = linear.weight if quantization is None else linear.scales
-    kinds = {name: mx.uint32 if quantization and name == "weight" else stored.dtype for name in parts}
-    for name, part in parts.items():
-        if part.shape != shapes[name] or part.dtype != kinds[name] or stored.dtype not in KINDS:
+        sizes = quantization.bits, quantization.group_size
+        specs = quantization.scheme.specs(rows, size, *sizes, _NAMES[stored.dtype])
+        expected = {name: (MLX_DTYPES[dtype], shape) for name, (dtype, shape) in specs.items()}
+    for name, part in linear.parts.items():
+        if (part.dtype, part.shape) != expected[name]:
             raise UnsupportedLayerError(f"{name} of shape {part.shape} and {part.dtype}")
-    return _format(quantization, KINDS[stored.dtype])
+    return _format(quantization, kind)
 
 
 def projections_of(mixer: GatedDeltaNet, x: Vector, parts: Sequence[np.ndarray], pool: Pool) -> list[Operation]:
@@ -197,13 +210,11 @@ def routed_experts(name: str, layout: RecordLayout, x: Vector, k: int, y: np.nda
     forms, places = {}, {}
     for projection in ("gate_proj", "up_proj", "down_proj"):
         quantization = layout.quantization(projection)
-        names = [f"{projection}.{part}" for part in ("weight", "scales", "biases")]
         if f"{projection}.bias" in layout.by_name:
             raise UnsupportedLayerError(f"{projection}.bias")
-        kind = RECORD_KINDS[layout.by_name[names[0 if quantization is None else 1]].dtype]
-        forms[projection] = _format(quantization, kind)
-        present = [layout.by_name[name].offset for name in names if name in layout.by_name]
-        places[projection] = (*present, *[0] * (3 - len(present)))
+        parts = layout.quantized_parts(projection)
+        forms[projection] = _format(quantization, _kind(RECORD_KINDS, parts[-1].dtype))
+        places[projection] = (*(part.offset for part in parts), *[0] * (3 - len(parts)))
     return _ffn(name, forms, places, layout.intermediate_size, x, k, y, pool)
 
 
@@ -217,8 +228,7 @@ def shared_expert(shared: SwiGLU, x: Vector, y: np.ndarray, pool: Pool) -> Exper
         if not isinstance(linear, Linear) or "bias" in linear:
             raise UnsupportedLayerError(projection)
         forms[projection] = _stored_format(linear, width if projection == "down_proj" else x.size)
-        parts = [linear.weight] if linear.quantization is None else [linear.weight, linear.scales, linear.biases]
-        views = [view(part, np.uint8) for part in parts]
+        views = [view(part, np.uint8) for part in linear.parts.values()]
         held += views
         places[projection] = (*map(address, views), *[0] * (3 - len(views)))
     tape = _ffn("shared", forms, places, width, x, 1, y, pool)

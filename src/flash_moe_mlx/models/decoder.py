@@ -15,6 +15,7 @@ from ..errors import NonFiniteError, RequestError
 from ..experts.engine import StreamingEngine
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import DTYPE_BYTES, Quantization
+from ..formats.schemes import part_names
 from ..ops.backend import backend, use_cpu_kernels, use_kernels
 from ..ops.dequant_matmul import product_scratch_bytes
 from ..ops.dequant_matvec import MAX_ROWS
@@ -401,7 +402,7 @@ def _from_hub(name: str, value: mx.array) -> mx.array:
 def _kept_dtype(name: str, stored: mx.Dtype, activations: mx.Dtype) -> mx.Dtype:
     if name.endswith("A_log"):
         return mx.float32
-    quantised = name.endswith((".scales", ".biases")) or not mx.issubdtype(stored, mx.floating)
+    quantised = name.rpartition(".")[2] in part_names()[1:] or not mx.issubdtype(stored, mx.floating)
     return stored if quantised else activations
 
 

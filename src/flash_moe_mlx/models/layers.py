@@ -6,17 +6,16 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..formats.expert_layout import Quantization
-from ..ops.backend import use_kernels
 from ..ops.dense_matmul import dense_matmul
-from ..ops.dequant_matmul import dequant_matmul
-from ..ops.dequant_matvec import dequant_matvec, dequant_matvec_reference
+from ..ops.quantized import Parts, dequantize, lazy_product, product
+from ..ops.slot_memory import MLX_DTYPES
 
 QuantizationOf = Callable[[str], Quantization | None]
 """Quantisation of the module at a path; None where it is stored unquantised."""
 
 
 class Linear(nn.Module):
-    """``y = x W^T + b``. W is (out, in), affine-quantised or not; the tensors are filled in by load_weights."""
+    """``y = x W^T + b``. W is (out, in), quantised or not; the tensors are filled in by load_weights."""
 
     def __init__(self, input_dims: int, output_dims: int, quantization: Quantization | None, bias: bool = False):
         super().__init__()
@@ -24,22 +23,24 @@ class Linear(nn.Module):
         if quantization is None:
             self.weight = mx.zeros((output_dims, input_dims))
         else:
-            groups = input_dims // quantization.group_size
-            self.weight = mx.zeros((output_dims, input_dims * quantization.bits // 32), mx.uint32)
-            self.scales = mx.zeros((output_dims, groups))
-            self.biases = mx.zeros((output_dims, groups))
+            sizes = quantization.bits, quantization.group_size
+            for name, (dtype, shape) in quantization.scheme.specs(output_dims, input_dims, *sizes, "F32").items():
+                self[name] = mx.zeros(shape, MLX_DTYPES[dtype])
         if bias:
             self.bias = mx.zeros((output_dims,))
+
+    @property
+    def parts(self) -> Parts:
+        """The weight and the other parts of its quantisation, by name."""
+        names = ("weight",) if self.quantization is None else self.quantization.scheme.parts
+        return {name: self[name] for name in names}
 
     def __call__(self, x: mx.array) -> mx.array:
         """Shapes (..., in) to (..., out), in the dtype of x."""
         if self.quantization is None:
             y = dense_matmul(x, self.weight)
         else:
-            bits, group_size = self.quantization.bits, self.quantization.group_size
-            rows = x.reshape(-1, x.shape[-1])
-            y = dequant_matvec(rows, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
-            y = y.reshape(*x.shape[:-1], -1)
+            y = product(x.reshape(-1, x.shape[-1]), self.parts, self.quantization).reshape(*x.shape[:-1], -1)
         y = y.astype(x.dtype)
         return y + self.bias if "bias" in self else y
 
@@ -48,12 +49,7 @@ class Linear(nn.Module):
         if self.quantization is None:
             y = (x @ self.weight.T).astype(x.dtype)
         else:
-            bits, group_size = self.quantization.bits, self.quantization.group_size
-            if use_kernels():
-                quantized = (self.weight, self.scales, self.biases)
-                y = dequant_matmul(x, *quantized, bits=bits, group_size=group_size, lazy=True)
-            else:
-                y = dequant_matvec_reference(x, self.weight, self.scales, self.biases, bits=bits, group_size=group_size)
+            y = lazy_product(x, self.parts, self.quantization)
         return y + self.bias if "bias" in self else y
 
 
@@ -68,13 +64,7 @@ class Embedding(Linear):
         if self.quantization is None:
             return self.weight[tokens].astype(dtype)
         # Scales first into dtype: dequantised in bfloat16, the embedding itself would be rounded.
-        return mx.dequantize(
-            self.weight[tokens],
-            self.scales[tokens].astype(dtype),
-            self.biases[tokens].astype(dtype),
-            group_size=self.quantization.group_size,
-            bits=self.quantization.bits,
-        )
+        return dequantize({name: part[tokens] for name, part in self.parts.items()}, self.quantization, dtype)
 
 
 class SwiGLU(nn.Module):

@@ -14,7 +14,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _get_classes, infer_quant_config
 
 from ..config import StreamingConfig
 from ..errors import (
@@ -33,6 +33,7 @@ from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import brief
 from ..ops.backend import backend
 from ..ops.finite import first_bad_row, is_finite, non_finite
+from ..ops.quantized import mlx_arguments
 from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
 from .checks import check_tokens, checked_later, clamped, locate, vocabulary_size
@@ -293,7 +294,7 @@ def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwit
 def _quantize(model: Any, weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> None:
     """Give quantised modules to every path that has scales, as mlx-lm's own loading does."""
 
-    def predicate(path: str, module: nn.Module) -> bool | dict[str, int]:
+    def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
             return False
         try:
@@ -301,12 +302,8 @@ def _quantize(model: Any, weights: Mapping[str, mx.array], checkpoint: Checkpoin
         except MissingTensorError:  # sanitize gave it another name
             quantization = None
         if quantization is None:
-            inputs = module.weight.shape[-1]
-            return {
-                "group_size": inputs // weights[f"{path}.scales"].shape[-1],
-                "bits": weights[f"{path}.weight"].shape[-1] * 32 // inputs,
-            }
-        return {"group_size": quantization.group_size, "bits": quantization.bits}
+            return infer_quant_config(path, module, weights)
+        return mlx_arguments(quantization)
 
     nn.quantize(model, class_predicate=predicate)
 

@@ -6,8 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from .backend import use_cpu_kernels
-from .dequant_matmul import dequant_matmul, dequantized_bytes, waiting_bytes
+from .dequant_matmul import dequantized_bytes, waiting_bytes
 from .numerics import Activation, swiglu
+from .quantized import has_kernels, lazy_product
 from .slot_memory import ExpertBank
 
 GROUPED_ROWS = 512
@@ -30,7 +31,7 @@ def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activ
 
     Cost: reads one record. Reference: Shazeer 2020, arXiv:2002.05202.
     """
-    if use_cpu_kernels():
+    if use_cpu_kernels() and has_kernels(bank.layout, "cpu"):
         from .cpu import experts
 
         return experts.expert_ffn_batch(x, bank, slot, activation)
@@ -63,7 +64,7 @@ def expert_ffn_grouped(
     Cost: reads one record an expert. At most GROUPED_ROWS pairs, or one expert's, are in scratch at once; where experts
     are dequantised, ``waiting_bytes`` and one expert.
     """
-    if use_cpu_kernels():
+    if use_cpu_kernels() and has_kernels(bank.layout, "cpu"):
         from .cpu import arrays, experts
 
         mx.eval(y)  # then its memory is written in place: Python's reference keeps MLX from giving it away
@@ -96,19 +97,11 @@ def expert_ffn_batch_reference(
 
 def _project(x: mx.array, bank: ExpertBank, projection: str, slot: int) -> mx.array:
     quantization = bank.layout.quantization(projection)
-    weight = bank.part(f"{projection}.weight")[slot]
+    parts = {part.part: bank.part(part.name)[slot] for part in bank.layout.quantized_parts(projection)}
     if quantization is None:
-        y = x @ weight.astype(mx.float32).T
+        y = x @ parts["weight"].astype(mx.float32).T
     else:
-        y = dequant_matmul(
-            x,
-            weight,
-            bank.part(f"{projection}.scales")[slot],
-            bank.part(f"{projection}.biases")[slot],
-            bits=quantization.bits,
-            group_size=quantization.group_size,
-            lazy=True,
-        )
+        y = lazy_product(x, parts, quantization)
     if f"{projection}.bias" in bank.layout.by_name:
         y = y + bank.part(f"{projection}.bias")[slot].astype(mx.float32)
     return y

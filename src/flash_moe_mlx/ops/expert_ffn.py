@@ -13,6 +13,7 @@ from .gpu.geometry import Geometry, choose_geometry, load_width
 from .gpu.kernel_source import Constants, Kernel
 from .norm import Norm
 from .numerics import Activation, swiglu
+from .quantized import gathered_product, has_kernels
 from .slot_memory import MLX_DTYPES, ExpertBank
 
 WORD_BYTES = 4
@@ -36,27 +37,16 @@ def project_reference(x: mx.array, bank: ExpertBank, projection: str, slots: mx.
     slots, else of all slots. Either way each pair is a product of its own, so the bits are the same.
     """
     quantization = bank.layout.quantization(projection)
-    names = ("weight",) if quantization is None else ("weight", "scales", "biases")
-    parts = [bank.part(f"{projection}.{name}") for name in names]
+    parts = {part.part: bank.part(part.name) for part in bank.layout.quantized_parts(projection)}
     index = slots
-    if slots.size <= bank.num_slots and (quantization is not None or parts[0].dtype != mx.float32):
+    if slots.size <= bank.num_slots and (quantization is not None or parts["weight"].dtype != mx.float32):
         flat = slots.reshape(-1)
-        parts = [part[flat] for part in parts]
+        parts = {name: part[flat] for name, part in parts.items()}
         index = mx.arange(slots.size, dtype=mx.uint32).reshape(slots.shape)
     if quantization is None:
-        y = mx.gather_mm(x, parts[0].astype(mx.float32).swapaxes(-1, -2), rhs_indices=index)
+        y = mx.gather_mm(x, parts["weight"].astype(mx.float32).swapaxes(-1, -2), rhs_indices=index)
     else:
-        weight, scales, biases = parts
-        y = mx.gather_qmm(
-            x,
-            weight,
-            scales.astype(mx.float32),
-            biases.astype(mx.float32),
-            rhs_indices=index,
-            transpose=True,
-            group_size=quantization.group_size,
-            bits=quantization.bits,
-        )
+        y = gathered_product(x, parts, quantization, index)
     if f"{projection}.bias" in bank.layout.by_name:
         y = y + bank.part(f"{projection}.bias")[slots].astype(mx.float32)[..., None, :]
     return y
@@ -108,8 +98,8 @@ _plans: dict[tuple[int, int], ExpertPlan] = {}
 
 
 def is_quantized(layout: RecordLayout) -> bool:
-    """Tell whether all three projections are quantised, as the kernels need."""
-    return all(layout.quantization(projection) for projection in PROJECTIONS)
+    """Tell whether all projections are quantised in modes that the GPU's kernels take."""
+    return has_kernels(layout, "gpu") and all(quantization for _, quantization in layout.quantizations)
 
 
 def projection_constants(layout: RecordLayout, projection: str, columns: int, prefix: str = "") -> Constants:
@@ -304,7 +294,7 @@ def expert_ffn(
     """SwiGLU feed-forward of the K routed experts of each token.
 
     Computes ``W_d (silu(W_g x) * W_u x)`` for each slot, plus the experts' own biases where the record
-    has them. Quantised weights are affine, ``w = q * scale + bias``.
+    has them. Quantised weights may be of any mode of `formats.schemes`.
 
     Args:
         x: Hidden states. Shape (T, H), float32, bfloat16 or float16.
@@ -320,14 +310,14 @@ def expert_ffn(
     Raises:
         ShapeError: If the kernels can't read this layout, or x is not as wide as the experts.
 
-    Cost: reads T * K records. Unquantised records run the reference on every backend.
+    Cost: reads T * K records. Records that no kernel takes (unquantised on a GPU, some modes) run the reference.
     Reference: Shazeer 2020, arXiv:2002.05202.
     """
     if activation is None and use_kernels() and is_quantized(bank.layout):
         return expert_ffn_kernel(x, bank, slots, norm=norm)
     if norm is not None:
         x = norm.reference(x)
-    if use_cpu_kernels():
+    if use_cpu_kernels() and has_kernels(bank.layout, "cpu"):
         from .cpu import experts
 
         return experts.expert_ffn(x, bank, slots, activation)

@@ -8,7 +8,7 @@ import numpy as np
 from ..errors import ShapeError
 from ..formats.expert_layout import RecordLayout
 
-MLX_DTYPES = {"U32": mx.uint32, "F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
+MLX_DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 
 _WORD_BYTES = 4
 _MAX_WORDS = 2**31 - 1  # MLX's dimensions are int32

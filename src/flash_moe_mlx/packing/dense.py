@@ -107,7 +107,7 @@ class RowsTask:
     first: int
     last: int
     conversion: Conversion
-    targets: tuple[OutputTensor, ...]  # weight, scales, biases
+    targets: tuple[OutputTensor, ...]  # the parts of the quantisation
     output: str
 
     @property
@@ -129,7 +129,7 @@ class RowsTask:
         parts = {"weight": (self.source.dtype, data)}
         made, _ = quantise(self.last - self.first, parts, self.conversion, measure=False)
         checksums = []
-        for segment, part in zip(self.segments, ("weight", "scales", "biases"), strict=True):
+        for segment, part in zip(self.segments, self.conversion.target.scheme.parts, strict=True):
             write(made[part].data, segment.offset)
             checksums.append(zlib.crc32(made[part].data))
         return TaskResult(tuple(checksums), {})
@@ -160,9 +160,9 @@ def copy_tasks(file: DenseFile, sources: Mapping[str, TensorInfo]) -> Iterator[C
 
 
 def row_tasks(file: DenseFile, source: TensorInfo, module: str, target: Quantization, dtype: str) -> Iterator[RowsTask]:
-    """Tasks that quantise one tensor into ``module``'s weight, scales and biases."""
+    """Tasks that quantise one tensor into ``module``'s parts."""
     by_name = {tensor.name: tensor for tensor in file.tensors}
-    targets = tuple(by_name[f"{module}.{part}"] for part in ("weight", "scales", "biases"))
+    targets = tuple(by_name[f"{module}.{part}"] for part in target.scheme.parts)
     rows = prod(source.shape[:-1])
     step = max(1, CHUNK_BYTES // max(1, source.nbytes // rows))
     for first in range(0, rows, step):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from ..formats.expert_layout import Quantization, RecordLayout
 from ..formats.packed_format import PackedLayer
 from ..formats.quantization import mlx_name
 from ..formats.safetensors_header import TensorInfo
+from ..formats.schemes import AFFINE
 from .dense import CHUNK_BYTES, DenseFile, copy_tasks, row_tasks
 from .mlx_lm_dense import DenseParameter, MlxLmDense, cast_dtype, is_known
 from .settings import Conversion, PackSettings, target_layout
@@ -141,9 +143,8 @@ def _items(
         if conversion is None or target.part == "bias":
             items[target.name] = Item({target.part: stored[target.name]}, (target,), None)
         elif target.part == "weight":
-            names = [p for p in ("weight", "scales", "biases") if f"{target.projection}.{p}" in stored]
-            made = tuple(layout.by_name[f"{target.projection}.{p}"] for p in ("weight", "scales", "biases"))
-            items[target.name] = Item({p: stored[f"{target.projection}.{p}"] for p in names}, made, conversion)
+            sources = {p.part: stored[p.name] for p in checkpoint.layout(layer).quantized_parts(target.projection)}
+            items[target.name] = Item(sources, layout.quantized_parts(target.projection), conversion)
     return tuple(items.values())
 
 
@@ -239,12 +240,9 @@ def _stored_as(parameter: DenseParameter) -> list[tuple[str, str, tuple[int, ...
         return [(parameter.name, parameter.dtype, parameter.shape)]
     *rows, width = parameter.shape
     module = parameter.name.removesuffix(".weight")
-    groups = (*rows, width // quantization.group_size)
-    return [
-        (f"{module}.weight", "U32", (*rows, width * quantization.bits // 32)),
-        (f"{module}.scales", parameter.dtype, groups),
-        (f"{module}.biases", parameter.dtype, groups),
-    ]
+    sizes = quantization.bits, quantization.group_size
+    specs = quantization.scheme.specs(prod(rows), width, *sizes, parameter.dtype)
+    return [(f"{module}.{part}", dtype, (*rows, *shape[1:])) for part, (dtype, shape) in specs.items()]
 
 
 def _dense_names(count: int) -> list[str]:
@@ -271,16 +269,21 @@ def _state_expert_bits(config: dict[str, Any], layers: list[PackedLayer], settin
             return
         bits = settings.bits or next(q.bits for q in chosen.values() if q)
         section = {"group_size": settings.group_size, "bits": bits, "mode": "affine"}
-    default = section.get("bits"), section.get("group_size")
+    default = section.get("bits"), section.get("group_size"), section.get("mode", AFFINE.mode)
     section = {key: value for key, value in section.items() if key not in chosen}
     for path, quantization in chosen.items():
         if quantization is None:
             section[path] = False
-        elif (quantization.bits, quantization.group_size) != default:
+        elif (quantization.bits, quantization.group_size, quantization.mode) != default:
             section[path] = {"group_size": quantization.group_size, "bits": quantization.bits}
+            if quantization.mode != AFFINE.mode:
+                section[path]["mode"] = quantization.mode
     config["quantization"] = config["quantization_config"] = section
 
 
 def _in_words(projection: str, conversion: Conversion) -> str:
-    before = f"{conversion.source.bits}-bit" if conversion.source else "unquantised"
+    before = "unquantised"
+    if conversion.source:
+        before = f"{conversion.source.bits}-bit"
+        before = before if conversion.source.mode == AFFINE.mode else conversion.source.mode
     return f"{projection}: {before} to {conversion.target.bits} bits in groups of {conversion.target.group_size}"

@@ -12,13 +12,14 @@ import mlx.core as mx
 import numpy as np
 
 from ..formats.expert_layout import Quantization
+from ..ops.quantized import dequantize, mlx_arguments
 from ..ops.slot_memory import MLX_DTYPES
 from .settings import Conversion
 
 Bytes = np.ndarray
 """uint8, one dimension, contiguous."""
 
-_NUMPY = {"U32": np.uint32, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
+_NUMPY = {"U32": np.uint32, "U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
 _streams = threading.local()
 
 
@@ -54,26 +55,27 @@ def quantise(
 
     Args:
         rows: How many.
-        parts: (dtype, bytes) by "weight", and "scales" and "biases" where the source has them.
+        parts: (dtype, bytes) by "weight", and by the other parts of the source's quantisation.
         conversion: From what to what.
         measure: Whether to compare with the weights before, which takes longer than quantising them.
 
     Returns:
-        Bytes by "weight", "scales" and "biases"; and the error, if asked for.
+        Bytes by the parts of the target's quantisation; and the error, if asked for.
     """
     with mx.stream(_stream()):
         arrays = {name: _to_mlx(dtype, data, rows) for name, (dtype, data) in parts.items()}
         if conversion.source:
-            weight = mx.dequantize(arrays["weight"], arrays["scales"], arrays["biases"], **_how(conversion.source))
+            weight = dequantize(arrays, conversion.source, MLX_DTYPES[conversion.dtype])
         else:
             weight = arrays["weight"]
         weight = weight.astype(MLX_DTYPES[conversion.dtype])
-        result = mx.quantize(weight, **_how(conversion.target))
+        result = mx.quantize(weight, **mlx_arguments(conversion.target))
         sums = _sums(weight, result, conversion.target) if measure else ()
         mx.eval(*result, *sums)
-        names = ("weight", "scales", "biases")
         error = ErrorSums(weight.size, *(float(value.item()) for value in sums)) if measure else None
-        return {name: to_bytes(value) for name, value in zip(names, result, strict=True)}, error
+        return {
+            name: to_bytes(value) for name, value in zip(conversion.target.scheme.parts, result, strict=True)
+        }, error
 
 
 def to_bytes(value: mx.array) -> Bytes:
@@ -92,11 +94,7 @@ def _to_mlx(dtype: str, data: Bytes, rows: int) -> mx.array:
     return value.view(mx.bfloat16) if dtype == "BF16" else value
 
 
-def _how(quantization: Quantization) -> dict[str, int]:
-    return {"group_size": quantization.group_size, "bits": quantization.bits}
-
-
 def _sums(weight: mx.array, result: tuple[mx.array, ...], target: Quantization) -> tuple[mx.array, ...]:
     before = weight.astype(mx.float32)
-    difference = mx.dequantize(*result, **_how(target)).astype(mx.float32) - before
+    difference = mx.dequantize(*result, **mlx_arguments(target)).astype(mx.float32) - before
     return (difference.square().sum(), before.square().sum(), difference.abs().max())

@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import RequestError
 from ..formats.expert_layout import Quantization, RecordLayout, RecordPart
-from ..formats.quantization import BITS, GROUP_SIZES
+from ..formats.schemes import AFFINE, FLOAT_DTYPES
 
 DENSE = ("auto", "keep", "quantize")
 
@@ -37,9 +37,9 @@ class PackSettings:
         named = {"bits": self.bits, "down_bits": self.down_bits}
         named |= {f"layer_bits of layer {layer}": bits for layer, bits in self.layer_bits.items()}
         for name, bits in named.items():
-            if bits is not None and (type(bits) is not int or bits not in BITS):
-                raise RequestError(f"[{name}] must be one of {', '.join(map(str, BITS))}, got {bits!r}. Try 4.")
-        if type(self.group_size) is not int or self.group_size not in GROUP_SIZES:
+            if bits is not None and (type(bits) is not int or bits not in AFFINE.bits):
+                raise RequestError(f"[{name}] must be one of {', '.join(map(str, AFFINE.bits))}, got {bits!r}. Try 4.")
+        if type(self.group_size) is not int or self.group_size not in AFFINE.group_sizes:
             raise RequestError(f"[group_size] must be 32, 64 or 128, got {self.group_size!r}. Try 64.")
         if self.dense not in DENSE:
             raise RequestError(f"[dense] must be one of {', '.join(DENSE)}, got {self.dense!r}. Leave it out for auto.")
@@ -114,13 +114,19 @@ def target_layout(
         target = settings.quantization(layer, projection, now, width)
         if target is None or target == now:
             continue
-        dtype = source.by_name[f"{projection}.scales"].dtype if now else (cast or weight.dtype)
+        dtype = _float_dtype(source, projection) or cast or (weight.dtype if now is None else "BF16")
         conversions[projection] = Conversion(now, target, dtype)
         quantizations[projection] = target
-        specs[projection, "weight"] = ("U32", (rows, width * target.bits // 32))
-        for part in ("scales", "biases"):
-            specs[projection, part] = (dtype, (rows, width // target.group_size))
+        specs = {key: spec for key, spec in specs.items() if key[0] != projection or key[1] == "bias"}
+        made = target.scheme.specs(rows, width, target.bits, target.group_size, dtype)
+        specs |= {(projection, part): spec for part, spec in made.items()}
     return RecordLayout.contiguous(specs, quantizations), conversions
+
+
+def _float_dtype(source: RecordLayout, projection: str) -> str | None:
+    """dtype of the scales of a quantised projection, where they are floats."""
+    dtype = source.quantized_parts(projection)[-1].dtype
+    return dtype if source.quantization(projection) and dtype in FLOAT_DTYPES else None
 
 
 def unpacked_width(weight: RecordPart, quantization: Quantization | None) -> int:

@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import CorruptError, PackError
-from ..formats.expert_layout import RecordPart
+from ..formats.expert_layout import DTYPE_BYTES, RecordPart
 from ..formats.expert_tensors import Part
 from ..storage.file_io import ReadOnlyFile
 from ..system import preadv, raise_file_limit
@@ -128,7 +128,7 @@ class Item:
     """What is made at once of an expert: one part copied, or one projection's parts quantised.
 
     Attributes:
-        sources: The parts read, by name: "weight", and "scales" and "biases" where quantised weights are requantised.
+        sources: The parts read, by name: "weight", and its quantisation's others where it is requantised.
         targets: The parts made, in the packed record.
         conversion: None where bytes stay as they are.
     """
@@ -253,7 +253,7 @@ def _zeros(shape: tuple[int, int]) -> Bytes:
 
 
 def _nbytes(part: Part) -> int:
-    return prod(part.shape) * {"U32": 4, "F32": 4, "F16": 2, "BF16": 2}[part.dtype]
+    return prod(part.shape) * DTYPE_BYTES[part.dtype]
 
 
 def merge_runs(targets: Sequence[RecordPart], layout_parts: Sequence[RecordPart]) -> tuple[tuple[int, int], ...]:

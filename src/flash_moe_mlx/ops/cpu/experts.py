@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ...formats.expert_layout import PARTS, RecordLayout
+from ...formats.expert_layout import RecordLayout
 from ..numerics import Activation
 from ..slot_memory import ExpertBank
 from .arrays import RECORD_KINDS, Output, address, empty, floats, view
@@ -36,21 +36,19 @@ def bank_addresses(bank: ExpertBank, slots: np.ndarray) -> dict[str, np.ndarray]
 def matrices(layout: RecordLayout, projection: str, addresses: Mapping[str, np.ndarray]) -> Matrices:
     """One projection of P experts."""
     quantization = layout.quantization(projection)
-    names = [f"{projection}.{part}" for part in PARTS]
-    weights, scales, biases, bias = (addresses.get(name) for name in names)
-    kind = layout.by_name[names[0] if quantization is None else names[1]].dtype
-    if weights is None:
-        raise KeyError(names[0])
+    parts = layout.quantized_parts(projection)
+    weights, *rest = [addresses[part.name] for part in parts]
+    scales, biases = rest or (None, None)
+    kind = RECORD_KINDS[parts[-1].dtype]
+    bias = layout.by_name.get(f"{projection}.bias")
     return Matrices(
-        dense(RECORD_KINDS[kind])
-        if quantization is None
-        else affine(quantization.bits, quantization.group_size, RECORD_KINDS[kind]),
-        layout.by_name[names[0]].shape[0],
+        dense(kind) if quantization is None else affine(quantization.bits, quantization.group_size, kind),
+        parts[0].shape[0],
         weights,
-        None if quantization is None else scales,
-        None if quantization is None else biases,
-        bias,
-        0 if bias is None else RECORD_KINDS[layout.by_name[names[3]].dtype],
+        scales,
+        biases,
+        addresses[bias.name] if bias else None,
+        RECORD_KINDS[bias.dtype] if bias else 0,
     )
 
 

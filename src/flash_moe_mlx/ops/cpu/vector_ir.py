@@ -18,8 +18,6 @@ LANES = 16
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VI32, _VF32 = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
-
-AFFINE_BITS = (2, 3, 4, 5, 6, 8)
 BF16, F16, F32 = 0, 1, 2
 """Codes of the floating-point formats that kernels read as they are stored."""
 

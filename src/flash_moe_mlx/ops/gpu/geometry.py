@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from ...errors import ShapeError
+from ...formats.schemes import AFFINE
 
 SIMD_WIDTH = 32
 CHUNK = 32
@@ -10,9 +11,6 @@ CHUNK = 32
 
 STAGED_VALUES = 4096
 """Values of x staged in threadgroup memory at a time, as float32: 18 KiB of the 32 that Metal allows."""
-
-SUPPORTED_BITS = (2, 3, 4, 5, 6, 8)
-SUPPORTED_GROUPS = (32, 64, 128)
 
 
 @dataclass(frozen=True)
@@ -87,10 +85,10 @@ def choose_geometry(
         ShapeError: If bits or group size are not supported, or columns are not whole groups.
     """
     for bits, group_size in quantizations:
-        if bits not in SUPPORTED_BITS or group_size not in SUPPORTED_GROUPS or columns % group_size:
+        if not AFFINE.allows(bits, group_size) or columns % group_size:
             raise ShapeError(
-                f"[{where}] bits must be one of {SUPPORTED_BITS}, the group size one of {SUPPORTED_GROUPS} and a "
-                f"divisor of the row, got {bits} bits, groups of {group_size}, rows of {columns}. "
+                f"[{where}] weights must be of {AFFINE.sizes_in_words} that divide the row, got {bits} bits in groups "
+                f"of {group_size}, rows of {columns}. "
                 "Set FLASH_MOE_REFERENCE=1 to run MLX's own operations."
             )
     bits = quantizations[0][0]
