@@ -17,7 +17,7 @@ from ..support.checkpoints import NORMS_MINUS_ONE
 from ..support.models import greedy, load_resident, smallest_limit, streamed
 from ..support.numerics import RELATIVE_RMS, assert_close
 from ..support.switch_configs import EXPERTS, OURS, VOCABULARY, make_config
-from ..support.switch_models import CONVERSIONS, MAX_CONTEXT, measure_row, quarter_limit, write_model
+from ..support.switch_models import MAX_CONTEXT, conversions_of, measure_row, quarter_limit, write_model
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TOLERANCE = RELATIVE_RMS["mlx-lm"]
@@ -41,7 +41,7 @@ def plain(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_matches_mlx_lm(model_type: str, tmp_path: Path):
     """The table's lines of the types that have a definition of their own."""
     row, comparisons = measure_row(model_type, tmp_path)
-    assert len(comparisons) == len(CONVERSIONS)
+    assert len(comparisons) == len(conversions_of(model_type))
     for comparison in comparisons:
         assert comparison.rms < 1e-5
         assert comparison.tokens == comparison.expected

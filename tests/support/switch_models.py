@@ -1,7 +1,7 @@
 """Tiny models of every mlx-lm type whose experts are a SwitchGLU, converted by mlx-lm's own functions; their table."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,10 @@ from .models import greedy, load_resident, smallest_limit, streamed
 from .numerics import relative_rms
 from .switch_configs import EXPERTS, OTHERS, QUARTER, VOCABULARY, make_config
 
-CONVERSIONS: dict[str, tuple[int, int] | None] = {"unquantised": None, "4-bit g64": (4, 64), "8-bit g32": (8, 32)}
+CONVERSIONS: dict[str, tuple[int, int, str] | None] = {
+    "unquantised": None, "4-bit g64": (4, 64, "affine"), "8-bit g32": (8, 32, "affine"),
+    "mxfp4": (4, 32, "mxfp4"), "mxfp8": (8, 32, "mxfp8"), "nvfp4": (4, 16, "nvfp4"),
+}  # fmt: skip
 GREEDY_TOKENS = 32
 BOUND = 1e-5
 MAX_CONTEXT = 512
@@ -41,12 +44,20 @@ def make_resident(config: dict[str, Any], seed: int = 0) -> Any:
     return model
 
 
-def write_model(directory: Path, config: dict[str, Any], conversion: str = "unquantised", seed: int = 0) -> Path:
-    """A checkpoint as mlx_lm.convert writes it."""
+def write_model(
+    directory: Path,
+    config: dict[str, Any],
+    conversion: str = "unquantised",
+    seed: int = 0,
+    predicate: Callable[[str, Any], bool | dict[str, Any]] | None = None,
+) -> Path:
+    """A checkpoint as mlx_lm.convert writes it; ``predicate`` chooses modes by module."""
     model, quantisation = make_resident(config, seed), CONVERSIONS[conversion]
     if quantisation is not None:
-        bits, group_size = quantisation
-        model, config = mlx_lm.utils.quantize_model(model, dict(config), group_size, bits)
+        bits, group_size, mode = quantisation
+        model, config = mlx_lm.utils.quantize_model(
+            model, dict(config), group_size, bits, mode=mode, quant_predicate=predicate
+        )
     mlx_lm.utils.save_model(directory, model)
     mlx_lm.utils.save_config(dict(config), directory / "config.json")
     return directory
@@ -117,7 +128,8 @@ def table_row(model_type: str, comparisons: Sequence[Comparison]) -> str:
 
 def conversions_of(model_type: str) -> list[str]:
     """What a type is tested in: the types that were asked for in all, the others in two."""
-    return [name for name in CONVERSIONS if model_type not in OTHERS or name != "8-bit g32"]
+    affine = [name for name, how in CONVERSIONS.items() if how is None or how[2] == "affine"]
+    return [name for name in affine if model_type not in OTHERS or name != "8-bit g32"]
 
 
 def measure_row(model_type: str, directory: Path) -> tuple[str, list[Comparison]]:
