@@ -188,7 +188,7 @@ def transposed(tensors: Tensors) -> Tensors:
     return own
 
 
-MXFP4 = {"quantization": {"group_size": 32, "bits": 4, "mode": "mxfp4"}}
+NF4 = {"quantization": {"group_size": 64, "bits": 4, "mode": "nf4"}}
 HUB = {"quantization_config": {"quant_method": "mxfp4"}}
 REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] = {
     "dense": (
@@ -202,7 +202,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] =
     "no type": ("mixtral", {"model_type": None}, None, UnsupportedModelError, "mlx-lm knows, got None"),
     "key missing": ("qwen3_moe", {"num_attention_heads": None}, None, CorruptError, "must describe a qwen3_moe"),
     "no gate": ("mixtral", {}, renamed("gate_proj", "fc1"), UnsupportedModelError, "Experts without a gate"),
-    "mxfp4 by mlx": ("gpt_oss", MXFP4, None, UnsupportedModelError, "must be affine, got 'mxfp4'"),
+    "unknown mode": ("gpt_oss", NF4, None, UnsupportedModelError, "or nvfp4, got .nf4."),
     "mxfp4 by the hub": ("gpt_oss", HUB, None, UnsupportedModelError, "got method 'mxfp4'"),
     "other layers": ("qwen3_moe", {"mlp_only_layers": []}, None, UnsupportedModelError, r"in the layers \[0, 2\]"),
     "tensor missing": (

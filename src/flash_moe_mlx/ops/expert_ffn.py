@@ -321,4 +321,5 @@ def expert_ffn(
         from .cpu import experts
 
         return experts.expert_ffn(x, bank, slots, activation)
-    return expert_ffn_reference(x, bank, slots, activation or swiglu)
+    # Not "or": an nn.Module without parameters is an empty dict, hence false.
+    return expert_ffn_reference(x, bank, slots, swiglu if activation is None else activation)
