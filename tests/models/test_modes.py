@@ -50,9 +50,9 @@ def test_mixed_by_module(model_type: str, tmp_path: Path):
     ids = mx.array(np.random.default_rng(3).integers(0, VOCABULARY, (1, 40)))
     expected, tokens = resident(ids), greedy(resident, prompt, GREEDY_TOKENS)[0]
     results = []
-    few = smallest_limit(directory, max_context=MAX_CONTEXT)
+    few, direct = (smallest_limit(directory, max_context=MAX_CONTEXT, io=io) for io in ("pread", "direct"))
     for path, limit, io in [
-        (directory, "1GB", "pread"), (directory, few, "pread"), (directory, few, "mmap"), (directory, few, "direct"),
+        (directory, "1GB", "pread"), (directory, few, "pread"), (directory, few, "mmap"), (directory, direct, "direct"),
         (tmp_path / "packed", "1GB", "auto"),
     ]:  # fmt: skip
         with streamed(path, limit, max_context=MAX_CONTEXT, io=io) as model:

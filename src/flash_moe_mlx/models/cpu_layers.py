@@ -19,7 +19,6 @@ from ..ops.slot_memory import MLX_DTYPES
 from .layers import Linear, SwiGLU
 from .mixers.gated_delta import GatedDeltaNet
 
-
 _NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 
 
