@@ -1,8 +1,11 @@
 """Traces, made-up routing, and replays against the engine itself."""
 
+import io
+import os
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from zipfile import ZipFile
 
 import mlx.core as mx
 import numpy as np
@@ -123,13 +126,65 @@ def test_older_traces_are_read(tmp_path: Path):
         {"experts": np.zeros((2, 1, 2), np.uint8), "phase": np.zeros(2, np.uint8), "passes": np.array([1])},
         {"experts": np.zeros((2, 1, 2), np.uint8), "phase": np.zeros(2, np.uint8), "layers": np.array([1, 2])},
         {"experts": np.array([{}]), "phase": np.zeros(2)},
+        *(
+            {"experts": np.zeros((2, 1, 2), np.uint8), "phase": np.zeros(2, np.uint8), **change}
+            for change in (
+                {"phase": np.array([0, 2])},
+                {"phase": np.array([0.0, np.nan])},
+                {"experts": np.full((2, 1, 2), 2**40)},
+                {"layers": np.array(["x"])},
+                {"layers": np.array([[0]])},
+                {"passes": np.array([3, -1])},
+                {"passes": np.array(["x"])},
+                {"num_experts": np.array(0)},
+                {"num_experts": np.array([4, 4])},
+                {"num_experts": np.array(2**40)},
+            )
+        ),
     ],
-    ids=["no-phase", "floats", "phases", "passes", "layers", "pickle"],
 )
 def test_what_is_no_trace_is_refused(tmp_path: Path, arrays: dict[str, np.ndarray]):
     np.savez(tmp_path / "t.npz", **arrays)
     with pytest.raises(RequestError, match="Record"):
         RoutingTrace.read(tmp_path / "t.npz")
+
+
+def test_a_header_that_asks_for_more_than_the_file_holds_is_refused(tmp_path: Path):
+    """numpy would make the array before it reads."""
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<i8", "fortran_order": False, "shape": (10**13, 1, 2)})
+    with ZipFile(tmp_path / "t.npz", "w") as archive:
+        archive.writestr("experts.npy", header.getvalue() + b"\x00" * 100)
+        archive.writestr("phase.npy", header.getvalue())
+    with pytest.raises(RequestError, match="routing trace"):
+        RoutingTrace.read(tmp_path / "t.npz")
+
+
+def test_mutated_traces_are_refused_or_read(tmp_path: Path):
+    """A byte changed anywhere, and cuts."""
+    experts = np.array([[[0, 1]], [[1, 2]], [[2, 0]]], np.uint8)
+    path = tmp_path / "t.npz"
+    np.savez(path, experts=experts, phase=np.array([0, 0, 1], np.uint8), num_experts=4, layers=np.array([3]))
+    data, rng = path.read_bytes(), np.random.default_rng(5)
+    refused = 0
+    for _ in range(400):
+        at = int(rng.integers(len(data)))
+        path.write_bytes(data[:at] + bytes([int(rng.integers(256))]) + data[at + 1 :] if at % 5 else data[:at])
+        try:
+            RoutingTrace.read(path)
+        except RequestError:
+            refused += 1
+    assert refused > 200
+
+
+def test_what_is_no_file_at_all_is_refused(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path, tmp_path / "pipe"):
+        with pytest.raises(RequestError, match="no file"):
+            RoutingTrace.read(path)
+    np.save(tmp_path / "t.npy", np.zeros(3))
+    with pytest.raises(RequestError, match="routing trace"):
+        RoutingTrace.read(tmp_path / "t.npy")
 
 
 @pytest.mark.parametrize("content", [None, b"", b"PK\x03\x04 cut short", b"text"])

@@ -1,7 +1,7 @@
 """A chat in a terminal: messages, slash commands, and the confirmation of tool calls."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,8 @@ from rich.text import Text
 
 from ..chat.answer import Part
 from ..chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
-from ..errors import FlashMoEError, RequestError
+from ..errors import CheckpointError, FlashMoEError, RequestError
+from ..formats.safetensors_header import check_depth, load_json, read_bytes
 from ..runtime.prompt_text import check_text
 from ..stats import format_bytes
 from .printable import printable
@@ -202,20 +203,54 @@ def read_conversation(path: Path) -> tuple[str, list[dict[str, Any]]]:
         RequestError: If it is another file.
     """
     try:
-        saved = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise RequestError(f"[/load] {path} must be a saved conversation, got {error}. Check the path.") from error
-    roles = {"user", "assistant", "tool"}
+        saved = load_json(read_bytes(path, "Check the path."), path.name, "Check the path.")
+        check_depth(saved, path.name, "Check the path.")
+    except CheckpointError as error:
+        raise RequestError(f"[/load] {path} must be a saved conversation, got another file: {error}") from error
     if not (
         isinstance(saved, dict)
         and isinstance(system := saved.get("system"), str)
         and isinstance(messages := saved.get("messages"), list)
-        and all(isinstance(m, dict) and m.get("role") in roles and isinstance(m.get("content"), str) for m in messages)
+        and all(map(_is_message, messages))
     ):
         raise RequestError(f"[/load] {path} must be a saved conversation, got another file. Check the path.")
-    for text in (system, *(m["content"] for m in messages)):
+    for text in (system, *(value for message in messages for value in _texts(message))):
         check_text(text, f"/load {path}")
     return system, messages
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Every text of a message, its calls' arguments included."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in (*value, *value.values()) if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _is_message(message: Any) -> bool:
+    """Whether a message is as `Conversation` makes them."""
+    if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "tool"):
+        return False
+    texts = {"role", "content", "reasoning_content", "tool_call_id", "name"}
+    calls = message.get("tool_calls", [])
+    return (
+        "content" in message
+        and message.keys() <= texts | {"tool_calls"}
+        and all(isinstance(message[key], str) for key in texts & message.keys())
+        and isinstance(calls, list)
+        and all(map(_is_call, calls))
+    )
+
+
+def _is_call(call: Any) -> bool:
+    function = call.get("function") if isinstance(call, dict) else None
+    return (
+        isinstance(function, dict)
+        and isinstance(function.get("name"), str)
+        and isinstance(function.get("arguments"), dict | str)
+        and isinstance(call.get("id", ""), str)
+    )
 
 
 def _file(name: str, command: str) -> Path:

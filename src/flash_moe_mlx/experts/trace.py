@@ -7,17 +7,24 @@ The file is a numpy ``.npz`` with ``experts`` (tokens, layers, K) unsigned, its 
 three as well.
 """
 
+import stat
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
-from zipfile import BadZipFile
+from zipfile import ZipFile
 
 import numpy as np
 
 from ..errors import RequestError
+from ..formats.foreign import ForeignCode, say
 
 PREFILL, DECODE = 0, 1
 NOT_RECORDED = -1
+MAX_EXPERTS = 1 << 20
+
+_ARRAYS = ("experts", "phase", "passes", "layers", "num_experts")
+_MAX_BYTES = 1 << 30
 
 
 @dataclass(frozen=True)
@@ -47,32 +54,41 @@ class RoutingTrace:
         Raises:
             RequestError: If it is no such file.
         """
-        try:
-            with np.load(path) as file:
-                arrays = {name: file[name] for name in file.files}
-        except (OSError, ValueError, EOFError, BadZipFile) as error:
-            raise RequestError(
-                f"[trace] {path} must be a routing trace (.npz), got {error}. Record one with model.streaming.trace."
-            ) from error
+        arrays = _read_arrays(Path(path))
         if absent := {"experts", "phase"} - arrays.keys():
             raise RequestError(f"[trace] {path} must hold experts and phase, got no {absent.pop()}. Record it again.")
         experts, phase = arrays["experts"], arrays["phase"]
-        if experts.ndim != 3 or experts.dtype.kind not in "ui" or phase.shape != experts.shape[:1]:
+        if experts.ndim != 3 or not _is_whole(experts) or phase.shape != experts.shape[:1] or not _is_whole(phase):
             raise RequestError(
                 f"[trace] experts must be integers (tokens, layers, K), got {experts.dtype} {experts.shape} "
                 f"and {phase.shape[0] if phase.ndim else 'no'} phases. Record it again."
             )
         unknown = experts == np.iinfo(experts.dtype).max if experts.dtype.kind == "u" else experts < 0
-        experts = np.where(unknown, NOT_RECORDED, experts.astype(np.int32))
-        layers = tuple(arrays.get("layers", np.arange(experts.shape[1])).tolist())
+        highest = int(experts.max(initial=0, where=~unknown))
+        layers = arrays.get("layers", np.arange(experts.shape[1]))
         passes = arrays.get("passes", _passes_of(phase))
-        if len(layers) != experts.shape[1] or passes.sum() != len(phase):
-            raise RequestError(
-                f"[trace] {path} must have {experts.shape[1]} layer numbers and passes of {len(phase)} tokens, got "
-                f"{len(layers)} and {passes.sum()}. Record it again."
-            )
-        num_experts = int(arrays.get("num_experts", experts.max(initial=0) + 1))
-        return cls(experts, phase, layers, num_experts, passes)
+        num_experts = arrays.get("num_experts", np.array(highest + 1))
+        for what, good in (
+            ("phases of 0 and 1", bool(((phase == PREFILL) | (phase == DECODE)).all())),
+            (f"ids below {MAX_EXPERTS}", highest < MAX_EXPERTS),
+            (
+                f"{experts.shape[1]} different layer numbers",
+                layers.shape == experts.shape[1:2] and _is_whole(layers) and len(set(layers.tolist())) == len(layers),
+            ),
+            (
+                f"passes of {len(phase)} tokens",
+                passes.ndim == 1 and _is_whole(passes) and min(passes.tolist(), default=1) > 0
+                and sum(passes.tolist()) == len(phase),
+            ),
+            (
+                f"num_experts from {highest + 1} to {MAX_EXPERTS}",
+                num_experts.shape == () and _is_whole(num_experts) and highest < int(num_experts) <= MAX_EXPERTS,
+            ),
+        ):  # fmt: skip
+            if not good:
+                raise RequestError(f"[trace] {path} must have {what}, got others. Record it again.")
+        experts = np.where(unknown, NOT_RECORDED, experts.astype(np.int32))
+        return cls(experts, phase, tuple(layers.tolist()), int(num_experts), passes)
 
     def requests(self, column: int) -> Iterator[tuple[list[int], list[int], int, int]]:
         """What each pass asks of the layer in a column: distinct experts, tokens that picked each, tokens, phase.
@@ -87,6 +103,45 @@ class RoutingTrace:
             experts, counts = np.unique(ids[ids != NOT_RECORDED], return_counts=True)
             if len(experts):
                 yield experts.tolist(), counts.tolist(), count, phase
+
+
+def _read_arrays(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a trace's file that are used. None is made before its size is known to be in the file.
+
+    Raises:
+        RequestError: If it is no file that numpy wrote, or too large.
+    """
+
+    def refuse(got: object) -> RequestError:
+        return RequestError(
+            f"[trace] {path} must be a routing trace (.npz), got {got}. Record one with model.streaming.trace."
+        )
+
+    with ForeignCode(lambda error: refuse(say(error))):
+        is_file = stat.S_ISREG(path.stat().st_mode)  # asked before opening: a pipe would be waited for
+    if not is_file:
+        raise refuse("something that is no file")
+    arrays = {}
+    with ForeignCode(lambda error: refuse(say(error))), ZipFile(path) as archive:
+        for name in {f"{name}.npy" for name in _ARRAYS} & set(archive.namelist()):
+            with archive.open(name) as file:
+                version = np.lib.format.read_magic(file)
+                read = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+                shape, _, dtype = read(file)
+            nbytes = prod(shape) * dtype.itemsize
+            if (
+                dtype.hasobject
+                or min(shape, default=0) < 0
+                or nbytes > min(archive.getinfo(name).file_size, _MAX_BYTES)
+            ):
+                raise refuse(f"{name} of {dtype} {shape}")
+            with archive.open(name) as file:
+                arrays[name.removesuffix(".npy")] = np.lib.format.read_array(file, allow_pickle=False)
+    return arrays
+
+
+def _is_whole(array: np.ndarray) -> bool:
+    return array.dtype.kind in "ui"
 
 
 def _passes_of(phase: np.ndarray) -> np.ndarray:

@@ -208,7 +208,7 @@ def check_depth(value: Any, where: str, advice: str = _AGAIN, *, most: int = 64)
     Raises:
         CorruptError: If it does. ``where`` opens the message, ``advice`` ends it.
     """
-    level = [value]
+    level = [value] if isinstance(value, dict | list) else []
     for _ in range(most):
         level = [
             inner

@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_lm import __version__ as _mlx_lm_version
 
-from ..errors import CheckpointError, CorruptError, UnsupportedModelError
+from ..errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
 from ..formats.checkpoint import Checkpoint
 from ..formats.config_fields import MAX_DIMENSION
 from ..formats.foreign import say
@@ -71,6 +71,19 @@ def refuse(config: Mapping[str, Any], args_class: Any, error: BaseException) -> 
     return UnsupportedModelError(
         f"[config.json] must describe a {model_type} model that mlx-lm {MLX_LM_VERSION} can make, got {say(error)}. "
         "Compare the file with the original; if it is the same, check for another version of mlx-lm."
+    )
+
+
+def refuse_weights(checkpoint: Checkpoint, error: BaseException) -> CheckpointError:
+    """The error for tensors that mlx-lm's model couldn't rename or quantise."""
+    if isinstance(error, KeyError):
+        return MissingTensorError(
+            f"[{checkpoint.directory.name}] must have all tensors that mlx-lm's {checkpoint.config.get('model_type')} "
+            f"renames, got none named {brief(str(error.args[0]) if error.args else '')}. Download the checkpoint again."
+        )
+    return UnsupportedModelError(
+        f"[{checkpoint.directory.name}] must have tensors as mlx-lm {MLX_LM_VERSION} knows them, got {say(error)}. "
+        "Convert the checkpoint with mlx_lm.convert, or check for a newer mlx-lm."
     )
 
 

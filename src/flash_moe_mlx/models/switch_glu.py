@@ -18,7 +18,6 @@ from mlx_lm.utils import _get_classes, infer_quant_config
 
 from ..config import StreamingConfig
 from ..errors import (
-    CheckpointError,
     CorruptError,
     MissingTensorError,
     NonFiniteError,
@@ -37,7 +36,7 @@ from ..ops.quantized import mlx_arguments
 from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
 from .checks import check_tokens, checked_later, clamped, locate, vocabulary_size
-from .model_arguments import MLX_LM_VERSION, check_arguments, refuse
+from .model_arguments import check_arguments, refuse, refuse_weights
 from .moe_block import RoutedExperts
 from .spec import Family, convert, load_bytes
 from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
@@ -202,7 +201,7 @@ def prepare(
         raise fixed_k from error
     swapped = _swap_experts(model, checkpoint)
     weights = {**stored, **_lazy_experts(checkpoint)}
-    with ForeignCode(lambda error: _refuse_weights(checkpoint, error)):
+    with ForeignCode(lambda error: refuse_weights(checkpoint, error)):
         weights = dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
         weights = {name: v for name, v in weights.items() if not name.startswith(tuple(f"{path}." for path in swapped))}
         _quantize(model, weights, checkpoint)
@@ -328,18 +327,6 @@ def _cache_growth(model: Any, dtype: mx.Dtype, where: str) -> list[CacheGrowth]:
         for short, long in zip(*runs, strict=True)
         for step in (long.nbytes - short.nbytes,)
     ]
-
-
-def _refuse_weights(checkpoint: Checkpoint, error: BaseException) -> CheckpointError:
-    if isinstance(error, KeyError):
-        return MissingTensorError(
-            f"[{checkpoint.directory.name}] must have all tensors that mlx-lm's {checkpoint.config.get('model_type')} "
-            f"renames, got none named {brief(str(error.args[0]) if error.args else '')}. Download the checkpoint again."
-        )
-    return UnsupportedModelError(
-        f"[{checkpoint.directory.name}] must have tensors as mlx-lm {MLX_LM_VERSION} knows them, got {say(error)}. "
-        "Convert the checkpoint with mlx_lm.convert, or check for a newer mlx-lm."
-    )
 
 
 def _refuse_run(where: str, error: BaseException) -> UnsupportedModelError:

@@ -17,7 +17,9 @@ from mlx_lm.utils import _get_classes
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import Quantization
+from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import TensorInfo
+from ..models.model_arguments import check_arguments, refuse, refuse_weights
 from ..ops.slot_memory import MLX_DTYPES
 from .quantiser import Bytes, to_bytes
 from .settings import MLX_LM_DTYPES
@@ -57,7 +59,7 @@ class MlxLmDense:
         """Raises UnsupportedModelError or CorruptError where mlx-lm doesn't know the model."""
         self._checkpoint = checkpoint
         config = _known_config(checkpoint.config)
-        self._model = _build(config)
+        self._model = _build(checkpoint, config)
         self._experts = tuple(f"{path}." for path, m in self._model.named_modules() if isinstance(m, SwitchGLU))
         if len(self._experts) != len(checkpoint.moe_layers):
             raise UnsupportedModelError(
@@ -123,7 +125,8 @@ class MlxLmDense:
 
     def _sanitize(self, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
         weights = dict(stored)
-        return dict(self._model.sanitize(weights)) if hasattr(self._model, "sanitize") else weights
+        with ForeignCode(lambda error: refuse_weights(self._checkpoint, error)):
+            return dict(self._model.sanitize(weights)) if hasattr(self._model, "sanitize") else weights
 
     def _dtype(self, name: str, value: mx.array) -> str:
         """As mlx_lm.convert casts: to config.json's dtype, but for what the model excepts."""
@@ -162,7 +165,7 @@ def is_known(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm has the model type."""
     try:
         _get_classes(_known_config(config))
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, AttributeError):  # AttributeError: a module of mlx-lm's that is no model
         return False
     return True
 
@@ -175,12 +178,16 @@ def _known_config(config: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _build(config: Mapping[str, Any]) -> Any:
-    try:
-        model_class, args_class = _get_classes(dict(config))
-        return model_class(args_class.from_dict(copy.deepcopy(dict(config))))
-    except (AssertionError, AttributeError, LookupError, NotImplementedError, TypeError, ValueError) as error:
-        raise UnsupportedModelError(
-            f"[config.json] must describe a model that mlx-lm knows, got {type(error).__name__}: {error}. "
-            'Use dense="keep", or convert it with mlx_lm.convert first.'
-        ) from error
+def _build(checkpoint: Checkpoint, config: dict[str, Any]) -> Any:
+    with ForeignCode(_unknown):
+        model_class, args_class = _get_classes(config)
+    check_arguments(checkpoint, config, args_class)
+    with ForeignCode(lambda error: refuse(config, args_class, error)):
+        return model_class(args_class.from_dict(copy.deepcopy(config)))
+
+
+def _unknown(error: BaseException) -> UnsupportedModelError:
+    return UnsupportedModelError(
+        f"[config.json] must describe a model that mlx-lm knows, got {say(error)}. "
+        'Use dense="keep", or convert it with mlx_lm.convert first.'
+    )

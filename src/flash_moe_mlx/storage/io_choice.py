@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import system
-from ..errors import RequestError, StoreError
+from ..errors import CheckpointError, RequestError, StoreError
+from ..formats.safetensors_header import load_json, read_bytes
 from ..machine import PROCESS_OVERHEAD_BYTES
 from ..stats import format_bytes
 from .disk_probe import probe_disk
@@ -123,13 +124,14 @@ def _remembered_threads(entry: object) -> int:
     if not (isinstance(entry, dict) and isinstance(entry.get("probed"), int)):
         return 0
     age = time.time() - entry["probed"]
-    return int(entry.get("threads", 0)) if 0 <= age < REMEMBERED_DAYS * 86400 else 0
+    threads = entry.get("threads")
+    return threads if isinstance(threads, int) and 0 <= age < REMEMBERED_DAYS * 86400 else 0
 
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):  # none yet, or cut short
+        value = load_json(read_bytes(path, "Remove it."), path.name, "Remove it.")
+    except CheckpointError:  # none yet, cut short, or no file
         return {}
     return value if isinstance(value, dict) else {}
 
