@@ -10,14 +10,14 @@ from itertools import groupby
 import mlx.core as mx
 
 from ..formats.expert_layout import PROJECTIONS, RecordLayout
-from ..ops.gpu.geometry import SUPPORTED_BITS, SUPPORTED_GROUPS
+from ..formats.schemes import AFFINE
 from ..ops.gpu.kernel_source import MIN_DEVICE_ELEMENTS
 from ..ops.norm import Norm
 from ..ops.norm_matvec import Matrix, norm_matvec
 from ..ops.slot_memory import MLX_DTYPES, ExpertBank
 from .layers import Linear, SwiGLU
 
-_PARTS = ("weight", "scales", "biases")
+_PARTS = tuple(AFFINE.parts)
 _DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 
 
@@ -25,12 +25,7 @@ def _has_matrix(linear: object) -> bool:
     if not isinstance(linear, Linear) or linear.quantization is None or "bias" in linear:
         return False
     quantization = linear.quantization
-    return (
-        quantization.mode == "affine"
-        and quantization.bits in SUPPORTED_BITS
-        and quantization.group_size in SUPPORTED_GROUPS
-        and linear.scales.dtype == linear.biases.dtype
-    )
+    return "gpu" in quantization.scheme.kernels and linear.scales.dtype == linear.biases.dtype
 
 
 def _by_format(linears: Sequence[Linear]) -> list[list[Linear]]:
