@@ -6,6 +6,7 @@ from flash_moe_mlx.ops.gated_delta_step import (
     Columns,
     gated_delta_conv_step_kernel,
     gated_delta_conv_step_reference,
+    has_step_kernel,
 )
 from flash_moe_mlx.ops.norm import Norm
 
@@ -21,7 +22,8 @@ CASES = {
     "heads4x8-32x96-bf16": (2, 4, 8, 32, 96, 4, BF16),
     "heads2x2-96x64-taps3": (1, 2, 2, 96, 64, 3, F32),
     "heads2x4-128-f16": (1, 2, 4, 128, 128, 4, F16),
-    "heads1x1-192x256": (1, 1, 1, 192, 256, 4, F32),
+    "heads1x1-192x80": (1, 1, 1, 192, 80, 4, F32),
+    "heads1x2-64x256": (1, 1, 2, 64, 256, 4, F32),
 }
 
 
@@ -86,3 +88,11 @@ def test_matches_the_oracle(case, layout, kernels):
         reference = gated_delta_conv_step_reference(*arguments)
         assert_close("y and reference", wide(reference[0]), y, {F32: 1e-5, BF16: 6e-3, F16: 1e-3}[dtype])
         assert_close("reference's state", expected_state, reference[2], max(state_limit, 1e-5))
+
+
+def test_heads_whose_state_does_not_fit_into_registers_are_left_to_others():
+    """A GPU that can't give 512 threads so many registers would not run the kernel at all."""
+    assert has_step_kernel(128, 128)
+    assert has_step_kernel(64, 256)
+    assert not has_step_kernel(192, 256)
+    assert not has_step_kernel(24, 32)

@@ -19,8 +19,7 @@ from ..ops.attention import attention
 from ..ops.backend import use_kernels
 from ..ops.dequant_matvec import MAX_ROWS
 from ..ops.expert_ffn_combine import expert_ffn_combine
-from ..ops.gated_delta import has_kernel
-from ..ops.gated_delta_step import Columns, gated_delta_conv_step
+from ..ops.gated_delta_step import Columns, gated_delta_conv_step, has_step_kernel
 from ..ops.norm import Norm
 from ..ops.norm_matvec import Gate, matvec_residual
 from ..ops.qk_norm_rope import Heads, qk_norm_rope, rotation
@@ -54,7 +53,9 @@ class DeltaStep:
     def of(cls, mixer: GatedDeltaNet) -> "DeltaStep | None":
         """The step of a mixer; None where the kernels don't know its matrices or heads."""
         linears = mixer.projections()
-        if not (fit(linears) and fit([mixer.out_proj]) and has_kernel(mixer.config.linear_key_head_dim)):
+        config = mixer.config
+        heads = has_step_kernel(config.linear_key_head_dim, config.linear_value_head_dim)
+        if not (heads and fit(linears) and fit([mixer.out_proj])):
             return None
         columns = columns_of(mixer)
         return None if columns is None else cls(mixer, columns)

@@ -15,6 +15,15 @@ SIMD_GROUPS = 16
 """SIMD groups of the one threadgroup that owns a head: its norm needs all of the head's outputs."""
 
 
+MAX_HEAD = 128 * 128
+"""Largest state of a head, in values: 32 of them in the registers of each of the threadgroup's 512 threads."""
+
+
+def has_step_kernel(k_dim: int, v_dim: int) -> bool:
+    """Tell whether the kernel knows heads of this size."""
+    return has_kernel(k_dim) and k_dim * v_dim <= MAX_HEAD
+
+
 @dataclass(frozen=True)
 class Columns:
     """Where a row of joined projections holds what.
@@ -187,7 +196,7 @@ def gated_delta_conv_step(
     """
     run = (
         gated_delta_conv_step_kernel
-        if use_kernels() and has_kernel(state.shape[3])
+        if use_kernels() and has_step_kernel(state.shape[3], state.shape[2])
         else (gated_delta_conv_step_reference)
     )
     return run(projected, columns, conv_state, conv_weight, A_log, dt_bias, state, norm)
