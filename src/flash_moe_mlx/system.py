@@ -24,6 +24,13 @@ OPEN_FILES = 4096
 MAX_MB_PER_BUFFER = "1000"
 """What MLX_MAX_MB_PER_BUFFER is set to: a decoded layer of a 397B model has some 300 Mi elements of inputs."""
 
+MMAP_THRESHOLD_BYTES = 1 << 20
+"""Allocations from this size on have pages of their own, which go back to the system when they are freed."""
+
+TRIM_THRESHOLD_BYTES = 8 << 20
+"""Free bytes at the end of the heap that are kept for the next allocation."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _MS_INVALIDATE = 2  # both systems' value
 _QOS_USER_INITIATED = 0x19  # sys/qos.h: work that somebody waits for
 
@@ -53,6 +60,23 @@ def _libc() -> Any:
 
 
 # --- memory ---
+
+
+@cache
+def return_freed_buffers() -> bool:
+    """Bound the freed memory that this process's heap keeps. Called by ``load``; later calls do nothing.
+
+    MLX takes a CPU's arrays from malloc. glibc raises its threshold for separate pages to the largest buffer that was
+    freed, up to 32 MB, and from then on keeps such buffers in its arenas, one for each thread: generations on new
+    threads held 2.7 times the memory limit. Setting the threshold keeps it fixed. It holds for the whole process.
+
+    Returns:
+        Whether the C library is glibc; others are left as they are.
+    """
+    if not hasattr(_libc(), "gnu_get_libc_version"):
+        return False
+    _libc().mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
+    return bool(_libc().mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES))
 
 
 def installed_memory_bytes() -> int:

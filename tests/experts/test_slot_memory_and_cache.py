@@ -160,7 +160,7 @@ def test_resize_and_clear() -> None:
     for layer in (0, 1):
         cache.acquire(layer, [1, 2, 3]).wait()
     cache.resize({0: 2, 1: 4})
-    assert cache.present(0) == ()
+    assert cache.present(0) == (), "no memory to keep any by"
     assert cache.present(1) == (1, 2, 3), "an unchanged layer keeps its experts"
     assert cache.nbytes == 6 * LAYOUT.record_bytes
     cache.acquire(0, [5, 6]).wait()
@@ -169,6 +169,27 @@ def test_resize_and_clear() -> None:
     assert cache.present(1) == ()
     cache.acquire(1, [1, 2, 3, 4]).wait()
     assert source.reads[-4:] == [(1, 1), (1, 2), (1, 3), (1, 4)]
+
+
+@pytest.mark.parametrize("slots", [3, 6])
+@pytest.mark.parametrize("spare", [0, 1, 2, 8])
+def test_experts_worth_keeping_outlive_a_resize(slots: int, spare: int) -> None:
+    """The most used ones, as many as may be copied and as fit; with their bytes, in slots that hold nothing else."""
+    cache, source = make_cache(4)
+    for experts in ([1, 2, 3, 4], [2, 3, 4], [2, 4], [4]):
+        cache.acquire(0, experts).wait()
+    source.reads.clear()
+    cache.resize({0: slots}, spare * LAYOUT.record_bytes)
+    kept = {4, 2, 3, 1} if spare == 8 and slots == 6 else {*(4, 2, 3)[:spare]}
+    assert set(cache.present(0)) == kept
+    assert source.reads == []
+    fetch = cache.acquire(0, [2, 4, 5])
+    fetch.wait()
+    assert set(fetch.misses) == {2, 4, 5} - kept
+    for expert, slot in cache._layers[0].present.items():
+        assert contents(cache, 0, slot) == expert
+    table = cache._layers[0]
+    assert sorted([*table.present.values(), *table.free]) == list(range(slots))
 
 
 def test_what_is_known_of_experts_outlives_a_resize() -> None:

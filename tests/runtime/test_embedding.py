@@ -222,29 +222,38 @@ def test_states_of_several_generations_are_counted(directory: Path, expected: li
     state = 2_100_000  # of one: KV cache of 4,096 tokens, and recurrent states
     limit = smallest_limit(directory, max_context=context) + int(1.2 * state)
     model, tokenizer = flash_moe_mlx.load(directory, memory_limit=limit, max_context=context)
-    with model.streaming as engine, contextlib.ExitStack() as stack:
+    with model.streaming as engine:
         assert 0.8 * state < engine._budget.state_bytes < 1.2 * state
-        slots = []
+        slots, kept = [], []
         for _ in range(2):
-            stack.enter_context(engine.sequence())(context)
-            with engine.forward_pass(1, 2048, context):
+            kept.append(model.make_cache())
+            with engine.forward_pass(1, 2048, context, caches=kept[-1]):
                 slots.append(engine.stats().num_slots)
         assert slots[0] > slots[1] >= LAYERS * 3
         assert run((model, tokenizer)) == expected  # short: there is room for its state
-        stack.enter_context(engine.sequence())(context)
-        with pytest.raises(flash_moe_mlx.MemoryLimitError, match="other sequences"):
-            stack.enter_context(engine.forward_pass(1, 2048, context))
+        third = model.make_cache()
+        with (
+            pytest.raises(flash_moe_mlx.MemoryLimitError, match="other sequences"),
+            engine.forward_pass(1, 2048, context, caches=third),
+        ):
+            pass
+        del kept
+        with engine.forward_pass(1, 2048, context, caches=third):
+            pass
 
 
-def test_generation_tells_its_length(loaded: Loaded):
-    engine = loaded[0].streaming
+def test_conversations_count_while_their_caches_live(loaded: Loaded):
+    engine, state = loaded[0].streaming, loaded[0].streaming._costs.state_bytes
+    gc.collect()
+    assert engine._reservations.state_bytes == 0
     first, second = (stream_generate(*loaded, prompt, 5) for prompt in (PROMPT, PROMPT[:7]))
     next(first), next(second), next(second)
-    assert sorted(engine._sequences.values()) == [8, 20]
+    assert engine._reservations.state_bytes == state(1, 20) + state(1, 8)
     second.close()
-    assert list(engine._sequences.values()) == [20]
+    del second
+    assert engine._reservations.state_bytes == state(1, 20)
     assert len(list(first)) == 4
-    assert not engine._sequences
+    assert engine._reservations.state_bytes == 0
 
 
 # --- asyncio ---
@@ -417,7 +426,7 @@ def test_interrupted_at_random_moments(loaded: Loaded, expected: list[int]):
     assert held(*POOLS) == before
     assert sum(t.name.startswith("flash-moe-io") for t in threading.enumerate()) <= engine._store.num_threads
     assert not engine._store._under_way
-    assert not engine._sequences
+    assert engine._reservations.state_bytes == 0
     assert max(memory) - min(memory) < 1 << 20
     assert in_thread(lambda: engine.lock.acquire(timeout=1) and (engine.lock.release() or True))
     assert run(loaded) == expected

@@ -5,6 +5,8 @@ import weakref
 
 import mlx.core as mx
 
+from ..forks import is_forked
+
 _lock = threading.RLock()  # a finalizer may run on a thread that holds it
 _shares: dict[int, int] = {}  # bytes, by the share's number
 _numbers = iter(range(1 << 62))
@@ -41,6 +43,8 @@ class BufferCacheShare:
 
 
 def _give_back(number: int) -> None:
+    if is_forked():  # MLX would wait for threads that are not in this process
+        return
     with _lock:
         _shares.pop(number, None)
         mx.set_cache_limit(max(_shares.values()) if _shares else _limit_before)

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import numpy as np
+
 from ..errors import MemoryLimitError
 from ..formats.expert_layout import RecordLayout
 from ..ops.slot_memory import ExpertBank
@@ -60,6 +62,13 @@ class LayerSlots(SlotTable):
     def __init__(self, layout: RecordLayout, num_slots: int, policy: Policy):
         super().__init__(num_slots, policy)
         self.bank = ExpertBank(layout, num_slots)
+
+    def put_in(self, records: Mapping[int, np.ndarray]) -> None:
+        """Fill free slots with records that are in memory."""
+        if records:
+            for expert, slot in self.claim(list(records)).items():
+                self.bank.slot(slot)[:] = records[expert].data
+            self.publish()
 
 
 class ExpertCache:
@@ -157,21 +166,40 @@ class ExpertCache:
             reads = self._source.submit(requests)
         return Fetch(assigned, misses, slots, reads)
 
-    def resize(self, num_slots: Mapping[int, int]) -> None:
-        """Change the layers' shares. Banks whose share changes start empty; what policies know of experts stays.
+    def resize(self, num_slots: Mapping[int, int], spare_bytes: int = 0) -> None:
+        """Change the layers' shares. Experts worth keeping stay, as far as they can be copied within the memory given.
 
         Cut short, it may be called again.
+
+        Args:
+            num_slots: Slots of each layer.
+            spare_bytes: Memory that may be used for a moment, besides the larger of the old and the new banks.
         """
         self._source.drain()
         changed = [
             layer for layer, slots in num_slots.items() if layer not in self._layers or self.num_slots(layer) != slots
         ]
-        # Free before allocating: the sum must never exceed the larger of the two budgets.
-        for layer in changed:
-            self._layers.pop(layer, None)
-        for layer in changed:
+        # Shrink before growing: the sum must never exceed the larger of the two budgets.
+        for layer in sorted(
+            changed, key=lambda layer: layer in self._layers and num_slots[layer] > self.num_slots(layer)
+        ):
+            kept = self._take_out(layer, num_slots[layer], spare_bytes)
+            self._layers.pop(layer, None)  # freed before the new one is allocated
             self._policies[layer].restore(())
-            self._layers[layer] = LayerSlots(self._layouts[layer], num_slots[layer], self._policies[layer])
+            slots = LayerSlots(self._layouts[layer], num_slots[layer], self._policies[layer])
+            slots.put_in(kept)
+            self._layers[layer] = slots
+
+    def _take_out(self, layer: int, most: int, spare_bytes: int) -> dict[int, np.ndarray]:
+        """Copies of the records of a layer that are most worth keeping."""
+        if layer not in self._layers:
+            return {}
+        slots = self._settled(layer)
+        present, policy = list(slots.present), self._policies[layer]
+        worth = dict(zip(present, policy.scores(present), strict=True))
+        present.sort(key=worth.__getitem__, reverse=True)
+        fit = min(most, spare_bytes // slots.bank.layout.record_bytes)
+        return {expert: np.array(slots.bank.slot(slots.present[expert])) for expert in present[:fit]}
 
     def clear(self) -> None:
         """Forget every expert; the banks stay."""

@@ -1,21 +1,23 @@
 """StreamingEngine: what ``model.streaming`` is. Owns store, slots, budget, counters and lock of one model."""
 
+import gc
 import itertools
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..config import StreamingConfig, parse_size
 from ..errors import MemoryLimitError, RequestError, StoreError
+from ..forks import check_process, is_forked
 from ..formats.expert_layout import RecordLayout
 from ..ops.slot_memory import ExpertBank
 from ..stats import Counters, StreamingStats, format_bytes
@@ -23,6 +25,7 @@ from ..storage.store import ExpertStore
 from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
 from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache, Fetch
+from .reservations import Reservations, Room, Snapshots
 from .slots import PlannedWave, waves
 from .trace import DECODE, PREFILL, TraceRecorder
 from .wired_memory import WiredShare
@@ -74,14 +77,6 @@ class TokenFetch:
         self._counters.read_seconds += time.perf_counter() - started
 
 
-class Snapshots(Protocol):
-    """Copies of states, whose bytes are counted in the memory limit."""
-
-    max_bytes: int
-
-    def clear(self) -> None: ...
-
-
 class StreamingEngine:
     """Streams the routed experts of one model under a hard memory limit.
 
@@ -112,16 +107,12 @@ class StreamingEngine:
         self._lossy = tuple(lossy)
         self._io_reason = io_reason
         self._limit_bytes = limit_bytes
-        self._reserved = (1, config.prefill_step_size, config.max_context)
-        self._snapshots: list[Snapshots] = []
-        self._sequences: dict[int, int] = {}  # tokens of each generation under way
-        self._more_states = 0  # bytes of states beyond those of what is reserved, when several were under way
-        self._budget = self._divide(limit_bytes, *self._reserved)
+        self._reservations = Reservations(costs, 1, config.prefill_step_size, config.max_context)
+        self._budget = self._divide(limit_bytes, self._reservations.reserved)
         self._counters = Counters()
         self._counted_from = self._counters.copy()
         self._unread: tuple[mx.array, int] | None = None
         self._recorder: TraceRecorder | None = None
-        self._numbers = itertools.count()
         self._local = threading.local()
         self._closed = False
         self.slow_decode = ""  # why single tokens are not decoded the quick way; set by the model
@@ -139,35 +130,48 @@ class StreamingEngine:
             store.io,
         )
 
-    def _divide(self, limit_bytes: int, batch: int, tokens: int, length: int) -> Budget:
+    def _divide(self, limit_bytes: int, room: Room) -> Budget:
         return divide(
             limit_bytes,
             self._costs,
             self._experts,
             min_slots=self._k,
-            batch=batch,
-            tokens=tokens,
-            length=length,
+            batch=room.batch,
+            tokens=room.tokens,
+            length=room.length,
             io_buffer_bytes=self._store.buffer_bytes,
-            held_bytes=self._more_states + sum(s.max_bytes for s in self._snapshots),
+            held_bytes=room.more_bytes + sum(snapshots.max_bytes for snapshots in self._reservations.snapshots),
         )
 
     # What the model's forward pass calls, in this order, with the lock held.
 
     @contextmanager
-    def forward_pass(self, batch: int, tokens: int, length: int, routed_tokens: int | None = None) -> Iterator[None]:
-        """One forward pass of ``tokens`` new tokens a sequence, ending at ``length`` tokens of context.
-
-        Of a padded batch, ``routed_tokens`` are no padding; None is all of them.
+    def forward_pass(
+        self,
+        batch: int,
+        tokens: int,
+        length: int,
+        routed_tokens: int | None = None,
+        caches: Sequence[Any] = (),
+    ) -> Iterator[None]:
+        """One forward pass of ``tokens`` new tokens per sequence, ending at ``length`` tokens of context.
 
         Holds the lock, and makes room: a pass or a context larger than the reserved one takes its
         memory from the expert slots.
 
+        Args:
+            batch: Sequences.
+            tokens: New tokens per sequence.
+            length: Tokens of context at the end.
+            routed_tokens: Tokens of a padded batch that are no padding; None is all of them.
+            caches: The conversation's caches. Their states are counted in the limit while they live.
+
         Raises:
             MemoryLimitError: If the limit can't hold it even with the fewest slots.
             RequestError: If ``length`` exceeds max_context.
-            StoreError: If the engine is closed.
+            StoreError: If the engine is closed, or this process was forked from the one that loaded it.
         """
+        check_process("model.streaming")
         with self.lock:
             self._check_open()
             if length > self._config.max_context:
@@ -177,7 +181,7 @@ class StreamingEngine:
                 )
             if self._applied is not self._budget:
                 self._apply(self._budget)
-            self._make_room(batch, tokens, length)
+            self._make_room(batch, tokens, length, caches)
             routed = batch * tokens if routed_tokens is None else routed_tokens
             if self._recorder is not None and self.is_recording:
                 self._recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
@@ -195,32 +199,38 @@ class StreamingEngine:
         if self._closed:
             raise StoreError("[model.streaming] must be open, got a closed one. Load the model again.")
 
-    def _make_room(self, batch: int, tokens: int, length: int) -> None:
-        states = self._costs.state_bytes(batch, length)
-        together = sum(self._costs.state_bytes(1, tokens) for tokens in self._sequences.values())
-        needed = max(states, together) + self._costs.scratch_bytes(batch, tokens, length)
-        if needed <= self._budget.state_bytes + self._more_states + self._budget.scratch_bytes:
-            return
-        # Never less than what load promised: a large batch now must not make a long prompt fail later.
-        reserved = max(
-            (self._reserved, (batch, tokens, length)),
-            key=lambda r: self._costs.state_bytes(r[0], r[2]) + self._costs.scratch_bytes(*r),
-        )
-        before = self._more_states
-        self._more_states = max(before, together - self._costs.state_bytes(reserved[0], reserved[2]))
-        try:
-            budget = self._divide(self._limit_bytes, *reserved)
-        except MemoryLimitError:
-            self._more_states = before
-            raise
-        self._apply(budget)
-        self._reserved = reserved
+    def _make_room(self, batch: int, tokens: int, length: int, caches: Sequence[Any]) -> None:
+        reservations = self._reservations
+        room = reservations.change(reservations.needed(batch, tokens, length, caches))
+        if reservations.forget_dropped() or room is not None:
+            try:
+                budget = self._divide(self._limit_bytes, room or reservations.reserved)
+            except MemoryLimitError:
+                gc.collect()  # caches of conversations that have ended may be part of a cycle
+                room = reservations.needed(batch, tokens, length, caches)
+                budget = self._divide(self._limit_bytes, room)
+            self._apply(budget, room)
+        reservations.note(caches, batch, length)
 
-    def _apply(self, budget: Budget) -> None:
+    def _divide_anew(self, limit_bytes: int) -> tuple[Budget, Room]:
+        """A budget for what is needed now, whatever was reserved for passes that have ended."""
+        room = self._reservations.least()
+        try:
+            return self._divide(limit_bytes, room), room
+        except MemoryLimitError:
+            gc.collect()
+            room = self._reservations.least()
+            return self._divide(limit_bytes, room), room
+
+    def _apply(self, budget: Budget, room: Room | None = None) -> None:
         self._settle()
+        # Nothing uses scratch now: experts that stay are copied by way of it.
+        spare = min(budget.scratch_bytes, self._applied.scratch_bytes)
         # Known before it is done: what an interrupt cuts short, the next pass finishes.
         self._budget = budget
-        self._cache.resize(budget.num_slots)
+        if room is not None:
+            self._reservations.reserve(room)
+        self._cache.resize(budget.num_slots, spare)
         self._applied = budget
         logger.info("%d experts in slots (%s)", self._cache.total_slots, format_bytes(budget.slot_bytes))
 
@@ -270,9 +280,9 @@ class StreamingEngine:
         return TokenFetch(fetch, self._cache.bank(layer), self._counters)
 
     def _check_cancelled(self) -> None:
-        cancelled = getattr(self._local, "cancelled", None)
-        if cancelled is not None and cancelled.is_set():
-            raise CancelledError
+        for cancelled in getattr(self._local, "cancelled", ()):
+            if cancelled.is_set():
+                raise CancelledError
 
     def _acquire(self, layer: int, wave: PlannedWave) -> Fetch:
         self._check_cancelled()
@@ -323,54 +333,46 @@ class StreamingEngine:
     # What generation and snapshots call.
 
     @contextmanager
-    def sequence(self) -> Iterator[Callable[[int], None]]:
-        """A generation under way. Yields what tells its tokens, before each pass.
-
-        The states of several at once are counted together: a second one takes its memory from the expert slots.
-        """
-        number = next(self._numbers)
-        try:
-            yield lambda length: self._sequences.__setitem__(number, length)
-        finally:
-            self._sequences.pop(number, None)
-
-    @contextmanager
     def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
         """Within it, a forward pass of this thread ends early once ``cancelled`` is set, before the next wave's reads.
+
+        May be nested: any of the events ends the pass.
 
         Raises:
             concurrent.futures.CancelledError: Out of the forward pass.
         """
-        self._local.cancelled = cancelled
+        before = getattr(self._local, "cancelled", ())
+        self._local.cancelled = (*before, cancelled)
         try:
             yield
         finally:
-            self._local.cancelled = None
+            self._local.cancelled = before
 
-    def add_snapshots(self, snapshots: "Snapshots") -> None:
+    def add_snapshots(self, snapshots: Snapshots) -> None:
         """Set ``snapshots.max_bytes`` aside, from the expert slots.
 
         Raises:
             MemoryLimitError: If the limit can't spare them; nothing changes.
             StoreError: If the engine is closed.
         """
+        check_process("PrefixCache")
         with self.lock:
             self._check_open()
-            self._snapshots.append(snapshots)
+            self._reservations.add_snapshots(snapshots)
             try:
-                budget = self._divide(self._limit_bytes, *self._reserved)
+                budget, room = self._divide_anew(self._limit_bytes)
             except MemoryLimitError:
-                self._snapshots.remove(snapshots)
+                self._reservations.remove_snapshots(snapshots)
                 raise
-            self._apply(budget)
+            self._apply(budget, room)
 
-    def remove_snapshots(self, snapshots: "Snapshots") -> None:
+    def remove_snapshots(self, snapshots: Snapshots) -> None:
         """Give the memory back to the expert slots. Does nothing where it has been given back."""
+        if is_forked():
+            return
         with self.lock:
-            if snapshots in self._snapshots:
-                self._snapshots.remove(snapshots)
-                if not self._closed:
-                    self._apply(self._divide(self._limit_bytes, *self._reserved))
+            if self._reservations.remove_snapshots(snapshots) and not self._closed:
+                self._apply(*self._divide_anew(self._limit_bytes))
 
     # What users call.
 
@@ -383,6 +385,11 @@ class StreamingEngine:
     def state_bytes(self) -> int:
         """Bytes that the caches and states of one sequence of max_context tokens take."""
         return self._costs.state_bytes(1, self._config.max_context)
+
+    @property
+    def peak_memory_bytes(self) -> int:
+        """MLX's peak and the engine's own buffers."""
+        return mx.get_peak_memory() + self._store.buffer_bytes
 
     @property
     def counters(self) -> Counters:
@@ -400,7 +407,7 @@ class StreamingEngine:
             bytes_read=counters.bytes_read,
             read_seconds=counters.read_seconds,
             memory_limit_bytes=budget.limit_bytes,
-            peak_memory_bytes=mx.get_peak_memory() + self._store.buffer_bytes,
+            peak_memory_bytes=self.peak_memory_bytes,
             dense_bytes=budget.dense_bytes,
             slot_bytes=budget.slot_bytes,
             num_slots=sum(budget.num_slots.values()),
@@ -413,6 +420,7 @@ class StreamingEngine:
 
     def reset_stats(self) -> None:
         """Set the counters and MLX's peak memory to zero. What is in memory stays."""
+        check_process("model.streaming")
         with self.lock:
             self._counted_from = self._counters.copy()
             mx.reset_peak_memory()
@@ -428,6 +436,7 @@ class StreamingEngine:
             RequestError: If the directory does not exist.
             StoreError: If the engine is closed.
         """
+        check_process("model.streaming")
         with self.lock:
             self._check_open()
             if self._recorder is not None:
@@ -444,22 +453,29 @@ class StreamingEngine:
             RequestError: If it is not a size.
             StoreError: If the engine is closed.
         """
+        check_process("model.streaming")
         limit_bytes = parse_size(memory_limit)
         with self.lock:
             self._check_open()
-            budget = self._divide(limit_bytes, *self._reserved)
-            self._apply(budget)
+            budget, room = self._divide_anew(limit_bytes)
+            self._apply(budget, room)
             self._limit_bytes = limit_bytes
             self._wired.resize(limit_bytes)
 
     def clear(self) -> None:
         """Forget every expert in memory, so that the next ones are read again."""
+        check_process("model.streaming")
         with self.lock:
             self._settle()
             self._cache.clear()
 
     def close(self) -> None:
-        """Release files, threads and slots. The model can't be used afterwards. Later calls do nothing."""
+        """Release files, threads and slots. The model can't be used afterwards. Later calls do nothing.
+
+        Does nothing in a process forked from the one that loaded the model: all is that one's.
+        """
+        if is_forked():
+            return
         with self.lock:  # every step may be taken again, so that what an interrupt cut short can be finished
             self._closed = True
             if self._recorder is not None:
@@ -470,7 +486,7 @@ class StreamingEngine:
             mx.clear_cache()
             self._buffer_cache.close()
             self._wired.close()
-            for snapshots in self._snapshots:
+            for snapshots in self._reservations.snapshots:
                 snapshots.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "StreamingEngine":

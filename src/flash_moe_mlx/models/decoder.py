@@ -13,6 +13,8 @@ import numpy as np
 from ..config import ModelConfig, StreamingConfig
 from ..errors import NonFiniteError, RequestError
 from ..experts.engine import StreamingEngine
+from ..experts.thread_streams import borrow_stream
+from ..forks import check_process
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import DTYPE_BYTES, Quantization
 from ..formats.schemes import part_names
@@ -231,6 +233,8 @@ class HybridModel(nn.Module):
             RequestError: If the context exceeds max_context, or token ids are not of the vocabulary.
             StoreError: If an expert can't be read.
         """
+        check_process("model")
+        borrow_stream()
         text = self.text_model
         cache = self.make_cache() if cache is None else cache
         later = input_embeddings is None and checked_later(inputs)
@@ -244,7 +248,7 @@ class HybridModel(nn.Module):
         batch, tokens = hidden.shape[:2]
         length = tokens + context_length(cache)
         rows = unpadded_rows(cache, tokens)
-        with self.streaming.forward_pass(batch, tokens, length, routed_tokens=None if rows is None else len(rows)):
+        with self.streaming.forward_pass(batch, tokens, length, None if rows is None else len(rows), cache):
             if batch == 1 and tokens <= STEPPED_TOKENS:
                 logits = self._stepped(hidden, cache, tokens if logits_to_keep is None else logits_to_keep)
                 if logits is not None:

@@ -26,6 +26,8 @@ from ..errors import (
 )
 from ..experts.engine import StreamingEngine
 from ..experts.slots import PAIRWISE_TOKENS
+from ..experts.thread_streams import borrow_stream
+from ..forks import check_process
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_tensors import parse_name
 from ..formats.foreign import ForeignCode, say
@@ -113,13 +115,15 @@ class StreamingModel:
         logits_to_keep: int | None = None,
     ) -> mx.array:
         """Logits, shape (B, L or logits_to_keep, vocabulary); see :class:`HybridModel`."""
+        check_process("model")
+        borrow_stream()
         cache = make_prompt_cache(self) if cache is None else cache
         extra = {} if input_embeddings is None else {"input_embeddings": input_embeddings}
         later = checked_later(inputs)
         if not later and (input_embeddings is None or (inputs is not None and inputs.size)):
             check_tokens(inputs, self.vocabulary_size)
         batch, tokens = (inputs if input_embeddings is None else input_embeddings).shape[:2]
-        with self.streaming.forward_pass(batch, tokens, tokens + context_length(cache)):
+        with self.streaming.forward_pass(batch, tokens, tokens + context_length(cache), caches=cache):
             try:
                 with self._checking(batch == 1 and tokens > PAIRWISE_TOKENS):
                     given = clamped(inputs, self.vocabulary_size) if later else inputs

@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..forks import check_process
 from .generation import GenerationResponse, stream_generate
 
 
@@ -42,6 +43,7 @@ async def stream_generate_async(
     Raises:
         FlashMoEError: As :func:`stream_generate`.
     """
+    check_process("generate")
     if isinstance(prompt, mx.array):
         mx.eval(prompt)  # here: the thread below could not
     cancelled = threading.Event()

@@ -20,6 +20,8 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import DEFAULT_PREFILL_STEP_SIZE
 from ..errors import RequestError
+from ..experts.thread_streams import borrow_stream
+from ..forks import check_process
 from ..models.caches import context_length, pending_states
 from ..models.checks import check_sampled, lazily_finite
 from ..stats import GenerationStats
@@ -96,8 +98,10 @@ def stream_generate(
         RequestError: If the prompt is empty or longer than max_context, max_tokens is 0, or prefix_cache comes with
             another model or with what it can't be used with.
         MemoryLimitError: If the limit can't hold a forward pass of this size.
-        StoreError: If an expert can't be read.
+        StoreError: If an expert can't be read, or this process was forked from the one that loaded the model.
     """
+    check_process("generate")
+    borrow_stream()
     if not isinstance(max_tokens, int) or max_tokens == 0:
         raise RequestError(f"[max_tokens] must be a number and not 0, got {max_tokens!r}. Use -1 for no limit.")
     if not isinstance(prefill_step_size, int) or prefill_step_size < 1:
@@ -239,14 +243,10 @@ class _Steps:
     ):
         self.model = model
         self.caches = caches
-        self.tell_length: Callable[[int], None] = lambda _: None
         self._sampler = sampler
         self._processors = processors
         self._quantize_caches = quantize_caches
         self._seen: mx.array | None = None
-
-    def _begin(self, tokens: mx.array, embeddings: mx.array | None) -> None:
-        self.tell_length(context_length(self.caches) + len(tokens if embeddings is None else embeddings))
 
     def note(self, tokens: mx.array) -> None:
         """Tokens that logits processors are to see."""
@@ -255,7 +255,7 @@ class _Steps:
 
     def prefill(self, tokens: mx.array, embeddings: mx.array | None) -> None:
         """Advance the caches by a chunk of the prompt; no logits are computed."""
-        self._begin(tokens, embeddings)
+        borrow_stream()
         self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=0)
         self.note(tokens)
         self._quantize_caches()
@@ -264,7 +264,7 @@ class _Steps:
 
     def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
         """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,), float32."""
-        self._begin(tokens, embeddings)
+        borrow_stream()
         logits = self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
             :, -1, :
         ]
@@ -289,12 +289,7 @@ def _batched(embeddings: mx.array | None) -> mx.array | None:
     return None if embeddings is None else embeddings[None]
 
 
-def _stream(steps: _Steps, *arguments: Any) -> Generator[GenerationResponse, None, None]:
-    with steps.model.streaming.sequence() as steps.tell_length:
-        yield from _responses(steps, *arguments)
-
-
-def _responses(
+def _stream(
     steps: _Steps,
     tokenizer: TokenizerWrapper,
     prompt: mx.array,
@@ -354,7 +349,7 @@ def _responses(
             prompt_tps=prompt_tps,
             generation_tokens=count,
             generation_tps=count / (time.perf_counter() - started),
-            peak_memory=mx.get_peak_memory() / 1e9,
+            peak_memory=steps.model.streaming.peak_memory_bytes / 1e9,
             finish_reason=("stop" if ended else "length") if last else None,
             streaming=streaming,
             cached_tokens=cached,

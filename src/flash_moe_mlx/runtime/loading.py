@@ -30,6 +30,7 @@ from ..errors import (
 from ..experts.budget import Budget, LayerExperts, divide
 from ..experts.buffer_cache import BufferCacheShare
 from ..experts.engine import StreamingEngine
+from ..forks import begin_use
 from ..formats.checkpoint import Checkpoint
 from ..formats.config_files import end_tokens
 from ..formats.foreign import ForeignCode, say
@@ -42,7 +43,7 @@ from ..ops.backend import backend, use_cpu_kernels
 from ..packing.verification import check_other_files
 from ..storage.io_choice import DEFAULT_THREADS, choose_io, choose_threads
 from ..storage.store import ExpertStore, direct_buffer_bytes
-from ..system import raise_file_limit
+from ..system import raise_file_limit, return_freed_buffers
 from .tokenizer_files import load_checked_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -303,6 +304,8 @@ def _with_rounded_activations(family: Family, bits: int) -> Family:
 
 
 def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
+    begin_use()
+    return_freed_buffers()
     checkpoint, family = inspect_checkpoint(directory, streaming)
     if streaming.activation_bits is not None:
         family = _with_rounded_activations(family, streaming.activation_bits)

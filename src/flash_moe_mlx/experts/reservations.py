@@ -1,0 +1,174 @@
+"""Bytes that passes and conversations need of a memory limit, while they need them. Plain arithmetic: no MLX import."""
+
+import weakref
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+from .budget import ModelCosts
+
+RELEASE_PASSES = 32
+"""Forward passes that need less, after which memory goes back to the expert slots: what alternates stays reserved."""
+
+
+class Snapshots(Protocol):
+    """Copies of states, whose bytes are counted in the memory limit."""
+
+    max_bytes: int
+
+    def clear(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Room:
+    """Memory for states and scratch: those of one pass, and states of other conversations.
+
+    Attributes:
+        batch: Sequences of the pass.
+        tokens: New tokens per sequence.
+        length: Tokens of context at its end.
+        more_bytes: States beyond those of the pass.
+        nbytes: All of it.
+    """
+
+    batch: int
+    tokens: int
+    length: int
+    more_bytes: int
+    nbytes: int
+
+
+class _Conversation(NamedTuple):
+    cache: "weakref.ref[Any]"
+    batch: int
+    nbytes: int
+
+
+class Reservations:
+    """Room that live conversations and passes take, with what load promised as the least.
+
+    A conversation is its list of caches. It counts from its first pass until the first of these is collected: also
+    while nothing runs and only its caller holds it. Not thread-safe: the engine's lock is held around it, except that
+    a cache may be collected at any moment, on any thread.
+    """
+
+    def __init__(self, costs: ModelCosts, batch: int, tokens: int, length: int):
+        """Begin with what load promised: one pass of this size, and states of this length."""
+        self._costs = costs
+        self._promised = self._room(batch, tokens, length, 0)
+        self._promised_states = costs.state_bytes(batch, length)
+        self._conversations: dict[int, _Conversation] = {}  # by the first cache's id
+        self._collected: deque[tuple[int, weakref.ref[Any]]] = deque()
+        self._total = 0
+        self._snapshots: list[weakref.ref[Snapshots]] = []
+        self._recent = self._promised  # the largest need since `reserved` was last as large
+        self._passes = 0
+        self.reserved = self._promised
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of all live conversations' states."""
+        self._forget_collected()
+        return self._total
+
+    def least(self) -> Room:
+        """Room that is needed while no pass is under way."""
+        promised = self._promised
+        more = max(0, self.state_bytes - self._promised_states)
+        return self._room(promised.batch, promised.tokens, promised.length, more)
+
+    def needed(self, batch: int, tokens: int, length: int, caches: Sequence[Any] = ()) -> Room:
+        """Room that a pass needs, besides the states of all other conversations."""
+        states = self._costs.state_bytes(batch, length)
+        others = self.state_bytes - self._nbytes(caches)
+        scratch = self._costs.scratch_bytes(batch, tokens, length)
+        needed = states + others + scratch
+        promised = self._promised
+        # Never less than load promised: a large batch now must not make a long prompt fail later.
+        if needed <= promised.nbytes:
+            return promised
+        if states + scratch > promised.nbytes:
+            return Room(batch, tokens, length, others, needed)
+        return Room(promised.batch, promised.tokens, promised.length, needed - promised.nbytes, needed)
+
+    def change(self, needed: Room) -> Room | None:
+        """Room to reserve instead of what is reserved, before a pass; None leaves it.
+
+        More is reserved at once, less only after `RELEASE_PASSES` passes that needed less.
+        """
+        if needed.nbytes > self.reserved.nbytes:
+            return needed
+        if self.reserved.nbytes == self._promised.nbytes:
+            return None
+        self._recent = max(self._recent, needed, key=lambda room: room.nbytes)
+        self._passes += 1
+        if self._passes < RELEASE_PASSES:
+            return None
+        recent = self._recent
+        self._restart()
+        return recent if recent.nbytes < self.reserved.nbytes else None
+
+    def reserve(self, room: Room) -> None:
+        """Note that the limit has been divided with this room."""
+        self.reserved = room
+        self._restart()
+
+    def note(self, caches: Sequence[Any], batch: int, length: int) -> None:
+        """Count a conversation's states from now on, of ``batch`` sequences of ``length`` tokens."""
+        if not caches:
+            return
+        first, key = caches[0], id(caches[0])
+        nbytes = self._costs.state_bytes(batch, length)
+        known = self._conversations.get(key)
+        if known is not None and known.cache() is first:
+            # Buffers don't shrink when a cache is cut back, but they do when sequences leave a batch.
+            nbytes = max(nbytes, known.nbytes) if known.batch == batch else nbytes
+            reference = known.cache
+        else:
+            collected = self._collected
+            reference = weakref.ref(first, lambda gone: collected.append((key, gone)))
+        self._total += nbytes - (known.nbytes if known is not None else 0)
+        self._conversations[key] = _Conversation(reference, batch, nbytes)
+
+    def add_snapshots(self, snapshots: Snapshots) -> None:
+        """Count ``snapshots.max_bytes`` until they are removed or collected."""
+        self._snapshots.append(weakref.ref(snapshots))
+
+    def remove_snapshots(self, snapshots: Snapshots) -> bool:
+        """Count them no longer. Returns whether they were counted."""
+        kept = [reference for reference in self._snapshots if reference() is not snapshots]
+        removed = len(kept) < len(self._snapshots)
+        self._snapshots = kept
+        return removed
+
+    def forget_dropped(self) -> bool:
+        """Whether snapshots that were counted have been collected since the last call."""
+        kept = [reference for reference in self._snapshots if reference() is not None]
+        dropped = len(kept) < len(self._snapshots)
+        self._snapshots = kept
+        return dropped
+
+    @property
+    def snapshots(self) -> list[Snapshots]:
+        """Those that are counted."""
+        return [snapshots for reference in self._snapshots if (snapshots := reference()) is not None]
+
+    def _nbytes(self, caches: Sequence[Any]) -> int:
+        known = self._conversations.get(id(caches[0])) if caches else None
+        return known.nbytes if known is not None and known.cache() is caches[0] else 0
+
+    def _forget_collected(self) -> None:
+        while self._collected:
+            key, reference = self._collected.popleft()
+            known = self._conversations.get(key)
+            if known is not None and known.cache is reference:  # another object may have its id by now
+                del self._conversations[key]
+                self._total -= known.nbytes
+
+    def _restart(self) -> None:
+        self._recent, self._passes = self._promised, 0
+
+    def _room(self, batch: int, tokens: int, length: int, more: int) -> Room:
+        own = self._costs.state_bytes(batch, length) + self._costs.scratch_bytes(batch, tokens, length)
+        return Room(batch, tokens, length, more, own + more)
