@@ -14,7 +14,7 @@ endif
 comma := ,
 DEV_EXTRAS := $(if $(BACKEND),$(BACKEND)$(comma))dev
 
-.PHONY: demo test lint format bench docs clean
+.PHONY: demo test fake-metal lint format bench docs clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python examples/demo.py
@@ -23,6 +23,11 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not serial"
 	$(BIN)/python -m pytest -q -m serial
+	$(MAKE) fake-metal
+
+# The suite once more, with the library made to believe that it runs on Metal: tests/support/fake_metal.py.
+fake-metal: $(VENV)/.installed-dev
+	PYTHONPATH=. $(BIN)/python -m pytest -q -p tests.support.fake_metal -n 2 --dist loadgroup -m "not serial"
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
@@ -49,6 +54,9 @@ clean:
 $(VENV)/bin/python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "$(PYTHON) must be Python 3.11 or newer, got $$($(PYTHON) -V). Try: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
+	@$(PYTHON) -c 'import platform, sys; sys.exit(platform.system() == "Darwin" and platform.machine() != "arm64")' || \
+	  { echo "$(PYTHON) must be an arm64 Python: MLX has no other on a Mac, got one for $$($(PYTHON) -c \
+	  'import platform; print(platform.machine())') under Rosetta. Try: make PYTHON=/opt/homebrew/bin/python3 $(MAKECMDGOALS)"; exit 1; }
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python

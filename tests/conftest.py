@@ -1,4 +1,4 @@
-"""Skips what this machine can't run, and says why."""
+"""Skips what this machine can't run, and says why. Tests compute on the CPU unless they are about a GPU."""
 
 from importlib.util import find_spec
 
@@ -26,6 +26,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in without.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Choose MLX's default device before the test's fixtures run, those of its module included.
+
+    References, tolerances and sizes are those of float32 on the CPU, also where MLX would take a GPU by default.
+    """
+    import mlx.core as mx
+
+    mx.set_default_device(mx.gpu if item.get_closest_marker("gpu") and _has_gpu() else mx.cpu)
 
 
 hypothesis.settings.register_profile("fuzz", max_examples=25_000, deadline=None)  # --hypothesis-profile=fuzz

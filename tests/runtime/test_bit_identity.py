@@ -13,6 +13,7 @@ from flash_moe_mlx.experts.cache import Fetch
 from flash_moe_mlx.models import moe_block as moe
 from flash_moe_mlx.models.moe_block import route
 from flash_moe_mlx.models.qwen3_5_moe import Model
+from flash_moe_mlx.ops.backend import backend
 
 from ..support.models import VOCABULARY, chat_config, make_converted, smallest_limit, streamed
 from ..support.numerics import RELATIVE_RMS, assert_close
@@ -43,8 +44,8 @@ def resident(directory: Path) -> list[np.ndarray]:
 
 
 def bits(logits: mx.array) -> np.ndarray:
-    assert logits.dtype == mx.float32
-    result = np.array(logits)
+    assert logits.dtype == (mx.float32 if backend() == "cpu" else mx.bfloat16)
+    result = np.array(logits.astype(mx.float32))
     assert np.isfinite(result).all()
     return result
 

@@ -110,7 +110,7 @@ def states(cache: PrefixCache, length: int) -> list[np.ndarray]:
     arrays = []
     for layer in snapshot.caches:
         values = [layer.keys, layer.values] if hasattr(layer, "keys") else layer.cache
-        arrays += [np.array(value) for value in values]
+        arrays += [np.array(value.astype(mx.float32)) for value in values]
     return arrays
 
 

@@ -20,6 +20,7 @@ from flash_moe_mlx.models.qwen3_5_moe import Model
 from flash_moe_mlx.runtime.loading import load, load_model
 
 from .checkpoints import make_checkpoint, text_config
+from .numerics import floats
 
 EOS = 0
 VOCABULARY = 320
@@ -104,13 +105,13 @@ def with_fewest_slots(directory: Path) -> Iterator[tuple[Model, TokenizerWrapper
 def greedy(model: Any, prompt: list[int], count: int, cache: list[Any] | None = None) -> tuple[list[int], float]:
     """The next ``count`` tokens by argmax, and the smallest lead of a first choice over its second."""
     cache = make_prompt_cache(model) if cache is None else cache
-    logits = np.array(model(mx.array([prompt]), cache=cache)[0, -1])
+    logits = floats(model(mx.array([prompt]), cache=cache)[0, -1])
     tokens, lead = [], float("inf")
     for _ in range(count):
         second, first = np.sort(logits)[-2:]
         lead = min(lead, float(first - second))
         tokens.append(int(logits.argmax()))
-        logits = np.array(model(mx.array([[tokens[-1]]]), cache=cache)[0, -1])
+        logits = floats(model(mx.array([[tokens[-1]]]), cache=cache)[0, -1])
     return tokens, lead
 
 

@@ -8,9 +8,15 @@ RELATIVE_RMS = {"transformers": 2e-5, "mlx-lm": 2e-5, "split": 2e-5}
 still sees a wrong epsilon."""
 
 
+def floats(array: mx.array) -> np.ndarray:
+    """As numpy array, in float32: numpy doesn't know bfloat16, which a GPU's results have."""
+    return np.array(array.astype(mx.float32))
+
+
 def relative_rms(result: mx.array | np.ndarray, reference: mx.array | np.ndarray) -> float:
     """RMS of the difference over the RMS of the reference; infinite where either isn't finite."""
-    a, b = np.array(result, dtype=np.float64), np.array(reference, dtype=np.float64)
+    sides = (floats(side) if isinstance(side, mx.array) else side for side in (result, reference))
+    a, b = (np.array(side, dtype=np.float64) for side in sides)
     assert a.shape == b.shape, f"shapes differ: {a.shape} and {b.shape}"
     rms = np.sqrt(((a - b) ** 2).mean() / (b**2).mean())
     return float(rms) if np.isfinite(rms) else float("inf")
