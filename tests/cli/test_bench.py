@@ -5,6 +5,8 @@ from pathlib import Path
 import pytest
 
 from flash_moe_mlx.cli import doctor as module
+from flash_moe_mlx.lab import kernel_check
+from flash_moe_mlx.lab.kernel_check import KernelCheck
 
 from ..support.command_line import document, refusal, succeed
 
@@ -45,7 +47,7 @@ def test_kernels_are_timed_beside_mlx():
 
 def test_doctor_measures_the_disk(tmp_path: Path):
     for where in (("--directory", str(tmp_path)), ("--model", str(module.model_path(None)))):
-        result = document("doctor", "--json", *where)
+        result = document("doctor", "--json", "--no-kernels", *where)
         assert result["disk"]["bytes_per_second"] > 0 and result["disk"]["num_reads"] > 0
         assert result["memory"]["physical_bytes"] >= result["memory"]["default_memory_limit_bytes"] > 0
         assert result["versions"]["mlx"] and result["backend"] in ("cpu", "cuda", "metal")
@@ -53,8 +55,17 @@ def test_doctor_measures_the_disk(tmp_path: Path):
     assert "no/such" in refusal("doctor", "--model", "no/such")
 
 
-def test_doctor_prints_what_json_has():
+def test_doctor_checks_the_kernels(monkeypatch: pytest.MonkeyPatch):
+    result = document("doctor", "--json", "--no-disk")
+    assert len(result["kernels"]) >= 12 and all(check["ok"] for check in result["kernels"])
+    broken = KernelCheck("router_topk", None, 0.1, "program_source:12:3: error: unknown type")
+    monkeypatch.setattr(kernel_check, "check_kernels", lambda: [broken, KernelCheck("moe_combine", 1e-3, 0.1)])
     text = succeed("doctor", "--no-disk")
+    assert "1 of 2 operations" in text and "program_source:12:3" in text and "FLASH_MOE_REFERENCE=1" in text
+
+
+def test_doctor_prints_what_json_has():
+    text = succeed("doctor", "--no-disk", "--no-kernels")
     assert "backend" in text and "default memory limit" in text and "disk" not in text
 
 
@@ -64,6 +75,7 @@ GOOD = {
     "versions": {},
     "memory": {"physical_bytes": 64e9, "cgroup_limit_bytes": None, "recommended_working_set_bytes": 60e9},
     "disk": {"direct": True, "plausible": True, "bytes_per_second": 5e9},
+    "kernels": [{"ok": True}],
 }
 
 
@@ -78,6 +90,7 @@ GOOD = {
         ({"memory": {**GOOD["memory"], "recommended_working_set_bytes": 40e9}}, "iogpu.wired_limit_mb"),
         ({"memory": {**GOOD["memory"], "cgroup_limit_bytes": 8e9}}, "8.00 GB"),
         ({"backend": "cpu", "cpu_kernels": False}, "numba"),
+        ({"kernels": [{"ok": True}, {"ok": False}]}, "FLASH_MOE_REFERENCE=1"),
     ],
 )
 def test_advice(changes: dict, words: str | None, monkeypatch: pytest.MonkeyPatch):

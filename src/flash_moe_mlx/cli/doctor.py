@@ -41,11 +41,13 @@ def doctor(
         ),
     ] = None,
     disk: Annotated[bool, typer.Option(help="Probe the disk.")] = True,
+    kernels: Annotated[bool, typer.Option(help="Run each kernel once, and compare it with its reference.")] = True,
     json: Json = False,
 ) -> None:
-    """Tell what this machine offers: backend, memory, disk, versions; and what to change.
+    """Tell what this machine offers: backend, memory, kernels, disk, versions; and what to change.
 
-    With a model named, its own experts are read, past the page cache.
+    With a model named, its own experts are read, past the page cache. Kernels that don't compile here, or compute
+    something else than their references, are named with the compiler's message.
 
     Examples:
         flash-moe doctor --json
@@ -65,6 +67,7 @@ def doctor(
     if probe is not None:
         rate = {"bytes_per_second": probe.bytes_per_second, "plausible": probe.is_plausible}
         found["disk"] = asdict(probe) | rate
+    found["kernels"] = _check_kernels() if kernels else None
     found["advice"] = _advice(found)
     if json:
         print_json(found)
@@ -104,6 +107,12 @@ def _memory() -> dict[str, int | None]:
         "recommended_working_set_bytes": working_set,
         "default_memory_limit_bytes": default_memory_limit_bytes(working_set),
     }
+
+
+def _check_kernels() -> list[dict[str, Any]]:
+    from ..lab.kernel_check import check_kernels
+
+    return [{**asdict(check), "ok": check.ok, "says": str(check)} for check in check_kernels()]
 
 
 def _limit_reason() -> str:
@@ -150,6 +159,10 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
     sizes = ((name.removesuffix("_bytes").replace("_", " "), size) for name, size in memory.items())
     rows += [(name, format_bytes(size)) for name, size in sizes if size is not None]
     rows += [("", found["default_memory_limit_reason"])]
+    if checks := found["kernels"]:
+        good = [check for check in checks if check["ok"]]
+        rows.append(("kernels", f"{len(good)} of {len(checks)} operations are what their references are"))
+        rows += [("", f"{check['name']}: {check['says']}") for check in checks if not check["ok"]]
     if disk is not None:
         how = "past the page cache" if disk["direct"] else "through the page cache, which can't be bypassed here"
         rows.append(
@@ -169,6 +182,7 @@ def _lacks_numba(found: dict[str, Any]) -> bool:
 
 def _advice(found: dict[str, Any]) -> list[str]:
     """What to change, most important first."""
+    from ..ops.backend import REFERENCE_SWITCH
     from ..stats import format_bytes
 
     memory, disk, advice = found["memory"], found["disk"], []
@@ -182,6 +196,10 @@ def _advice(found: dict[str, Any]) -> list[str]:
             advice.append("MLX runs on the CPU: use a Mac with Apple silicon and an arm64 Python.")
         elif _lacks_numba(found):
             advice.append("The CPU kernels need numba: pip install 'flash_moe_mlx[cpu]'.")
+    if any(not check["ok"] for check in found["kernels"] or ()):
+        advice.append(
+            f"Kernels failed: report the output of flash-moe doctor --json. {REFERENCE_SWITCH}=1 runs without them."
+        )
     working_set = memory["recommended_working_set_bytes"]
     if found["backend"] == "metal" and working_set and working_set < WORKING_SET_SHARE * memory["physical_bytes"]:
         advice.append(

@@ -19,6 +19,7 @@ from ..config import StreamingConfig, parse_size
 from ..errors import MemoryLimitError, RequestError, StoreError
 from ..forks import check_process, is_forked
 from ..formats.expert_layout import RecordLayout
+from ..ops.gpu.kernel_source import explain_refusals
 from ..ops.slot_memory import ExpertBank
 from ..stats import Counters, StreamingStats, format_bytes
 from ..storage.store import ExpertStore
@@ -187,7 +188,8 @@ class StreamingEngine:
                 self._recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
             finished = False
             try:
-                yield
+                with explain_refusals():
+                    yield
                 finished = True
             finally:
                 if not finished:

@@ -1,6 +1,8 @@
 """Which implementation the dispatchers run: asked on every call, because MLX's default device can change."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 
@@ -8,6 +10,8 @@ from . import cpu
 
 REFERENCE_SWITCH = "FLASH_MOE_REFERENCE"
 """Environment variable. "1" makes every dispatcher run its plain-MLX reference."""
+
+_forced = False
 
 
 def backend() -> str:
@@ -19,7 +23,18 @@ def backend() -> str:
 
 def use_reference() -> bool:
     """Tell whether the debug switch asks for the references."""
-    return os.environ.get(REFERENCE_SWITCH, "") == "1"
+    return _forced or os.environ.get(REFERENCE_SWITCH, "") == "1"
+
+
+@contextmanager
+def references() -> Iterator[None]:
+    """Within it every dispatcher runs its reference, on all threads: for comparisons, and not while a model runs."""
+    global _forced
+    before, _forced = _forced, True
+    try:
+        yield
+    finally:
+        _forced = before
 
 
 def use_kernels() -> bool:

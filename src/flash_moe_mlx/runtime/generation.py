@@ -24,6 +24,7 @@ from ..experts.thread_streams import borrow_stream
 from ..forks import check_process
 from ..models.caches import context_length, pending_states
 from ..models.checks import check_sampled, lazily_finite
+from ..ops.gpu.kernel_source import explain_refusals
 from ..stats import GenerationStats
 from .prefix_cache import PrefixCache
 from .prompt_text import check_length, check_text
@@ -253,6 +254,7 @@ class _Steps:
         if self._processors and len(tokens):
             self._seen = tokens if self._seen is None else mx.concatenate([self._seen, tokens])
 
+    @explain_refusals()
     def prefill(self, tokens: mx.array, embeddings: mx.array | None) -> None:
         """Advance the caches by a chunk of the prompt; no logits are computed."""
         borrow_stream()
@@ -262,6 +264,7 @@ class _Steps:
         mx.eval(pending_states(self.caches), self._seen)
         mx.clear_cache()
 
+    @explain_refusals()
     def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
         """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,), float32."""
         borrow_stream()

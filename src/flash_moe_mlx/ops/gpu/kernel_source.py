@@ -6,7 +6,8 @@ marker line, and the body. kernels/README.md describes the dialect that makes th
 
 import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache, cached_property
 from importlib import resources
@@ -18,6 +19,10 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import FlashMoEError
+from ..backend import REFERENCE_SWITCH
+
+_REFUSALS = ("Unable to build metal library", "Failed to compile", "Thread group size")
+"""What MLX's errors say where a kernel can't be compiled, or not be launched as it is."""
 
 MIN_DEVICE_ELEMENTS = 8
 """MLX passes smaller inputs in Metal's constant address space; bodies take pointers into device memory only."""
@@ -205,6 +210,25 @@ class Kernel:
             name=self.label, input_names=kernel.inputs, output_names=kernel.outputs, source=source, header=header
         )
         return made
+
+
+@contextmanager
+def explain_refusals() -> Iterator[None]:
+    """Within it, and around what it decorates, a kernel that the GPU's compiler refuses is told as one.
+
+    Raises:
+        FlashMoEError: With the compiler's message and the switch that runs without kernels.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        message = str(error).strip()
+        if not any(refusal in message for refusal in _REFUSALS):
+            raise
+        raise FlashMoEError(
+            f"[kernels] every kernel must compile on this GPU, got: {message}\nSet {REFERENCE_SWITCH}=1 to run without "
+            'kernels, and report what "flash-moe doctor --json" says.'
+        ) from error
 
 
 def launch(
