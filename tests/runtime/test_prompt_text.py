@@ -7,7 +7,13 @@ import pytest
 from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 from flash_moe_mlx import RequestError
-from flash_moe_mlx.runtime.prompt_text import PromptTooLongError, check_length, check_text, longest_token
+from flash_moe_mlx.runtime.prompt_text import (
+    PromptTooLongError,
+    check_conversation,
+    check_length,
+    check_text,
+    longest_token,
+)
 
 
 class Counting:
@@ -65,3 +71,31 @@ def test_what_fits_is_never_refused(tokenizer: Counting, text: str):
 
 def test_the_longest_token(tokenizer: Counting):
     assert longest_token(tokenizer) == len("</tool_response>")
+
+
+HI = {"role": "user", "content": "Hi"}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": [{}] * 300_000}}}
+
+
+@pytest.mark.parametrize(
+    ("messages", "tools"),
+    [
+        ([{"role": "user", "content": "a" * 100}] * 200, None),
+        ([HI, {"role": "assistant", "content": "", "tool_calls": [CALL]}], None),
+        ([HI, {"role": "assistant", "content": "a", "reasoning_content": "x y " * 1_000_000}, HI], None),
+        ([HI], [{"type": "function", "function": {"name": "f", "description": "a" * 1_000_000}}]),
+    ],
+    ids=["contents", "calls", "thinking", "tools"],
+)
+def test_a_conversation_far_too_long_is_refused_before_the_template(tokenizer: Counting, messages: Any, tools: Any):
+    with pytest.raises(PromptTooLongError, match="max_context = 512"):
+        check_conversation(tokenizer, messages, tools, 512)
+    assert tokenizer.characters == 0
+
+
+def test_a_conversation_that_may_fit_is_not(tokenizer: Counting):
+    space = {"role": "user", "content": " " * 1_000_000 + "a"}
+    check_conversation(
+        tokenizer, [HI, space, {"role": "assistant", "content": "", "reasoning_content": None}], None, 512
+    )
+    check_conversation(tokenizer, [{**HI, "reasoning_content": "x" * 200_000}], [{"a": "b" * 60_000}], 512)

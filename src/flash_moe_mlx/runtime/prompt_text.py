@@ -6,7 +6,7 @@ length says how many tokens it has at least.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -18,6 +18,7 @@ _USUAL_CHARACTERS = 8
 """Characters per token that no ordinary text exceeds. Where a text has more, its tokens are counted piece by piece."""
 
 _PIECE = 1 << 15
+_SLACK = 1 << 16  # characters: what a context of few tokens may still be given
 
 _longest: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()
 
@@ -58,6 +59,41 @@ def check_length(tokenizer: Any, text: str, max_tokens: int) -> None:
             f"[prompt] must leave the context at most max_context = {max_tokens} tokens, got {len(text)} characters, "
             "which are more. Shorten it, or load with a larger max_context."
         )
+
+
+def check_conversation(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Any, max_tokens: int) -> None:
+    """Check that a conversation may fit into ``max_tokens``, before a template makes several copies of it.
+
+    Templates show contents whole but for white space at their ends, calls and tools in about their own size, and
+    thinking of earlier turns often not at all.
+
+    Raises:
+        PromptTooLongError: If it has more for certain.
+    """
+    room = max_tokens * longest_token(tokenizer)
+    contents = sum(len(message["content"].strip()) for message in messages)
+    structured = _characters([tools, [message.get("tool_calls") for message in messages]])
+    thinking = sum(len(message.get("reasoning_content") or "") for message in messages)
+    if contents > room or structured > 2 * room + _SLACK or thinking > 8 * room + 4 * _SLACK:
+        raise PromptTooLongError(
+            f"[messages] must leave the context at most max_context = {max_tokens} tokens, got "
+            f"{contents + structured + thinking} characters, which are more. Shorten them, or load with a larger "
+            "max_context."
+        )
+
+
+def _characters(value: Any) -> int:
+    """Return the number of characters of all texts in a value, and one for each other thing in it."""
+    total, left = 0, [value]
+    while left:
+        item = left.pop()
+        total += len(item) if isinstance(item, str) else 1
+        if isinstance(item, dict):
+            left += item
+            left += item.values()
+        elif isinstance(item, list):
+            left += item
+    return total
 
 
 def longest_token(tokenizer: Any) -> int:

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 CLIENT_LEFT = 499  # nginx's number; nobody receives it
 
-BODIES_AT_ONCE = 8
+BODIES_AT_ONCE = 4
 """Largest bodies that there is memory for at once; each may hold the first 64 KiB besides."""
 
 VALUES = 100_000

@@ -21,7 +21,7 @@ from ..chat.prompt import chat_prompt
 from ..errors import MemoryLimitError
 from ..runtime.generation import GenerationResponse, stream_generate
 from ..runtime.prefix_cache import PrefixCache
-from ..runtime.prompt_text import PromptTooLongError, check_length
+from ..runtime.prompt_text import PromptTooLongError, check_conversation, check_length
 from ..stats import StreamingStats
 from .api_error import ApiError
 from .metrics import Metrics
@@ -231,8 +231,7 @@ class Worker:
             return tokenizer.encode(request.prompt), None
         if not tokenizer.has_chat_template:
             raise ApiError(400, "this model must have a chat template, got none. Use /v1/completions.")
-        for message in request.messages:  # before the template copies them; it may drop white space at their ends
-            check_length(tokenizer, message["content"].strip(), limit)
+        check_conversation(tokenizer, request.messages, request.tools, limit)
         arguments: dict[str, Any] = {"max_context": limit}
         if request.tools is not None:
             arguments["tools"] = request.tools
