@@ -48,6 +48,11 @@ def matrix_of(linear: Linear) -> Matrix:
     return Matrix(linear.weight, linear.scales, linear.biases, linear.quantization.bits, linear.quantization.group_size)
 
 
+def _changed(linears: Sequence[Linear], seen: Sequence[mx.array]) -> bool:
+    """Tell whether a module was given other scales than those seen last."""
+    return any(linear["scales"] is not scales for linear, scales in zip(linears, seen, strict=True))
+
+
 class JoinedLinears:
     """Modules of one format as one matrix, their rows in turn."""
 
@@ -65,9 +70,7 @@ class JoinedLinears:
     def matrix(self) -> Matrix:
         """The joined matrix. Joins again what was given other weights or another dtype since."""
         joined = self._joined
-        if joined is None or any(
-            linear.scales is not seen for linear, seen in zip(self._linears, self._seen, strict=True)
-        ):
+        if joined is None or _changed(self._linears, self._seen):
             joined = self._joined = self._join()
         return joined
 
@@ -120,19 +123,16 @@ class SharedRecord:
         Args:
             shared: An expert whose three modules ``fit`` accepts, each on its own.
         """
-        self._shared = shared
+        self._linears: list[Linear] = [shared[projection] for projection in PROJECTIONS]
         self._seen: tuple[mx.array, ...] = ()
         self._bank: ExpertBank | None = None
 
     @property
     def bank(self) -> ExpertBank:
         """The bank. Packs again where the modules were given other weights or another dtype since."""
-        linears = [getattr(self._shared, projection) for projection in PROJECTIONS]
-        if self._bank is None or any(
-            linear.scales is not seen for linear, seen in zip(linears, self._seen, strict=True)
-        ):
-            self._bank = self._pack(linears)
-            self._seen = tuple(linear.scales for linear in linears)
+        if self._bank is None or _changed(self._linears, self._seen):
+            self._bank = self._pack(self._linears)
+            self._seen = tuple(linear["scales"] for linear in self._linears)
         return self._bank
 
     def _pack(self, linears: list[Linear]) -> ExpertBank:

@@ -297,5 +297,13 @@ def expert_ffn_combine(
 
 def fits(layout: RecordLayout, shared: RecordLayout | None) -> bool:
     """Tell whether the kernel takes these layouts."""
-    layouts = (layout,) if shared is None else (layout, shared)
-    return all(is_quantized(each) and each.intermediate_size <= MAX_WIDTH for each in layouts)
+    key = (id(layout), id(shared))
+    if key not in _fitting:
+        layouts = (layout,) if shared is None else (layout, shared)
+        known = all(is_quantized(each) and each.intermediate_size <= MAX_WIDTH for each in layouts)
+        _fitting[key] = (layout, shared, known)
+    return _fitting[key][2]
+
+
+_fitting: dict[tuple[int, int], tuple[RecordLayout, RecordLayout | None, bool]] = {}
+"""Answers of ``fits``, with the layouts, so that their ids stay theirs."""
