@@ -1,6 +1,7 @@
 """Which implementation a dispatcher runs."""
 
 from importlib import import_module
+from math import prod
 
 import mlx.core as mx
 import pytest
@@ -82,6 +83,15 @@ ALL = [
 def test_a_gpu_runs_the_kernels(gpu_launches):
     run_all()
     assert gpu_launches == ALL
+
+
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_threadgroups_are_small_on_metal(bits: int, monkeypatch: pytest.MonkeyPatch):
+    """Metal allows a kernel with many registers fewer threads than 512."""
+    monkeypatch.setattr(import_module("flash_moe_mlx.ops.dequant_matvec"), "backend", lambda: "metal")
+    make = import_module("flash_moe_mlx.ops.dequant_matvec").matvec_kernel.__wrapped__  # without what is remembered
+    kernel, _ = make(mx.bfloat16, mx.bfloat16, 4096, 4096, 1, bits, 64)
+    assert prod(kernel.threadgroup) <= 256
 
 
 def test_the_switch_runs_the_references(gpu_launches, monkeypatch):

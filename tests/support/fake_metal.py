@@ -47,6 +47,8 @@ EXCLUDED = {
     "tests/models/test_cpu_decoder.py::*": CPU,
     "tests/ops/cpu/test_experts.py::test_a_wave_matches_its_experts*": CPU,
     "tests/ops/cpu/test_experts.py::test_records_anywhere_in_memory*": CPU,
+    "tests/ops/cpu/test_threads.py::test_without_numba_the_reference_runs_and_says_so_once": CPU,
+    "tests/ops/test_dispatch.py::*": OWN_GPU,
     "tests/models/test_gpu_step.py::*": OWN_GPU,
     "tests/models/test_launches.py::*": OWN_GPU,
     "tests/models/test_finite.py::*names*": JOINED,

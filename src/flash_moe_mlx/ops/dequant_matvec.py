@@ -6,7 +6,7 @@ from math import prod
 import mlx.core as mx
 
 from ..errors import ShapeError
-from .backend import use_cpu_kernels, use_kernels
+from .backend import backend, use_cpu_kernels, use_kernels
 from .dequant_matmul import dequant_matmul
 from .gpu import kernel_source
 from .gpu.geometry import Geometry, choose_geometry, load_width
@@ -54,8 +54,9 @@ def matvec_kernel(
         columns,
         [(bits, group_size)],
         rows=4 if x_rows == 1 else 2,
-        # Two bits of few rows are read so fast that staging x shows: more SIMD groups share it.
-        simd_groups=16 if bits == 2 and x_rows == 1 else 8,
+        # Two bits of few rows are read so fast that staging x shows: more SIMD groups share it. Not on Metal, where a
+        # kernel with many registers may be allowed fewer than 512 threads, down to 384 on the first chips.
+        simd_groups=16 if bits == 2 and x_rows == 1 and backend() != "metal" else 8,
         x_rows=x_rows,
     )
     return specialise(dtype, scale_dtype, columns, outputs, x_rows, bits, group_size, geometry), geometry
