@@ -1,15 +1,12 @@
-"""An answer's parts, however it is cut into pieces, and the bound on thinking."""
+"""The bound on thinking, and where it begins."""
 
-from itertools import pairwise
 from types import SimpleNamespace
 
 import mlx.core as mx
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flash_moe_mlx.chat.answer import AnswerSplitter, Part, ThinkingBudget, begins_thinking
+from flash_moe_mlx.chat.answer import ThinkingBudget, begins_thinking, thinking_at_end
 from flash_moe_mlx.errors import RequestError
 
 START, END, A, B = 0, 1, 2, 3
@@ -29,67 +26,15 @@ def tokenizer(**changes: object) -> SimpleNamespace:
     return result
 
 
-def parts(pieces: list[str], prompt: tuple[int, ...] = (), **changes: object) -> list[tuple[str, str]]:
-    """What a splitter makes of an answer, neighbours of one kind joined."""
-    calls = changes.pop("tool_calls", True)
-    splitter = AnswerSplitter(tokenizer(**changes), prompt, tool_calls=calls)
-    result: list[Part] = []
-    for i, piece in enumerate(pieces):
-        for part in splitter.feed(piece, last=i == len(pieces) - 1):
-            if result and result[-1].kind == part.kind != "tool_call":
-                part = Part(part.kind, result.pop().text + part.text)
-            result.append(part)
-    return [(part.kind, part.text) for part in result]
-
-
-ANSWER = "<think>\nHm < 3.\n</think>\n\nI look.\n<tool_call>\n{1}\n</tool_call>\n<tool_call>\n{2}\n</tool_call>"
-WHOLE = [
-    ("thinking", "Hm < 3.\n"),
-    ("text", "I look.\n"),
-    ("tool_call", "{1}\n"),
-    ("tool_call", "{2}\n"),
-]
-
-
-@given(st.lists(st.integers(0, len(ANSWER)), max_size=30))
-def test_parts_do_not_depend_on_how_the_answer_is_cut(cuts: list[int]):
-    places = [0, *sorted(cuts), len(ANSWER)]
-    assert parts([ANSWER[a:b] for a, b in pairwise(places)]) == WHOLE
-    assert parts(list(ANSWER)) == WHOLE
-
-
-@pytest.mark.parametrize(
-    ("text", "changes", "expected"),
-    [
-        ("a </think> b", {}, [("text", "a </think> b")]),
-        ("a <tool_c", {}, [("text", "a <tool_c")]),
-        ("a<tool_call>{1}", {}, [("text", "a"), ("tool_call", "{1}")]),
-        ("[TOOL]f{}\n", {"tool_call_start": "[TOOL]", "tool_call_end": ""}, [("tool_call", "f{}\n")]),
-        ("<tool_call>{1}</tool_call>", {"tool_calls": False}, [("text", "<tool_call>{1}</tool_call>")]),
-        ("<think>a</think>", {"has_thinking": False}, [("text", "<think>a</think>")]),
-        ("<think></think>", {}, []),
-        ("", {}, []),
-    ],
-)
-def test_parts(text: str, changes: dict, expected: list):
-    assert parts([text], **changes) == expected
-    assert parts([*text, ""], **changes) == expected
-
-
-def test_text_is_not_held_longer_than_it_may_be_a_marker():
-    splitter = AnswerSplitter(tokenizer())
-    assert list(splitter.feed("one <")) == [Part("text", "one ")]
-    assert list(splitter.feed("t")) == []
-    assert list(splitter.feed("wo")) == [Part("text", "<two")]
-
-
 def test_a_prompt_may_open_the_thinking():
     assert begins_thinking(tokenizer(), [A, START])
     assert not begins_thinking(tokenizer(), [A, START, END])
     assert not begins_thinking(tokenizer(), [START, *[A] * 20])  # said by somebody else
     assert not begins_thinking(tokenizer(), [])
     assert not begins_thinking(tokenizer(has_thinking=False), [START])
-    assert parts(["a</think>b"], prompt=(A, START)) == [("thinking", "a"), ("text", "b")]
+    assert not begins_thinking(tokenizer(eos_token_ids={B}), [START, B, A])  # said by somebody else, just before
+    assert thinking_at_end(tokenizer(), [A, START, END]) == "closed"
+    assert thinking_at_end(tokenizer(), [A]) == "none"
 
 
 def answer_of(budget: ThinkingBudget, prompt: list[int], wanted: list[int]) -> list[int]:

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +14,8 @@ from flash_moe_mlx.chat import conversation as module
 from flash_moe_mlx.chat.answer import Part
 from flash_moe_mlx.chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
 from flash_moe_mlx.chat.tools import CALCULATOR, load_tools
+
+from ..support.chat_models import DEEPSEEK, GPT_OSS, KIMI, MISTRAL, QWEN3_5, QWEN3_CODER
 
 DEMO = files("flash_moe_mlx") / "demo"
 
@@ -61,9 +62,9 @@ def script(monkeypatch: pytest.MonkeyPatch) -> Any:
 
         def stream_generate(model: Any, tokenizer: Any, prompt: Sequence[int], *_: Any, **__: Any) -> Iterator[Any]:
             prompts.append(prompt)
-            text = left.pop(0)
-            for i, character in enumerate(text):
-                yield SimpleNamespace(text=character, finish_reason="stop" if i == len(text) - 1 else None)
+            for token in tokenizer.encode(left.pop(0), add_special_tokens=False):
+                yield SimpleNamespace(token=token, finish_reason=None)
+            yield SimpleNamespace(token=tokenizer.eos_token_id, finish_reason="stop")
 
         monkeypatch.setattr(module, "stream_generate", stream_generate)
         return prompts
@@ -80,14 +81,8 @@ def xml_call(name: str, **arguments: Any) -> str:
     return f"<tool_call>\n<function={name}>\n{parameters}</function>\n</tool_call>"
 
 
-def with_parser(tokenizer: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As mlx_lm does for a template that writes calls in this form."""
-    monkeypatch.setattr(tokenizer, "_tool_parser", import_module(f"mlx_lm.tool_parsers.{name}").parse_tool_call)
-
-
-@pytest.mark.parametrize(("parser", "call"), [("json_tools", json_call), ("qwen3_coder", xml_call)])
-def test_calls_of_both_forms_are_run(demo, tools, script, monkeypatch, parser, call):
-    with_parser(demo[1], parser, monkeypatch)
+@pytest.mark.parametrize("call", [json_call, xml_call])
+def test_calls_of_both_forms_are_run(demo, tools, script, call):
     prompts = script("I add.\n" + call("add", a=2, b=40) + "\n" + call("shout", text="<b> &\nc"), "Done.")
     asked: list[ToolCall] = []
     chat = Conversation(*demo, system="Be brief.", tools=tools, confirm=lambda c: asked.append(c) or True)
@@ -160,13 +155,12 @@ def test_without_tools_a_call_is_text(demo, script):
 
 
 def test_an_answer_that_is_left_keeps_what_was_said(demo, tools, script):
-    script("Once upon a time", "<tool_call>never whole", json_call("add", a=1, b=1) + json_call("add", a=2, b=2))
+    script("Once upon a time", '<tool_call>{"never whole', json_call("add", a=1, b=1) + json_call("add", a=2, b=2))
     chat = Conversation(*demo, tools=tools, confirm=lambda _: True)
     events = chat.send("Tell.")
-    for _ in range(4):
-        next(events)
+    said = "".join(next(events).text for _ in range(3))
     events.close()
-    assert chat.messages[1:] == [{"role": "assistant", "content": "Once"}]
+    assert chat.messages[1:] == [{"role": "assistant", "content": said}] and "Once upon a time".startswith(said)
     events = chat.send("Interrupted before anything is said.")
     chat.progress = None
     next(events).response  # noqa: B018 - the call that can't be read
@@ -185,20 +179,40 @@ def test_a_question_without_an_answer_is_forgotten(demo, tools):
     assert chat.messages == []
 
 
-def test_thinking_is_kept_apart(demo, script, monkeypatch):
-    for name, value in (("think_start", "<think>"), ("think_end", "</think>"), ("has_thinking", True)):
-        monkeypatch.setattr(type(demo[1]), name, value)
-    monkeypatch.setattr(module.AnswerSplitter, "__init__", _splitter_that_begins_with_text(module.AnswerSplitter))
-    script("<think>\nLet me see.\n</think>\n\nIt is 4.")
-    chat = Conversation(*demo, thinking=False)
+def test_thinking_is_kept_apart(demo, script):
+    script("Let me see.\n</think>\n\nIt is 4.", "</think>\n\nIt is 5.")
+    chat = Conversation(demo[0], QWEN3_5.tokenizer)
     kinds = {part.kind for part in chat.send("2 + 2?") if isinstance(part, Part)}
     assert kinds == {"thinking", "text"}
     assert chat.messages[-1] == {"role": "assistant", "content": "It is 4.", "reasoning_content": "Let me see."}
+    list(chat.send("And 1?"))
+    assert chat.messages[-1] == {"role": "assistant", "content": "It is 5."}
 
 
-def _splitter_that_begins_with_text(kind: type) -> Any:
-    original = kind.__init__
-    return lambda self, tokenizer, prompt, **options: original(self, tokenizer, (), **options)
+@pytest.mark.parametrize(
+    ("family", "said", "ids"),
+    [
+        (KIMI, "<|tool_calls_section_begin|><|tool_call_begin|>functions.add:7<|tool_call_argument_begin|>"
+         '{"a": 1, "b": 2}<|tool_call_end|><|tool_calls_section_end|>', ["functions.add:7"]),
+        (QWEN3_CODER, xml_call("add", a=1, b=2), ["call_1"]),
+        (MISTRAL, '[TOOL_CALLS][{"name": "add", "arguments": {"a": 1, "b": 2}}]', None),
+        (DEEPSEEK, '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>{"a": 1, "b": 2}<｜tool▁call▁end｜>'
+         "<｜tool▁calls▁end｜>", ["call_1"]),
+        (GPT_OSS, '<|channel|>commentary to=functions.add <|constrain|>json<|message|>{"a": 1, "b": 2}<|call|>',
+         ["call_1"]),
+    ],
+    ids=lambda value: getattr(value, "name", None),
+)  # fmt: skip
+def test_a_tool_loop_of_every_family(demo, tools, script, family: Any, said: str, ids: list[str] | None):
+    script(said, "It is 3.", "</think>Yes." if family is DEEPSEEK else "Yes.")
+    chat = Conversation(demo[0], family.tokenizer, system="Be brief.", tools=tools, confirm=lambda _: True)
+    outcomes = [event.result.text for event in chat.send("1 + 2?") if isinstance(event, ToolOutcome)]
+    assert outcomes == ["3"]
+    calls = chat.messages[1]["tool_calls"]
+    given = [call["id"] for call in calls]
+    assert given == ids if ids else all(len(call_id) == 9 and call_id.isalnum() for call_id in given)
+    list(chat.send("Sure?"))
+    assert chat.messages[-1]["content"] == "Yes."
 
 
 def test_models_without_the_means_are_refused(demo, tools):

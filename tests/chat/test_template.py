@@ -135,8 +135,9 @@ def test_messages_that_are_nested_too_deeply(tokenizer: Any):
     deep: Any = "x"
     for _ in range(100_000):
         deep = [deep]
-    with pytest.raises(RequestError, match="no JSON"):
-        chat_prompt(tokenizer, [{"role": "user", "content": deep}])
+    call = {"id": "1", "type": "function", "function": {"name": "f", "arguments": {"a": deep}}}
+    with pytest.raises(RequestError, match="deeply"):
+        chat_prompt(tokenizer, [*USER, {"role": "assistant", "content": "", "tool_calls": [call]}])
 
 
 def test_an_interrupt_leaves_it_usable(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):

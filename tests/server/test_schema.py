@@ -28,9 +28,7 @@ WRONG_CHAT: list[tuple[str, Any]] = [
     ("messages", [{"role": "user"}]), ("messages", [{"role": "user", "content": 3}]),
     ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}]),
     ("messages", [{"role": "user", "content": [{"type": "text", "text": None}]}]),
-    ("messages", [{"role": "user", "content": "Hi", "tool_calls": []}]),
-    ("messages", [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "{"}}]}]),
-    ("messages", [{"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": "[]"}}]}]),
+    ("messages", [{"role": "user", "content": "Hi", "tool_calls": [{"function": {"name": "f"}}]}]),
     ("messages", [{"role": "assistant", "tool_calls": [{"function": {"name": 3, "arguments": "{}"}}]}]),
     ("messages", [{"role": "assistant", "tool_calls": ["f"]}]),
     ("tools", {}), ("tools", [1]), ("tools", [{"type": "web"}]), ("tools", [{"type": "function"}]),
@@ -46,13 +44,15 @@ WRONG_BOTH: list[tuple[str, Any]] = [
     ("temperature", "hot"), ("temperature", -0.1), ("temperature", 2.1), ("temperature", True), ("temperature", [1]),
     ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 10**400), ("top_p", 0),
     ("top_p", 1.1),
-    ("top_k", -1), ("top_k", 1.5), ("min_p", 2), ("seed", "a"), ("seed", 2**64), ("repetition_penalty", 0),
+    ("top_k", -2), ("top_k", 1.5), ("min_p", 2), ("seed", "a"), ("seed", 2**64), ("repetition_penalty", 0),
     ("repetition_penalty", 1e-45), ("stop", "a" * 1001), ("stop", ["b", "a" * 4_000_000]),
     ("presence_penalty", 3), ("frequency_penalty", -3), ("logit_bias", []), ("logit_bias", {"a": 1}),
     ("logit_bias", {"1000": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"1": "x"}),
-    ("logit_bias", {"٣": 1}), ("logit_bias", {str(i): 1 for i in range(1025)}), ("stop", 3), ("stop", [""]),
-    ("stop", ["a"] * 5), ("stop", [3]), ("max_tokens", 0), ("max_tokens", -5), ("max_tokens", 1.0), ("max_tokens", "9"),
-    ("response_format", {"type": "json_schema"}), ("response_format", "text"), ("functions", []), ("suffix", "x"),
+    ("logit_bias", {"٣": 1}), ("logit_bias", {str(i): 1 for i in range(1025)}), ("stop", 3),
+    ("stop", ["a"] * 1001), ("stop", [3]), ("max_tokens", 0), ("max_tokens", -5),
+    ("max_tokens", 1.0), ("max_tokens", "9"),
+    ("response_format", {"type": "json_schema"}), ("response_format", "text"),
+    ("functions", [{"name": "f"}]), ("suffix", "x"),
 ]  # fmt: skip
 WRONG_COMPLETION: list[tuple[str, Any]] = [
     ("prompt", None), ("prompt", ""), ("prompt", []), ("prompt", ["a", "b"]), ("prompt", [1, 1000]), ("prompt", [-1]),
@@ -124,7 +124,75 @@ def test_messages_are_brought_to_the_templates_form():
         },
         {"role": "tool", "content": "2", "tool_call_id": "c1"},
     ]  # fmt: skip
-    assert request.thinking is False
+    assert request.template_arguments == {"enable_thinking": False}
+
+
+def history(*messages: dict) -> list:
+    return chat(messages=[*SUM, *messages, *SUM]).messages[1:-1]
+
+
+@pytest.mark.parametrize(
+    ("message", "content"),
+    [
+        ({"role": "assistant", "content": None}, ""), ({"role": "assistant", "content": None, "tool_calls": []}, ""),
+        ({"role": "assistant"}, ""), ({"role": "assistant", "content": None, "tool_calls": None}, ""),
+        ({"role": "assistant", "content": [{"type": "refusal", "refusal": "no"}]}, "no"),
+        ({"role": "assistant", "content": None, "refusal": "no"}, "no"), ({"role": "assistant", "content": []}, ""),
+        ({"role": "tool", "tool_call_id": "1", "content": None}, ""), ({"role": "tool", "content": []}, ""),
+        ({"role": "user", "content": None}, ""), ({"role": "system", "content": None}, ""),
+        ({"role": "function", "name": "f", "content": "3"}, "3"),
+        ({"role": "user", "content": [{"type": "input_text", "text": "a"}, {"type": "text", "text": ""}]}, "a"),
+    ],
+)  # fmt: skip
+def test_contents_of_other_servers_histories(message: dict, content: str):
+    (read,) = history(message)
+    assert read["content"] == content and "tool_calls" not in read
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ("", {}), ("null", {}), (None, {}), ("{}", {}), ("  ", {}), ({"a": 1}, {"a": 1}), ('{"a": 1}', {"a": 1}),
+        ('{"path": ', {"arguments": '{"path": '}), ("[1]", {"arguments": [1]}), ("a.txt", {"arguments": "a.txt"}),
+        ('"{\\"a\\": 1}"', {"a": 1}), ('{"a": "\\ud83d"}', {"a": "\ufffd"}), ("[" * 5000, {"arguments": "[" * 5000}),
+        ('{"a": NaN}', {"arguments": '{"a": NaN}'}),
+    ],
+)  # fmt: skip
+def test_arguments_of_other_servers_histories(arguments: Any, expected: dict):
+    call = {"id": "1", "function": {"name": "no such!", "arguments": arguments}}
+    (read,) = history({"role": "assistant", "content": None, "tool_calls": [call]})
+    assert read["tool_calls"][0]["function"] == {"name": "no such!", "arguments": expected}
+    (older,) = history({"role": "assistant", "content": None, "function_call": call["function"]})
+    assert older["tool_calls"][0]["function"]["arguments"] == expected
+
+
+def test_values_that_local_clients_send():
+    assert chat(max_tokens=-1).max_tokens is None and chat(max_completion_tokens=-1).max_tokens is None
+    assert completion(max_tokens=-1).max_tokens is None and completion().max_tokens == 16
+    assert chat(top_k=-1).sampling.top_k == 0
+    assert chat(stop=[f"s{i}" for i in range(50)]).stop == tuple(f"s{i}" for i in range(50))
+    for nothing in ("", [], [""], None):
+        assert chat(stop=nothing).stop == ()
+    for name in ("functions", "tools", "logit_bias", "suffix", "function_call", "audio", "response_format"):
+        assert chat(**{name: {} if name in ("logit_bias", "response_format") else []}) == chat()
+    assert chat(function_call="none", tool_choice="auto") == chat()
+
+
+def test_variables_of_templates():
+    given = {"enable_thinking": True, "preserve_thinking": True, "thinking": True, "reasoning_effort": "high", "x": [1]}
+    assert chat(chat_template_kwargs=given).template_arguments == given
+    top = {"enable_thinking": False, "preserve_thinking": True, "reasoning_effort": "low"}
+    assert chat(**top).template_arguments == top
+    assert chat(**top, chat_template_kwargs={"enable_thinking": True}).template_arguments["enable_thinking"] is True
+    assert chat(reasoning_effort="none").template_arguments["enable_thinking"] is False
+    for ours in ("chat_template", "tools", "messages", "add_generation_prompt", "tokenize", "continue_final_message"):
+        with pytest.raises(ApiError, match="chat_template_kwargs"):
+            chat(chat_template_kwargs={ours: 1})
+
+
+def test_schemas_may_be_boolean():
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": True, "b": False}}}}
+    assert chat(tools=[tool]).tools == [tool]
 
 
 def test_a_batch_of_one():

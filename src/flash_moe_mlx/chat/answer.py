@@ -1,6 +1,6 @@
-"""An answer while it is generated: what of it is thinking, text and tool calls; and a bound on the thinking."""
+"""Parts of an answer, and a bound on its thinking."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -10,95 +10,58 @@ from ..errors import RequestError
 
 _TAIL = 16  # tokens of the generation prompt in which a template opens or closes the thinking
 
-Kind = Literal["thinking", "text", "tool_call"]
+Kind = Literal["thinking", "text"]
 
 
 @dataclass(frozen=True)
 class Part:
-    """A piece of an answer. Thinking and text come as they are generated, a tool call's text when it is whole.
+    """A piece of an answer, as it is generated.
 
-    ``start`` is where it begins in all that was fed.
+    Attributes:
+        kind: Whether it is thinking or text.
+        text: The piece.
+        start: Where it begins in all that the model said.
+        size: How much of that it is: a marker that is only spoken of counts one.
     """
 
     kind: Kind
     text: str
     start: int = field(default=0, compare=False)
+    size: int = field(default=0, compare=False)
 
 
-class AnswerSplitter:
-    """Tells thinking, text and tool calls apart by the tokenizer's markers, which are left out.
+@dataclass(frozen=True)
+class BadCall:
+    """What looks like a call and is none that can be run.
 
-    Example:
-        >>> splitter = AnswerSplitter(tokenizer, prompt)
-        >>> for response in stream_generate(model, tokenizer, prompt):
-        ...     for part in splitter.feed(response.text, last=response.finish_reason is not None):
-        ...         print(part.kind, part.text)
+    Attributes:
+        text: The model's words.
+        reason: Why it is none.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), *, tool_calls: bool = True):
-        """Begin an answer.
-
-        Args:
-            tokenizer: From :func:`flash_moe_mlx.load`.
-            prompt: The prompt's tokens: templates may open the thinking there.
-            tool_calls: Whether to look for tool calls; without, they are text.
-        """
-        self._kind: Kind = "thinking" if begins_thinking(tokenizer, prompt) else "text"
-        self._held = ""
-        self._start = 0  # of what is held, in all that was fed
-        self._strip = False
-        self._markers: dict[Kind, list[tuple[str, Kind]]] = {"text": [], "thinking": [], "tool_call": []}
-        if tokenizer.has_thinking:
-            self._markers["text"].append((tokenizer.think_start, "thinking"))
-            self._markers["thinking"].append((tokenizer.think_end, "text"))
-        if tool_calls and tokenizer.has_tool_calling:
-            self._markers["text"].append((tokenizer.tool_call_start, "tool_call"))
-            if tokenizer.tool_call_end:  # without one, a call goes on to the answer's end
-                self._markers["tool_call"].append((tokenizer.tool_call_end, "text"))
-
-    def feed(self, text: str, last: bool = False) -> Iterator[Part]:
-        """Parts that are certain now. What may be the beginning of a marker is held until it is or is not one."""
-        self._held += text
-        while found := self._find_marker():
-            position, marker, kind = found
-            yield from self._part(self._held[:position])
-            self._drop(position + len(marker))
-            self._strip, self._kind = True, kind
-        if self._kind != "tool_call" or last:
-            certain = len(self._held) if last else len(self._held) - self._beginning_of_marker()
-            yield from self._part(self._held[:certain])
-            self._drop(certain)
-
-    def _drop(self, size: int) -> None:
-        self._held, self._start = self._held[size:], self._start + size
-
-    def _find_marker(self) -> tuple[int, str, Kind] | None:
-        found = [(self._held.find(marker), marker, kind) for marker, kind in self._markers[self._kind]]
-        return min((f for f in found if f[0] >= 0), default=None)
-
-    def _beginning_of_marker(self) -> int:
-        """Characters at the end of what is held that a marker begins with."""
-        longest = max((len(marker) for marker, _ in self._markers[self._kind]), default=1) - 1
-        for size in range(min(longest, len(self._held)), 0, -1):
-            if any(marker.startswith(self._held[-size:]) for marker, _ in self._markers[self._kind]):
-                return size
-        return 0
-
-    def _part(self, text: str) -> Iterator[Part]:
-        end = self._start + len(text)
-        if self._strip:  # the line ends between a marker and what follows are the template's
-            text = text.lstrip("\n")
-        if text:
-            self._strip = False
-            yield Part(self._kind, text, end - len(text))
+    text: str
+    reason: str
 
 
 def begins_thinking(tokenizer: Any, prompt: Sequence[int]) -> bool:
-    """Whether the end of the prompt opens the thinking, as the templates of thinking models do."""
+    """Return whether the end of the prompt opens the thinking, as the templates of thinking models do."""
+    return thinking_at_end(tokenizer, prompt) == "open"
+
+
+def thinking_at_end(tokenizer: Any, prompt: Sequence[int]) -> Literal["open", "closed", "none"]:
+    """Return what the end of the prompt does to the thinking: what a user said of the markers earlier counts nothing.
+
+    Args:
+        tokenizer: From :func:`flash_moe_mlx.load`.
+        prompt: The prompt's tokens.
+    """
     if not tokenizer.has_thinking or not len(prompt):
-        return False
+        return "none"
     tail = list(prompt[-_TAIL:])
-    return bool(tokenizer.rfind_think_start(tail) > tokenizer.rfind_think_end(tail))
+    ended = set(getattr(tokenizer, "eos_token_ids", ()))  # the end of somebody's turn
+    tail = tail[max((i + 1 for i, token in enumerate(tail) if token in ended), default=0) :]
+    start, end = tokenizer.rfind_think_start(tail), tokenizer.rfind_think_end(tail)
+    return "open" if start > end else "closed" if end >= 0 else "none"
 
 
 class ThinkingBudget:

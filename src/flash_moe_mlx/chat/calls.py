@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -77,6 +78,34 @@ def read_json(text: str) -> Any:
         return json.loads(text, strict=False, parse_constant=_refuse)
     except (ValueError, RecursionError) as error:
         raise NotACallError(f"arguments must be JSON, got {error}") from error
+
+
+def read_arguments(arguments: Any) -> dict[str, Any]:
+    """Return the arguments of an earlier call as an object, whatever another server made of them.
+
+    What is no JSON, because it was cut or never was, comes under the name "arguments", so that the model sees it.
+    """
+    if isinstance(arguments, str):
+        text = arguments
+        if not text.strip():
+            return {}
+        arguments = text
+        with suppress(NotACallError):
+            arguments = read_json(text)
+        if isinstance(arguments, str) and arguments != text:  # encoded twice
+            return read_arguments(arguments)
+    if arguments is None:
+        return {}
+    return mended(dict(arguments) if isinstance(arguments, Mapping) else {"arguments": arguments})
+
+
+def mended(value: Any) -> Any:
+    """Return a JSON value with U+FFFD in place of each half of a surrogate pair."""
+    if isinstance(value, str):
+        return value if value.isascii() else _SURROGATE.sub("\ufffd", value)
+    if isinstance(value, Mapping):
+        return {mended(name): mended(item) for name, item in value.items()}
+    return [mended(item) for item in value] if isinstance(value, list) else value
 
 
 def read_calls(parser: Callable[[str, Any], Any], text: str, tools: Sequence[Mapping[str, Any]] | None) -> list[Call]:

@@ -9,9 +9,12 @@ from typing import Any
 from ..errors import RequestError
 from ..runtime.generation import GenerationResponse, LogitsProcessor, Sampler, stream_generate
 from ..runtime.prefix_cache import PrefixCache
-from .answer import AnswerSplitter, Kind, Part, ThinkingBudget
-from .calls import NotACallError, read_calls
+from .answer import BadCall, Kind, Part, ThinkingBudget
+from .calls import Call
+from .dialect import dialect_of
+from .ids import CallIds
 from .prompt import chat_prompt
+from .reader import AnswerReader
 from .tools import Tool, ToolResult
 
 REFUSED = "refused by the user"
@@ -111,7 +114,7 @@ class Conversation:
     def __post_init__(self) -> None:
         if not self.tokenizer.has_chat_template:
             raise RequestError("[Conversation] the tokenizer must have a chat template, got none. Use generate.")
-        if self.tools and not self.tokenizer.has_tool_calling:
+        if self.tools and not dialect_of(self.tokenizer).has_calls:
             raise RequestError(
                 "[tools] the model's template must know tool calls, got one that doesn't. Leave them out."
             )
@@ -141,7 +144,7 @@ class Conversation:
             finally:
                 calls = self._keep(answer)
             yield from self._end(answer, calls, tool_round <= self.max_tool_rounds)
-            if not answer.raw_calls:
+            if not answer.has_calls:
                 return
 
     def prompt(self) -> tuple[list[int], list[int]]:
@@ -159,7 +162,7 @@ class Conversation:
 
     def _generate(self, answer: "_Answer") -> Generator[Event, None, None]:
         prompt, points = self.prompt()
-        splitter = AnswerSplitter(self.tokenizer, prompt, tool_calls=bool(self.tools))
+        reader = AnswerReader(self.tokenizer, prompt, [tool.schema for tool in self.tools])
         processors = list(self.logits_processors)
         if self.thinking_budget is not None:
             processors.append(ThinkingBudget(self.tokenizer, prompt, self.thinking_budget))
@@ -175,20 +178,22 @@ class Conversation:
             prompt_progress_callback=self.progress,
         ):
             answer.response = response
-            for part in splitter.feed(response.text, last=response.finish_reason is not None):
-                answer.parts.append(part)
-                if part.kind != "tool_call":
-                    yield part
+            for piece in reader.feed(response.token, response.finish_reason):
+                answer.pieces.append(piece)
+                if isinstance(piece, Part):
+                    yield piece
 
     def _keep(self, answer: "_Answer") -> list[ToolCall | str]:
-        """Add the assistant's message; returns its calls, of those that can't be read what is wrong with them."""
+        """Append the assistant's message. Returns its tool calls; for a malformed call, the error text."""
         text = answer.said("text").strip()
         calls: list[ToolCall | str] = []
-        for raw in answer.raw_calls:
-            try:
-                calls += self._parse(raw)
-            except NotACallError as error:
-                calls.append(f"the call can't be read ({error}): {raw.strip()}")
+        ids = CallIds.for_conversation(self.tokenizer, self.messages)
+        for piece in answer.pieces:
+            if isinstance(piece, Call):
+                number = f"call_{next(self._numbers)}" if ids.style == "any" and piece.id is None else None
+                calls.append(ToolCall(number or ids.of(piece), piece.name, piece.arguments))
+            elif isinstance(piece, BadCall):
+                calls.append(f"the call can't be read ({piece.reason}): {piece.text.strip()}")
         if not text and not calls:  # nothing was said: neither is what it would have answered
             if self.messages[-1]["role"] == "user":
                 self.messages.pop()
@@ -200,11 +205,6 @@ class Conversation:
             message["tool_calls"] = whole
         self.messages.append(message)
         return calls
-
-    def _parse(self, raw: str) -> list[ToolCall]:
-        """Calls of a text between the tokenizer's markers: JSON, XML, whatever the model's parser reads."""
-        calls = read_calls(self.tokenizer.tool_parser, raw, [tool.schema for tool in self.tools])
-        return [ToolCall(f"call_{next(self._numbers)}", call.name, call.arguments) for call in calls]
 
     def _end(self, answer: "_Answer", calls: list[ToolCall | str], allowed: bool) -> Generator[Event, None, None]:
         """Run the calls of an answer and add their results, whatever interrupts it."""
@@ -244,14 +244,14 @@ class Conversation:
 
 @dataclass
 class _Answer:
-    """One generation: its parts, and its last response."""
+    """One generation: its pieces, and its last response."""
 
-    parts: list[Part] = field(default_factory=list)
+    pieces: list[Part | Call | BadCall] = field(default_factory=list)
     response: GenerationResponse | None = None
 
     def said(self, kind: Kind) -> str:
-        return "".join(part.text for part in self.parts if part.kind == kind)
+        return "".join(piece.text for piece in self.pieces if isinstance(piece, Part) and piece.kind == kind)
 
     @property
-    def raw_calls(self) -> list[str]:
-        return [part.text for part in self.parts if part.kind == "tool_call"]
+    def has_calls(self) -> bool:
+        return any(not isinstance(piece, Part) for piece in self.pieces)

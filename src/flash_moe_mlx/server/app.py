@@ -28,6 +28,10 @@ from .worker import ClientLeft, Finished, Generation, Worker
 
 logger = logging.getLogger(__name__)
 
+KEEP_ALIVE = b": keep-alive\n\n"
+KEEP_ALIVE_SECONDS = 2.0
+"""Longest silence of a stream: clients give up after some minutes without a byte, proxies after a few seconds."""
+
 CLIENT_LEFT = 499  # nginx's number; nobody receives it
 
 BODIES_AT_ONCE = 4
@@ -113,7 +117,8 @@ class _Server:
             generation = self._worker.admit()
 
             def read() -> GenerationRequest:
-                value = parse_body(body, self._max_values)
+                # Histories may hold what other servers cut in the middle of a character.
+                value = parse_body(body, self._max_values, mend=parse is parse_chat)
                 body.clear()
                 return parse(value, self._config.model_id, self._vocabulary, self._config.sampling)
 
@@ -189,7 +194,10 @@ class _EventStream(Response):
         answer, calls = self._answer, 0
         for chunk in answer.first():
             yield event(chunk)
-        async for part in self._generation:
+        async for part in _with_silence(self._generation, KEEP_ALIVE_SECONDS):
+            if part is None:
+                yield KEEP_ALIVE
+                continue
             if not isinstance(part, Finished):
                 yield event(answer.chunk(part, calls))
                 calls += isinstance(part, ToolCall)
@@ -201,6 +209,29 @@ class _EventStream(Response):
             return
         if (error := _failure(self._generation)) is not None:
             yield event(error.body)
+
+
+async def _with_silence(generation: Generation, seconds: float) -> AsyncIterator[AnswerPart | Finished | None]:
+    """Yield a generation's parts, and None whenever none has come for a while: prompts and calls take their time."""
+    parts = aiter(generation)
+    while True:
+        waiting = asyncio.ensure_future(anext(parts, _END))
+        try:
+            while not (await asyncio.wait((waiting,), timeout=seconds))[0]:
+                yield None
+            part = await waiting
+        finally:
+            waiting.cancel()
+        if isinstance(part, _End):
+            return
+        yield part
+
+
+class _End:
+    """The end of a generation's parts."""
+
+
+_END = _End()
 
 
 def _failure(generation: Generation) -> ApiError | None:

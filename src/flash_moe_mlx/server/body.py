@@ -11,7 +11,7 @@ from starlette.requests import Request
 
 from .api_error import ApiError
 from .guard import headers
-from .strict_json import parse_json
+from .strict_json import mend_pairs, parse_json
 
 FREE_BYTES = 1 << 16
 """Bytes that every body may hold; only what a body has beyond them is taken from the server's budget."""
@@ -97,12 +97,13 @@ async def read_body(request: Request, limit: int, seconds: float, share: BodySha
     return body
 
 
-def parse_body(body: bytes | bytearray, max_values: int) -> Any:
+def parse_body(body: bytes | bytearray, max_values: int, *, mend: bool = False) -> Any:
     """Parse a body as JSON whose every text is Unicode, and every number finite.
 
     Args:
         body: Bytes that anybody may have sent.
         max_values: Numbers, texts, objects and arrays that it may hold. Each takes up to 200 bytes of memory.
+        mend: Read half of a surrogate pair as U+FFFD rather than refuse it.
 
     Raises:
         ApiError: 400 if it is anything else.
@@ -111,6 +112,7 @@ def parse_body(body: bytes | bytearray, max_values: int) -> Any:
     if sum(1 for _ in islice(_TOKEN.finditer(body), 2 * max_values + 1)) > 2 * max_values:
         raise ApiError(400, f"the body must hold at most {max_values} values, got more.", code="body_too_large")
     try:
-        return parse_json(body.decode())
+        text = body.decode()
+        return parse_json(mend_pairs(text) if mend else text)
     except ValueError as error:
         raise ApiError(400, f"the body must be JSON in UTF-8, got {str(error)[:200]}.", code="invalid_json") from None

@@ -4,10 +4,11 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from ..chat.calls import read_arguments
 from .api_error import ApiError
-from .strict_json import parse_json
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
+ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
+         "function": "tool"}  # fmt: skip
 MAX_TOOLS = 128
 
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
@@ -45,7 +46,8 @@ def check_tools(value: Any) -> list[dict[str, Any]] | None:
         parameters = _object(function.get("parameters") or {}, f"{where}.function.parameters")
         properties = _object(parameters.get("properties") or {}, f"{where}.function.parameters.properties")
         for name, schema in properties.items():
-            _object(schema, f"{where}.function.parameters.properties.{name}")
+            if not isinstance(schema, bool):  # JSON Schema's own short form of anything, and of nothing
+                _object(schema, f"{where}.function.parameters.properties.{name}")
     return value
 
 
@@ -54,46 +56,65 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(role, str) or role not in ROLES:
         raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, got {_kind(role)}.", param="messages")
     calls = message.get("tool_calls")
-    if calls is not None and (role != "assistant" or not isinstance(calls, list)):
+    if not calls and role == "assistant" and message.get("function_call"):  # the API's older form
+        calls = [{"function": message["function_call"]}]
+    if calls and (role != "assistant" or not isinstance(calls, list)):
         raise ApiError(400, f"{where}.tool_calls must be a list, in a message of the assistant.", param="messages")
+    if "content" not in message and role in ("user", "system", "developer"):
+        raise ApiError(400, f"{where}.content must be a text or a list of parts, got nothing.", param="messages")
+    content = message.get("refusal") if message.get("content") is None else message["content"]
     result: dict[str, Any] = {
         "role": ROLES[role],
-        "content": _text(message.get("content"), bool(calls), f"{where}.content"),
+        "content": _text(content, f"{where}.content"),
     }
-    for name in ("name", "tool_call_id", "reasoning_content"):
+    for name, kept in _TEXTS.items():
         if (value := message.get(name)) is not None:
             if not isinstance(value, str):
                 raise ApiError(400, f"{where}.{name} must be a text, got {_kind(value)}.", param="messages")
-            result[name] = value
+            result.setdefault(kept, value)
     if calls:
         result["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return result
 
 
-def _text(content: Any, optional: bool, where: str) -> str:
-    if content is None and optional:
+_TEXTS = {
+    "name": "name", "tool_call_id": "tool_call_id", "reasoning_content": "reasoning_content",
+    "reasoning": "reasoning_content",
+}  # fmt: skip
+"""Fields of a message beside its content, and the names that templates have for them."""
+
+
+def _text(content: Any, where: str) -> str:
+    """Return a content as text; null is empty, and a refusal is what was said."""
+    if content is None:
         return ""
     if isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise ApiError(400, f"{where} must be a text or a list of parts, got {_kind(content)}.", param="messages")
+    texts = []
     for i, part in enumerate(content):
-        if _object(part, f"{where}[{i}]").get("type") != "text" or not isinstance(part.get("text"), str):
+        kind = _object(part, f"{where}[{i}]").get("type")
+        text = part.get(_PARTS[kind]) if isinstance(kind, str) and kind in _PARTS else None
+        if not isinstance(text, str):
             raise ApiError(400, f"{where}[{i}] must be a part of type text: this model reads text.", param="messages")
-    return "".join(part["text"] for part in content)
+        texts.append(text)
+    return "".join(texts)
+
+
+_PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
+"""Types of a content's parts that are text, and the field that has it."""
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
     function = _object(_object(call, where).get("function"), f"{where}.function")
-    arguments = function.get("arguments")
-    if isinstance(arguments, str):
-        try:
-            arguments = parse_json(arguments or "{}")
-        except ValueError:
-            raise ApiError(400, f"{where}.function.arguments must be JSON, got {_kind(arguments)}.") from None
-    name = _name(function.get("name"), f"{where}.function.name")
-    arguments = _object(arguments, f"{where}.function.arguments")
-    return {"type": "function", "id": str(call.get("id")), "function": {"name": name, "arguments": arguments}}
+    name = function.get("name")
+    if not isinstance(name, str):
+        raise ApiError(400, f"{where}.function.name must be a text, got {_kind(name)}.", param="messages")
+    arguments = read_arguments(function.get("arguments"))
+    call_id = call.get("id")
+    named = {"id": call_id if isinstance(call_id, str) else str(call_id)} if call_id is not None else {}
+    return {"type": "function", **named, "function": {"name": name, "arguments": arguments}}
 
 
 def _name(value: Any, where: str) -> str:

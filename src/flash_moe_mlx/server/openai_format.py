@@ -76,14 +76,15 @@ class ChatFormat:
         return {**self._base("chat.completion.chunk"), "choices": [choice]}
 
 
-@dataclass(frozen=True)
+@dataclass
 class CompletionFormat:
-    """Answers of /v1/completions."""
+    """Answers of /v1/completions. One object serves one answer: in a stream, tokens' offsets go on over the chunks."""
 
     model_id: str
     logprobs: bool
     id: str = field(default_factory=lambda: f"cmpl-{uuid.uuid4().hex}")
     created: int = field(default_factory=lambda: int(time.time()))
+    _said: int = field(default=0, init=False)
 
     def whole(self, parts: Sequence[AnswerPart], finished: Finished) -> dict[str, Any]:
         """The answer in one piece."""
@@ -109,7 +110,8 @@ class CompletionFormat:
         return {**self._body("", (), None), "choices": [], "usage": _usage(finished)}
 
     def _body(self, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
-        shown = _completion_logprobs(logprobs) if self.logprobs else None
+        shown = _completion_logprobs(logprobs, self._said) if self.logprobs else None
+        self._said += len(text)
         choice = {"index": 0, "text": text, "logprobs": shown, "finish_reason": reason}
         return {
             "id": self.id,
@@ -136,28 +138,26 @@ def _usage(finished: Finished) -> dict[str, Any]:
 def _chat_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
     return {
         "content": [
-            {**_token(p.text, p.logprob), "top_logprobs": [_token(text, value) for text, value in p.top]}
+            {**_token(p.text, p.logprob, p.data), "top_logprobs": [_token(*likely) for likely in p.top]}
             for p in logprobs
         ],
         "refusal": None,
     }
 
 
-def _token(text: str, logprob: float) -> dict[str, Any]:
-    # A token that is a part of a character has no text of its own, so its bytes are not known from it.
-    known = None if "\ufffd" in text else list(text.encode())
-    return {"token": text, "logprob": _finite(logprob), "bytes": known}
+def _token(text: str, logprob: float, data: bytes) -> dict[str, Any]:
+    return {"token": text, "logprob": _finite(logprob), "bytes": list(data)}
 
 
-def _completion_logprobs(logprobs: Sequence[TokenLogprob]) -> dict[str, Any]:
-    offsets, offset = [], 0
+def _completion_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[str, Any]:
+    offsets = []
     for p in logprobs:
         offsets.append(offset)
         offset += len(p.text)
     return {
         "tokens": [p.text for p in logprobs],
         "token_logprobs": [_finite(p.logprob) for p in logprobs],
-        "top_logprobs": [{text: _finite(value) for text, value in p.top} for p in logprobs],
+        "top_logprobs": [{text: _finite(value) for text, value, _ in p.top} for p in logprobs],
         "text_offset": offsets,
     }
 

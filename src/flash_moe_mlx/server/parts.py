@@ -1,23 +1,33 @@
 """AnswerParser: a generated answer's parts as clients get them: content up to a stop string, reasoning, tool calls."""
 
 import json
-import uuid
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
-from ..chat.answer import AnswerSplitter, Part
-from ..chat.calls import NotACallError, read_calls
+from ..chat.answer import BadCall, Part
+from ..chat.calls import Call
+from ..chat.ids import CallIds
+from ..chat.reader import AnswerReader
+from ..chat.text import AnswerText
 from .schema import GenerationRequest
 
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a generated token, and of the likeliest in its place: (text, log-probability) pairs."""
+    """Log-probability of a generated token, and of the likeliest in its place.
+
+    Attributes:
+        text: What the token adds to the answer.
+        logprob: Its log-probability.
+        top: The likeliest tokens: (text, log-probability, bytes).
+        data: Its bytes.
+    """
 
     text: str
     logprob: float
-    top: tuple[tuple[str, float], ...] = ()
+    top: tuple[tuple[str, float, bytes], ...] = ()
+    data: bytes = b""
 
 
 @dataclass(frozen=True)
@@ -35,14 +45,14 @@ class ToolCall:
 
     name: str
     arguments: str
-    id: str = field(default_factory=lambda: f"call_{uuid.uuid4().hex[:24]}")
+    id: str
 
 
 AnswerPart = TextPart | ToolCall
 
 
 class AnswerParser:
-    """Feed it a token's text; it returns the parts that are certain.
+    """Takes an answer token by token; returns the parts that are certain.
 
     Text is held back while it could be the beginning of a stop string, or the white space before a tool call.
     A token's log-probability comes with the first of its text; those of tokens that yield no content (thinking, tool
@@ -51,48 +61,66 @@ class AnswerParser:
     Attributes:
         stopped: A stop string was found, or the only call allowed is made: nothing more is wanted.
         calls: Tool calls so far.
+        text: The text of the last token.
     """
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int], request: GenerationRequest):
+    def __init__(self, tokenizer: Any, prompt: Sequence[int], request: GenerationRequest, ids: CallIds | None = None):
         """Begin an answer.
 
         Args:
             tokenizer: From :func:`flash_moe_mlx.load`.
             prompt: The prompt's tokens; with ``call_required`` they end with a tool call's beginning.
-            request: What is asked for.
+            request: The request.
+            ids: Gives calls their ids.
         """
         self.stopped = False
         self.calls = 0
-        self._tokenizer = tokenizer
+        self.text = ""
         self._request = request
-        self._splitter: AnswerSplitter | None = None  # a plain completion is text throughout
-        if request.messages is not None:
-            required = request.call_required
-            self._splitter = AnswerSplitter(tokenizer, () if required else prompt, tool_calls=bool(request.tools))
-            if required:
-                list(self._splitter.feed(tokenizer.tool_call_start))
+        self._ends = getattr(tokenizer, "eos_token_ids", ())
+        self._ids = CallIds() if ids is None else ids
+        self._reader: AnswerReader | None = None
+        self._plain: AnswerText | None = None  # a plain completion is text throughout, and goes on from the prompt
+        if request.messages is None:
+            self._plain = AnswerText(tokenizer, prompt)
+        else:
+            self._reader = AnswerReader(tokenizer, prompt, request.tools, called=request.call_required)
         self._held = ""
         self._fed = 0
-        self._unplaced: list[tuple[int, int, TokenLogprob]] = []  # by where in all that was fed their text begins, ends
+        self._unplaced: list[tuple[int, int, TokenLogprob]] = []  # by where in all that was said it begins, ends
         self._placed: list[tuple[int, TokenLogprob]] = []  # by where in what is held it begins
 
-    def feed(self, text: str, logprob: TokenLogprob | None = None, last: bool = False) -> list[AnswerPart]:
-        """Take the text of one token, which may be empty. The ``last`` one lets go of what is held back."""
+    def read(self, token: int, finish_reason: str | None = None) -> list[Part | Call | BadCall]:
+        """Take a token; returns its pieces, for :meth:`feed`, which places its log-probability."""
+        if self._reader is not None:
+            pieces = self._reader.feed(token, finish_reason)
+            self.text = self._reader.said
+            return pieces
+        assert self._plain is not None
+        self.text = "" if token in self._ends else self._plain.piece(token)
+        return [Part("text", self.text, self._fed, len(self.text))]
+
+    def feed(
+        self, pieces: Sequence[Part | Call | BadCall], logprob: TokenLogprob | None = None, last: bool = False
+    ) -> list[AnswerPart]:
+        """Take the pieces of one token. The ``last`` one lets go of what is held back."""
+        size = self._fed + len(self.text) if self._reader is None else self._reader.size
         if logprob is not None:
-            self._unplaced.append((self._fed, self._fed + len(text), logprob))
-        pieces = [Part("text", text, self._fed)] if self._splitter is None else self._splitter.feed(text, last=last)
-        self._fed += len(text)
+            self._unplaced.append((self._fed, size, logprob))
+        self._fed = size
         parts: list[AnswerPart] = []
         for piece in pieces:
             if self.stopped:
                 break
-            if piece.kind == "text":
+            if isinstance(piece, Call):
+                parts += self._call(piece)
+            elif isinstance(piece, BadCall):  # told as it stands, with a note, rather than lost
+                parts += self._content(f"{piece.text}\n[This is no call that can be run: {piece.reason}.]")
+            elif piece.kind == "text":
                 self._place(piece)
                 parts += self._content(piece.text)
-            elif piece.kind == "thinking":
+            elif piece.text:
                 parts.append(TextPart("reasoning", piece.text))
-            else:
-                parts += self._call(piece.text)
         if last and not self.stopped:
             parts += self._release(len(self._held))
         return parts
@@ -108,21 +136,18 @@ class AnswerParser:
 
     def _place(self, piece: Part) -> None:
         """Find the tokens that a piece of content comes from; those before it have none."""
-        end = piece.start + len(piece.text)
+        end = piece.start + piece.size
         for first, last, logprob in self._unplaced:
             if first < end and (last > piece.start or first == piece.start):
                 self._placed.append((len(self._held) + max(0, first - piece.start), logprob))
         self._unplaced = [token for token in self._unplaced if token[0] >= end]
 
     def _uncertain(self) -> int:
-        """Characters at the end of what is held that may not be content."""
-        held = self._held
-        longest = 0
+        """Return the number of characters at the end of what is held that may begin a stop string."""
+        held, longest = self._held, 0
         for stop in self._request.stop:
             sizes = range(min(len(stop) - 1, len(held)), longest, -1)
             longest = next((size for size in sizes if held.endswith(stop[:size])), longest)
-        if self._request.tools:
-            longest = len(held) - len(held[: len(held) - longest].rstrip())
         return longest
 
     def _release(self, size: int) -> Iterator[AnswerPart]:
@@ -132,23 +157,9 @@ class AnswerParser:
         if text:
             yield TextPart("content", text, logprobs)
 
-    def _call(self, text: str) -> Iterator[AnswerPart]:
-        calls = self._parsed(text)
-        if calls is None:  # told as it stands rather than lost
-            self._held += self._tokenizer.tool_call_start + text
-            yield from self._release(len(self._held))
-            return
-        yield from self._release(len(self._held.rstrip()))
-        self._held = ""
+    def _call(self, call: Call) -> Iterator[AnswerPart]:
+        yield from self._release(len(self._held))
         self._placed.clear()
-        if not self._request.parallel_tool_calls:
-            calls, self.stopped = calls[:1], True
-        self.calls += len(calls)
-        yield from calls
-
-    def _parsed(self, text: str) -> list[ToolCall] | None:
-        try:
-            calls = read_calls(self._tokenizer.tool_parser, text, self._request.tools)
-        except NotACallError:
-            return None
-        return [ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False)) for call in calls]
+        self.stopped = not self._request.parallel_tool_calls
+        self.calls += 1
+        yield ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False), self._ids.of(call))

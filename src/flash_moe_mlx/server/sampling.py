@@ -2,13 +2,13 @@
 
 import math
 import secrets
-from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
+from ..chat.text import TokenTable
 from ..errors import FlashMoEError
 from ..runtime.generation import GenerationResponse, LogitsProcessor, Sampler
 from .parts import TokenLogprob
@@ -56,8 +56,15 @@ def _after(start: int, processor: LogitsProcessor) -> LogitsProcessor:
     return lambda tokens, logits: processor(tokens[start:], logits)
 
 
-def token_logprob(response: GenerationResponse, decode: Callable[[list[int]], str], top: int) -> TokenLogprob:
-    """A token's log-probability and the ``top`` likeliest in its place, likeliest first."""
+def token_logprob(response: GenerationResponse, text: str, table: TokenTable, top: int) -> TokenLogprob:
+    """Return a token's log-probability and the ``top`` likeliest in its place, likeliest first.
+
+    Args:
+        response: The token's.
+        text: What it adds to the answer.
+        table: The tokenizer's.
+        top: How many.
+    """
     logprobs = np.array(response.logprobs.astype(mx.float32), copy=False)
     if math.isnan(logprobs[response.token]):
         raise FlashMoEError(
@@ -66,7 +73,8 @@ def token_logprob(response: GenerationResponse, decode: Callable[[list[int]], st
     best: Any = np.argpartition(-logprobs, top - 1)[:top] if top else []
     ordered = sorted(best, key=lambda token: -logprobs[token])
     return TokenLogprob(
-        decode([response.token]),
+        text,
         float(logprobs[response.token]),
-        tuple((decode([int(token)]), float(logprobs[token])) for token in ordered),
+        tuple((table.text_of(int(t)), float(logprobs[t]), table.bytes_of(int(t))) for t in ordered),
+        table.bytes_of(response.token),
     )

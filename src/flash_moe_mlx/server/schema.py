@@ -1,4 +1,4 @@
-"""Request bodies: from JSON that anybody may send to a checked `GenerationRequest`. Imports no MLX.
+"""Request bodies: from JSON that anybody may send to a checked `GenerationRequest`.
 
 Fields that OpenAI's API has and that would change the answer, but are not supported, are refused; unknown ones are
 ignored, as other servers do, since clients send many.
@@ -7,13 +7,14 @@ ignored, as other servers do, since clients send many.
 import math
 import reprlib
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from ..chat.prompt import OWN_VARIABLES
 from .api_error import ApiError
 from .messages import check_messages, check_tools
 
-MAX_STOPS = 4
+MAX_STOPS = 1000
 MAX_STOP_CHARACTERS = 1000
 MAX_TOP_LOGPROBS = 20
 MIN_REPETITION_PENALTY = 0.01
@@ -54,7 +55,7 @@ class GenerationRequest:
         tools: Tools in the prompt, as they were sent.
         call_required: The answer must begin with a tool call.
         parallel_tool_calls: More than one call may be made.
-        thinking: Whether a model that can think before it answers is to; None leaves it to the template.
+        template_arguments: Variables of the chat template: whether to think, how hard, and what others it knows.
         max_tokens: Most tokens to generate; None is what the context has room for.
         stop: Strings that end the answer and are not part of it.
         top_logprobs: Alternatives a token; None sends no log-probabilities at all.
@@ -73,7 +74,7 @@ class GenerationRequest:
     tools: list[dict[str, Any]] | None = None
     call_required: bool = False
     parallel_tool_calls: bool = True
-    thinking: bool | None = None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_chat(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
@@ -97,20 +98,36 @@ def parse_chat(body: Any, model_id: str, vocabulary: int, defaults: Sampling) ->
     wanted = _boolean(body, "logprobs", False)
     if alternatives is not None and not wanted:
         raise _wrong("top_logprobs", "come with logprobs: true", alternatives)
-    template_arguments = _mapping(body, "chat_template_kwargs")
-    if unknown := sorted(set(template_arguments) - {"enable_thinking"}):
-        raise _wrong("chat_template_kwargs", "hold enable_thinking and nothing else", unknown)
-    most = _integer(body, "max_completion_tokens", None, 1, _INT64)
+    most = _limit(body, "max_completion_tokens")
     return replace(
         common,
         messages=messages,
         tools=None if choice == "none" else tools or None,
         call_required=choice == "required",
         parallel_tool_calls=_boolean(body, "parallel_tool_calls", True),
-        thinking=_boolean(template_arguments, "enable_thinking", None),
+        template_arguments=_template_arguments(body),
         max_tokens=common.max_tokens if most is None else most,
         top_logprobs=(alternatives or 0) if wanted else None,
     )
+
+
+def _template_arguments(body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what goes to the chat template: ``chat_template_kwargs``, and those that clients send at the top level.
+
+    Templates ignore what they don't know.
+    """
+    given = dict(_mapping(body, "chat_template_kwargs"))
+    if ours := sorted(set(given) & OWN_VARIABLES):
+        raise _wrong("chat_template_kwargs", f"leave out {', '.join(sorted(OWN_VARIABLES))}", ours)
+    for name in ("enable_thinking", "preserve_thinking"):
+        if (value := _boolean(body, name, None)) is not None:
+            given.setdefault(name, value)
+    effort = _text(body, "reasoning_effort", "")
+    if effort:
+        given.setdefault("reasoning_effort", effort)
+    if effort == "none":
+        given.setdefault("enable_thinking", False)
+    return given
 
 
 def parse_completion(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
@@ -123,7 +140,7 @@ def parse_completion(body: Any, model_id: str, vocabulary: int, defaults: Sampli
     return replace(
         common,
         prompt=_prompt(body.get("prompt"), vocabulary),
-        max_tokens=COMPLETION_MAX_TOKENS if common.max_tokens is None else common.max_tokens,
+        max_tokens=COMPLETION_MAX_TOKENS if body.get("max_tokens") is None else common.max_tokens,
         top_logprobs=_integer(body, "logprobs", None, 0, MAX_TOP_LOGPROBS),
     )
 
@@ -140,7 +157,7 @@ def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling)
             code="model_not_found",
         )
     for name, advice in _REFUSED.items():
-        if body.get(name) is not None:
+        if body.get(name) not in (None, [], {}, "", "none", "auto", False):  # what asks for nothing
             raise ApiError(400, f"{name} is not supported. {advice}", param=name, code="unsupported_parameter")
     if _integer(body, "n", 1, 1, 128) != 1:
         raise _wrong("n", "be 1", body["n"])
@@ -151,7 +168,7 @@ def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling)
         messages=None,
         prompt="",
         sampling=_sampling(body, vocabulary, defaults),
-        max_tokens=_integer(body, "max_tokens", None, 1, _INT64),
+        max_tokens=_limit(body, "max_tokens"),
         stop=_stop(body.get("stop")),
         top_logprobs=None,
         stream=stream,
@@ -163,7 +180,7 @@ def _sampling(body: Mapping[str, Any], vocabulary: int, defaults: Sampling) -> S
     result = Sampling(
         temperature=_number(body, "temperature", defaults.temperature, 0, 2),
         top_p=_number(body, "top_p", defaults.top_p, 0, 1),
-        top_k=_integer(body, "top_k", defaults.top_k, 0, _INT64),
+        top_k=max(0, _integer(body, "top_k", defaults.top_k, -1, _INT64)),
         min_p=_number(body, "min_p", defaults.min_p, 0, 1),
         seed=_integer(body, "seed", defaults.seed, -_INT64, _INT64),
         repetition_penalty=_number(body, "repetition_penalty", defaults.repetition_penalty, MIN_REPETITION_PENALTY, 10),
@@ -188,13 +205,21 @@ def _logit_bias(biases: Mapping[str, Any], vocabulary: int) -> dict[int, float] 
     return result or None
 
 
+def _limit(body: Mapping[str, Any], name: str) -> int | None:
+    """Return a number of tokens; None, as local clients' -1, is no limit."""
+    most = _integer(body, name, None, -1, _INT64)
+    if most == 0:
+        raise _wrong(name, "be a whole number from 1, or -1 for no limit", 0)
+    return None if most == -1 else most
+
+
 def _stop(value: Any) -> tuple[str, ...]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
-    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) and s for s in stops):
-        raise _wrong("stop", f"be a text or up to {MAX_STOPS} texts, none empty", value)
+    if not isinstance(stops, list) or len(stops) > MAX_STOPS or not all(isinstance(s, str) for s in stops):
+        raise _wrong("stop", f"be a text or up to {MAX_STOPS:,} texts", value)
     if any(len(stop) > MAX_STOP_CHARACTERS for stop in stops):
         raise _wrong("stop", f"have texts of at most {MAX_STOP_CHARACTERS} characters", value)
-    return tuple(stops)
+    return tuple(dict.fromkeys(filter(None, stops)))
 
 
 def _prompt(value: Any, vocabulary: int) -> str | list[int]:

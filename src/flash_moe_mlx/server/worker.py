@@ -17,7 +17,10 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..chat.dialect import dialect_of
+from ..chat.ids import CallIds
 from ..chat.prompt import chat_prompt
+from ..chat.text import token_table
 from ..errors import MemoryLimitError
 from ..runtime.generation import GenerationResponse, stream_generate
 from ..runtime.prefix_cache import PrefixCache
@@ -50,6 +53,7 @@ class ClientLeft(Exception):
 class _Prompt:
     tokens: list[int]
     snapshot_at: list[int] | None
+    ids: CallIds
 
 
 class Generation:
@@ -216,7 +220,8 @@ class Worker:
                 f"the prompt must have 1 to {limit} tokens, got {len(tokens)}. Shorten it, or serve with a larger "
                 "--max-context.",
             )
-        return _Prompt(tokens, snapshot_at)
+        ids = CallIds() if request.messages is None else CallIds.for_conversation(self._tokenizer, request.messages)
+        return _Prompt(tokens, snapshot_at, ids)
 
     def _too_long(self, request: GenerationRequest, message: str) -> ApiError:
         param = "prompt" if request.messages is None else "messages"
@@ -228,21 +233,21 @@ class Worker:
             if not isinstance(request.prompt, str):
                 return request.prompt, None
             check_length(tokenizer, request.prompt, limit)
-            return tokenizer.encode(request.prompt), None
+            begun = tokenizer.bos_token is not None and request.prompt.startswith(tokenizer.bos_token)
+            return tokenizer.encode(request.prompt, add_special_tokens=not begun), None
         if not tokenizer.has_chat_template:
             raise ApiError(400, "this model must have a chat template, got none. Use /v1/completions.")
         check_conversation(tokenizer, request.messages, request.tools, limit)
-        arguments: dict[str, Any] = {"max_context": limit}
+        arguments = {**request.template_arguments, "max_context": limit}
         if request.tools is not None:
             arguments["tools"] = request.tools
-        if request.thinking is not None:
-            arguments["enable_thinking"] = request.thinking
         if not request.call_required:
             return chat_prompt(tokenizer, request.messages, **arguments)
-        if not tokenizer.has_tool_calling:
+        dialect = dialect_of(tokenizer)
+        if not dialect.has_calls:
             raise ApiError(400, "tool_choice must be auto or none: this model's chat template has no tools.")
         tokens, points = chat_prompt(tokenizer, request.messages, **arguments | {"enable_thinking": False})
-        return [*tokens, *tokenizer.tool_call_start_tokens], points
+        return [*tokens, *tokenizer.encode(dialect.call_beginning, add_special_tokens=False)], points
 
     def _run(self, generation: Generation, prompt: _Prompt) -> Finished | None:
         """Generate an answer. On the worker's thread."""
@@ -255,7 +260,8 @@ class Worker:
 
     def _generate(self, generation: Generation, prompt: _Prompt) -> Finished | None:
         request, tokenizer = generation.request, self._tokenizer
-        parser = AnswerParser(tokenizer, prompt.tokens, request)
+        parser = AnswerParser(tokenizer, prompt.tokens, request, prompt.ids)
+        table = token_table(tokenizer)
         limit = self._model.streaming.max_context
         responses = stream_generate(
             self._model,
@@ -270,9 +276,10 @@ class Worker:
         with closing(responses):
             for response in self._counted(responses, generation):
                 logprob = None
+                pieces = parser.read(response.token, response.finish_reason)
                 if request.top_logprobs is not None and response.token not in tokenizer.eos_token_ids:
-                    logprob = token_logprob(response, tokenizer.decode, request.top_logprobs)
-                for part in parser.feed(response.text, logprob, last=response.finish_reason is not None):
+                    logprob = token_logprob(response, parser.text, table, request.top_logprobs)
+                for part in parser.feed(pieces, logprob, last=response.finish_reason is not None):
                     generation.put(part)
                 if response.finish_reason or parser.stopped:
                     break
