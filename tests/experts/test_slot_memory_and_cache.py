@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from flash_moe_mlx.errors import MemoryLimitError, ShapeError, StoreError
 from flash_moe_mlx.experts.cache import ExpertCache
 from flash_moe_mlx.experts.policies import LRU, AgedLFU, Policy
-from flash_moe_mlx.experts.slots import waves
+from flash_moe_mlx.experts.slots import plan_groups
 from flash_moe_mlx.formats.expert_layout import Quantization, RecordLayout
 from flash_moe_mlx.ops.slot_memory import ExpertBank
 from flash_moe_mlx.storage.store import ReadRequest
@@ -225,7 +225,7 @@ def test_a_wave_stays_while_the_next_is_read(slots: int, passes: list[set[int]],
     for wanted in passes:
         ordered, hits = cache.order(0, sorted(wanted), None, tokens)
         present, read = set(cache.present(0)), len(source.reads)
-        planned = waves(ordered, hits, slots, tokens)
+        planned = plan_groups(ordered, hits, slots, tokens)
         assert sorted(expert for wave in planned for expert in wave.experts) == sorted(wanted)
         fetch = cache.acquire(0, planned[0].experts, counted=True)
         fetch.wait()

@@ -98,13 +98,14 @@ def test_a_model_used_by_another_thread_than_loaded_it(loaded: Loaded, expected:
 def test_trace_holds_the_routing(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, _ = loaded
     chosen: list[np.ndarray] = []
-    inner = model.streaming.record
+    reader = model.streaming._reader
+    inner = reader.record
 
     def note(layer: int, ids: np.ndarray, weights: Any) -> None:
         chosen.append(ids.copy())
         inner(layer, ids, weights)
 
-    monkeypatch.setattr(model.streaming, "record", note)
+    monkeypatch.setattr(reader, "record", note)
     with model.streaming.trace(tmp_path / "routing.npz"):
         run(loaded)
     count = len(chosen)

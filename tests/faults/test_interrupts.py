@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from flash_moe_mlx.models import moe_block as moe
+from flash_moe_mlx.experts import local
 from flash_moe_mlx.ops.expert_batch import expert_ffn_grouped
 from flash_moe_mlx.storage.store import ReadRequest
 
@@ -79,7 +79,7 @@ def test_no_read_outlives_an_interrupted_pass(
             raise KeyboardInterrupt
         return expert_ffn_grouped(*arguments)
 
-    monkeypatch.setattr(moe, "expert_ffn_grouped", interrupted)
+    monkeypatch.setattr(local, "expert_ffn_grouped", interrupted)
     with pytest.raises(KeyboardInterrupt):
         run(loaded)
     assert under_way[-1]

@@ -9,7 +9,7 @@ from typing import Any
 INTERRUPTIBLE = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "JUMP_BACKWARD", "RESUME")}
 """Instructions after which CPython looks for signals: no other place can be hit by Ctrl-C."""
 
-ENGINE = ("/cache.py", "/engine.py", "/moe_block.py")
+ENGINE = ("/cache.py", "/engine.py", "/reader.py", "/local.py", "/moe_block.py")
 READS = ("/store.py", "/io_threads.py", "/threading.py", "/thread.py", "/_base.py")
 """The store, its threads, and what of the standard library either may use."""
 

@@ -125,7 +125,7 @@ class ExpertCache:
     def order(
         self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1
     ) -> tuple[list[int], int]:
-        """Count experts as used, and order them for waves: those present, then the others, the most useful last.
+        """Count experts as used, and order them for groups: those present, then the others, the most useful last.
 
         Args:
             layer: The layer.

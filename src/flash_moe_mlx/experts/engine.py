@@ -1,81 +1,34 @@
 """StreamingEngine: what ``model.streaming`` is. Owns store, slots, budget, counters and lock of one model."""
 
 import gc
-import itertools
 import logging
 import threading
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import CancelledError
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..config import StreamingConfig, parse_size
 from ..errors import MemoryLimitError, RequestError, StoreError
 from ..forks import check_process, is_forked
 from ..formats.expert_layout import RecordLayout
 from ..ops.gpu.kernel_source import explain_refusals
-from ..ops.slot_memory import ExpertBank
+from ..ops.numerics import Activation
 from ..stats import Counters, StreamingStats, format_bytes
 from ..storage.store import ExpertStore
 from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
 from .buffer_cache import BufferCacheShare
-from .cache import ExpertCache, Fetch
+from .cache import ExpertCache
+from .executor import ExpertExecutor
+from .local import LocalExperts
+from .reader import ExpertReader
 from .reservations import Reservations, Room, Snapshots
-from .slots import PlannedWave, waves
 from .trace import DECODE, PREFILL, TraceRecorder
 from .wired_memory import WiredShare
 
 logger = logging.getLogger(__name__)
-
-_BEGUN = -1  # in place of a thread's identifier: any thread may wait for it
-
-
-@dataclass(frozen=True)
-class Wave:
-    """Experts of one layer that are in memory together.
-
-    Attributes:
-        bank: The layer's slots.
-        slots: Slot of each expert of the wave, by expert.
-    """
-
-    bank: ExpertBank
-    slots: Mapping[int, int]
-
-
-class TokenFetch:
-    """Experts of one layer for one token: some in memory, the others being read.
-
-    Attributes:
-        misses: Experts that are being read.
-    """
-
-    def __init__(self, fetch: Fetch, bank: ExpertBank, counters: Counters):
-        self.misses = fetch.misses
-        self._fetch = fetch
-        self._bank = bank
-        self._counters = counters
-
-    def addresses(self, experts: Sequence[int]) -> list[int]:
-        """Where each expert's record begins in memory; those of misses are whole after ``wait``."""
-        base, size = self._bank.address, self._bank.layout.record_bytes
-        return [base + self._fetch.slots[expert] * size for expert in experts]
-
-    def wait(self) -> None:
-        """Wait until the misses are in memory.
-
-        Raises:
-            StoreError: If a record can't be read.
-        """
-        started = time.perf_counter()
-        self._counters.bytes_read += self._fetch.wait()
-        self._counters.read_seconds += time.perf_counter() - started
 
 
 class StreamingEngine:
@@ -110,16 +63,13 @@ class StreamingEngine:
         self._limit_bytes = limit_bytes
         self._reservations = Reservations(costs, 1, config.prefill_step_size, config.max_context)
         self._budget = self._divide(limit_bytes, self._reservations.reserved)
-        self._counters = Counters()
-        self._counted_from = self._counters.copy()
-        self._unread: tuple[mx.array, int] | None = None
-        self._recorder: TraceRecorder | None = None
-        self._local = threading.local()
         self._closed = False
         self.slow_decode = ""  # why single tokens are not decoded the quick way; set by the model
         self.lock = threading.RLock()
         self._wired = WiredShare(limit_bytes, self._budget.dense_bytes)  # before slots, which are wired as they come
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
+        self._reader = ExpertReader(self._cache, layouts)
+        self._counted_from = self._reader.counters.copy()
         self._applied = self._budget
         self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes))
         logger.info(
@@ -184,8 +134,8 @@ class StreamingEngine:
                 self._apply(self._budget)
             self._make_room(batch, tokens, length, caches)
             routed = batch * tokens if routed_tokens is None else routed_tokens
-            if self._recorder is not None and self.is_recording:
-                self._recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
+            if self._reader.recorder is not None and self.is_recording:
+                self._reader.recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
             finished = False
             try:
                 with explain_refusals():
@@ -194,8 +144,8 @@ class StreamingEngine:
             finally:
                 if not finished:
                     self._store.drain()  # reads of what would have come next
-                self._begin_unread()
-            self._counters.tokens += routed
+                self._reader.start_unread()
+            self._reader.counters.tokens += routed
 
     def _check_open(self) -> None:
         if self._closed:
@@ -225,7 +175,7 @@ class StreamingEngine:
             return self._divide(limit_bytes, room), room
 
     def _apply(self, budget: Budget, room: Room | None = None) -> None:
-        self._settle()
+        self._reader.settle()
         # Nothing uses scratch now: experts that stay are copied by way of it.
         spare = min(budget.scratch_bytes, self._applied.scratch_bytes)
         # Known before it is done: what an interrupt cuts short, the next pass finishes.
@@ -236,119 +186,31 @@ class StreamingEngine:
         self._applied = budget
         logger.info("%d experts in slots (%s)", self._cache.total_slots, format_bytes(budget.slot_bytes))
 
-    def hidden_size(self, layer: int) -> int:
-        """H of a layer's experts."""
-        return self._layouts[layer].hidden_size
-
-    def layout(self, layer: int) -> RecordLayout:
-        """What a record of a layer looks like."""
-        return self._layouts[layer]
-
-    def waves(self, layer: int, experts: np.ndarray, counts: np.ndarray | None = None) -> Iterator[Wave]:
-        """Bring experts of a layer into memory, in waves that the slots hold.
-
-        Reads of the first wave are under way on return, and waited for when it is asked for; those of the next one
-        go on while the caller computes. Those present come first, so that none that is wanted is evicted. The
-        caller must have evaluated what it computed from one wave before it asks for the next.
+    def executor(self, layer: int, activation: Activation | None = None) -> ExpertExecutor:
+        """Return what computes a layer's routed experts.
 
         Args:
-            experts: Distinct expert ids, ascending.
-            counts: Tokens that picked each; None is one each.
-
-        Raises:
-            StoreError: If a record can't be read.
+            layer: The layer's number.
+            activation: Between up and down projection, in place of SwiGLU.
         """
-        uses = None if counts is None else counts.tolist()
-        tokens = 1 if uses is None else -(-sum(uses) // self._k)
-        ordered, hits = self._cache.order(layer, experts.tolist(), uses, tokens)
-        self._counters.hits += hits
-        self._counters.misses += len(ordered) - hits
-        planned = waves(ordered, hits, self._cache.num_slots(layer), tokens)
-        return self._waves(layer, planned, self._acquire(layer, planned[0]) if planned else None)
-
-    def token(self, layer: int, experts: list[int]) -> TokenFetch:
-        """Begin to bring one token's distinct experts into memory: ``waves`` of one row, for CPU kernels.
-
-        The caller computes with them before it calls this again.
-
-        Raises:
-            StoreError: If a record can't be read.
-        """
-        self._check_cancelled()
-        self._settle()
-        fetch = self._cache.acquire(layer, experts)
-        self._counters.misses += len(fetch.misses)
-        self._counters.hits += len(experts) - len(fetch.misses)
-        return TokenFetch(fetch, self._cache.bank(layer), self._counters)
-
-    def _check_cancelled(self) -> None:
-        for cancelled in getattr(self._local, "cancelled", ()):
-            if cancelled.is_set():
-                raise CancelledError
-
-    def _acquire(self, layer: int, wave: PlannedWave) -> Fetch:
-        self._check_cancelled()
-        self._settle()
-        return self._cache.acquire(layer, wave.experts, counted=True, keep=wave.keep)
-
-    def _waves(self, layer: int, planned: list[PlannedWave], first: Fetch | None) -> Iterator[Wave]:
-        fetch = first
-        for wave, following in itertools.zip_longest(planned, planned[1:]):
-            current = self._acquire(layer, wave) if fetch is None else fetch
-            started = time.perf_counter()
-            self._counters.bytes_read += current.wait()
-            if current.misses:
-                self._counters.read_seconds += time.perf_counter() - started
-            fetch = self._acquire(layer, following) if following is not None and following.keep else None
-            yield Wave(self._cache.bank(layer), current.slots)
-
-    def reading(self, output: mx.array) -> None:
-        """Say that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
-        self._unread = (output, threading.get_ident())
-
-    def _begin_unread(self) -> None:
-        """Evaluate it on the thread whose stream it was built for; whoever overwrites slots waits for it."""
-        if self._unread is not None:
-            output, _ = self._unread
-            mx.async_eval(output)
-            self._unread = (output, _BEGUN)
-
-    def _settle(self) -> None:
-        if self._unread is not None:
-            output, thread = self._unread
-            # One that an interrupt kept from being begun can't be evaluated on any other thread: it is forgotten.
-            if thread in (_BEGUN, threading.get_ident()):
-                mx.eval(output)
-            self._unread = None
+        return LocalExperts(self._reader, layer, activation)
 
     @property
     def is_recording(self) -> bool:
         """Whether routers' choices are being written to a trace."""
-        return self._recorder is not None and not self._recorder.closed
-
-    def record(self, layer: int, experts: np.ndarray, weights: mx.array | np.ndarray) -> None:
-        """Note a router's choice, ids and weights of shape (T, K), if a trace is being recorded."""
-        if self._recorder is not None and self.is_recording:
-            floats = weights.astype(mx.float32) if isinstance(weights, mx.array) else weights
-            self._recorder.record(layer, experts, np.array(floats))
+        return self._reader.is_recording
 
     # What generation and snapshots call.
 
-    @contextmanager
-    def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
-        """Within it, a forward pass of this thread ends early once ``cancelled`` is set, before the next wave's reads.
+    def cancellable(self, cancelled: threading.Event) -> AbstractContextManager[None]:
+        """End a forward pass of this thread early once ``cancelled`` is set, before the next group's reads.
 
         May be nested: any of the events ends the pass.
 
         Raises:
             concurrent.futures.CancelledError: Out of the forward pass.
         """
-        before = getattr(self._local, "cancelled", ())
-        self._local.cancelled = (*before, cancelled)
-        try:
-            yield
-        finally:
-            self._local.cancelled = before
+        return self._reader.cancellable(cancelled)
 
     def add_snapshots(self, snapshots: Snapshots) -> None:
         """Set ``snapshots.max_bytes`` aside, from the expert slots.
@@ -396,11 +258,11 @@ class StreamingEngine:
     @property
     def counters(self) -> Counters:
         """Running totals since load; never reset, so that differences always hold."""
-        return self._counters
+        return self._reader.counters
 
     def stats(self) -> StreamingStats:
         """Counters and memory at this moment."""
-        counters, budget = self._counters.since(self._counted_from), self._budget
+        counters, budget = self._reader.counters.since(self._counted_from), self._budget
         return StreamingStats(
             tokens=counters.tokens,
             hits=counters.hits,
@@ -424,7 +286,7 @@ class StreamingEngine:
         """Set the counters and MLX's peak memory to zero. What is in memory stays."""
         check_process("model.streaming")
         with self.lock:
-            self._counted_from = self._counters.copy()
+            self._counted_from = self._reader.counters.copy()
             mx.reset_peak_memory()
 
     def trace(self, path: str | Path) -> TraceRecorder:
@@ -441,11 +303,11 @@ class StreamingEngine:
         check_process("model.streaming")
         with self.lock:
             self._check_open()
-            if self._recorder is not None:
-                self._recorder.close()
+            if self._reader.recorder is not None:
+                self._reader.recorder.close()
             most = max(e.num_experts for e in self._experts.values())
-            self._recorder = TraceRecorder(path, sorted(self._experts), most)
-            return self._recorder
+            self._reader.recorder = TraceRecorder(path, sorted(self._experts), most)
+            return self._reader.recorder
 
     def resize(self, memory_limit: int | str) -> None:
         """Change the memory limit of the running model. Waits for a forward pass under way.
@@ -468,7 +330,7 @@ class StreamingEngine:
         """Forget every expert in memory, so that the next ones are read again."""
         check_process("model.streaming")
         with self.lock:
-            self._settle()
+            self._reader.settle()
             self._cache.clear()
 
     def close(self) -> None:
@@ -480,11 +342,11 @@ class StreamingEngine:
             return
         with self.lock:  # every step may be taken again, so that what an interrupt cut short can be finished
             self._closed = True
-            if self._recorder is not None:
-                self._recorder.close()
-            self._settle()
+            if self._reader.recorder is not None:
+                self._reader.recorder.close()
+            self._reader.settle()
             self._store.close()
-            self._cache = ExpertCache(self._store, {}, {})
+            self._cache = self._reader.cache = ExpertCache(self._store, {}, {})
             mx.clear_cache()
             self._buffer_cache.close()
             self._wired.close()

@@ -8,37 +8,42 @@ from .policies import Policy
 PAIRWISE_TOKENS = 8
 """Up to this many tokens, each (token, expert) pair is computed on its own, in one call where all experts fit."""
 
-WAVE = 32
+GROUP_EXPERTS = 32
 """Experts of a prompt that are computed while the next ones are read: enough to keep threads and disk busy."""
 
 
-class PlannedWave(NamedTuple):
-    """Experts of one wave, and those of the one before, where slots hold both: they stay while this one is read."""
+class PlannedGroup(NamedTuple):
+    """Experts that are brought in together.
+
+    Attributes:
+        experts: The experts.
+        keep: The group before, where the slots hold both: its experts stay while this one is read.
+    """
 
     experts: list[int]
     keep: list[int]
 
 
-def waves(ordered: Sequence[int], hits: int, num_slots: int, tokens: int) -> list[PlannedWave]:
-    """Experts in waves, of which two beside each other fit the slots: one is computed while the next is read.
+def plan_groups(ordered: Sequence[int], hits: int, num_slots: int, tokens: int) -> list[PlannedGroup]:
+    """Split experts into groups of which two neighbours fit the slots: one is computed while the next is read.
 
-    All are one wave where that is possible and nothing would be gained.
+    All are one group where that is possible and nothing would be gained.
 
     Args:
         ordered: Distinct experts, as `SlotTable.order` returns them.
-        hits: How many of them, the first ones, are in memory.
+        hits: Number of them, the first ones, that are in memory.
         num_slots: S.
-        tokens: Of the forward pass.
+        tokens: Number of tokens in the forward pass.
     """
     fit = len(ordered) <= num_slots
-    if fit and (tokens <= PAIRWISE_TOKENS or hits == len(ordered) or len(ordered) <= WAVE):
-        return [PlannedWave(list(ordered), [])] if ordered else []
-    # Where some have to leave, larger waves would push out what decode wants: experiment 062.
-    size = WAVE if fit else max(min(num_slots // 4, WAVE), 1)
+    if fit and (tokens <= PAIRWISE_TOKENS or hits == len(ordered) or len(ordered) <= GROUP_EXPERTS):
+        return [PlannedGroup(list(ordered), [])] if ordered else []
+    # Where some have to leave, larger groups would push out what decode wants: experiment 062.
+    size = GROUP_EXPERTS if fit else max(min(num_slots // 4, GROUP_EXPERTS), 1)
     present, missing = ordered[:hits], ordered[hits:]
     groups = [list(part[i : i + size]) for part in (present, missing) for i in range(0, len(part), size)]
     before = [[], *groups] if num_slots > 1 else [[] for _ in groups]
-    return [PlannedWave(group, keep) for group, keep in zip(groups, before, strict=False)]
+    return [PlannedGroup(group, keep) for group, keep in zip(groups, before, strict=False)]
 
 
 class SlotTable:
@@ -64,9 +69,9 @@ class SlotTable:
     def order(
         self, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1
     ) -> tuple[list[int], int]:
-        """Count distinct experts as used, and say in which order to bring them in, where that takes several waves.
+        """Count distinct experts as used, and say in which order to bring them in, where that takes several groups.
 
-        Those present come first, so that the first wave evicts none that is wanted; then, where there are more than
+        Those present come first, so that the first group evicts none that is wanted; then, where there are more than
         slots, the others by how much they are worth keeping, the most at last.
 
         Args:
@@ -91,7 +96,7 @@ class SlotTable:
         """Slots of distinct experts; each absent one gets a free slot, or that of an expert which leaves.
 
         Args:
-            experts: Of one wave.
+            experts: The experts of one group.
             keep: Experts that may not leave, since they are being computed: with the others, at most S.
         """
         self.unsettled = True

@@ -30,7 +30,7 @@ from .memory import HybridCosts
 from .mixers.attention import GatedAttention
 from .mixers.blocks import mix
 from .mixers.gated_delta import GatedDeltaNet
-from .moe_block import RoutedExperts, StreamingMoE
+from .moe_block import StreamingMoE
 from .spec import Family, convert, dense_bytes, load_bytes
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class DecoderLayer(nn.Module):
             self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, mlp, quantization_of)
         else:
             self.mlp = StreamingMoE(
+                layer=index,
                 gate=Linear(config.hidden_size, config.num_experts, quantization_of(f"{mlp}.gate")),
                 shared_expert=SwiGLU(
                     config.hidden_size, config.shared_expert_intermediate_size, f"{mlp}.shared_expert", quantization_of
@@ -176,7 +177,7 @@ class HybridModel(nn.Module):
         self.streaming = engine
         for index, layer in enumerate(self.layers):
             if isinstance(layer.mlp, StreamingMoE):
-                layer.mlp.routed = RoutedExperts(engine, index, self.config.hidden_size)
+                layer.mlp.routed = engine.executor(index)
 
     @property
     def layers(self) -> list[DecoderLayer]:
@@ -186,8 +187,8 @@ class HybridModel(nn.Module):
         """What runs single tokens on the CPU; None on a GPU, without numba, or where it does not know the model."""
         if not use_cpu_kernels() or self.dtype != mx.float32 or self._has_other_layers:
             return None
+        from ..ops.cpu.expert_program import UnsupportedLayerError
         from .cpu_decoder import CPUDecoder
-        from .cpu_layers import UnsupportedLayerError
 
         if self._cpu_decoder is None or not self._cpu_decoder.fits():
             try:
@@ -299,7 +300,7 @@ class HybridModel(nn.Module):
 
     def _check_routers(self, embedded: mx.array, rows: mx.array | None) -> None:
         """Check what routers on a GPU left unchecked. NaN stays in the residual: if the last is fine, all are."""
-        routed = [layer.mlp.routed for layer in self.layers if isinstance(layer.mlp, StreamingMoE)]
+        routed = [layer.mlp for layer in self.layers if isinstance(layer.mlp, StreamingMoE)]
         unchecked = [(r.layer, r.unchecked) for r in routed if r.unchecked is not None]
         for r in routed:
             r.unchecked = None

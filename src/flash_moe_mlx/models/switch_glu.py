@@ -11,7 +11,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
 from mlx_lm.utils import _get_classes, infer_quant_config
@@ -25,6 +24,7 @@ from ..errors import (
     UnsupportedModelError,
 )
 from ..experts.engine import StreamingEngine
+from ..experts.executor import ExpertExecutor
 from ..experts.slots import PAIRWISE_TOKENS
 from ..experts.thread_streams import borrow_stream
 from ..forks import check_process
@@ -39,7 +39,6 @@ from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
 from .checks import check_tokens, checked_later, clamped, locate, vocabulary_size
 from .model_arguments import check_arguments, refuse, refuse_weights
-from .moe_block import RoutedExperts
 from .spec import Family, convert, load_bytes
 from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
 
@@ -51,7 +50,7 @@ _PARTS_OF_SWITCH_GLU = {"gate_proj", "up_proj", "down_proj", "activation"}
 class StreamingSwitchGLU(nn.Module):
     """In place of mlx-lm's SwitchGLU. Before an engine is attached it returns zeros and notes K: the dry run."""
 
-    routed: RoutedExperts | None
+    routed: ExpertExecutor | None
 
     def __init__(self, layer: int, activation: Callable[[mx.array, mx.array], mx.array]):
         super().__init__()
@@ -77,10 +76,9 @@ class StreamingSwitchGLU(nn.Module):
         if self.checked and not is_finite(x):
             row = first_bad_row(x.reshape(-1, x.shape[-1]))
             raise non_finite(self.layer, "what the experts are given", row)
-        ids = np.array(indices.reshape(-1, indices.shape[-1]))
         # The weights stay in mlx-lm's block: a trace says that they are not known.
-        self.routed.record(ids, mx.full(ids.shape, mx.nan))
-        return self.routed(x.reshape(-1, x.shape[-1]), ids).astype(x.dtype).reshape(shape)
+        pending = self.routed.begin(indices.reshape(-1, indices.shape[-1]))
+        return pending.run(x.reshape(-1, x.shape[-1])).astype(x.dtype).reshape(shape)
 
 
 class StreamingModel:
@@ -101,7 +99,7 @@ class StreamingModel:
         for module in self._switches():
             # A subclass may compute something else.
             activation = None if type(module.activation) is SwiGLU else module.activation
-            module.routed = RoutedExperts(engine, module.layer, engine.hidden_size(module.layer), activation)
+            module.routed = engine.executor(module.layer, activation)
 
     def _switches(self) -> list[StreamingSwitchGLU]:
         modules = self.named_modules()  # type: ignore[attr-defined]

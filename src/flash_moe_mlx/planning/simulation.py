@@ -7,7 +7,7 @@ import numpy as np
 
 from ..errors import RequestError
 from ..experts.policies import LRU, AgedLFU, Belady, Policy
-from ..experts.slots import SlotTable, waves
+from ..experts.slots import SlotTable, plan_groups
 from ..experts.trace import DECODE, PREFILL, RoutingTrace
 
 PolicyMaker = Callable[[Sequence[Sequence[int]]], Policy]
@@ -82,8 +82,8 @@ def replay(
         table = SlotTable(slots, make([experts for experts, _, _, _ in requests]))
         for number, (experts, counts, tokens, phase) in enumerate(requests):
             ordered, hits = table.order(experts, counts, tokens)
-            for wave in waves(ordered, hits, slots, tokens):
-                table.claim(*wave)
+            for group in plan_groups(ordered, hits, slots, tokens):
+                table.claim(*group)
                 table.publish()
             if number >= skip_passes:
                 counted[:, phase, column] += hits, len(ordered) - hits

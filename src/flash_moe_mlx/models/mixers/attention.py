@@ -1,11 +1,12 @@
 """Gated full attention: a KV cache, grouped heads, an output gated by a second half of q_proj."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.rope_utils import initialize_rope
 
@@ -16,7 +17,10 @@ from ...formats.safetensors_header import brief
 from ...ops.attention import MAX_SCORE_BYTES, MIN_QUERY_BLOCK, attention
 from ..caches import KVCache
 from ..layers import Linear, QuantizationOf
-from .blocks import FLOAT32_BYTES, KV_STEP, MIXER_BLOCK
+from .blocks import FLOAT32_BYTES, KV_STEP, MIXER_BLOCK, TokenMixer, other_cache
+
+if TYPE_CHECKING:
+    from ...ops.cpu.vectors import Pool, Vector
 
 
 class GatedAttention(nn.Module):
@@ -101,9 +105,110 @@ class GatedAttention(nn.Module):
         keys = 2 * batch * length * config.num_key_value_heads * config.head_dim * activation_bytes
         return projections + scores + 3 * keys
 
+    def token_mixer(self, x: "Vector", y: np.ndarray, pool: "Pool", max_context: int) -> TokenMixer:
+        """Build the CPU program of one token.
+
+        Args:
+            x: The normalised hidden state. Shape (H,).
+            y: Output. Shape (H,), float32.
+            pool: Memory shared between layers.
+            max_context: Maximum length of a sequence, in tokens.
+
+        Raises:
+            UnsupportedLayerError: If the layer has what the operations don't know.
+        """
+        return _TokenAttention(self, x, y, pool, max_context)
+
 
 def _refuse_rope(rope: Mapping[str, Any], error: BaseException) -> CorruptError:
     return CorruptError(
         f"[config.json] rope_parameters must describe a rotary embedding that mlx-lm knows, got {brief(dict(rope))} "
         f"({say(error)}). Restore the file."
     )
+
+
+class _Rotation:
+    """Cosines and sines of one position, as the model's own rotary embedding makes them."""
+
+    def __init__(self, rope: nn.Module, half: int):
+        from ...ops.cpu.arrays import empty
+
+        self.cos, self.sin, self.half = empty(half), empty(half), half
+        self._rope = rope
+        self._position = -1
+
+    def turn(self, position: int) -> None:
+        """Compute those of a position, unless they are there."""
+        from ...ops.cpu.arrays import floats
+
+        if position != self._position:
+            probe = np.zeros((1, 1, 1, 2 * self.half), np.float32)
+            probe[..., : self.half] = 1.0
+            self.cos[:], self.sin[:] = floats(self._rope(mx.array(probe), offset=position)).reshape(2, self.half)
+            self._position = position
+
+
+class _TokenAttention:
+    """TokenMixer of GatedAttention."""
+
+    def __init__(self, mixer: GatedAttention, x: "Vector", y: np.ndarray, pool: "Pool", max_context: int):
+        from ...ops.cpu import decode_tasks as tasks
+        from ...ops.cpu.program import Operation, together
+        from ..cpu_layers import product, vector_of
+
+        heads, kv_heads, dim = mixer.num_heads, mixer.num_kv_heads, mixer.q_norm.weight.shape[0]
+        self._kv_heads, self._dim = kv_heads, dim
+        half = mixer.rotary_dim // 2
+        # Layers of one shape turn alike.
+        self._rotation = pool.get(("rotation", half), lambda: _Rotation(mixer.rope, half))
+        splits = -(-max_context // tasks.SPLIT)
+        partial = pool.floats("partial", splits * heads, dim + 2)
+        q, k, v = (pool.floats(name, size * dim) for name, size in (("q", 2 * heads), ("k", kv_heads), ("v", kv_heads)))
+        inputs = together([product(mixer[f"{n}_proj"], x, out) for n, out in (("q", q), ("k", k), ("v", v))])
+        turned, out = pool.floats("turned", heads * dim), pool.vector("attended", heads * dim)
+        self._place = Operation(
+            tasks.place_heads,
+            heads + kv_heads,
+            q,
+            k,
+            v,
+            vector_of(mixer.q_norm.weight, dim),
+            vector_of(mixer.k_norm.weight, dim),
+            self._rotation.cos,
+            self._rotation.sin,
+            heads,
+            kv_heads,
+            dim,
+            half,
+            float(mixer.q_norm.eps),
+            turned,
+            *[0] * 4,  # keys, values, stride, position
+        )
+        self._attend = Operation(
+            tasks.attend,
+            kv_heads * splits,
+            turned,
+            *[0] * 4,  # keys, values, stride, length
+            heads,
+            kv_heads,
+            dim,
+            float(mixer.scale),
+            partial,
+        )
+        self._join = Operation(tasks.join, heads, partial, 0, heads, dim, q, out.data)
+        output = product(mixer.o_proj, out, y)
+        self.operations = [*inputs, self._place, self._attend, self._join, *out.permutes, output]
+
+    def set(self, arrays: Sequence[mx.array], position: int) -> None:
+        """Point the operations at keys and values: see `TokenMixer.set`."""
+        from ...ops.cpu.arrays import address, view
+
+        keys, values = (view(array, np.float32) for array in arrays)
+        stride = arrays[0].shape[2] * arrays[0].shape[3]
+        if not keys.size == values.size == self._kv_heads * stride or arrays[0].shape[3] != self._dim:
+            raise other_cache(arrays)
+        at = address(keys), address(values), stride
+        self._rotation.turn(position)
+        self._place.arguments[13:17] = (*at, position)
+        self._attend.arguments[1:5] = (*at, position + 1)
+        self._join.arguments[1] = position + 1

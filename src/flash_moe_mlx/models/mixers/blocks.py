@@ -1,9 +1,15 @@
-"""Mixing a long prompt in blocks of tokens, and units that byte counts of mixers share."""
+"""What mixers share: blocks of a long prompt, units of byte counts, and the protocol of a CPU decode step."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from ...errors import RequestError
+
+if TYPE_CHECKING:
+    from ...ops.cpu.program import Operation
 
 MIXER_BLOCK = 256
 """Tokens that a mixer takes at a time. A constant: it bounds the scratch of a long prompt (attention
@@ -13,6 +19,37 @@ FLOAT32_BYTES = 4
 
 KV_STEP = 256
 """Tokens by which mlx_lm's KVCache grows."""
+
+
+class TokenMixer(Protocol):
+    """A mixer of one token as operations of a CPU program, built once per layer.
+
+    Attributes:
+        operations: From the normalised hidden state to the mixer's output.
+    """
+
+    operations: "list[Operation]"
+
+    def set(self, arrays: Sequence[mx.array], position: int) -> None:
+        """Point the operations at the arrays of a sequence's cache.
+
+        Args:
+            arrays: The cache's arrays, with room for one more token.
+            position: Tokens before this one.
+
+        Raises:
+            RequestError: If the arrays are not those of this mixer's cache.
+        """
+        ...
+
+
+def other_cache(arrays: Sequence[mx.array]) -> RequestError:
+    """Return the error for a cache of another model or of several sequences."""
+    shapes = ", ".join(str(array.shape) for array in arrays)
+    return RequestError(
+        f"[cache] must be of this model and of one sequence, got arrays of shapes {shapes}. Make it with the model's "
+        "make_cache()."
+    )
 
 
 def mix(mixer: nn.Module, norm: nn.Module, x: mx.array, cache: Any) -> mx.array:

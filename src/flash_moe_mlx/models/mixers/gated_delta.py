@@ -1,9 +1,12 @@
 """GatedDeltaNet: linear attention by the gated delta rule, with a convolution window and a recurrent state."""
 
-from typing import Any
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from mlx_lm.models.base import create_ssm_mask
 
 from ...config import ModelConfig
@@ -11,7 +14,11 @@ from ...ops.gated_delta import conv1d_silu, gated_delta
 from ...ops.rms_norm_gated import rms_norm_gated
 from ..caches import ArraysCache
 from ..layers import Linear, QuantizationOf
-from .blocks import FLOAT32_BYTES, MIXER_BLOCK
+from .blocks import FLOAT32_BYTES, MIXER_BLOCK, TokenMixer, other_cache
+
+if TYPE_CHECKING:
+    from ...ops.cpu.program import Operation
+    from ...ops.cpu.vectors import Pool, Vector
 
 
 class RMSNormGated(nn.Module):
@@ -104,6 +111,86 @@ class GatedDeltaNet(nn.Module):
         channels = 8 * config.linear_conv_dim + 8 * config.linear_value_dim + 4 * config.hidden_size
         return batch * (block * channels * FLOAT32_BYTES + 6 * _state_values(config) * FLOAT32_BYTES)
 
+    def token_mixer(self, x: "Vector", y: np.ndarray, pool: "Pool", max_context: int) -> TokenMixer:
+        """Build the CPU program of one token; arguments as `GatedAttention.token_mixer`."""
+        return _TokenDelta(self, x, y, pool)
+
 
 def _state_values(config: ModelConfig) -> int:
     return config.linear_num_value_heads * config.linear_value_head_dim * config.linear_key_head_dim
+
+
+class _TokenDelta:
+    """TokenMixer of GatedDeltaNet."""
+
+    def __init__(self, mixer: GatedDeltaNet, x: "Vector", y: np.ndarray, pool: "Pool"):
+        from ...ops.cpu import decode_tasks as tasks
+        from ...ops.cpu.program import Operation
+        from ..cpu_layers import product, vector_of
+
+        config = mixer.config
+        channels, heads, taps = config.linear_conv_dim, config.linear_num_value_heads, config.linear_conv_kernel_dim
+        key_dim, value_dim = config.linear_key_head_dim, config.linear_value_head_dim
+        self._window_size, self._state_size = (taps - 1) * channels, _state_values(config)
+        sizes = {"qkv": channels, "z": config.linear_value_dim, "b": heads, "a": heads}
+        qkv, z, b, a = (pool.floats(name, size) for name, size in sizes.items())
+        inputs = _projections(mixer, x, (qkv, z, b, a), pool)
+        convolved, out = pool.floats("convolved", channels), pool.vector("delta", config.linear_value_dim)
+        conv_weight = vector_of(mixer.conv1d.weight, channels * taps)
+        self._convolve = Operation(
+            tasks.convolve, -(-channels // tasks.CHANNELS), qkv, 0, conv_weight, channels, taps, convolved
+        )
+        self._delta = Operation(
+            tasks.delta,
+            heads,
+            convolved,
+            a,
+            b,
+            vector_of(mixer.A_log, heads),
+            vector_of(mixer.dt_bias, heads),
+            0,  # the state
+            z,
+            vector_of(mixer.norm.weight, value_dim),
+            config.linear_num_key_heads,
+            heads,
+            key_dim,
+            value_dim,
+            float(mixer.norm.eps),
+            out.data,
+            nbytes=4 * self._state_size,
+        )
+        output = product(mixer.out_proj, out, y)
+        self.operations = [*inputs, self._convolve, self._delta, *out.permutes, output]
+
+    def set(self, arrays: Sequence[mx.array], position: int) -> None:
+        """Point the operations at window and state: see `TokenMixer.set`."""
+        from ...ops.cpu.arrays import address, view
+
+        window, state = (view(array, np.float32) for array in arrays)
+        if window.size != self._window_size or state.size != self._state_size:
+            raise other_cache(arrays)
+        self._convolve.arguments[1] = address(window)
+        self._delta.arguments[5] = address(state)
+
+
+def _projections(mixer: GatedDeltaNet, x: "Vector", parts: Sequence[np.ndarray], pool: "Pool") -> "list[Operation]":
+    """Build the mixer's projections, split into qkv, z, b and a."""
+    from ...ops.cpu import decode_tasks as tasks
+    from ...ops.cpu.program import Operation, together
+    from ..cpu_layers import product
+
+    linears = mixer.projections()
+    outputs = [pool.floats(f"projected {i}", linear.weight.shape[0]) for i, linear in enumerate(linears)]
+    # Where each value lies, by splitting positions in place of values.
+    starts = np.cumsum([0, *(output.size for output in outputs)])
+    positions = [mx.arange(start, end)[None, None] for start, end in itertools.pairwise(starts.tolist())]
+    gathers = []
+    for place, part in zip(mixer.split(*positions), parts, strict=True):
+        index = np.array(place, np.int64).reshape(-1)
+        source = int(np.searchsorted(starts, index[0], "right")) - 1
+        if index.size == outputs[source].size and (np.diff(index) == 1).all():
+            outputs[source] = part
+        else:
+            gathers.append(Operation(tasks.gather, 1, outputs[source], index - starts[source], part.size, part))
+    products_ = [product(linear, x, output) for linear, output in zip(linears, outputs, strict=True)]
+    return [*together(products_), *together(gathers)]

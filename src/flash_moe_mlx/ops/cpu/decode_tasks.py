@@ -1,4 +1,4 @@
-"""What one token passes through in a layer, as tasks of a ``Tape``: norms, convolution, delta rule, attention, router.
+"""Tasks of a ``Program`` for one token in a layer: norms, convolution, delta rule, attention, router.
 
 All numbers are float32. Every function takes the address of its arguments, int64 each in the order in which they are
 unpacked first, and the number of the task. Tasks of one operation write to different places.

@@ -1,4 +1,4 @@
-"""Products of one row with stored matrices as tasks of a ``Tape``: a dense matrix, and experts' records."""
+"""Products of one row with stored matrices as tasks of a ``Program``: a dense matrix, and experts' records."""
 
 from functools import cache
 from typing import Any

@@ -10,7 +10,7 @@ pytest.importorskip("numba")
 
 from flash_moe_mlx.ops.cpu import decode_tasks as tasks
 from flash_moe_mlx.ops.cpu.arrays import empty
-from flash_moe_mlx.ops.cpu.tape import Operation, Tape
+from flash_moe_mlx.ops.cpu.program import Operation, Program
 
 
 def test_a_strided_array_is_held_as_a_copy() -> None:
@@ -24,7 +24,7 @@ def test_a_strided_array_is_held_as_a_copy() -> None:
         gc.collect()
         mx.eval(mx.full((size,), 7.0))
         np.full(size, 9.0, np.float32)
-    Tape([operation]).play()
+    Program([operation]).run()
     assert np.array_equal(y, expected)
 
 
@@ -38,7 +38,7 @@ def test_equally_probable_experts(experts: int, k: int) -> None:
     for _ in range(20):
         logits = rng.integers(0, 3, experts).astype(np.float32)
         ids, weights = np.zeros(k, np.int64), empty(k)
-        Tape([Operation(tasks.choose, 1, logits.copy(), experts, k, 1, ids, weights)]).play()
+        Program([Operation(tasks.choose, 1, logits.copy(), experts, k, 1, ids, weights)]).run()
         routed, others = route(mx.array(logits)[None], k, True)
         assert ids.tolist() == np.array(routed)[0].tolist()
         assert np.allclose(weights, np.array(others)[0], rtol=1e-6)
@@ -51,5 +51,5 @@ def test_a_choice_among_no_numbers(value: float) -> None:
     logits = np.zeros(16, np.float32)
     logits[3] = value
     ids, weights = np.zeros(4, np.int64), empty(4)
-    Tape([Operation(tasks.choose, 1, logits, 16, 4, 1, ids, weights)]).play()
+    Program([Operation(tasks.choose, 1, logits, 16, 4, 1, ids, weights)]).run()
     assert (ids >= 0).all() and 3 not in ids if value == float("-inf") else (ids == -1).all()

@@ -1,7 +1,7 @@
-"""Tape: a decode step as a list of operations that threads run without coming back to Python.
+"""Program: a decode step as a list of operations that threads run without coming back to Python.
 
 One row of x through one layer is some fifteen operations of 1 to 300 microseconds. Called one by one, each would cost
-as much in Python, in MLX's hand-over to its thread and in waking threads. A tape's operations begin in order, each
+as much in Python, in MLX's hand-over to its thread and in waking threads. A program's operations start in order, each
 when all before it have ended; the tasks of one are drawn by all threads.
 """
 
@@ -17,12 +17,12 @@ from .memory_ir import add_one, call
 from .threads import run, wait_for
 
 ALONE_BYTES = 1 << 18
-"""A tape that reads less is run by the calling thread alone: waking another takes as long."""
+"""A program that reads less is run by the calling thread alone: waking another takes as long."""
 
-_TASKS = 2  # columns of the table: function, arguments, tasks, beside
+_TASKS = 2  # columns of the table: function, arguments, tasks, concurrent
 
 
-def _play(table, total, state):  # type: ignore[no-untyped-def]
+def _run_tasks(table, total, state):  # type: ignore[no-untyped-def]
     counter = state.ctypes.data
     operation, first, needed = 0, 0, 0
     while True:
@@ -41,25 +41,25 @@ def _play(table, total, state):  # type: ignore[no-untyped-def]
     return total
 
 
-_play_kernel = compiled(_play)
+_run_tasks_kernel = compiled(_run_tasks)
 
 
 class Operation:
     """One operation: a compiled function of (address of its arguments, number of its task).
 
     Attributes:
-        arguments: Its numbers and addresses; may be changed between plays. Shape (A,), int64.
+        arguments: Its numbers and addresses; may be changed between runs. Shape (A,), int64.
         tasks: How many tasks it has.
     """
 
-    def __init__(self, function: Any, tasks: int, *arguments: Any, beside: bool = False, nbytes: int = 0):
+    def __init__(self, function: Any, tasks: int, *arguments: Any, concurrent: bool = False, nbytes: int = 0):
         """Bind a function.
 
         Args:
             function: From ``jit.task``.
             tasks: How many tasks it has.
             *arguments: int, float, or an array of either library, which is passed as its address and kept alive.
-            beside: It may begin when the operation before it begins.
+            concurrent: Whether it may start when the operation before it starts.
             nbytes: About how much it reads, for ``ALONE_BYTES``.
         """
         # The memory that is read, which of a strided array is a copy's.
@@ -68,7 +68,7 @@ class Operation:
         self.arguments = np.array([_packed(value) for value in held], np.int64)
         self.tasks = tasks
         self.nbytes = nbytes
-        self.row = [function.address, address(self.arguments), tasks, int(beside)]
+        self.row = [function.address, address(self.arguments), tasks, int(concurrent)]
 
 
 def _packed(value: Any) -> int:
@@ -79,7 +79,7 @@ def _packed(value: Any) -> int:
     return int(value)
 
 
-class Tape:
+class Program:
     """Operations in order."""
 
     def __init__(self, operations: Sequence[Operation]):
@@ -92,6 +92,43 @@ class Tape:
         """Change how many tasks an operation has here; 0 leaves it out."""
         self._table[self._place[id(operation)], _TASKS] = tasks
 
-    def play(self) -> None:
+    def update(self, operations: "ExpertOperations") -> None:
+        """Take over how many tasks operations on experts have now."""
+        for operation in operations.changing:
+            self._table[self._place[id(operation)], _TASKS] = operation.tasks
+
+    def run(self) -> None:
         """Run all operations to their end."""
-        run(_play_kernel, self._table, int(self._table[:, _TASKS].sum()), alone=self._alone)
+        run(_run_tasks_kernel, self._table, int(self._table[:, _TASKS].sum()), alone=self._alone)
+
+
+def together(*groups: Sequence[Operation]) -> list[Operation]:
+    """Join operations that may all start at once."""
+    operations = [operation for group in groups for operation in group]
+    for place, operation in enumerate(operations):
+        operation.row[3] = int(place > 0)
+    return operations
+
+
+class ExpertOperations:
+    """Operations of the feed-forward of up to K experts, in three stages.
+
+    Attributes:
+        gate_up: Products with gate and up projections.
+        permute: Hidden activations, laid out as products read them.
+        down: Products with down projections.
+    """
+
+    def __init__(self, gate_up: Sequence[Operation], permute: Sequence[Operation], down: Sequence[Operation]):
+        self.gate_up, self.permute, self.down = list(gate_up), list(permute), list(down)
+        self.changing = (*gate_up, *permute, *down)
+
+    @classmethod
+    def joined(cls, parts: "Sequence[ExpertOperations]") -> "ExpertOperations":
+        """Join the operations of several, stage by stage."""
+        return cls(*([op for part in parts for op in getattr(part, s)] for s in ("gate_up", "permute", "down")))
+
+    def stages(self, *before: "ExpertOperations") -> list[Operation]:
+        """Lay out the operations in order, each stage together with the same stage of ``before``."""
+        names = ("gate_up", "permute", "down")
+        return [op for s in names for op in together(*(getattr(each, s) for each in (*before, self)))]

@@ -1,0 +1,203 @@
+"""LocalExperts: a layer's routed experts, streamed into slots of this process and computed there.
+
+Results do not depend on what is in memory: an expert is always computed on all tokens that chose it in this forward
+pass, at once, whichever group brings it, and outputs are combined in the router's order.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain, islice
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from ..ops.expert_batch import expert_ffn_grouped
+from ..ops.expert_ffn import expert_ffn
+from ..ops.expert_ffn_combine import expert_ffn_combine, shared_expert
+from ..ops.moe_combine import moe_combine
+from ..ops.norm import Norm
+from ..ops.numerics import Activation
+from ..ops.slot_memory import ExpertBank
+from .executor import ELSEWHERE
+from .reader import ExpertGroup, ExpertReader, TokenFetch
+from .slots import PAIRWISE_TOKENS
+
+if TYPE_CHECKING:
+    from ..ops.cpu.expert_program import RecordOperations
+    from ..ops.cpu.vectors import Pool, Vector
+
+
+class LocalExperts:
+    """ExpertExecutor of one layer over this process's slots. Holds no weights."""
+
+    def __init__(self, reader: ExpertReader, layer: int, activation: Activation | None = None):
+        """Bind a layer.
+
+        Args:
+            reader: Brings experts into slots.
+            layer: The layer's number.
+            activation: Between up and down projection, in place of SwiGLU.
+        """
+        self._reader = reader
+        self._layer = layer
+        self._activation = activation
+
+    def begin(
+        self,
+        ids: mx.array | np.ndarray,
+        weights: mx.array | None = None,
+        *,
+        alongside: Sequence[mx.array] = (),
+        traced: bool = True,
+    ) -> "LocalPending":
+        """Start reading the experts that are missing: see `ExpertExecutor.begin`."""
+        if isinstance(ids, mx.array):
+            # Two calls: the ids can then be waited for alone, while a GPU computes what comes alongside.
+            mx.async_eval(*(array for array in (ids, weights) if array is not None))
+        if alongside:
+            mx.async_eval(*alongside)
+        host_ids = np.array(ids)
+        groups = self._reader.groups(self._layer, *_distinct(host_ids), len(host_ids))
+        if traced:
+            self._reader.record(self._layer, host_ids, weights)
+        return LocalPending(self._reader, self._layer, self._activation, host_ids, groups)
+
+    def token_experts(self, x: "Vector", y: np.ndarray, pool: "Pool") -> "LocalToken":
+        """Build the operations that compute one token's experts on the CPU: see `ExpertExecutor.token_experts`."""
+        return LocalToken(self._reader, self._layer, x, y, pool)
+
+
+class LocalPending:
+    """PendingExperts over groups of experts that arrive in slots."""
+
+    def __init__(
+        self,
+        reader: ExpertReader,
+        layer: int,
+        activation: Activation | None,
+        ids: np.ndarray,
+        groups: Iterator[ExpertGroup],
+    ):
+        self._reader = reader
+        self._layout = reader.layout(layer)
+        self._activation = activation
+        self._ids = ids
+        self._groups = groups
+
+    def run(self, x: mx.array, norm: Norm | None = None) -> mx.array:
+        """Compute each token's experts: see `PendingExperts.run`."""
+        if len(self._ids) <= PAIRWISE_TOKENS:
+            return self._by_pair(x, norm)
+        return self._by_expert(x if norm is None else norm.reference(x))
+
+    def combined(
+        self,
+        x: mx.array,
+        weights: mx.array,
+        shared: mx.array | ExpertBank,
+        shared_gate: mx.array,
+        residual: mx.array,
+        norm: Norm | None = None,
+    ) -> mx.array:
+        """Combine the experts' outputs; one operation where all experts are in one group. The bits are the same."""
+        if len(self._ids) <= PAIRWISE_TOKENS and self._activation is None:
+            first = list(islice(self._groups, 1))
+            slots = _slot_table(first[0].slots, self._ids) if first else None
+            if slots is not None and (slots >= 0).all():
+                table = mx.array(slots.astype(np.uint32))
+                y = expert_ffn_combine(x, first[0].bank, table, weights, shared, shared_gate, residual, norm)
+                self._reader.reading(y)
+                return y
+            self._groups = chain(first, self._groups)
+        if isinstance(shared, ExpertBank):
+            shared = shared_expert(x, shared, self._layout, norm)
+        return moe_combine(self.run(x, norm), weights, shared, shared_gate[:, -1:], residual)
+
+    def _by_pair(self, x: mx.array, norm: Norm | None) -> mx.array:
+        ids, y = self._ids, self._outputs()
+        for group in self._groups:
+            slots = _slot_table(group.slots, ids)
+            if (slots >= 0).all():
+                y = expert_ffn(x, group.bank, mx.array(slots.astype(np.uint32)), self._activation, norm)
+                self._reader.reading(y)
+                return y
+            tokens, ranks = np.nonzero(slots >= 0)
+            pairs = mx.array(slots[tokens, ranks].astype(np.uint32)[:, None])
+            part = expert_ffn(x[mx.array(tokens)], group.bank, pairs, self._activation, norm)
+            y[mx.array(tokens * ids.shape[1] + ranks)] = part[:, 0]
+            mx.eval(y)
+        return y.reshape(*ids.shape, self._layout.hidden_size)
+
+    def _by_expert(self, x: mx.array) -> mx.array:
+        ids, y = self._ids, self._outputs()
+        order = np.argsort(ids, axis=None, kind="stable")
+        experts, starts = np.unique(ids.reshape(-1)[order], return_index=True)
+        pairs = dict(zip(experts.tolist(), np.split(order, starts[1:]), strict=True))
+        for group in self._groups:
+            own = [pairs[expert] for expert in group.slots]
+            y = expert_ffn_grouped(y, x, group.bank, list(group.slots.values()), own, ids.shape[1], self._activation)
+        return y.reshape(*ids.shape, self._layout.hidden_size)
+
+    def _outputs(self) -> mx.array:
+        return mx.zeros((self._ids.size, self._layout.hidden_size), dtype=mx.float32)
+
+
+class LocalToken:
+    """TokenExperts over slots: one set of operations for experts in memory, one for those that were read."""
+
+    exchanges = False
+    present: "RecordOperations"
+    missing: "RecordOperations"
+
+    def __init__(self, reader: ExpertReader, layer: int, x: "Vector", y: np.ndarray, pool: "Pool"):
+        from ..ops.cpu.expert_program import routed_experts
+
+        self._reader = reader
+        self._layer = layer
+        layout, k = reader.layout(layer), len(y)
+        self.present = routed_experts("hits", layout, x, k, y, pool)
+        self.missing = routed_experts("misses", layout, x, k, y, pool)
+        self._fetch: TokenFetch | None = None
+        self._late: tuple[list[int], list[int]] = ([], [])
+
+    def begin(self, ids: np.ndarray, weights: np.ndarray) -> bool:
+        """Start reading what is missing: see `TokenExperts.begin`."""
+        experts = ids.tolist()
+        ranks: Sequence[int] = range(len(experts))
+        if ELSEWHERE in experts:
+            ranks = [rank for rank in ranks if experts[rank] != ELSEWHERE]
+            experts = [experts[rank] for rank in ranks]
+        self._fetch = fetch = self._reader.token(self._layer, experts)
+        records = fetch.addresses(experts)
+        self._reader.record(self._layer, ids[None], weights[None])
+        if not fetch.misses:
+            self.present.set(records, ranks)
+            return False
+        absent = set(fetch.misses)
+        places = range(len(experts))
+        here = [place for place in places if experts[place] not in absent]
+        late = [place for place in places if experts[place] in absent]
+        self.present.set([records[place] for place in here], [ranks[place] for place in here])
+        self._late = [records[place] for place in late], [ranks[place] for place in late]
+        return True
+
+    def finish(self) -> None:
+        """Wait for the missing experts: see `TokenExperts.finish`."""
+        assert self._fetch is not None
+        self._fetch.wait()
+        self.missing.set(*self._late)
+
+    def exchange(self) -> None:
+        """Do nothing: all outputs are this process's."""
+
+
+def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct ids that are computed here, ascending, and how often each occurs."""
+    experts, counts = np.unique(ids, return_counts=True)
+    own = experts != ELSEWHERE
+    return experts[own], counts[own]
+
+
+def _slot_table(slots: Mapping[int, int], ids: np.ndarray) -> np.ndarray:
+    """Return the slot of each id, -1 where it is not in the group."""
+    return np.array([[slots.get(e, -1) for e in row] for row in ids.tolist()], dtype=np.int64)

@@ -1,0 +1,196 @@
+"""ExpertReader: brings a layer's experts into slots, in groups that fit, and knows when slots may be overwritten."""
+
+import itertools
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from ..formats.expert_layout import RecordLayout
+from ..ops.slot_memory import ExpertBank
+from ..stats import Counters
+from .cache import ExpertCache, Fetch
+from .slots import PlannedGroup, plan_groups
+from .trace import TraceRecorder
+
+_STARTED = -1  # in place of a thread's identifier: any thread may wait for it
+
+
+@dataclass(frozen=True)
+class ExpertGroup:
+    """Experts of one layer that are in memory together.
+
+    Attributes:
+        bank: The layer's slots.
+        slots: Slot of each expert of the group, by expert.
+    """
+
+    bank: ExpertBank
+    slots: Mapping[int, int]
+
+
+class TokenFetch:
+    """One layer's experts for one token: some in memory, the others being read.
+
+    Attributes:
+        misses: Experts that are being read.
+    """
+
+    def __init__(self, fetch: Fetch, bank: ExpertBank, counters: Counters):
+        self.misses = fetch.misses
+        self._fetch = fetch
+        self._bank = bank
+        self._counters = counters
+
+    def addresses(self, experts: Sequence[int]) -> list[int]:
+        """Return where each expert's record begins in memory; a missing one is whole only after `wait`."""
+        base, size = self._bank.address, self._bank.layout.record_bytes
+        return [base + self._fetch.slots[expert] * size for expert in experts]
+
+    def wait(self) -> None:
+        """Wait until the missing experts are in memory.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        started = time.perf_counter()
+        self._counters.bytes_read += self._fetch.wait()
+        self._counters.read_seconds += time.perf_counter() - started
+
+
+class ExpertReader:
+    """Brings experts into slots for one engine. Called with the engine's lock held.
+
+    Attributes:
+        cache: Slots of all layers.
+        counters: Running totals since load.
+        recorder: Receives routers' choices while a trace is being recorded.
+    """
+
+    def __init__(self, cache: ExpertCache, layouts: Mapping[int, RecordLayout]):
+        """Wrap a cache whose layers have the given record layouts."""
+        self.cache = cache
+        self.counters = Counters()
+        self.recorder: TraceRecorder | None = None
+        self._layouts = dict(layouts)
+        self._unread: tuple[mx.array, int] | None = None
+        self._local = threading.local()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "ExpertReader":
+        """Return itself: a copied model shares its engine."""
+        return self
+
+    def layout(self, layer: int) -> RecordLayout:
+        """Return the layout of a layer's records."""
+        return self._layouts[layer]
+
+    def groups(self, layer: int, experts: np.ndarray, counts: np.ndarray, tokens: int) -> Iterator[ExpertGroup]:
+        """Bring experts of a layer into memory, in groups that the slots hold.
+
+        Reads of the first group are under way on return, and waited for when it is asked for; those of the next group
+        continue while the caller computes. Experts in memory come first, so that none that is wanted is evicted. The
+        caller must have evaluated what it computed from one group before it asks for the next.
+
+        Args:
+            layer: The layer.
+            experts: Distinct expert ids, ascending.
+            counts: Number of tokens that picked each.
+            tokens: Number of tokens in the forward pass.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        ordered, hits = self.cache.order(layer, experts.tolist(), counts.tolist(), tokens)
+        self.counters.hits += hits
+        self.counters.misses += len(ordered) - hits
+        planned = plan_groups(ordered, hits, self.cache.num_slots(layer), tokens)
+        return self._groups(layer, planned, self._acquire(layer, planned[0]) if planned else None)
+
+    def token(self, layer: int, experts: list[int]) -> TokenFetch:
+        """Start bringing one token's distinct experts into memory, for CPU kernels.
+
+        The caller computes with them before it calls this again.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        self._check_cancelled()
+        self.settle()
+        fetch = self.cache.acquire(layer, experts)
+        self.counters.misses += len(fetch.misses)
+        self.counters.hits += len(experts) - len(fetch.misses)
+        return TokenFetch(fetch, self.cache.bank(layer), self.counters)
+
+    @contextmanager
+    def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
+        """End a forward pass of this thread early once ``cancelled`` is set, before the next group's reads.
+
+        May be nested: any of the events ends the pass.
+
+        Raises:
+            concurrent.futures.CancelledError: Out of the forward pass.
+        """
+        before = getattr(self._local, "cancelled", ())
+        self._local.cancelled = (*before, cancelled)
+        try:
+            yield
+        finally:
+            self._local.cancelled = before
+
+    def _check_cancelled(self) -> None:
+        for cancelled in getattr(self._local, "cancelled", ()):
+            if cancelled.is_set():
+                raise CancelledError
+
+    def _acquire(self, layer: int, group: PlannedGroup) -> Fetch:
+        self._check_cancelled()
+        self.settle()
+        return self.cache.acquire(layer, group.experts, counted=True, keep=group.keep)
+
+    def _groups(self, layer: int, planned: list[PlannedGroup], first: Fetch | None) -> Iterator[ExpertGroup]:
+        fetch = first
+        for group, following in itertools.zip_longest(planned, planned[1:]):
+            current = self._acquire(layer, group) if fetch is None else fetch
+            started = time.perf_counter()
+            self.counters.bytes_read += current.wait()
+            if current.misses:
+                self.counters.read_seconds += time.perf_counter() - started
+            fetch = self._acquire(layer, following) if following is not None and following.keep else None
+            yield ExpertGroup(self.cache.bank(layer), current.slots)
+
+    def reading(self, output: mx.array) -> None:
+        """Note that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
+        self._unread = (output, threading.get_ident())
+
+    def start_unread(self) -> None:
+        """Start evaluating it on the thread whose stream it was built for; whoever overwrites slots waits for it."""
+        if self._unread is not None:
+            output, _ = self._unread
+            mx.async_eval(output)
+            self._unread = (output, _STARTED)
+
+    def settle(self) -> None:
+        """Wait for the last computation that reads slots."""
+        if self._unread is not None:
+            output, thread = self._unread
+            # One that an interrupt kept from being started can't be evaluated on any other thread: it is forgotten.
+            if thread in (_STARTED, threading.get_ident()):
+                mx.eval(output)
+            self._unread = None
+
+    @property
+    def is_recording(self) -> bool:
+        """Whether routers' choices are being written to a trace."""
+        return self.recorder is not None and not self.recorder.closed
+
+    def record(self, layer: int, experts: np.ndarray, weights: mx.array | np.ndarray | None) -> None:
+        """Note a router's choice, ids and weights of shape (T, K), if a trace is being recorded."""
+        if self.recorder is not None and self.is_recording:
+            floats = np.full(experts.shape, np.nan, np.float32) if weights is None else weights
+            floats = floats.astype(mx.float32) if isinstance(floats, mx.array) else floats
+            self.recorder.record(layer, experts, np.array(floats))
