@@ -122,6 +122,7 @@ def test_one_that_does_not_read_is_closed(server: uvicorn.Server):
 @pytest.mark.parametrize("data", [b"", b"GET / HTTP/1.1\r\n", POST, b"GET / HTTP/1.1\r\nHost: a\r\n\r\n"])
 def test_many_keep_nobody_out(server: uvicorn.Server, data: bytes):
     with connected(server, data, count=MANY):
+        wait_until(lambda: all(connection.waits_for_client for connection in [*server.server_state.connections]))
         for _ in range(3):
             assert get(server) == 200
         assert len(server.server_state.connections) <= LIMITS.max_connections + 1
