@@ -24,7 +24,7 @@ def resolve(
     tensors: dict[str, Stored], section: Any = None, in_features: int | None = None, *, exact: bool = True
 ) -> Quantization | None:
     settings = QuantizationSettings({} if section is None else {"quantization": section})
-    return settings.resolve("model x", "x", tensors, in_features, exact=exact)
+    return settings.resolve("model x", ("x",), tensors, in_features, exact=exact)
 
 
 @pytest.mark.parametrize("bits", AFFINE.bits)
@@ -151,7 +151,7 @@ def test_other_methods(config: dict[str, Any], message: str):
 )  # fmt: skip
 def test_nonsense(section: object):
     with pytest.raises(CorruptError, match=r"^\[config.json\] quantization "):
-        QuantizationSettings({"quantization": section})
+        QuantizationSettings({"quantization": section}).stated("x")  # an entry is read when its module is
 
 
 def test_sections_that_are_fine():
@@ -195,3 +195,54 @@ def test_names_as_mlx_lm_makes_them(name: str, expected: str):
 
     assert mlx_name(name) == expected
     assert set(Model.sanitize(Seam(), {name: 0})) == {expected}
+
+
+SKIPPED = {
+    "mtp": ("language_model.mtp.layers.0.mlp.gate_proj", {"mode": "mxfp8", "group_size": 32, "bits": 8}),
+    "a mode to come": ("vision_tower.blocks.0.attn.qkv", {"mode": "nf4", "group_size": 16, "bits": 4}),
+    "sizes to come": ("visual.blocks.0.attn.qkv", {"group_size": 256, "bits": 7}),
+    "nonsense": ("visual.blocks.1", {"group_size": "x", "bits": None, "mode": 5}),
+}
+
+
+@pytest.mark.parametrize(("path", "entry"), SKIPPED.values(), ids=SKIPPED)
+def test_entries_of_modules_that_are_skipped_may_say_anything(path: str, entry: dict[str, Any]):
+    section = {"bits": 4, "group_size": 64, path: entry}
+    assert resolve(stored(256, 4, 64), section) == Quantization(4, 64)
+    with pytest.raises(CheckpointError):
+        resolve(stored(256, 4, 64), {"bits": 4, "group_size": 64, "x": SKIPPED["a mode to come"][1]})
+
+
+OWN = "language_model.model.layers.0.self_attn.o_proj"
+NAMINGS = [OWN, "model.language_model.layers.0.self_attn.o_proj", "model.layers.0.self_attn.o_proj",
+           "layers.0.self_attn.o_proj", "language_model.layers.0.self_attn.o_proj"]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", NAMINGS)
+@pytest.mark.parametrize("module", NAMINGS)
+def test_entries_under_any_of_the_names_in_use(key: str, module: str):
+    """8 bits in groups of 32 and 4 in groups of 64 have the same shapes."""
+    section = {"bits": 2, "group_size": 128, key: {"bits": 8, "group_size": 32}}
+    settings = QuantizationSettings({"quantization": section})
+    paths = (mlx_name(module), module)
+    assert settings.resolve(module, paths, stored(256, 8, 32), None, exact=False) == Quantization(8, 32)
+
+
+@pytest.mark.parametrize("entry", [False, {"bits": 3, "group_size": 32}, {"mode": "nf4", "bits": 4}, {"bits": "x"}])
+def test_an_entry_that_mlx_lm_would_not_find_contradicts_nothing(entry: Any):
+    """As mlx-lm, which looks under its own path only: tensors go before what stands under another."""
+    tensors, other = stored(256, 4, 64), "model.language_model.layers.0.self_attn.o_proj"
+    for key, certain in ((OWN, True), (other, False)):
+        settings = QuantizationSettings({"quantization": {"bits": 4, "group_size": 64, key: entry}})
+        if certain:
+            with pytest.raises(CheckpointError):
+                settings.resolve(OWN, (OWN,), tensors, 256, exact=True)
+        else:
+            assert settings.resolve(OWN, (OWN,), tensors, 256, exact=True) == Quantization(4, 64)
+
+
+def test_a_known_width_goes_before_an_entry_under_another_name():
+    settings = QuantizationSettings(
+        {"quantization": {"bits": 2, "group_size": 128, NAMINGS[1]: {"bits": 8, "group_size": 32}}}
+    )
+    assert settings.resolve(OWN, (OWN,), stored(256, 4, 64), 256, exact=False) == Quantization(4, 64)

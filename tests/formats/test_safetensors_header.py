@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 
 from flash_moe_mlx.errors import CheckpointError, CorruptError, MissingTensorError
 from flash_moe_mlx.formats import safetensors_header
-from flash_moe_mlx.formats.safetensors_header import INDEX_NAME, read_header, read_json, read_metadata, read_shards
+from flash_moe_mlx.formats.safetensors_header import read_header, read_json, read_metadata
 
 from ..support.checkpoints import entry, write_raw
 
@@ -270,109 +270,6 @@ def test_any_flipped_byte_is_read_or_refused(tmp_path: Path, position: int, byte
     data[position % len(data)] = byte
     path.write_bytes(data)
     ours_or_none(path)
-
-
-# --- shards ---
-
-
-def write_index(directory: Path, weight_map: object) -> None:
-    (directory / INDEX_NAME).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weight_map}))
-
-
-def shard(directory: Path, name: str, *tensors: str) -> Path:
-    save_file({tensor: np.zeros(2, np.float32) for tensor in tensors}, directory / name)
-    return directory / name
-
-
-def test_shards_by_index(tmp_path: Path):
-    shard(tmp_path, "model-1.safetensors", "a", "b")
-    shard(tmp_path, "other.safetensors", "c")
-    shard(tmp_path, "model-not-of-the-index.safetensors", "a")
-    write_index(tmp_path, {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "other.safetensors"})
-    tensors = read_shards(tmp_path)
-    assert {name: info.path.name for name, info in tensors.items()} == {
-        "a": "model-1.safetensors", "b": "model-1.safetensors", "c": "other.safetensors",
-    }  # fmt: skip
-
-
-def test_shards_by_name(tmp_path: Path):
-    shard(tmp_path, "weights.safetensors", "a")
-    assert set(read_shards(tmp_path)) == {"a"}
-    shard(tmp_path, "model.safetensors", "b")
-    shard(tmp_path, "._model.safetensors", "c")  # what macOS leaves on foreign disks
-    assert set(read_shards(tmp_path)) == {"b"}
-
-
-def test_shards_may_be_links_into_a_cache(tmp_path: Path):
-    (tmp_path / "blobs").mkdir()
-    (tmp_path / "snapshot").mkdir()
-    shard(tmp_path / "blobs", "0123abcd", "a")
-    (tmp_path / "snapshot" / "model.safetensors").symlink_to("../blobs/0123abcd")
-    write_index(tmp_path / "snapshot", {"a": "model.safetensors"})
-    assert read_shards(tmp_path / "snapshot")["a"].path.name == "model.safetensors"
-
-
-def test_absent_shards_are_named(tmp_path: Path):
-    with pytest.raises(MissingTensorError, match=r"must hold \.safetensors files"):
-        read_shards(tmp_path)
-    shard(tmp_path, "model-00002-of-00003.safetensors", "a")
-    with pytest.raises(MissingTensorError, match=r"'model-00001-of-00003\.safetensors', 'model-00003-of-00003"):
-        read_shards(tmp_path)
-    write_index(tmp_path, {"a": "model-00002-of-00003.safetensors", "b": "model-00003-of-00003.safetensors"})
-    with pytest.raises(MissingTensorError, match=r"none named 'model-00003-of-00003\.safetensors'\. Download"):
-        read_shards(tmp_path)
-    (tmp_path / "model-00003-of-00003.safetensors").symlink_to("gone")
-    with pytest.raises(MissingTensorError, match="'model-00003-of-00003"):
-        read_shards(tmp_path)
-
-
-def test_tensors_absent_or_twice(tmp_path: Path):
-    shard(tmp_path, "model-1.safetensors", "a")
-    shard(tmp_path, "model-2.safetensors", "b")
-    write_index(tmp_path, {"a": "model-1.safetensors", "b": "model-1.safetensors", "c": "model-2.safetensors"})
-    with pytest.raises(MissingTensorError, match=r"'b' must be in model-1\.safetensors"):
-        read_shards(tmp_path)
-    shard(tmp_path, "model-2.safetensors", "a")
-    (tmp_path / INDEX_NAME).unlink()
-    with pytest.raises(CorruptError, match=r"'a' in model-1\.safetensors and model-2\.safetensors\. Remove"):
-        read_shards(tmp_path)
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["../model.safetensors", "/etc/model.safetensors", "a/model.safetensors", "..", ".", "", "config.json", 5, None,
-     "C:model.safetensors", "a\\model.safetensors", "a\0.safetensors", "x" * 300 + ".safetensors", "\ud800.safetensors",
-     ["model.safetensors"], "model.safetensors/", "model.safetensors\n"],
-    ids=ascii,
-)  # fmt: skip
-def test_index_stays_inside_the_directory(tmp_path: Path, name: object):
-    inside = tmp_path / "inside"
-    (inside / "a").mkdir(parents=True)
-    for directory in (tmp_path, inside, inside / "a"):
-        shard(directory, "model.safetensors", "x")
-    write_index(inside, {"x": name})
-    with pytest.raises(CorruptError, match="weight_map must hold names of"):
-        read_shards(inside)
-
-
-@pytest.mark.parametrize(
-    ("index", "message"),
-    [
-        (b"", "valid JSON"),
-        (b"[]", "JSON object"),
-        (b"{}", "weight_map must map"),
-        (b'{"weight_map": []}', "weight_map must map"),
-        (b'{"weight_map": {}}', "weight_map must map"),
-        (b'{"weight_map": {"a": "b.safetensors", "a": "c.safetensors"}}', "'a' twice"),
-        (b"version https://git-lfs.github.com/spec/v1\n", "git lfs pull"),
-        (b"[" * 100_000, "nested too deeply"),
-    ],
-)
-def test_broken_index(tmp_path: Path, index: bytes, message: str):
-    shard(tmp_path, "model.safetensors", "a")
-    (tmp_path / INDEX_NAME).write_bytes(index)
-    with pytest.raises(CorruptError, match=message):
-        read_shards(tmp_path)
 
 
 def test_read_json_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

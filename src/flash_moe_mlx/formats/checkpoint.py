@@ -17,8 +17,9 @@ from .expert_layout import Quantization, RecordLayout
 from .expert_tensors import Found, Part, Parts, layer_parts, parse_name, resolve
 from .packed_format import Manifest, PackedLayer, payload_bytes, read_layer, read_manifest
 from .quantization import QuantizationSettings, Stored, mlx_name
-from .safetensors_header import TensorInfo, brief, read_shards
+from .safetensors_header import TensorInfo, brief
 from .schemes import part_names
+from .shards import read_shards
 
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_SIZES = (
@@ -332,8 +333,9 @@ class Checkpoint:
                 f"[{where}] must have the {expected} experts of config.json, got {packed.num_experts}. {_AGAIN}"
             )
         for projection, quantization in packed.layout.quantizations:
-            stated = settings.overrides.get(f"{packed.module}.{projection}", quantization)
-            if stated != quantization:
+            path = f"{packed.module}.{projection}"
+            found, stated = settings.stated(path)
+            if found == path and stated != quantization:
                 raise CorruptError(
                     f"[{where}] {projection} must be {stated}, as config.json says, got {quantization}. {_AGAIN}"
                 )
@@ -367,8 +369,7 @@ class Checkpoint:
                 p: Stored(info.dtype, info.shape) for p in part_names() if (info := self.dense.get(f"{module}.{p}"))
             }
             hidden = self.setting("hidden_size") if module.rpartition(".")[2] in _READS_HIDDEN else None
-            path = module if module in settings.overrides else mlx_name(module)
-            result[module] = settings.resolve(module, path, tensors, hidden, exact=False)
+            result[module] = settings.resolve(module, (mlx_name(module), module), tensors, hidden, exact=False)
         return result
 
     def _is_extra(self, name: str) -> bool:

@@ -210,8 +210,7 @@ def resolve(where: str, found: Found, parts: Parts, settings: QuantizationSettin
         module = f"{stem}.{projection}"
         tensors = {part: Stored(stored.dtype, stored.shape) for (p, part), stored in parts.items() if p == projection}
         width = rows["gate_proj"] if projection == "down_proj" else rows["down_proj"]
-        path = module if module in settings.overrides else mlx_name(module)
-        result[projection] = settings.resolve(name, path, tensors, width, exact=True)
+        result[projection] = settings.resolve(name, (mlx_name(module), module), tensors, width, exact=True)
         weight, bias = tensors["weight"], tensors.get("bias")
         if result[projection] is None and weight.shape[1] != width:
             raise CorruptError(f"[{where}] {projection} must have {width} inputs, got {weight.shape}. {_AGAIN}")

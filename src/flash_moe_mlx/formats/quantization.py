@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
+from ..errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
 from .expert_layout import Quantization
 from .safetensors_header import brief
 from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES, Scheme, matching, modes_in_words, part_names
@@ -33,7 +33,6 @@ class QuantizationSettings:
 
     Attributes:
         default: Bits and group size asked for, or None.
-        overrides: By mlx-lm's module path; None where a module is said to be unquantised.
     """
 
     def __init__(self, config: Mapping[str, Any]):
@@ -42,28 +41,51 @@ class QuantizationSettings:
         if section is None:
             section = _hugging_face_section(config)
         self.default: Quantization | None = None
-        self.overrides: dict[str, Quantization | None] = {}
+        self._entries: dict[str, bool | dict[str, Any]] = {}
+        self._aliases: dict[str, str] = {}
         if section is None:
             return
         if not isinstance(section, dict):
             raise CorruptError(f"[config.json] quantization must be an object, got {brief(section)}. {_AGAIN}")
         self.default = _entry("quantization", section, partial=False)
-        for path, entry in section.items():
-            if entry is True:
-                self.overrides[path] = self.default
-            elif entry is False:
-                self.overrides[path] = None
-            elif isinstance(entry, dict):
-                self.overrides[path] = _entry(path, entry, partial=True)
+        # An entry is read when its module is: those of skipped modules may be of any mode.
+        self._entries = {path: entry for path, entry in section.items() if isinstance(entry, bool | dict)}
+        self._aliases = {_bare(path): path for path in self._entries}
+
+    def stated(self, *paths: str) -> tuple[str | None, Quantization | None]:
+        """Return the path under which config.json speaks of a module, or None, and what it says there.
+
+        mlx-lm finds an entry under its own path of a module only. Conversions write others: the hub's, or one without
+        "model." and "language_model." before it. Those only choose where shapes leave a choice.
+
+        Args:
+            paths: The module's paths, mlx-lm's own and as stored.
+
+        Raises:
+            UnsupportedModelError: If the entry is of a mode that isn't read.
+            CorruptError: If it is nonsense.
+        """
+        path = next((path for path in paths if path in self._entries), None) or self._aliases.get(_bare(paths[0]))
+        if path is None:
+            return None, None
+        entry = self._entries[path]
+        if isinstance(entry, bool):
+            return path, self.default if entry else None
+        try:
+            return path, _entry(path, entry, partial=True)
+        except CheckpointError:
+            if path in paths:
+                raise
+            return None, None  # mlx-lm would not have looked at it
 
     def resolve(
-        self, name: str, path: str, tensors: Mapping[str, Stored], in_features: int | None, *, exact: bool
+        self, name: str, paths: Sequence[str], tensors: Mapping[str, Stored], in_features: int | None, *, exact: bool
     ) -> Quantization | None:
         """Quantisation of one module.
 
         Args:
             name: The module's name, for messages.
-            path: The module's path in mlx-lm's naming, as config.json has it.
+            paths: The module's paths under which config.json may speak of it, mlx-lm's first.
             tensors: Its "weight", and the other parts of its quantisation where it has them.
             in_features: Width of its input, or None where it is not known.
             exact: Whether ``in_features`` is certain; otherwise config.json's entry goes before it, and it is dropped
@@ -76,8 +98,9 @@ class QuantizationSettings:
         """
         parts = {part: tensors[part] for part in part_names() if part in tensors}
         weight = parts.get("weight")
-        stated = path in self.overrides
-        override = self.overrides.get(path)
+        found, override = self.stated(*paths)
+        certain = found in paths
+        stated = found is not None and certain
         if weight is None:
             raise MissingTensorError(f"[{name}] must have a weight, got {' and '.join(parts)} alone. {_AGAIN}")
         if len(parts) == 1:
@@ -96,6 +119,8 @@ class QuantizationSettings:
                 raise CorruptError(f"[{name}] must have {in_features} inputs, got {_shapes(parts)}. {_AGAIN}")
             if exact:
                 candidates = fits
+        if override is not None and not certain and override not in ((in_features is not None and fits) or candidates):
+            override = None
         if override is not None:
             if override not in candidates:
                 raise CorruptError(
@@ -115,7 +140,7 @@ class QuantizationSettings:
         if len(same_group or candidates) != 1:
             raise CorruptError(
                 f"[{name}] must have its bits and group size in config.json's quantization, got shapes that "
-                f"are {' or '.join(map(str, candidates))}. Add an entry for {path}."
+                f"are {' or '.join(map(str, candidates))}. Add an entry for {paths[0]}."
             )
         return (same_group or candidates)[0]
 
@@ -125,6 +150,13 @@ def mlx_name(name: str) -> str:
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
     return name if name.startswith("language_model.") else f"language_model.{name}"
+
+
+def _bare(path: str) -> str:
+    """A module's path without what stands before its layers, under which all namings agree."""
+    while (shorter := path.removeprefix("language_model.").removeprefix("model.")) != path:
+        path = shorter
+    return path
 
 
 def _schemes(name: str, parts: Mapping[str, Stored]) -> list[Scheme]:

@@ -6,12 +6,11 @@ that begins with ``{``, then the data, which the tensors' offsets cover without 
 last byte of the file. A file that breaks one of them is refused with a `CheckpointError`; no content of a
 header can end in another kind of exception.
 
-`read_shards` does the same for all files of a directory, by index or by name.
+`shards` does the same for all files of a directory, by index or by name.
 """
 
 import json
 import os
-import re
 import stat
 import struct
 from collections import Counter
@@ -36,9 +35,7 @@ DTYPE_BITS = {
 """Bits an element of every dtype of the format: those a record may hold, and those only skipped over."""
 
 _LFS_PREFIX = b"version https://git-lfs"
-INDEX_NAME = "model.safetensors.index.json"
 
-_SHARD_OF = re.compile(r"(.*)-([0-9]{5})-of-([0-9]{5})\.safetensors\Z")
 _AGAIN = "Download the file again."
 _LFS_ADVICE = 'Run "git lfs pull" in the checkpoint\'s folder, or download the file again.'
 _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
@@ -81,42 +78,6 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 def read_metadata(path: Path) -> dict[str, str]:
     """The file's ``__metadata__``: free text by key, empty where there is none. Raises as `read_header`."""
     return _read(path)[1]
-
-
-def read_shards(directory: Path) -> dict[str, TensorInfo]:
-    """Tensors of all of a directory's safetensors files by name, each found in exactly one file.
-
-    The files are those that model.safetensors.index.json names; without an index all of ``model*.safetensors``,
-    and without such files all of ``*.safetensors``. They may be links, as in a hub's cache.
-
-    Raises:
-        MissingTensorError: If there is no file, or one or a tensor that index or names promise is absent.
-        CorruptError: If a file or the index breaks its format, or two files hold one tensor.
-    """
-    index = _read_index(directory)
-    paths = _find_shards(directory) if index is None else [directory / name for name in sorted(set(index.values()))]
-    absent = [path.name for path in paths if not path.exists()]
-    if absent:
-        raise MissingTensorError(
-            f"[{directory.name}] every file of {INDEX_NAME} must be there, got none named {some(absent)}. "
-            "Download the missing files."
-        )
-    tensors: dict[str, TensorInfo] = {}
-    for path in paths:
-        for name, info in read_header(path).items():
-            if other := tensors.get(name):
-                raise CorruptError(
-                    f"[{directory.name}] each tensor must be in one file, got {brief(name)} in {other.path.name} "
-                    f"and {path.name}. Remove the files that are not of this checkpoint."
-                )
-            tensors[name] = info
-    for name, shard in (index or {}).items():
-        if name not in tensors or tensors[name].path.name != shard:
-            raise MissingTensorError(
-                f"[{INDEX_NAME}] {brief(name)} must be in {shard}, got no such tensor there. "
-                "Download the index and that file again."
-            )
-    return tensors
 
 
 def read_json(path: Path, advice: str, *, infinity: bool = False) -> dict[str, Any]:
@@ -233,45 +194,6 @@ def brief(value: object, limit: int = 120) -> str:
 def some(names: list[str]) -> str:
     """The first three names, fit for a message, and how many more there are."""
     return ", ".join(map(brief, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def _read_index(directory: Path) -> dict[str, str] | None:
-    path = directory / INDEX_NAME
-    if not path.exists():
-        return None
-    weight_map = read_json(path, _AGAIN).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CorruptError(f"[{INDEX_NAME}] weight_map must map tensors to files, got {brief(weight_map)}. {_AGAIN}")
-    for name in weight_map.values():
-        # Only a plain name stays inside the directory; what it links to is the owner's choice.
-        if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\x00-\x1f\ud800-\udfff]{1,200}\.safetensors", name):
-            raise CorruptError(
-                f"[{INDEX_NAME}] weight_map must hold names of .safetensors files in the directory, "
-                f"got {brief(name)}. {_AGAIN}"
-            )
-    return weight_map
-
-
-def _find_shards(directory: Path) -> list[Path]:
-    try:
-        names = sorted(name for name in os.listdir(directory) if name.endswith(".safetensors") and name[0] != ".")
-    except OSError as error:
-        raise CheckpointError(f"[{directory.name}] must be readable, got {error}. Check its permissions.") from error
-    names = [name for name in names if name.startswith("model")] or names
-    if not names:
-        raise MissingTensorError(
-            f"[{directory.name}] must hold .safetensors files, got none in {directory}. Download them."
-        )
-    absent: list[str] = []
-    for stem, count in {(m[1], m[3]) for m in map(_SHARD_OF.match, names) if m}:
-        promised = (f"{stem}-{number:05}-of-{count}.safetensors" for number in range(1, int(count) + 1))
-        absent += sorted(set(promised) - set(names))
-    if absent:
-        raise MissingTensorError(
-            f"[{directory.name}] every file that the names promise must be there, got none named {some(absent)}. "
-            "Download the missing files."
-        )
-    return [directory / name for name in names]
 
 
 def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:

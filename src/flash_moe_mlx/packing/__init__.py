@@ -19,7 +19,7 @@ from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from ..errors import CheckpointError, PackError, RequestError
 from ..formats.packed_format import MANIFEST_NAME, VERSION, read_manifest
-from ..formats.safetensors_header import INDEX_NAME
+from ..formats.shards import INDEX_NAME
 from .estimate import Estimate, estimate
 from .journal import Journal
 from .plan import PackPlan, make_plan

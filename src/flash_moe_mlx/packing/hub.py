@@ -21,7 +21,8 @@ from tqdm.auto import tqdm
 from ..errors import CheckpointError, CorruptError, MissingTensorError, PackError
 from ..formats.checkpoint import Checkpoint
 from ..formats.hub_headers import HTTPError, read_header
-from ..formats.safetensors_header import INDEX_NAME, MAX_HEADER_BYTES, TensorInfo, read_json
+from ..formats.safetensors_header import MAX_HEADER_BYTES, TensorInfo, read_json
+from ..formats.shards import INDEX_NAME, complete_by_name
 from ..system import full_sync
 from .sources import header_bytes
 from .workspace import sync_folder
@@ -166,7 +167,11 @@ class HubSource:
         """As `read_shards` finds them."""
         if INDEX_NAME in files:
             weight_map = read_json(self.folder / INDEX_NAME, "Ask its owner.").get("weight_map")
-            return sorted({str(v) for v in weight_map.values()}) if isinstance(weight_map, dict) else []
+            named = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
+            # Without any of its files it is left over from another build. What is absent of it may be of parts that a
+            # conversion dropped; else `read_shards` says so.
+            if named & set(files) or not complete_by_name(files):
+                return sorted(named & set(files)) or sorted(named)
         names = [name for name in files if name.endswith(".safetensors") and "/" not in name]
         return [name for name in names if name.startswith("model")] or names
 

@@ -162,7 +162,9 @@ def cast_dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether mlx-lm has the model type."""
+    """Whether mlx-lm has the model type, and the checkpoint brings no definition of its own."""
+    if config.get("model_file") is not None:
+        return False
     try:
         _get_classes(_known_config(config))
     except (ValueError, KeyError, AttributeError):  # AttributeError: a module of mlx-lm's that is no model

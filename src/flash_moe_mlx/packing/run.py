@@ -13,7 +13,8 @@ from typing import Any
 from ..errors import FlashMoEError
 from ..experts.buffer_cache import BufferCacheShare
 from ..formats.packed_format import Manifest, PackedLayer, StoredFile
-from ..formats.safetensors_header import INDEX_NAME, TensorInfo
+from ..formats.safetensors_header import TensorInfo
+from ..formats.shards import INDEX_NAME
 from ..machine import available_cores
 from .checksums import combine_segments
 from .journal import Journal
