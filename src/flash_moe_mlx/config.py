@@ -188,6 +188,7 @@ class StreamingConfig:
         io: How expert bytes are read: "auto", "mmap", "pread" or "direct".
         prefill_step_size: Tokens a forward pass that scratch memory is set aside for.
         activation_bits: 8 rounds what one or two tokens are multiplied with (lossy); None is exact.
+        trust_remote_code: Whether Python files of the checkpoint may be run.
     """
 
     memory_limit_bytes: int | None = None
@@ -196,6 +197,7 @@ class StreamingConfig:
     io: str = "auto"
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
     activation_bits: int | None = None
+    trust_remote_code: bool = False
 
     @classmethod
     def from_arguments(
@@ -205,6 +207,7 @@ class StreamingConfig:
         num_experts_per_tok: int | None,
         io: str,
         activation_bits: int | None = None,
+        trust_remote_code: bool = False,
     ) -> "StreamingConfig":
         """Check load's arguments.
 
@@ -224,6 +227,10 @@ class StreamingConfig:
             raise RequestError(
                 f"[activation_bits] must be 8, or None for exact products, got {activation_bits!r}. Leave it out."
             )
+        if not isinstance(trust_remote_code, bool):
+            raise RequestError(
+                f"[trust_remote_code] must be True or False, got {trust_remote_code!r}. Leave it out for False."
+            )
         if io not in IO_MODES:
             raise RequestError(f"[io] must be one of {', '.join(IO_MODES)}, got {io!r}. Leave it out for auto.")
         return cls(
@@ -232,5 +239,6 @@ class StreamingConfig:
             num_experts_per_tok=num_experts_per_tok,
             io=io,
             activation_bits=activation_bits,
+            trust_remote_code=trust_remote_code,
             prefill_step_size=min(DEFAULT_PREFILL_STEP_SIZE, max_context),
         )

@@ -17,6 +17,7 @@ from .options import (
     Model,
     NumExpertsPerTok,
     Revision,
+    TrustRemoteCode,
     Verify,
     add_command,
     model_path,
@@ -45,6 +46,7 @@ def bench(
     revision: Revision = None,
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Measure a model's prefill and decode speed, and the share of experts that it found in memory.
@@ -56,7 +58,7 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     directory = _local(model) if cold else None
-    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
         measured = []
         for run in range(runs + 1):

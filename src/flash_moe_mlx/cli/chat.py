@@ -22,6 +22,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    TrustRemoteCode,
     Verify,
     open_model,
     sampler,
@@ -65,6 +66,7 @@ def chat(
     revision: Revision = None,
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Chat in the terminal, with tools.
 
@@ -88,7 +90,7 @@ def chat(
     console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets lines as they are
     offered = [tool for path in tools or [] for tool in load_tools(path)]
     read = _reader(console.is_terminal)
-    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
         if calculator and tokenizer.has_tool_calling:
             offered += load_tools(CALCULATOR)

@@ -21,6 +21,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    TrustRemoteCode,
     Verify,
     open_model,
     print_json,
@@ -51,6 +52,7 @@ def generate(
     revision: Revision = None,
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Generate an answer, printed as it comes.
@@ -74,7 +76,7 @@ def generate(
     check_text(prompt)
     check_text(system, "system")
 
-    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
         text = ""
         for response in stream_generate(

@@ -42,6 +42,9 @@ TopP = Annotated[
 TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0 for all.", min=0)]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.", min=0, max=1)]
 Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", min=0)]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="Run Python files that come with the checkpoint.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
@@ -78,6 +81,7 @@ def open_model(
     revision: str | None,
     activation_bits: int | None,
     verify: str,
+    trust_remote_code: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """The model and its tokenizer, loaded as a command's options say; closed at the end."""
     from .. import load
@@ -91,6 +95,7 @@ def open_model(
         revision=revision,
         activation_bits=activation_bits,
         verify=verify != "none" and verify,
+        trust_remote_code=trust_remote_code,
     )
     with loaded[0].streaming:
         yield loaded

@@ -5,7 +5,17 @@ from typing import Annotated
 
 import typer
 
-from .options import Json, MaxContext, MemoryLimit, Model, NumExpertsPerTok, Revision, model_path, print_json
+from .options import (
+    Json,
+    MaxContext,
+    MemoryLimit,
+    Model,
+    NumExpertsPerTok,
+    Revision,
+    TrustRemoteCode,
+    model_path,
+    print_json,
+)
 from .printable import echo
 
 Trace = Annotated[Path | None, typer.Option(help="Recorded routing (flash-moe trace): expect its hit rate too.")]
@@ -24,6 +34,7 @@ def plan(
     disk_rate: DiskRate = None,
     plot: Plot = None,
     revision: Revision = None,
+    trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
     """Tell whether a model fits a memory limit, where the bytes go, and how fast it is expected to be.
@@ -45,6 +56,7 @@ def plan(
         revision=revision,
         trace=trace,
         disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate),
+        trust_remote_code=trust_remote_code,
     )
     if plot is not None:
         from ..lab.plot import save, speed_by_limit

@@ -22,6 +22,7 @@ from .options import (
     Temperature,
     TopK,
     TopP,
+    TrustRemoteCode,
     Verify,
     missing_extra,
     open_model,
@@ -58,6 +59,7 @@ def serve(
     revision: Revision = None,
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Serve a model to OpenAI's clients, with a status page.
 
@@ -92,7 +94,7 @@ def serve(
             allowed_hosts=(*LOOPBACK, *(allow_host or ())) if local or allow_host else None,
             sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
         )
-        how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+        how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
         with open_model(model, *how) as (loaded, tokenizer):
             app = create_app(loaded, tokenizer, config)
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

@@ -5,7 +5,18 @@ from typing import Annotated
 
 import typer
 
-from .options import ActivationBits, Io, MaxContext, MemoryLimit, Model, NumExpertsPerTok, Revision, Verify, open_model
+from .options import (
+    ActivationBits,
+    Io,
+    MaxContext,
+    MemoryLimit,
+    Model,
+    NumExpertsPerTok,
+    Revision,
+    TrustRemoteCode,
+    Verify,
+    open_model,
+)
 from .printable import echo
 
 
@@ -21,6 +32,7 @@ def trace(
     revision: Revision = None,
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Generate an answer and record the routing, for flash-moe simulate and flash-moe plan.
 
@@ -31,7 +43,7 @@ def trace(
     from ..runtime.prompt_text import check_text
 
     check_text(prompt)
-    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify)
+    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
         tokens, _ = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
         with loaded.streaming.trace(output):

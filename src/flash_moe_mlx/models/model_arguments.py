@@ -5,23 +5,84 @@ a model that this mlx-lm doesn't know well enough.
 """
 
 import dataclasses
+import importlib.util
 import inspect
+import re
+import sys
 import types
 import typing
+import zlib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from mlx_lm import __version__ as _mlx_lm_version
+from mlx_lm.utils import _get_classes
 
 from ..errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
 from ..formats.checkpoint import Checkpoint
 from ..formats.config_fields import MAX_DIMENSION
-from ..formats.foreign import say
+from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import brief
 
 MLX_LM_VERSION: str = _mlx_lm_version
 
+_FILE_NAME = re.compile(r"[\w-][\w.-]{0,100}\.py", re.ASCII)
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
+
+
+def find_classes(checkpoint: Checkpoint, config: dict[str, Any], trust_remote_code: bool) -> tuple[Any, Any]:
+    """Return the classes of a model and of its arguments: mlx-lm's, or those of the checkpoint's own file.
+
+    Args:
+        checkpoint: Opened.
+        config: Its config.json.
+        trust_remote_code: Whether the file that ``model_file`` names may be run.
+
+    Raises:
+        UnsupportedModelError: If mlx-lm doesn't know the model type, or the file may not or can't be run.
+        CorruptError: If ``model_file`` is no file's name.
+        MissingTensorError: If there is no such file.
+    """
+    if (name := config.get("model_file")) is not None:
+        return _own_classes(checkpoint.directory, name, trust_remote_code)
+    try:
+        # mlx-lm keeps its table of model types behind this name only; the minor version is pinned.
+        return _get_classes(config)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # AttributeError: a module that is no model
+        raise UnsupportedModelError(
+            f"[config.json] model_type must be one that mlx-lm knows, got {brief(config.get('model_type'))}. "
+            "Check for a newer mlx-lm."
+        ) from error
+
+
+def _own_classes(directory: Path, name: Any, trust_remote_code: bool) -> tuple[Any, Any]:
+    if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+        raise CorruptError(
+            f"[config.json] model_file must name a Python file of the checkpoint, got {brief(name)}. Restore the file."
+        )
+    if not trust_remote_code:
+        raise UnsupportedModelError(
+            f"[{directory.name}] must need no code of its own, got the model file {name}. If you trust it, pass "
+            "trust_remote_code=True (--trust-remote-code)."
+        )
+    path = directory / name
+    if not path.is_file():
+        raise MissingTensorError(f"[{directory.name}] must hold {name}, got no such file. Download it.")
+
+    def failed(error: BaseException) -> UnsupportedModelError:
+        return UnsupportedModelError(
+            f"[{directory.name}] {name} must define Model and ModelArgs for mlx-lm {MLX_LM_VERSION}, got {say(error)}. "
+            "Ask its author."
+        )
+
+    module_name = f"_flash_moe_mlx_{zlib.crc32(bytes(path.resolve())):08x}"
+    with ForeignCode(failed):
+        spec = importlib.util.spec_from_file_location(module_name, path)
+        module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
+        sys.modules[module_name] = module  # where dataclasses look types up
+        spec.loader.exec_module(module)  # type: ignore[union-attr]
+        return module.Model, module.ModelArgs
 
 
 def check_arguments(checkpoint: Checkpoint, config: Mapping[str, Any], args_class: Any) -> None:

@@ -33,6 +33,7 @@ def prepare_family(
         CheckpointError: If the files don't describe such a model, or nobody knows the model type.
         RequestError: If num_experts_per_tok can't be had.
     """
-    model_type = checkpoint.config.get("model_type")
-    prepare = _FAMILIES.get(model_type, switch_glu.prepare) if isinstance(model_type, str) else switch_glu.prepare
+    model_type = str(checkpoint.config.get("model_type"))
+    has_file = checkpoint.config.get("model_file") is not None  # which goes before any definition
+    prepare = switch_glu.prepare if has_file else _FAMILIES.get(model_type, switch_glu.prepare)
     return prepare(checkpoint, stored, streaming, dtype)

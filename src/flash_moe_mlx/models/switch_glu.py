@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, make_prompt_cache
 from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
-from mlx_lm.utils import _get_classes, infer_quant_config
+from mlx_lm.utils import infer_quant_config
 
 from ..config import StreamingConfig
 from ..errors import (
@@ -38,7 +38,7 @@ from ..ops.quantized import mlx_arguments
 from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
 from .checks import check_tokens, checked_later, clamped, locate, vocabulary_size
-from .model_arguments import check_arguments, refuse, refuse_weights
+from .model_arguments import check_arguments, find_classes, refuse, refuse_weights
 from .spec import Family, convert, load_bytes
 from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
 
@@ -196,7 +196,7 @@ def prepare(
         f"[num_experts_per_tok] can't be changed for {config.get('model_type')}, got {k}. Leave it out."
     )
     try:
-        model = _build(config, checkpoint)
+        model = _build(config, checkpoint, streaming.trust_remote_code)
     except (CorruptError, UnsupportedModelError) as error:
         if k is None or k == trained:
             raise
@@ -248,16 +248,9 @@ def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:
     return experts
 
 
-def _build(config: dict[str, Any], checkpoint: Checkpoint) -> Any:
+def _build(config: dict[str, Any], checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
     """mlx-lm's model for a config, its class extended by StreamingModel, parameters lazy."""
-    try:
-        # mlx-lm keeps its table of model types behind this name only; the minor version is pinned.
-        model_class, args_class = _get_classes(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # AttributeError: a module that is no model
-        raise UnsupportedModelError(
-            f"[config.json] model_type must be one that mlx-lm knows, got {brief(config.get('model_type'))}. "
-            "Check for a newer mlx-lm."
-        ) from error
+    model_class, args_class = find_classes(checkpoint, config, trust_remote_code)
     check_arguments(checkpoint, config, args_class)
     with ForeignCode(lambda error: refuse(config, args_class, error)):
         arguments = args_class.from_dict(config)

@@ -165,6 +165,7 @@ def plan(
     trace: str | Path | RoutingTrace | None = None,
     disk_bytes_per_second: float | None = None,
     speed: Speed | None = None,
+    trust_remote_code: bool = False,
 ) -> Plan:
     """What a model will need and do on this machine, from its headers: no weights are downloaded or read.
 
@@ -178,6 +179,7 @@ def plan(
         disk_bytes_per_second: What the disk gives at random places. None probes the files of a local model for half
             a second; of a repository it is not known then.
         speed: A machine's figures. None measures this one, for a few seconds.
+        trust_remote_code: As for load; a model file must be in a local directory.
 
     Returns:
         The plan; one that says so if the limit doesn't hold.
@@ -196,6 +198,7 @@ def plan(
         trace=recorded,
         disk_bytes_per_second=disk_bytes_per_second,
         speed=speed,
+        trust_remote_code=trust_remote_code,
     )
     return Plan(
         model=os.fspath(path_or_repo),

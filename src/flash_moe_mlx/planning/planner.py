@@ -108,9 +108,12 @@ class Planner:
         trace: RoutingTrace | None = None,
         disk_bytes_per_second: float | None = None,
         speed: Speed | None = None,
+        trust_remote_code: bool = False,
     ) -> "Planner":
         """Read headers, and measure what isn't given. Arguments and errors as for `plan`."""
-        config = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, "auto")
+        config = StreamingConfig.from_arguments(
+            memory_limit, max_context, num_experts_per_tok, "auto", trust_remote_code=trust_remote_code
+        )
         with _directory_of(path_or_repo, revision) as (directory, is_local):
             checkpoint, family = inspect_checkpoint(directory, config)
             if speed is None:

@@ -63,6 +63,7 @@ def load(
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
     return_config: bool = False,
+    trust_remote_code: bool = False,
 ) -> tuple[Any, TokenizerWrapper] | tuple[Any, TokenizerWrapper, dict[str, Any]]:
     """Load a model whose routed experts are streamed from disk, and its tokenizer.
 
@@ -81,6 +82,8 @@ def load(
         revision: Branch, tag or commit of the repository.
         tokenizer_config: Passed to the tokenizer.
         return_config: Return config.json's contents too.
+        trust_remote_code: Run Python files that come with the checkpoint: its tokenizer's, and the model's own where
+            config.json names a ``model_file``. Only for checkpoints whose code you have read or trust.
 
     Returns:
         (model, tokenizer), or (model, tokenizer, config).
@@ -90,13 +93,17 @@ def load(
         MemoryLimitError: If the limit can't hold; raised before weights are read, names the smallest that works.
         RequestError: If an argument is not usable.
     """
-    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io, activation_bits)
+    streaming = StreamingConfig.from_arguments(
+        memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code
+    )
     prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify)
     with ExitStack() as undo:
         undo.callback(prepared.store.close)
         config = copy.deepcopy(dict(prepared.checkpoint.config))
         eos = end_tokens(prepared.checkpoint.directory, config)
-        tokenizer = load_checked_tokenizer(prepared.checkpoint.directory, eos, tokenizer_config)
+        tokenizer = load_checked_tokenizer(
+            prepared.checkpoint.directory, eos, tokenizer_config, trust_remote_code=trust_remote_code
+        )
         if eos is not None:
             config["eos_token_id"] = eos  # as mlx_lm's load_config
         undo.pop_all()
@@ -114,9 +121,12 @@ def load_model(
     activation_bits: int | None = None,
     verify: str | bool = "sample",
     revision: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Any:
     """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
-    streaming = StreamingConfig.from_arguments(memory_limit, max_context, num_experts_per_tok, io, activation_bits)
+    streaming = StreamingConfig.from_arguments(
+        memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code
+    )
     return _prepare(_resolve(path, revision), streaming, verify).load()
 
 

@@ -27,7 +27,11 @@ _AGAIN = "Download the tokenizer files, or use load_model."
 
 
 def load_checked_tokenizer(
-    directory: Path, eos: int | list[int] | None, extra: Mapping[str, Any] | None = None
+    directory: Path,
+    eos: int | list[int] | None,
+    extra: Mapping[str, Any] | None = None,
+    *,
+    trust_remote_code: bool = False,
 ) -> TokenizerWrapper:
     """Load a directory's tokenizer.
 
@@ -35,13 +39,16 @@ def load_checked_tokenizer(
         directory: The checkpoint's.
         eos: Ids that end an answer, in addition to the tokenizer's own.
         extra: Passed to the tokenizer.
+        trust_remote_code: Whether Python files of the directory may be run.
 
     Raises:
         CheckpointError: If the files are no tokenizer that transformers can load.
     """
-    check_tokenizer_files(directory)
-    with ForeignCode(lambda error: _refusal(directory, error)):
-        tokenizer = load_tokenizer(directory, dict(extra or {}), eos_token_ids=[eos] if isinstance(eos, int) else eos)
+    # Said either way: without it transformers asks on the terminal.
+    settings = {"trust_remote_code": trust_remote_code, **(extra or {})}
+    code = _code_of(check_tokenizer_files(directory))
+    with ForeignCode(lambda error: _refusal(directory, error, code if not settings["trust_remote_code"] else None)):
+        tokenizer = load_tokenizer(directory, settings, eos_token_ids=[eos] if isinstance(eos, int) else eos)
         vocabulary, special = tokenizer.vocab_size, len(tokenizer.all_special_tokens)
         # Broken rules of normalisation, splitting and decoding show on use.
         tokenizer.decode(tokenizer.encode("a b"))
@@ -54,12 +61,13 @@ def load_checked_tokenizer(
     return tokenizer
 
 
-def check_tokenizer_files(directory: Path) -> None:
-    """Check a directory's tokenizer files as far as they decide how much memory they take.
+def check_tokenizer_files(directory: Path) -> dict[str, Mapping[str, Any]]:
+    """Check a directory's tokenizer files as far as they decide how much memory they take; return their values by name.
 
     Raises:
         CheckpointError: If one is not an object of JSON in bounds, or gives a token an id that is out of them.
     """
+    values: dict[str, Mapping[str, Any]] = {}
     for name in _JSON_FILES:
         path = directory / name
         if not path.exists():
@@ -68,6 +76,7 @@ def check_tokenizer_files(directory: Path) -> None:
         if not isinstance(value, dict):
             raise CorruptError(f"[{name}] must be a tokenizer's JSON object, got {brief(value)}. {_AGAIN}")
         check_depth(value, name, _AGAIN)
+        values[name] = value
         for token_id in _ids(name, value):
             number = int(token_id) if isinstance(token_id, str) and _DIGITS.fullmatch(token_id) else token_id
             if type(number) is not int or not 0 <= number <= MAX_TOKEN_ID:
@@ -75,6 +84,14 @@ def check_tokenizer_files(directory: Path) -> None:
                     f"[{name}] a tokenizer's ids must be integers from 0 to {MAX_TOKEN_ID}, got {brief(token_id)}. "
                     f"{_AGAIN}"
                 )
+
+    return values
+
+
+def _code_of(values: Mapping[str, Mapping[str, Any]]) -> str | None:
+    """The Python class that a tokenizer's files name as their own; None where they name none."""
+    named = values.get("tokenizer_config.json", {}).get("auto_map")
+    return brief(named.get("AutoTokenizer")) if isinstance(named, dict) and "AutoTokenizer" in named else None
 
 
 def _ids(name: str, value: Mapping[str, Any]) -> Iterator[Any]:
@@ -95,7 +112,12 @@ def _ids(name: str, value: Mapping[str, Any]) -> Iterator[Any]:
         yield from value.values()
 
 
-def _refusal(directory: Path, error: BaseException) -> CheckpointError:
+def _refusal(directory: Path, error: BaseException, code: str | None) -> CheckpointError:
+    if code is not None:
+        return CheckpointError(
+            f"[{directory.name}] must hold a tokenizer that needs no code of its own, got {code}. If you trust the "
+            "checkpoint's Python files, pass trust_remote_code=True (--trust-remote-code)."
+        )
     return CheckpointError(
         f"[{directory.name}] must hold a tokenizer that transformers can load, got {say(error)}. {_AGAIN}"
     )
