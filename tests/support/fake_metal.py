@@ -53,6 +53,7 @@ EXCLUDED = {
     "tests/models/test_launches.py::*": OWN_GPU,
     "tests/models/test_finite.py::*names*": JOINED,
     "tests/cli/test_generate.py::test_json_has_usage_and_streaming_figures": CPU,
+    "tests/formats/test_mutated_files.py::*": SLOW,
     "tests/train_demo/*": SLOW,
     "tests/examples/*": SLOW,
     "tests/test_docs_run.py::*": SLOW,
