@@ -45,6 +45,7 @@ EXCLUDED = {
     "tests/models/test_switch_glu.py::test_behaves_as_mlx_lm_expects_of_a_model*": FLOAT32,
     "tests/cli/test_planning.py::test_plan_as_text_and_json": FLOAT32,
     "tests/models/test_cpu_decoder.py::*": CPU,
+    "tests/formats/test_schemes.py::test_a_made_up_mode_streams*kernels*": CPU,
     "tests/ops/cpu/test_experts.py::test_a_wave_matches_its_experts*": CPU,
     "tests/ops/cpu/test_experts.py::test_records_anywhere_in_memory*": CPU,
     "tests/ops/cpu/test_threads.py::test_without_numba_the_reference_runs_and_says_so_once": CPU,
