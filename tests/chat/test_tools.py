@@ -137,6 +137,11 @@ def test_time_is_limited_for_children_too(tools: dict[str, Tool], tmp_path: Path
         ("def f(:", "SyntaxError"),
         ("import no_such_module_here", "ModuleNotFoundError"),
         ("1 / 0", "ZeroDivisionError"),
+        ("raise SystemExit(3)", "SystemExit"),
+        ("raise MemoryError", "MemoryError"),
+        ("class Odd(Exception): pass\nraise Odd('x')", "Odd: x"),
+        ("def f(x: 'NoSuchType'):\n  'Doc.\\n\\n  Args:\\n    x: A thing.'", "f must have type hints"),
+        ("\0", "SyntaxError|ValueError"),
     ],
 )
 def test_files_that_are_no_tools(tmp_path: Path, source: str, words: str):

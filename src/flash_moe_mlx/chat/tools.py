@@ -15,14 +15,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from transformers.utils.chat_template_utils import DocstringParsingException, TypeHintParsingException, get_json_schema
+from transformers.utils.chat_template_utils import get_json_schema
 
 from ..errors import RequestError
+from ..formats.foreign import ForeignCode, say
 from ..system import kill_group
 
 CALCULATOR = Path(__file__).with_name("calculator.py")
 """The built-in tool's file, for :func:`load_tools`."""
 
+_MODULE = "flash_moe_mlx_tools"
 _PROCESS = Path(__file__).with_name("tool_process.py")
 
 
@@ -87,6 +89,8 @@ def load_tools(path: str | Path) -> list[Tool]:
     Raises:
         RequestError: If the file can't be imported, has no functions, or one that can't be described.
     """
+    if "\0" in str(path):
+        raise RequestError("[tools] a Python file's path must hold no NUL character, got one. Check the path.")
     path = Path(path).resolve()
     module = _import(path)
     functions = [
@@ -102,30 +106,30 @@ def load_tools(path: str | Path) -> list[Tool]:
 def _tool(function: Any, path: Path) -> Tool:
     if inspect.iscoroutinefunction(function):
         raise RequestError(f"[{path.name}] {function.__name__} must be a plain function, got an async one. Wrap it.")
-    try:
+    with ForeignCode(lambda error: _indescribable(path, function, error)):
         schema = get_json_schema(function)
-    except (DocstringParsingException, TypeHintParsingException) as error:
-        raise RequestError(
-            f"[{path.name}] {function.__name__} must have type hints and a docstring that describes it and each "
-            f"argument, got: {error} Add them."
-        ) from error
     schema["function"].pop("return", None)  # no template has a place for it
     return Tool(function.__name__, schema, path)
 
 
+def _indescribable(path: Path, function: Any, error: BaseException) -> RequestError:
+    return RequestError(
+        f"[{path.name}] {function.__name__} must have type hints and a docstring that describes it and each argument, "
+        f"got {say(error)}. Add them."
+    )
+
+
 def _import(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location("flash_moe_mlx_tools", path)
-    if spec is None or spec.loader is None or not path.is_file():
+    def refuse(error: BaseException) -> RequestError:
+        return RequestError(f"[{path.name}] must be importable, got {say(error)}. Correct it.")
+
+    if not path.is_file() or (spec := importlib.util.spec_from_file_location(_MODULE, path)) is None:
         raise RequestError(f"[tools] {path} must be a Python file, got none. Check the path.")
+    assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    # What a file that is not fit for it raises when it is imported.
-    except (
-        SyntaxError, ImportError, NameError, AttributeError, TypeError, ValueError, LookupError, ArithmeticError,
-        OSError, RuntimeError,
-    ) as error:  # fmt: skip
-        raise RequestError(
-            f"[{path.name}] must be importable, got {type(error).__name__}: {error}. Correct it."
-        ) from error
+        with ForeignCode(refuse):
+            spec.loader.exec_module(module)
+    except SystemExit as error:  # a script's last line would end the chat
+        raise refuse(error) from error
     return module
