@@ -46,6 +46,7 @@ EXCLUDED = {
     "tests/cli/test_planning.py::test_plan_as_text_and_json": FLOAT32,
     "tests/models/test_cpu_decoder.py::*": CPU,
     "tests/planning/test_plan.py::test_this_machine_is_measured": CPU,
+    "tests/lab/test_kernel_check.py::test_the_cpus_own_kernels_are_checked_too": CPU,
     "tests/formats/test_schemes.py::test_a_made_up_mode_streams*kernels*": CPU,
     "tests/ops/cpu/test_experts.py::test_a_wave_matches_its_experts*": CPU,
     "tests/ops/cpu/test_experts.py::test_records_anywhere_in_memory*": CPU,
