@@ -13,6 +13,9 @@ PROCESS_OVERHEAD_BYTES = 600_000_000
 SAFE_SHARE = 0.7
 """Of the memory that may be used; the rest is for the page cache and for other programs."""
 
+LITTLE_SHARE = 0.5
+"""Of the memory beyond the interpreter's, where that is most of what may be used."""
+
 WORKING_SET_SHARE = 0.9
 """Of Metal's recommended working set, which has the system's share taken off already."""
 
@@ -57,23 +60,26 @@ def usable_memory_bytes() -> int:
     return min(size for size in (physical_memory_bytes(), cgroup_limit_bytes()) if size is not None)
 
 
-def default_memory_limit_bytes(recommended_working_set_bytes: int | None = None) -> int:
-    """A safe share of what this process may use, where the caller names no limit.
+def default_memory_limit_bytes(
+    recommended_working_set_bytes: int | None = None, gpu_memory_bytes: int | None = None
+) -> int:
+    """Return a safe share of what this process may use, where the caller names no limit; 0 where nothing is left.
 
     Args:
         recommended_working_set_bytes: Metal's figure for this GPU, where there is one.
+        gpu_memory_bytes: Memory of a GPU that has its own.
     """
-    safe, _ = _safe_share(recommended_working_set_bytes)
-    return max(safe - PROCESS_OVERHEAD_BYTES, 1)
+    return _default_limit(recommended_working_set_bytes, gpu_memory_bytes)[0]
 
 
-def explain_default_memory_limit(recommended_working_set_bytes: int | None = None) -> str:
+def explain_default_memory_limit(
+    recommended_working_set_bytes: int | None = None, gpu_memory_bytes: int | None = None
+) -> str:
     """Say in words where `default_memory_limit_bytes` comes from."""
-    _, reason = _safe_share(recommended_working_set_bytes)
-    return f"{reason}, less {format_bytes(PROCESS_OVERHEAD_BYTES)} for the interpreter and its libraries"
+    return _default_limit(recommended_working_set_bytes, gpu_memory_bytes)[1]
 
 
-def _safe_share(working_set: int | None) -> tuple[int, str]:
+def _default_limit(working_set: int | None, gpu_memory: int | None) -> tuple[int, str]:
     usable = usable_memory_bytes()
     safe, reason = int(usable * SAFE_SHARE), f"{SAFE_SHARE:.0%} of {format_bytes(usable)} of memory"
     if working_set and int(working_set * WORKING_SET_SHARE) < safe:
@@ -82,7 +88,18 @@ def _safe_share(working_set: int | None) -> tuple[int, str]:
             f"{WORKING_SET_SHARE:.0%} of the {format_bytes(working_set)} that Metal recommends "
             "(raised by: sudo sysctl iogpu.wired_limit_mb=N)"
         )
-    return safe, reason
+    overhead = format_bytes(PROCESS_OVERHEAD_BYTES)
+    limit, reason = safe - PROCESS_OVERHEAD_BYTES, f"{reason}, less {overhead} for the interpreter and its libraries"
+    if limit < (little := int((usable - PROCESS_OVERHEAD_BYTES) * LITTLE_SHARE)):
+        limit = little
+        reason = (
+            f"{LITTLE_SHARE:.0%} of what {format_bytes(usable)} of memory have beyond {overhead} for the interpreter "
+            "and its libraries"
+        )
+    # The interpreter lies in the host's memory, so nothing is taken off a GPU's own for it.
+    if gpu_memory and int(gpu_memory * SAFE_SHARE) < limit:
+        limit, reason = int(gpu_memory * SAFE_SHARE), f"{SAFE_SHARE:.0%} of {format_bytes(gpu_memory)} of GPU memory"
+    return max(limit, 0), reason
 
 
 def available_cores() -> int:

@@ -30,7 +30,10 @@ MMAP_THRESHOLD_BYTES = 1 << 20
 TRIM_THRESHOLD_BYTES = 8 << 20
 """Free bytes at the end of the heap that are kept for the next allocation."""
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+ARENAS = 2
+"""Heaps that threads share: the main thread's, and one for all that begin after ``load``."""
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 _MS_INVALIDATE = 2  # both systems' value
 _QOS_USER_INITIATED = 0x19  # sys/qos.h: work that somebody waits for
 
@@ -67,8 +70,9 @@ def return_freed_buffers() -> bool:
     """Bound the freed memory that this process's heap keeps. Called by ``load``; later calls do nothing.
 
     MLX takes a CPU's arrays from malloc. glibc raises its threshold for separate pages to the largest buffer that was
-    freed, up to 32 MB, and from then on keeps such buffers in its arenas, one for each thread: generations on new
-    threads held 2.7 times the memory limit. Setting the threshold keeps it fixed. It holds for the whole process.
+    freed, up to 32 MB, and from then on keeps such buffers in its arenas, up to eight for each core: generations on
+    new threads held 2.7 times the memory limit. Setting the threshold keeps it fixed; fewer arenas keep less of what
+    is smaller. Both hold for the whole process, so that threads share two locks where they allocate much at once.
 
     Returns:
         Whether the C library is glibc; others are left as they are.
@@ -76,6 +80,7 @@ def return_freed_buffers() -> bool:
     if not hasattr(_libc(), "gnu_get_libc_version"):
         return False
     _libc().mallopt(_M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
+    _libc().mallopt(_M_ARENA_MAX, ARENAS)
     return bool(_libc().mallopt(_M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES))
 
 

@@ -36,11 +36,17 @@ from ..formats.config_files import end_tokens
 from ..formats.foreign import ForeignCode, say
 from ..formats.hub_headers import HTTPError
 from ..formats.packed_format import EXPERTS_FOLDER
-from ..machine import default_memory_limit_bytes, explain_default_memory_limit, usable_memory_bytes
+from ..machine import (
+    PROCESS_OVERHEAD_BYTES,
+    default_memory_limit_bytes,
+    explain_default_memory_limit,
+    usable_memory_bytes,
+)
 from ..models.registry import prepare_family
 from ..models.spec import Family
 from ..ops.backend import backend, use_cpu_kernels
 from ..packing.verification import check_other_files
+from ..stats import format_bytes
 from ..storage.io_choice import DEFAULT_THREADS, choose_io, choose_threads
 from ..storage.store import ExpertStore, direct_buffer_bytes
 from ..system import raise_file_limit, return_freed_buffers
@@ -238,15 +244,32 @@ def divide_limit(
 
 
 def choose_limit(streaming: StreamingConfig) -> int:
-    """The limit asked for, or a safe share of this machine."""
+    """Return the limit asked for, or a safe share of this machine.
+
+    Raises:
+        MemoryLimitError: If none was asked for and this process may use too little to choose one.
+    """
     if streaming.memory_limit_bytes is not None:
         return streaming.memory_limit_bytes
-    return default_memory_limit_bytes(mx.device_info().get("max_recommended_working_set_size"))
+    if limit_bytes := default_memory_limit_bytes(*_device_memory()):
+        return limit_bytes
+    raise MemoryLimitError(
+        f"[memory_limit] must be given where this process may use {format_bytes(usable_memory_bytes())} in all, got "
+        f"none: the interpreter and its libraries take up to {format_bytes(PROCESS_OVERHEAD_BYTES)}. Pass "
+        "memory_limit, or give the process more memory."
+    )
 
 
 def limit_reason() -> str:
     """Say in words where the limit comes from that `choose_limit` takes without being told one."""
-    return explain_default_memory_limit(mx.device_info().get("max_recommended_working_set_size"))
+    return explain_default_memory_limit(*_device_memory())
+
+
+def _device_memory() -> tuple[int | None, int | None]:
+    """Metal's recommended working set, and the memory of a GPU that has its own, where MLX tells them."""
+    info = mx.device_info()
+    working_set = info.get("max_recommended_working_set_size")
+    return working_set, info.get("total_memory") if backend() == "cuda" else None
 
 
 @dataclass(frozen=True)
@@ -322,7 +345,13 @@ def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) ->
     if verify == "full" and checkpoint.manifest:
         check_other_files(directory, checkpoint.manifest)
     limit_bytes = choose_limit(streaming)
-    reads = choose_reads(limit_bytes, checkpoint, family, streaming)
+    try:
+        reads = choose_reads(limit_bytes, checkpoint, family, streaming)
+    except MemoryLimitError as error:
+        if streaming.memory_limit_bytes is not None:
+            raise
+        message = f"{error} No limit was given: this one is {limit_reason()}."
+        raise MemoryLimitError(message, error.smallest_limit_bytes) from None
     store = ExpertStore(checkpoint, io=reads.io, num_threads=reads.num_threads, verify=verify)
     with ExitStack() as undo:
         undo.callback(store.close)
