@@ -148,6 +148,7 @@ class Soak:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=1200)
+    parser.add_argument("--requests", type=int, default=1 << 62, help="end after so many, if that is earlier")
     parser.add_argument("--every", type=float, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
@@ -156,7 +157,7 @@ def main() -> None:
     with options.output.open("w") if options.output else os.fdopen(os.dup(sys.stdout.fileno()), "w") as file:
         print(*COLUMNS, sep="\t", file=file, flush=True)
         started, written, counters = time.perf_counter(), 0.0, soak.model.streaming.counters.copy()
-        while (seconds := time.perf_counter() - started) < options.seconds:
+        while (seconds := time.perf_counter() - started) < options.seconds and soak.requests < options.requests:
             soak.step()
             if seconds - written >= options.every:
                 since = soak.model.streaming.counters.since(counters)

@@ -18,6 +18,7 @@ from ..ops.gpu.kernel_source import explain_refusals
 from ..ops.numerics import Activation
 from ..stats import Counters, StreamingStats, format_bytes
 from ..storage.store import ExpertStore
+from ..system import trim_heap
 from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
 from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache
@@ -154,6 +155,8 @@ class StreamingEngine:
     def _make_room(self, batch: int, tokens: int, length: int, caches: Sequence[Any]) -> None:
         reservations = self._reservations
         room = reservations.change(reservations.needed(batch, tokens, length, caches))
+        if tokens > 1:
+            trim_heap()
         if reservations.forget_dropped() or room is not None:
             try:
                 budget = self._divide(self._limit_bytes, room or reservations.reserved)
