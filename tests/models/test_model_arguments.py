@@ -52,6 +52,7 @@ def test_a_bug_or_another_version_is_not_blamed_on_the_file(
         ({"num_attention_heads": 2**40}, CorruptError, "num_attention_heads must be an integer"),
         ({"num_key_value_heads": 2.5}, CorruptError, "num_key_value_heads must be an integer"),
         ({"num_hidden_layers": 10**9}, MissingTensorError, "all 1000000000 layers"),
+        ({"num_experts_per_tok": 0}, CorruptError, "each token must have experts, got 0"),
         ({"num_experts_per_tok": 0.5}, CorruptError, "num_experts_per_tok must be an integer"),
     ],
 )

@@ -211,6 +211,11 @@ def prepare(
         weights = convert(weights, lambda _, v: dtype if mx.issubdtype(v.dtype, mx.floating) else v.dtype)
     caches = _cache_growth(model, dtype, str(config["model_type"]))
     found = {module.num_experts_per_tok for module in swapped.values()}
+    if min(found) < 1:
+        raise CorruptError(
+            f"[config.json] each token must have experts, got {trained} for {config.get('model_type')}. "
+            "Restore the file."
+        )
     if k is not None and found != {k}:
         raise fixed_k
     note = f"num_experts_per_tok={k} where the model was trained with {trained}"
