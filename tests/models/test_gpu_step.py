@@ -10,14 +10,15 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flash_moe_mlx.config import ModelConfig
-from flash_moe_mlx.models import gpu_step
+from flash_moe_mlx.errors import NonFiniteError, RequestError
+from flash_moe_mlx.models import checks, gpu_step, gpu_token
 from flash_moe_mlx.models.qwen3_next import FusedGatedDeltaNet
 from flash_moe_mlx.ops.gated_delta_step import split_columns
 from flash_moe_mlx.ops.gpu import kernel_source
 
 from ..kernels import opencl
 from ..support.checkpoints import make_checkpoint, text_config
-from ..support.models import chat_config, make_converted, smallest_limit, streamed
+from ..support.models import VOCABULARY, chat_config, make_converted, smallest_limit, streamed
 
 pytestmark = pytest.mark.skipif(opencl.opencl() is None, reason="needs the OpenCL CPU runtime of the dev extra")
 
@@ -49,6 +50,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return opencl.launch(kernel, *arguments)
 
     monkeypatch.setattr(kernel_source, "launch", launch)
+    monkeypatch.setattr(gpu_token, "compile_layer", lambda function: function)  # OpenCL computes as it is called
     # The package has a function of the module's name.
     monkeypatch.setattr(import_module("flash_moe_mlx.ops.backend"), "backend", lambda: "metal")
     return names
@@ -136,27 +138,45 @@ def test_a_model_that_is_not_quantised_runs_as_before(tmp_path: Path, launched: 
     assert "norm_matvec" not in launched
 
 
-def test_a_layer_without_the_host_has_the_bits_of_one_that_asks_it(checkpoint: Path, launched: list[str]):
+def test_a_token_without_the_host_has_the_bits_of_one_that_asks_it(checkpoint: Path, launched: list[str]):
+    """The host asks for ids while a trace is recorded, and where an expert may be missing."""
     with streamed(checkpoint) as model:
-        asking, cache, lazy = model.make_cache(), model.make_cache(), []
-        mx.eval(model(mx.array([[3]]), cache=asking))
-        cache_of = model.streaming._cache
-        hidden = expected = model.text_model.embed_tokens.embed(mx.array([[3]]), mx.float32)
-        with model.streaming.forward_pass(1, 1, 1):
-            asking = model.make_cache()
-            for index, layer in enumerate(model.layers):
-                expected = layer(expected, asking[index])
-                table = np.full(chat_config()["num_experts"], 2**32 - 1, np.uint32)
-                for expert, slot in cache_of._layers[index].present.items():
-                    table[expert] = slot
-                step = gpu_step.decode_layer(layer, hidden, cache[index], cache_of.bank(index), mx.array(table))
-                assert step is not None
-                hidden, ids, slots = step
-                lazy.append((ids, slots, table))
-        assert np.array_equal(np.array(hidden), np.array(expected))
-        for ids, slots, table in lazy:
-            assert np.array_equal(table[np.array(ids)], np.array(slots))
-            assert np.array(slots).max() < 2**32 - 1
+        expected = logits(model)
+        assert not model.runs_ahead
+        for layer in range(len(model.layers)):
+            wanted = list(range(chat_config()["num_experts"]))
+            model.streaming._cache.acquire(layer, wanted).wait()
+        before = model.streaming.counters.copy()
+        assert np.array_equal(logits(model), expected)
+        assert model.runs_ahead
+        since = model.streaming.counters.since(before)
+        assert since.misses == 0 and since.hits >= len(TOKENS) * len(model.layers)
+        model.streaming.resize(model.streaming.stats().memory_limit_bytes - 1)  # tells policies what was used
+        assert not model.streaming._reader._used
+        layer = model.layers[0].linear_attn.in_proj_z
+        layer.scales = layer.scales * 2
+        changed = logits(model)
+        assert model.runs_ahead and not np.array_equal(changed, expected)
+
+
+def test_what_is_wrong_with_a_lazy_token_is_raised_two_tokens_later(
+    checkpoint: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(checks, "backend", lambda: "metal")
+    with streamed(checkpoint) as model:
+        for layer in range(len(model.layers)):
+            model.streaming._cache.acquire(layer, list(range(chat_config()["num_experts"]))).wait()
+        cache = model.make_cache()
+        mx.eval(model(mx.array([PROMPT]), cache=cache))
+        model(mx.array([[VOCABULARY]]), cache=cache)
+        model(mx.array([[1]]), cache=cache)
+        with pytest.raises(RequestError, match="token ids"):
+            model(mx.array([[1]]), cache=cache)
+        model.text_model.norm.weight = model.text_model.norm.weight * float("nan")
+        model(mx.array([[1]]), cache=cache)
+        model(mx.array([[1]]), cache=cache)
+        with pytest.raises(NonFiniteError):
+            model(mx.array([[1]]), cache=cache)
 
 
 @pytest.mark.parametrize("heads", [(2, 4), (1, 4)], ids=["two key heads", "one key head"])

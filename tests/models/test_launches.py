@@ -4,12 +4,13 @@ from collections import Counter
 from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from flash_moe_mlx.models import gpu_step
+from flash_moe_mlx.models import gpu_token
 from flash_moe_mlx.models.caches import ArraysCache, KVCache
 from flash_moe_mlx.ops.gpu import kernel_source
 
@@ -75,7 +76,8 @@ def cache_of(kind: str, state: list[mx.array]) -> Any:
 @pytest.mark.usefixtures("graphs_for_metal")
 @pytest.mark.parametrize("kind", MOST)
 @pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=["bf16", "f16"])
-def test_a_layer_is_few_launches(kind: str, dtype: mx.Dtype, tmp_path: Path):
+def test_a_layer_is_few_launches(kind: str, dtype: mx.Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(gpu_token, "compile_layer", lambda function: function)  # a traced function is one primitive
     checkpoint = make_converted(tmp_path, bits=4, predicate=router_in_eight_bits)
     with streamed(checkpoint) as model:
         model.set_dtype(dtype)
@@ -85,7 +87,9 @@ def test_a_layer_is_few_launches(kind: str, dtype: mx.Dtype, tmp_path: Path):
 
         def token(x: mx.array, table: mx.array, *state: mx.array) -> list[mx.array]:
             cache = cache_of(kind, list(state))
-            step = gpu_step.decode_layer(layer, x, cache, bank, table)
+            part = gpu_token.LayerToken.of(layer)
+            assert part is not None
+            step = part(x, cache, SimpleNamespace(slots=bank, table=table))
             assert step is not None
             after = (cache[0], cache[1]) if kind == "linear_attention" else (cache.keys, cache.values)
             return [*step, *after]

@@ -169,8 +169,8 @@ def test_an_interrupt_leaves_what_is_remembered(loaded: Loaded, cache: PrefixCac
     held = len(cache)
     for layer in (0, 2):  # a prompt doesn't ask for the last one's experts
         with monkeypatch.context() as patch:
-            routed = loaded[0].layers[layer].mlp.routed
-            patch.setattr(type(routed), "record", lambda self, *_, at=routed: stop() if self is at else None)
+            reader = loaded[0].streaming._reader
+            patch.setattr(reader, "record", lambda number, *_, at=layer: stop() if number == at else None)
             with pytest.raises(KeyboardInterrupt):
                 run(loaded, PROMPT, prefix_cache=cache, snapshot_at=[30, 45])
         assert len(cache) == held

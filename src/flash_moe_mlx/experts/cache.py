@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import mlx.core as mx
 import numpy as np
 
 from ..errors import MemoryLimitError
@@ -59,6 +60,23 @@ class Fetch:
 class LayerSlots(SlotTable):
     """A SlotTable over the memory of a bank."""
 
+    _table: mx.array | None = None
+
+    def table(self) -> mx.array:
+        """Return the slot of each expert, once all experts are present. Shape (E,), uint32."""
+        if self._table is None:
+            self._table = mx.array([self.present[expert] for expert in range(len(self.present))], mx.uint32)
+            mx.eval(self._table)
+        return self._table
+
+    def publish(self) -> None:
+        super().publish()
+        self._table = None
+
+    def release(self) -> None:
+        super().release()
+        self._table = None
+
     def __init__(self, layout: RecordLayout, num_slots: int, policy: Policy):
         super().__init__(num_slots, policy)
         self.bank = ExpertBank(layout, num_slots)
@@ -103,6 +121,10 @@ class ExpertCache:
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].bank.num_slots
 
+    def num_present(self, layer: int) -> int:
+        """Return how many experts of a layer are in memory."""
+        return len(self._layers[layer].present)
+
     @property
     def nbytes(self) -> int:
         """Bytes of all banks."""
@@ -114,6 +136,14 @@ class ExpertCache:
 
     def bank(self, layer: int) -> ExpertBank:
         return self._layers[layer].bank
+
+    def table(self, layer: int) -> mx.array:
+        """Return the slot of each expert of a layer all of whose experts are present. Shape (E,), uint32."""
+        return self._settled(layer).table()
+
+    def used(self, layer: int, experts: Sequence[int]) -> None:
+        """Tell the layer's policy that one token used these experts."""
+        self._policies[layer].used(experts)
 
     def present(self, layer: int) -> tuple[int, ...]:
         """Experts of a layer that are in memory, those that came last at the end."""

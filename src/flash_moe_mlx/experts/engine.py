@@ -69,7 +69,7 @@ class StreamingEngine:
         self.lock = threading.RLock()
         self._wired = WiredShare(limit_bytes, self._budget.dense_bytes)  # before slots, which are wired as they come
         self._cache = ExpertCache(store, layouts, self._budget.num_slots)
-        self._reader = ExpertReader(self._cache, layouts)
+        self._reader = ExpertReader(self._cache, layouts, num_experts)
         self._counted_from = self._reader.counters.copy()
         self._applied = self._budget
         self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes))
@@ -179,6 +179,7 @@ class StreamingEngine:
 
     def _apply(self, budget: Budget, room: Room | None = None) -> None:
         self._reader.settle()
+        self._reader.count_used()
         # Nothing uses scratch now: experts that stay are copied by way of it.
         spare = min(budget.scratch_bytes, self._applied.scratch_bytes)
         # Known before it is done: what an interrupt cuts short, the next pass finishes.

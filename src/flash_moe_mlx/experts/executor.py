@@ -67,6 +67,29 @@ class PendingExperts(Protocol):
         ...
 
 
+class ResidentExperts(Protocol):
+    """One layer's experts, all of them in slots.
+
+    Attributes:
+        slots: The layer's slots.
+        table: Slot of each expert. Shape (E,), uint32.
+    """
+
+    @property
+    def slots(self) -> ExpertBank: ...
+
+    @property
+    def table(self) -> mx.array: ...
+
+    def used(self, ids: mx.array) -> None:
+        """Note one token's choice, lazy ids of shape (1, K)."""
+        ...
+
+    def reading(self, output: mx.array) -> None:
+        """Note that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
+        ...
+
+
 class TokenExperts(Protocol):
     """The experts of one token as operations of a CPU program, built once per layer.
 
@@ -135,6 +158,10 @@ class ExpertExecutor(Protocol):
         Raises:
             StoreError: If a record can't be read, now or when the outputs are asked for.
         """
+        ...
+
+    def resident(self) -> ResidentExperts | None:
+        """Return the layer's experts if all are in slots and nobody on the host needs to see ids; else None."""
         ...
 
     def token_experts(self, x: "Vector", y: np.ndarray, pool: "Pool") -> TokenExperts:

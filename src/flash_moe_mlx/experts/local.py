@@ -62,9 +62,31 @@ class LocalExperts:
             self._reader.record(self._layer, host_ids, weights)
         return LocalPending(self._reader, self._layer, self._activation, host_ids, groups)
 
+    def resident(self) -> "LocalResident | None":
+        """Return the experts if all are in slots: see `ExpertExecutor.resident`."""
+        table = None if self._activation is not None else self._reader.table(self._layer)
+        return None if table is None else LocalResident(self._reader, self._layer, table)
+
     def token_experts(self, x: "Vector", y: np.ndarray, pool: "Pool") -> "LocalToken":
         """Build the operations that compute one token's experts on the CPU: see `ExpertExecutor.token_experts`."""
         return LocalToken(self._reader, self._layer, x, y, pool)
+
+
+class LocalResident:
+    """ResidentExperts over the slots of one layer."""
+
+    def __init__(self, reader: ExpertReader, layer: int, table: mx.array):
+        self._reader, self._layer = reader, layer
+        self.slots = reader.cache.bank(layer)
+        self.table = table
+
+    def used(self, ids: mx.array) -> None:
+        """Note one token's choice, lazy ids of shape (1, K)."""
+        self._reader.used(self._layer, ids)
+
+    def reading(self, output: mx.array) -> None:
+        """Note that ``output`` reads slots: see `ResidentExperts.reading`."""
+        self._reader.reading(output)
 
 
 class LocalPending:

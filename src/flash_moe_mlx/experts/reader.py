@@ -3,6 +3,7 @@
 import itertools
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
 from contextlib import contextmanager
@@ -17,6 +18,12 @@ from ..stats import Counters
 from .cache import ExpertCache, Fetch
 from .slots import PlannedGroup, plan_groups
 from .trace import TraceRecorder
+
+RESIDENT_SHARE = 8
+"""A layer lacking up to this share of its experts is read whole, where the slots have room for it."""
+
+TOKENS_REMEMBERED = 64
+"""Tokens whose experts policies are told of when slots change: an expert's use counts half after 32 tokens."""
 
 _STARTED = -1  # in place of a thread's identifier: any thread may wait for it
 
@@ -72,12 +79,13 @@ class ExpertReader:
         recorder: Receives routers' choices while a trace is being recorded.
     """
 
-    def __init__(self, cache: ExpertCache, layouts: Mapping[int, RecordLayout]):
-        """Wrap a cache whose layers have the given record layouts."""
+    def __init__(self, cache: ExpertCache, layouts: Mapping[int, RecordLayout], num_experts: Mapping[int, int]):
+        """Wrap a cache whose layers have the given record layouts and numbers of experts."""
         self.cache = cache
         self.counters = Counters()
         self.recorder: TraceRecorder | None = None
-        self._layouts = dict(layouts)
+        self._layouts, self._num_experts = dict(layouts), dict(num_experts)
+        self._used: deque[tuple[int, mx.array]] = deque(maxlen=TOKENS_REMEMBERED * max(len(layouts), 1))
         self._unread: tuple[mx.array, int] | None = None
         self._local = threading.local()
 
@@ -110,6 +118,39 @@ class ExpertReader:
         self.counters.misses += len(ordered) - hits
         planned = plan_groups(ordered, hits, self.cache.num_slots(layer), tokens)
         return self._groups(layer, planned, self._acquire(layer, planned[0]) if planned else None)
+
+    def table(self, layer: int) -> mx.array | None:
+        """Return the slot of each expert of a layer, shape (E,), uint32, if all experts are in slots; else None.
+
+        Where the slots have room for all experts and few are missing, those are read now.
+        None while a trace is recorded, which needs the ids on the host.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        if self.is_recording:
+            return None
+        num_experts = self._num_experts[layer]
+        missing = num_experts - self.cache.num_present(layer)
+        if self.cache.num_slots(layer) < num_experts or missing > num_experts // RESIDENT_SHARE:
+            return None
+        self._check_cancelled()
+        if missing:
+            self.settle()
+            fetch = self.cache.acquire(layer, list(range(num_experts)), counted=True)
+            self.counters.bytes_read += fetch.wait()
+        return self.cache.table(layer)
+
+    def used(self, layer: int, ids: mx.array) -> None:
+        """Note the experts of one token that were found in slots without the host: ids of shape (1, K), lazy."""
+        self.counters.hits += ids.size
+        self._used.append((layer, ids))
+
+    def count_used(self) -> None:
+        """Tell the policies which experts tokens used lately without the host."""
+        while self._used:
+            layer, ids = self._used.popleft()
+            self.cache.used(layer, np.array(ids).reshape(-1).tolist())
 
     def token(self, layer: int, experts: list[int]) -> TokenFetch:
         """Start bringing one token's distinct experts into memory, for CPU kernels.

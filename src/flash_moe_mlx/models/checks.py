@@ -1,5 +1,6 @@
 """Checks of a forward pass: token ids that the embeddings have, and finite numbers."""
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ import numpy as np
 from ..errors import NonFiniteError, RequestError
 from ..ops.backend import backend
 from ..ops.finite import is_finite, non_finite
+
+PASSES_AHEAD = 2
+"""Lazy passes that may be under way before the first of them is checked."""
 
 _INTEGERS = {mx.uint8, mx.uint16, mx.uint32, mx.uint64, mx.int8, mx.int16, mx.int32, mx.int64}
 
@@ -83,6 +87,42 @@ def check_sampled(token: mx.array, vocabulary: int) -> None:
 def lazily_finite(logits: mx.array) -> mx.array | None:
     """Tell whether logits are finite, evaluated with whatever comes next; None on a CPU, where the model has looked."""
     return None if backend() == "cpu" else mx.isfinite(logits).all()
+
+
+class DeferredChecks:
+    """Checks of lazy passes: of their token ids and logits, two passes later, when looking is no wait."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[tuple[mx.array, mx.array | None, int]] = deque()
+
+    def __deepcopy__(self, memo: dict[int, object]) -> "DeferredChecks":
+        """Start anew: a copied model has run nothing."""
+        return DeferredChecks()
+
+    def add(self, tokens: mx.array | None, logits: mx.array, vocabulary: int) -> None:
+        """Note a pass, and check the one before the last.
+
+        Args:
+            tokens: Ids that were not checked. Shape (1, 1); None if they were.
+            logits: Shape (1, 1, vocabulary), lazy.
+            vocabulary: Number of token ids that the embeddings have.
+
+        Raises:
+            NonFiniteError: If that pass's logits were not finite.
+            RequestError: If its token id was not of the vocabulary.
+        """
+        good = mx.isfinite(logits).all()
+        if tokens is not None:
+            good = mx.logical_and(good, mx.logical_and(tokens >= 0, tokens < vocabulary).all())
+        mx.async_eval(good)
+        self._waiting.append((good, tokens, vocabulary))
+        if len(self._waiting) > PASSES_AHEAD:
+            good, tokens, vocabulary = self._waiting.popleft()
+            if not good.item():
+                self._waiting.clear()
+                if tokens is not None:
+                    check_tokens(tokens, vocabulary)
+                raise non_finite(None, "the logits")
 
 
 EMBEDDINGS = -1

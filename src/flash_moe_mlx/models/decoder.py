@@ -24,7 +24,8 @@ from ..ops.dequant_matvec import MAX_ROWS
 from ..ops.finite import first_bad_row, is_finite, non_finite
 from . import gpu_step
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
-from .checks import check_tokens, checked_later, clamped, locate
+from .checks import DeferredChecks, check_tokens, checked_later, clamped, locate
+from .gpu_token import ResidentDecoder
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .memory import HybridCosts
 from .mixers.attention import GatedAttention
@@ -136,11 +137,13 @@ class HybridModel(nn.Module):
 
     Attributes:
         streaming: The running engine; set by ``attach``.
+        runs_ahead: Whether the last pass was lazy: the next token may be built while it runs.
         activation_bits: 8 rounds what one or two tokens are multiplied with on the CPU; None is exact.
     """
 
     streaming: StreamingEngine
     activation_bits: int | None = None
+    runs_ahead = False
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -148,6 +151,8 @@ class HybridModel(nn.Module):
         self.model_type = config.model_type
         self._cpu_decoder: CPUDecoder | None = None
         self._has_other_layers = False  # than CPUDecoder knows
+        self._resident_decoder: ResidentDecoder | None = None
+        self._deferred = DeferredChecks()
 
     @property
     def dtype(self) -> mx.Dtype:
@@ -233,6 +238,9 @@ class HybridModel(nn.Module):
                 looked at on a CPU, lazy ones only where they are one a sequence.
             RequestError: If the context exceeds max_context, or token ids are not of the vocabulary.
             StoreError: If an expert can't be read.
+
+        On a GPU with all experts in slots a single token is lazy, and what is wrong with it is raised up to two
+        tokens later.
         """
         check_process("model")
         borrow_stream()
@@ -250,6 +258,14 @@ class HybridModel(nn.Module):
         length = tokens + context_length(cache)
         rows = unpadded_rows(cache, tokens)
         with self.streaming.forward_pass(batch, tokens, length, None if rows is None else len(rows), cache):
+            hidden_ahead = self._resident(hidden, cache) if batch == tokens == 1 else None
+            self.runs_ahead = hidden_ahead is not None
+            if hidden_ahead is not None:
+                if logits_to_keep == 0:
+                    return self._no_logits(1)
+                logits = self.output_projection(text.norm(hidden_ahead))
+                self._deferred.add(inputs if later else None, logits, self.vocabulary_size)
+                return logits
             if batch == 1 and tokens <= STEPPED_TOKENS:
                 logits = self._stepped(hidden, cache, tokens if logits_to_keep is None else logits_to_keep)
                 if logits is not None:
@@ -323,6 +339,14 @@ class HybridModel(nn.Module):
             found = non_finite(len(self.layers) - 1, "the output", sequence * tokens + place)
         with self.streaming.forward_pass(1, 1, 1):
             raise self._located(embedded, sequence * tokens + place, found)
+
+    def _resident(self, hidden: mx.array, cache: list[Any]) -> mx.array | None:
+        """Run one token lazily where a GPU has all experts in slots; None where it must go another way."""
+        if not use_kernels():
+            return None
+        if self._resident_decoder is None:
+            self._resident_decoder = ResidentDecoder(self.layers)
+        return self._resident_decoder(hidden.astype(self.dtype), cache)
 
     def _stepped(self, hidden: mx.array, cache: list[Any], kept: int) -> mx.array | None:
         """Logits of the last ``kept`` tokens, one token at a time; None where the decoder can't go on from here."""

@@ -1,7 +1,7 @@
 """One token of a decoder layer on a GPU, in few launches: what stands between the layers' modules and the kernels.
 
 Seven launches for a GatedDeltaNet layer, ten for one of full attention: see docs/kernels.md. Nothing here is
-evaluated, and nothing waits for the host: ids and slots stay on the GPU where ``decode_layer`` is given a slot table.
+evaluated, and nothing waits for the host: with all experts in slots the ids stay on the GPU (`gpu_token.py`).
 Where a matrix is not quantised, a cache is padded, or a layer is not known, steps are None and the modules run as
 they do for a prompt.
 """
@@ -48,6 +48,13 @@ class DeltaStep:
         self._mixer = mixer
         self._columns = columns
         self.projections = Projections(mixer.projections())
+
+    @property
+    def weights(self) -> tuple[mx.array, ...]:
+        """The arrays that the step reads."""
+        mixer = self._mixer
+        own = (mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, mixer.norm.weight, mixer.out_proj.scales)
+        return (*self.projections.weights, *own)
 
     @classmethod
     def of(cls, mixer: GatedDeltaNet) -> "DeltaStep | None":
@@ -125,6 +132,11 @@ class AttentionStep:
         queries, keys = mixer.num_heads, mixer.num_kv_heads
         self._heads = Heads(queries, keys, size, 0, 2 * size, 2 * size * queries)
 
+    @property
+    def weights(self) -> tuple[mx.array, ...]:
+        """The arrays that a traced part of the layer reads: none, since attention is built for each token."""
+        return ()
+
     @classmethod
     def of(cls, mixer: GatedAttention) -> "AttentionStep | None":
         """The step of a mixer; None where the kernels don't know its matrices or its rotary embedding."""
@@ -163,6 +175,11 @@ class MoEStep:
         self._num_experts = block.gate.weight.shape[0]
         self.router = Projections((block.gate, block.shared_expert_gate))
         self.shared = SharedRecord(block.shared_expert)
+
+    @property
+    def weights(self) -> tuple[mx.array, ...]:
+        """The arrays that the step reads."""
+        return (*self.router.weights, self.shared.bank.array)
 
     @classmethod
     def of(cls, block: Any) -> "MoEStep | None":
@@ -241,30 +258,3 @@ def mix(mixer: Any, norm: nn.RMSNorm, x: mx.array, cache: Any) -> mx.array | Non
         return None
     step = mixer_step(mixer)
     return None if step is None else step(x, norm_of(norm), cache)
-
-
-def decode_layer(
-    layer: Any, x: mx.array, cache: Any, bank: ExpertBank, slot_table: mx.array
-) -> tuple[mx.array, mx.array, mx.array] | None:
-    """One token of a layer, lazily: its output does not wait for the host.
-
-    Args:
-        layer: A DecoderLayer with experts.
-        x: Hidden state. Shape (1, 1, H).
-        cache: The layer's cache, which is advanced.
-        bank: The layer's slots.
-        slot_table: Slot of each expert, shape (E,), uint32; an entry past the last slot for one that is in none.
-
-    Returns:
-        Output (1, 1, H), and ids and slots (1, K), for whoever counts uses or looks for misses: with an entry of slots
-        past the last slot the output is not the layer's. None, and no cache changed, where the layer has no steps.
-    """
-    moe = _moe_step_of(layer)
-    if moe is None:
-        return None
-    h = mix(layer.mixer, layer.input_layernorm, x, cache)
-    if h is None:
-        return None
-    norm, rows = norm_of(layer.post_attention_layernorm), h.reshape(-1, h.shape[-1])
-    ids, weights, slots, logits = moe.route(rows, norm, slot_table)
-    return moe.finish(rows, norm, bank, slots, weights, logits).reshape(h.shape), ids, slots

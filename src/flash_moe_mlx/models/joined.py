@@ -108,6 +108,11 @@ class Projections:
         """
         self.groups = [JoinedLinears(group) for group in _by_format(linears)]
 
+    @property
+    def weights(self) -> tuple[mx.array, ...]:
+        """The joined matrices' scales, which change with the matrices."""
+        return tuple(group.matrix.scales for group in self.groups)
+
     def __call__(self, x: mx.array, norm: Norm, dtype: mx.Dtype | None = None) -> mx.array:
         """Results side by side: x (T, H) to (T, P)."""
         results = [norm_matvec(x, norm, group.matrix, dtype) for group in self.groups]

@@ -7,7 +7,7 @@ tests/runtime/test_memory.py: each term names the arrays that are alive together
 from dataclasses import dataclass
 
 from ..config import ModelConfig
-from ..ops.expert_batch import GROUPED_ROWS
+from ..ops.expert_batch import grouped_rows
 from .mixers import MIXERS
 from .mixers.blocks import FLOAT32_BYTES
 
@@ -56,6 +56,6 @@ class HybridCosts:
         routing = 8 * rows * c.num_experts * FLOAT32_BYTES
         shared = rows * (3 * c.shared_expert_intermediate_size + c.hidden_size) * self.activation_bytes
         combine = 4 * rows * c.hidden_size * FLOAT32_BYTES
-        pairs = min(rows * c.num_experts_per_tok, GROUPED_ROWS + rows)
+        pairs = min(rows * c.num_experts_per_tok, grouped_rows() + rows)
         lazy = pairs * (3 * c.moe_intermediate_size + 3 * c.hidden_size)
         return routed + max(routing, combine + shared) + lazy * FLOAT32_BYTES + self.expert_bytes

@@ -12,7 +12,7 @@ import mlx.core as mx
 from ..formats.checkpoint import Checkpoint
 from ..ops.backend import backend
 from ..ops.dequant_matmul import product_scratch_bytes
-from ..ops.expert_batch import GROUPED_ROWS
+from ..ops.expert_batch import grouped_rows
 from .spec import dense_bytes
 
 CACHE_STEP = 256
@@ -77,7 +77,7 @@ class SwitchGLUCosts:
         routed = rows * self.num_experts_per_tok * self.hidden_size * 2
         routing = 8 * rows * self.num_experts
         dense = rows * (8 * self.widest + 8 * self.hidden_size)
-        pairs = min(rows * self.num_experts_per_tok, GROUPED_ROWS + rows)
+        pairs = min(rows * self.num_experts_per_tok, grouped_rows() + rows)
         lazy = pairs * (3 * self.expert_width + 3 * self.hidden_size)
         expert = 2 * self.expert_width * self.hidden_size
         products = product_scratch_bytes(0, self.hidden_size, self.expert_width)  # dense layers are mlx-lm's own

@@ -7,8 +7,8 @@ from .backend import backend, use_reference
 TILE_BYTES = 16 << 20
 """Dequantised weights held at a time, as float32."""
 
-WAITING_EXPERTS = 8
-"""Experts whose lazy products may wait for evaluation, if they are within TILE_BYTES."""
+GROUP_BYTES = 64 << 20
+"""Dequantised weights of one projection of several experts, as float32: few enough products fill a GPU."""
 
 
 def dequantizes() -> bool:
@@ -16,28 +16,25 @@ def dequantizes() -> bool:
     return backend() == "cuda" and not use_reference()
 
 
-def dequantized_bytes(hidden_size: int, intermediate_size: int) -> int:
-    """Bytes of one expert's three matrices once they are dequantised: 0 where they never are."""
-    return 3 * hidden_size * intermediate_size * mx.float32.size if dequantizes() else 0
-
-
-def waiting_bytes(expert_bytes: int) -> int:
-    """Dequantised bytes of lazy products from which on they must be evaluated; expert_bytes is one expert's."""
-    return min(TILE_BYTES, WAITING_EXPERTS * expert_bytes)
+def experts_at_once(hidden_size: int, intermediate_size: int) -> int:
+    """Return how many experts share a grouped product."""
+    return max(1, GROUP_BYTES // (hidden_size * intermediate_size * mx.float32.size))
 
 
 def product_scratch_bytes(matrix_bytes: int, hidden_size: int, intermediate_size: int) -> int:
-    """Most that products hold beside arguments and results: a tile, its copy in x's dtype, experts that wait.
+    """Return the most that products hold besides arguments and results.
 
     Args:
-        matrix_bytes: Of the largest dense matrix, as float32.
-        hidden_size: Of the experts.
-        intermediate_size: Likewise.
+        matrix_bytes: Bytes of the largest dense matrix, as float32.
+        hidden_size: H of the experts.
+        intermediate_size: I of the experts.
     """
     if not dequantizes():
         return 0
-    expert_bytes = dequantized_bytes(hidden_size, intermediate_size)
-    return 2 * min(TILE_BYTES, matrix_bytes) + waiting_bytes(expert_bytes) + expert_bytes
+    expert_bytes = hidden_size * intermediate_size * mx.float32.size
+    experts = experts_at_once(hidden_size, intermediate_size) * expert_bytes
+    # A tile and its copy in x's dtype; of experts, two projections' packed parts, their weights and copies of them.
+    return 2 * min(TILE_BYTES, matrix_bytes) + 4 * experts
 
 
 def dequant_matmul(

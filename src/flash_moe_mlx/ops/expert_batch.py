@@ -1,18 +1,22 @@
 """SwiGLU feed-forward of one routed expert on the many tokens that chose it: prefill's inner step."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import mlx.core as mx
 import numpy as np
 
-from .backend import use_cpu_kernels
-from .dequant_matmul import dequantized_bytes, waiting_bytes
+from .backend import use_cpu_kernels, use_kernels
+from .dequant_matmul import experts_at_once
 from .numerics import Activation, swiglu
-from .quantized import has_kernels, lazy_product
+from .quantized import has_kernels, lazy_product, sorted_product
 from .slot_memory import ExpertBank
 
-GROUPED_ROWS = 512
-"""Rows of expert outputs that may wait for evaluation: bounds the scratch of a prefill."""
+CPU_ROWS, GPU_ROWS = 512, 4096
+
+
+def grouped_rows() -> int:
+    """Return how many rows of expert outputs may wait for evaluation, or one expert's: bounds a prefill's scratch."""
+    return GPU_ROWS if use_kernels() else CPU_ROWS
 
 
 def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None) -> mx.array:
@@ -61,8 +65,8 @@ def expert_ffn_grouped(
     Returns:
         y with this wave's pairs, evaluated. Each expert's rows have the bits of ``expert_ffn_batch``.
 
-    Cost: reads one record an expert. At most GROUPED_ROWS pairs, or one expert's, are in scratch at once; where experts
-    are dequantised, ``waiting_bytes`` and one expert.
+    Cost: reads one record per expert. On a CPU at most CPU_ROWS pairs, or one expert's, are in scratch at once; on
+    a GPU GPU_ROWS pairs, or one expert's, and the dequantised matrices of ``experts_at_once``.
     """
     if use_cpu_kernels() and has_kernels(bank.layout, "cpu"):
         from .cpu import arrays, experts
@@ -71,16 +75,66 @@ def expert_ffn_grouped(
         target = arrays.floats(y)
         experts.grouped_ffn(arrays.floats(x), bank, slots, pairs, k, target, activation)
         return y
-    own_bytes = dequantized_bytes(bank.layout.hidden_size, bank.layout.intermediate_size)
-    rows, weight_bytes = 0, 0
+    if use_kernels():
+        return _grouped_products(y, x, bank, slots, pairs, k, activation)
+    rows = 0
     for slot, own in zip(slots, pairs, strict=True):
         y[mx.array(own)] = expert_ffn_batch(x[mx.array(own // k)], bank, slot, activation)
-        # A lazy graph over the whole wave would hold all its experts' activations and weights at once.
-        rows, weight_bytes = rows + len(own), weight_bytes + own_bytes
-        if rows >= GROUPED_ROWS or (own_bytes and weight_bytes >= waiting_bytes(own_bytes)):
+        # A lazy graph over the whole group would hold all its experts' activations at once.
+        rows += len(own)
+        if rows >= CPU_ROWS:
             mx.eval(y)
-            rows, weight_bytes = 0, 0
+            rows = 0
     mx.eval(y)
+    return y
+
+
+def _grouped_products(
+    y: mx.array,
+    x: mx.array,
+    bank: ExpertBank,
+    slots: Sequence[int],
+    pairs: Sequence[np.ndarray],
+    k: int,
+    activation: Activation | None,
+) -> mx.array:
+    """`expert_ffn_grouped` on a GPU: rows sorted by expert, one product per projection for several experts.
+
+    Which experts share a call changes no bits: a row's product is its own.
+    """
+    at_once = experts_at_once(bank.layout.hidden_size, bank.layout.intermediate_size)
+    for first, last in _runs([len(own) for own in pairs], at_once, grouped_rows()):
+        chosen, own = mx.array(slots[first:last], mx.uint32), pairs[first:last]
+        index = mx.array(np.repeat(np.arange(len(own), dtype=np.uint32), [len(each) for each in own]))
+        rows = np.concatenate(own)
+        each = x[mx.array(rows // k)][:, None]
+        gate, up = (_sorted_product(each, bank, name, chosen, index) for name in ("gate_proj", "up_proj"))
+        # Not "or": an nn.Module without parameters is an empty dict, hence false.
+        h = (swiglu if activation is None else activation)(up, gate).astype(x.dtype)
+        y[mx.array(rows)] = _sorted_product(h, bank, "down_proj", chosen, index)[:, 0]
+        mx.eval(y)
+    return y
+
+
+def _runs(counts: Sequence[int], most_experts: int, most_rows: int) -> Iterator[tuple[int, int]]:
+    """Cut experts into runs of at most so many experts and rows, or one expert's: (first, last + 1) of each."""
+    first = rows = 0
+    for place, count in enumerate(counts):
+        if place > first and (place - first == most_experts or rows + count > most_rows):
+            yield first, place
+            first, rows = place, 0
+        rows += count
+    if first < len(counts):
+        yield first, len(counts)
+
+
+def _sorted_product(x: mx.array, bank: ExpertBank, projection: str, slots: mx.array, index: mx.array) -> mx.array:
+    """Multiply rows (R, 1, in), sorted by expert, with their experts' projection; float32, (R, 1, out)."""
+    quantization = bank.layout.quantization(projection)
+    parts = {part.part: bank.part(part.name)[slots] for part in bank.layout.quantized_parts(projection)}
+    y = sorted_product(x, parts, quantization, index).astype(mx.float32)
+    if f"{projection}.bias" in bank.layout.by_name:
+        y = y + bank.part(f"{projection}.bias")[slots][index][:, None].astype(mx.float32)
     return y
 
 

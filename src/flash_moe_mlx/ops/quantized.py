@@ -79,6 +79,37 @@ def lazy_product(x: mx.array, parts: Parts, quantization: Quantization) -> mx.ar
     return product_reference(x, parts, quantization)
 
 
+def sorted_product(x: mx.array, parts: Parts, quantization: Quantization | None, index: mx.array) -> mx.array:
+    """Multiply many rows with one matrix each out of a small stack, rows sorted by matrix.
+
+    On CUDA the stack is dequantised and multiplied by one grouped product: see `dequant_matmul`.
+
+    Args:
+        x: Shape (R, 1, in).
+        parts: The stack, (S, out, in).
+        quantization: Its quantisation; None if it is unquantised.
+        index: Matrix of each row, ascending. Shape (R,), uint32.
+
+    Returns:
+        Shape (R, 1, out), dtype of x. Sums are float32.
+    """
+    if quantization is None or quantization.scheme.dequantise is not None or dequantizes():
+        # In float32, then rounded once: in bfloat16 the product with the scale would be rounded as well.
+        dense = parts["weight"] if quantization is None else dequantize(parts, quantization)
+        return mx.gather_mm(x, dense.astype(x.dtype).swapaxes(-1, -2), rhs_indices=index, sorted_indices=True)
+    own = _in_dtype(parts, x.dtype)
+    return mx.gather_qmm(
+        x,
+        own["weight"],
+        own["scales"],
+        own.get("biases"),
+        rhs_indices=index,
+        transpose=True,
+        sorted_indices=True,
+        **mlx_arguments(quantization),
+    )
+
+
 def gathered_product(x: mx.array, parts: Parts, quantization: Quantization, index: mx.array) -> mx.array:
     """Multiply rows with one matrix each out of a stack.
 

@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -231,6 +231,16 @@ class _Snapshots:
     points: list[int]
 
 
+class _Step(NamedTuple):
+    """A token that is being computed: its id and log-probabilities, whether logits are finite, and what was fed."""
+
+    token: mx.array
+    logprobs: mx.array
+    finite: mx.array | None
+    fed: mx.array
+    embeddings: mx.array | None
+
+
 class _Steps:
     """Forward passes of one generation: prompt chunks, then one token at a time."""
 
@@ -264,9 +274,14 @@ class _Steps:
         mx.eval(pending_states(self.caches), self._seen)
         mx.clear_cache()
 
+    @property
+    def run_ahead(self) -> bool:
+        """Whether the next token may be built while the last one is computed: where passes are lazy."""
+        return bool(getattr(self.model, "runs_ahead", False))
+
     @explain_refusals()
-    def next_token(self, tokens: mx.array, embeddings: mx.array | None = None) -> tuple[mx.array, mx.array]:
-        """Feed tokens; returns the next token (1,) and its log-probabilities (vocabulary,), float32."""
+    def start(self, tokens: mx.array, embeddings: mx.array | None = None) -> "_Step":
+        """Feed tokens, and start to compute the next one."""
         borrow_stream()
         logits = self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
             :, -1, :
@@ -281,11 +296,19 @@ class _Steps:
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token, logprobs = self._sampler(logprobs), logprobs.squeeze(0)
         # All that outlives the step: a lazy array could be evaluated by this thread alone.
-        mx.eval(token, logprobs, pending_states(self.caches), self._seen, finite)
-        if finite is not None and not finite.item():
-            raise self.model.diagnose(tokens[None], _batched(embeddings))
-        check_sampled(token, logprobs.shape[-1])
-        return token, logprobs
+        mx.async_eval(token, logprobs, pending_states(self.caches), self._seen, finite)
+        return _Step(token, logprobs, finite, tokens, embeddings)
+
+    @explain_refusals()
+    def finish(self, step: "_Step") -> tuple[mx.array, mx.array]:
+        """Wait for a step; returns the next token (1,) and its log-probabilities (vocabulary,), float32."""
+        mx.eval(step.token, step.logprobs, step.finite)
+        if not self.run_ahead:
+            mx.eval(pending_states(self.caches), self._seen)
+        if step.finite is not None and not step.finite.item():
+            raise self.model.diagnose(step.fed[None], _batched(step.embeddings))
+        check_sampled(step.token, step.logprobs.shape[-1])
+        return step.token, step.logprobs
 
 
 def _batched(embeddings: mx.array | None) -> mx.array | None:
@@ -320,13 +343,17 @@ def _stream(
         if snapshots is not None and points[:1] == [done]:
             snapshots.cache.store(prompt[: points.pop(0)].tolist(), steps.caches)
         progress(done, length)
-    token, logprobs = steps.next_token(prompt[done:], _part(embeddings, done, 1))
-    progress(length, length)
-    prompt_tps = (length - cached) / (time.perf_counter() - started)
-
-    started = time.perf_counter()
+    step = steps.start(prompt[done:], _part(embeddings, done, 1))
+    prompt_tps = 0.0
     fed: list[int] = []
     for count in range(1, max_tokens + 1):
+        # Where passes are lazy, the next token is built while this one runs.
+        following = steps.start(step.token) if steps.run_ahead and count < max_tokens else None
+        token, logprobs = steps.finish(step)
+        if count == 1:
+            progress(length, length)
+            prompt_tps = (length - cached) / (time.perf_counter() - started)
+            started = time.perf_counter()
         token_id = token.item()
         ended = token_id in tokenizer.eos_token_ids
         if not ended:
@@ -335,7 +362,9 @@ def _stream(
         if last:
             detokenizer.finalize()
             # A conversation goes on from the caller's caches: the last token belongs there, an end token too.
-            if count < room_to_keep:
+            if following is not None:
+                fed.append(token_id)
+            elif count < room_to_keep:
                 steps.prefill(token, None)
             if snapshots is not None:
                 snapshots.cache.store([*prompt.tolist(), *fed], steps.caches)
@@ -359,7 +388,7 @@ def _stream(
         )
         if last:
             return
-        token, logprobs = steps.next_token(token)
+        step = following or steps.start(token)
         fed.append(token_id)
 
 

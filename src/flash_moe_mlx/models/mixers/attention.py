@@ -17,7 +17,7 @@ from ...formats.safetensors_header import brief
 from ...ops.attention import MAX_SCORE_BYTES, MIN_QUERY_BLOCK, attention
 from ..caches import KVCache
 from ..layers import Linear, QuantizationOf
-from .blocks import FLOAT32_BYTES, KV_STEP, MIXER_BLOCK, TokenMixer, other_cache
+from .blocks import FLOAT32_BYTES, KV_STEP, TokenMixer, mixer_block, other_cache
 
 if TYPE_CHECKING:
     from ...ops.cpu.vectors import Pool, Vector
@@ -96,7 +96,7 @@ class GatedAttention(nn.Module):
             activation_bytes: Bytes of one activation value.
             holds_scores: Whether attention writes scores to memory.
         """
-        block = min(tokens, MIXER_BLOCK)
+        block = min(tokens, mixer_block())
         width = config.num_attention_heads * config.head_dim
         projections = batch * block * (8 * width + 4 * config.hidden_size) * activation_bytes
         row = batch * config.num_attention_heads * length * FLOAT32_BYTES

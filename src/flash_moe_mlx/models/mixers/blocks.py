@@ -7,13 +7,22 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ...errors import RequestError
+from ...ops.backend import backend
 
 if TYPE_CHECKING:
     from ...ops.cpu.program import Operation
 
-MIXER_BLOCK = 256
-"""Tokens that a mixer takes at a time. A constant: it bounds the scratch of a long prompt (attention
-scores, projections) without making bits depend on the memory limit."""
+CPU_BLOCK, GPU_BLOCK = 256, 1024
+
+
+def mixer_block() -> int:
+    """Return how many tokens a mixer takes at a time.
+
+    A constant of the backend: it bounds the scratch of a long prompt (attention scores, projections) without making
+    bits depend on the memory limit, and a GPU needs more tokens than a CPU to be busy.
+    """
+    return CPU_BLOCK if backend() == "cpu" else GPU_BLOCK
+
 
 FLOAT32_BYTES = 4
 
@@ -53,13 +62,13 @@ def other_cache(arrays: Sequence[mx.array]) -> RequestError:
 
 
 def mix(mixer: nn.Module, norm: nn.Module, x: mx.array, cache: Any) -> mx.array:
-    """Compute ``x + mixer(norm(x))`` over (B, L, H), MIXER_BLOCK tokens at a time."""
-    length = x.shape[1]
-    if length <= MIXER_BLOCK:
+    """Compute ``x + mixer(norm(x))`` over (B, L, H), `mixer_block` tokens at a time."""
+    length, size = x.shape[1], mixer_block()
+    if length <= size:
         return x + mixer(norm(x), cache)
     blocks = []
-    for start in range(0, length, MIXER_BLOCK):
-        block = x[:, start : start + MIXER_BLOCK]
+    for start in range(0, length, size):
+        block = x[:, start : start + size]
         blocks.append(block + mixer(norm(block), cache))
         mx.eval(blocks[-1])
     return mx.concatenate(blocks, axis=1)

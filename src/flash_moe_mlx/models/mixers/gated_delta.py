@@ -14,7 +14,7 @@ from ...ops.gated_delta import conv1d_silu, gated_delta
 from ...ops.rms_norm_gated import rms_norm_gated
 from ..caches import ArraysCache
 from ..layers import Linear, QuantizationOf
-from .blocks import FLOAT32_BYTES, MIXER_BLOCK, TokenMixer, other_cache
+from .blocks import FLOAT32_BYTES, TokenMixer, mixer_block, other_cache
 
 if TYPE_CHECKING:
     from ...ops.cpu.program import Operation
@@ -107,7 +107,7 @@ class GatedDeltaNet(nn.Module):
         config: ModelConfig, batch: int, tokens: int, length: int, activation_bytes: int, *, holds_scores: bool
     ) -> int:
         """Return an upper bound on the activations of one block; arguments as `GatedAttention.scratch_bytes`."""
-        block = min(tokens, MIXER_BLOCK)
+        block = min(tokens, mixer_block())
         channels = 8 * config.linear_conv_dim + 8 * config.linear_value_dim + 4 * config.hidden_size
         return batch * (block * channels * FLOAT32_BYTES + 6 * _state_values(config) * FLOAT32_BYTES)
 
