@@ -23,7 +23,7 @@ from flash_moe_mlx.ops.dequant_matvec import dequant_matvec_reference
 from flash_moe_mlx.ops.expert_batch import expert_ffn_batch_reference
 from flash_moe_mlx.ops.expert_ffn import expert_ffn_reference
 from flash_moe_mlx.ops.gated_delta import conv1d_silu_reference, gated_delta_reference
-from flash_moe_mlx.ops.slot_memory import ExpertBank
+from flash_moe_mlx.ops.slot_memory import UnifiedSlots
 
 HIDDEN, WIDTH, SLOTS, K = 2048, 512, 64, 8
 K_HEADS, V_HEADS, HEAD = 16, 32, 128
@@ -54,7 +54,7 @@ def matvec() -> Iterator[Case]:
         )
 
 
-def make_bank() -> ExpertBank:
+def make_bank() -> UnifiedSlots:
     """Random experts of 4 bits."""
     specs = {}
     for projection, (out, columns) in (
@@ -65,7 +65,7 @@ def make_bank() -> ExpertBank:
         specs[projection, "weight"] = ("U32", (out, columns // 8))
         specs[projection, "scales"] = specs[projection, "biases"] = ("BF16", (out, columns // 64))
     quantizations = {projection: Quantization(4, 64) for projection, _ in specs}
-    bank = ExpertBank(RecordLayout.contiguous(specs, quantizations), SLOTS)
+    bank = UnifiedSlots(RecordLayout.contiguous(specs, quantizations), SLOTS)
     generator = np.random.default_rng(0)
     for slot in range(SLOTS):
         memory = np.frombuffer(bank.slot(slot), np.uint8)

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
@@ -14,8 +15,10 @@ from flash_moe_mlx.experts.cache import ExpertCache
 from flash_moe_mlx.experts.policies import LRU, AgedLFU, Policy
 from flash_moe_mlx.experts.slots import plan_groups
 from flash_moe_mlx.formats.expert_layout import Quantization, RecordLayout
-from flash_moe_mlx.ops.slot_memory import ExpertBank
+from flash_moe_mlx.ops.slot_memory import UnifiedMemory, UnifiedSlots
 from flash_moe_mlx.storage.store import ReadRequest
+
+from ..support.staging import StagingMemory
 
 LAYOUT = RecordLayout.contiguous(
     {
@@ -36,39 +39,52 @@ class CountingSource:
         self.reads: list[tuple[int, int]] = []
         self.fail_next: BaseException | None = None
 
-    def submit(self, requests: Sequence[ReadRequest]) -> "CountingSource":
-        self._requests = requests
-        return self
-
-    def wait(self) -> int:
-        if self.fail_next is not None:
-            error, self.fail_next = self.fail_next, None
-            raise error
-        for r in self._requests:
-            self.reads.append((r.layer, r.expert))
-            r.buffer[:] = bytes([r.layer * 100 + r.expert]) * len(r.buffer)
-        return sum(len(r.buffer) for r in self._requests)
+    def submit(self, requests: Sequence[ReadRequest]) -> "CountedReads":
+        return CountedReads(self, requests)
 
     def drain(self) -> None:
         pass
 
 
-def make_cache(
-    slots: int, layers: int = 1, policy: Callable[[], Policy] = AgedLFU
-) -> tuple[ExpertCache, CountingSource]:
-    source = CountingSource()
-    layouts, num_slots = dict.fromkeys(range(layers), LAYOUT), dict.fromkeys(range(layers), slots)
-    return ExpertCache(source, layouts, num_slots, policy), source
+@dataclass
+class CountedReads:
+    source: CountingSource
+    requests: Sequence[ReadRequest]
+
+    def wait(self) -> int:
+        if self.source.fail_next is not None:
+            error, self.source.fail_next = self.source.fail_next, None
+            raise error
+        for r in self.requests:
+            self.source.reads.append((r.layer, r.expert))
+            r.buffer[:] = bytes([r.layer * 100 + r.expert]) * len(r.buffer)
+        return sum(len(r.buffer) for r in self.requests)
+
+
+MakeCache = Callable[..., tuple[ExpertCache, CountingSource]]
+
+
+@pytest.fixture(scope="module", params=[UnifiedMemory, StagingMemory])
+def make_cache(request: pytest.FixtureRequest) -> MakeCache:
+    """Whatever kind of memory the slots are, the cache over them behaves the same."""
+
+    def make(slots: int, layers: int = 1, policy: Callable[[], Policy] = AgedLFU):
+        source = CountingSource()
+        layouts, num_slots = dict.fromkeys(range(layers), LAYOUT), dict.fromkeys(range(layers), slots)
+        return ExpertCache(request.param(source), layouts, num_slots, policy), source
+
+    return make
 
 
 def contents(cache: ExpertCache, layer: int, slot: int) -> int:
-    values = set(bytes(cache.bank(layer).slot(slot)))
+    """The number that a slot's record is full of, as kernels see it."""
+    values = set(np.array(cache.bank(layer).array[slot]).tobytes())
     assert len(values) == 1, "a slot holds parts of two records"
     return values.pop()
 
 
 def test_parts_are_views_of_what_was_written_later() -> None:
-    bank = ExpertBank(LAYOUT, 5)
+    bank = UnifiedSlots(LAYOUT, 5)
     views = {part.name: bank.part(part.name) for part in LAYOUT.parts}
     rng = np.random.default_rng(0)
     expected = {}
@@ -94,7 +110,7 @@ def test_parts_start_on_their_boundaries() -> None:
 @pytest.mark.parametrize("slots", [0, 2**31])
 def test_impossible_banks(slots: int) -> None:
     with pytest.raises(ShapeError):
-        ExpertBank(LAYOUT, slots)
+        UnifiedSlots(LAYOUT, slots)
 
 
 @settings(deadline=None)
@@ -102,7 +118,9 @@ def test_impossible_banks(slots: int) -> None:
     st.integers(1, 6),
     st.lists(st.tuples(st.integers(0, 1), st.sets(st.integers(0, 9), min_size=1, max_size=6)), max_size=40),
 )
-def test_behaves_as_lru_and_every_slot_holds_its_record(slots: int, requests: list[tuple[int, set[int]]]) -> None:
+def test_behaves_as_lru_and_every_slot_holds_its_record(
+    make_cache: MakeCache, slots: int, requests: list[tuple[int, set[int]]]
+) -> None:
     cache, source = make_cache(slots, layers=2, policy=LRU)
     model: dict[int, list[int]] = {0: [], 1: []}
     for layer, wanted in requests:
@@ -121,7 +139,7 @@ def test_behaves_as_lru_and_every_slot_holds_its_record(slots: int, requests: li
     assert len(source.reads) == len([1 for _ in source.reads])
 
 
-def test_more_experts_than_slots_is_an_error_that_changes_nothing() -> None:
+def test_more_experts_than_slots_is_an_error_that_changes_nothing(make_cache: MakeCache) -> None:
     cache, _ = make_cache(3)
     cache.acquire(0, [1, 2]).wait()
     with pytest.raises(MemoryLimitError, match="3 slots"):
@@ -130,7 +148,7 @@ def test_more_experts_than_slots_is_an_error_that_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize("error", [StoreError("disk"), KeyboardInterrupt()])
-def test_a_record_counts_as_present_only_when_whole(error: BaseException) -> None:
+def test_a_record_counts_as_present_only_when_whole(make_cache: MakeCache, error: BaseException) -> None:
     cache, source = make_cache(2)
     cache.acquire(0, [1, 2]).wait()
     source.fail_next = error
@@ -146,7 +164,7 @@ def test_a_record_counts_as_present_only_when_whole(error: BaseException) -> Non
     assert contents(cache, 0, again.slots[3]) == 3
 
 
-def test_a_fetch_that_nobody_waited_for_is_forgotten() -> None:
+def test_a_fetch_that_nobody_waited_for_is_forgotten(make_cache: MakeCache) -> None:
     cache, _ = make_cache(2)
     cache.acquire(0, [1, 2])
     later = cache.acquire(0, [1, 3])
@@ -155,7 +173,7 @@ def test_a_fetch_that_nobody_waited_for_is_forgotten() -> None:
     assert set(cache.present(0)) == {1, 3}
 
 
-def test_resize_and_clear() -> None:
+def test_resize_and_clear(make_cache: MakeCache) -> None:
     cache, source = make_cache(4, layers=2)
     for layer in (0, 1):
         cache.acquire(layer, [1, 2, 3]).wait()
@@ -173,7 +191,7 @@ def test_resize_and_clear() -> None:
 
 @pytest.mark.parametrize("slots", [3, 6])
 @pytest.mark.parametrize("spare", [0, 1, 2, 8])
-def test_experts_worth_keeping_outlive_a_resize(slots: int, spare: int) -> None:
+def test_experts_worth_keeping_outlive_a_resize(make_cache: MakeCache, slots: int, spare: int) -> None:
     """The most used ones, as many as may be copied and as fit; with their bytes, in slots that hold nothing else."""
     cache, source = make_cache(4)
     for experts in ([1, 2, 3, 4], [2, 3, 4], [2, 4], [4]):
@@ -192,7 +210,7 @@ def test_experts_worth_keeping_outlive_a_resize(slots: int, spare: int) -> None:
     assert sorted([*table.present.values(), *table.free]) == list(range(slots))
 
 
-def test_what_is_known_of_experts_outlives_a_resize() -> None:
+def test_what_is_known_of_experts_outlives_a_resize(make_cache: MakeCache) -> None:
     cache, _ = make_cache(3)
     for _ in range(5):
         cache.acquire(0, [7]).wait()
@@ -203,7 +221,7 @@ def test_what_is_known_of_experts_outlives_a_resize() -> None:
     assert cache.contains(0, 7), "five uses before the resize weigh more than one after it"
 
 
-def test_experts_of_a_large_pass_come_hottest_last() -> None:
+def test_experts_of_a_large_pass_come_hottest_last(make_cache: MakeCache) -> None:
     cache, _ = make_cache(2)
     cache.acquire(0, [5]).wait()
     ordered, hits = cache.order(0, [1, 2, 3, 5], [7, 1, 4, 1], tokens=10)
@@ -219,7 +237,9 @@ def test_experts_of_a_large_pass_come_hottest_last() -> None:
     passes=st.lists(st.sets(st.integers(0, 15), min_size=1), min_size=1, max_size=4),
     tokens=st.sampled_from([1, 100]),
 )
-def test_a_wave_stays_while_the_next_is_read(slots: int, passes: list[set[int]], tokens: int) -> None:
+def test_a_wave_stays_while_the_next_is_read(
+    make_cache: MakeCache, slots: int, passes: list[set[int]], tokens: int
+) -> None:
     """And each expert of a pass comes once, is read at most once, and not at all if it was in memory."""
     cache, source = make_cache(slots)
     for wanted in passes:
@@ -241,7 +261,7 @@ def test_a_wave_stays_while_the_next_is_read(slots: int, passes: list[set[int]],
         assert len(source.reads[read:]) == len(wanted - present)
 
 
-def test_what_is_kept_counts_as_asked_for() -> None:
+def test_what_is_kept_counts_as_asked_for(make_cache: MakeCache) -> None:
     cache, _ = make_cache(3)
     cache.acquire(0, [1, 2]).wait()
     with pytest.raises(MemoryLimitError, match="4 experts"):

@@ -50,7 +50,7 @@ def test_waiting_for_reads_is_no_computing(tmp_path: Path):
     with model.streaming as engine:
         run(model)
         engine.clear()
-        engine._store = engine._cache._source = FaultyStore(engine._store, delay=0.3)
+        engine._store = engine._memory.source = FaultyStore(engine._store, delay=0.3)
         with profile(model) as found:
             model(PROMPT)
         assert found.prefill["I/O wait"] > 0.6, "four layers read"

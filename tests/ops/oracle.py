@@ -6,7 +6,7 @@ import mlx.core as mx
 import numpy as np
 
 from flash_moe_mlx.formats.expert_layout import PROJECTIONS, Quantization, RecordLayout
-from flash_moe_mlx.ops.slot_memory import ExpertBank
+from flash_moe_mlx.ops.slot_memory import UnifiedSlots
 
 RELATIVE_RMS = {mx.float32: 2e-6, mx.bfloat16: 4e-3, mx.float16: 1e-3}
 """Largest relative RMS, by the dtype of the result."""
@@ -60,7 +60,7 @@ def make_bank(
     dtype: mx.Dtype = mx.bfloat16,
     expert_bias: bool = False,
     alter: bool = True,
-) -> tuple[ExpertBank, dict[str, np.ndarray]]:
+) -> tuple[UnifiedSlots, dict[str, np.ndarray]]:
     """A bank of random experts, and its weights as float64 by projection ("gate_proj") and bias ("gate_proj.bias").
 
     Args:
@@ -98,7 +98,7 @@ def make_bank(
         for part, array in parts.items():
             specs[projection, part] = (DTYPE_NAMES[array.dtype], array.shape[1:])
             arrays[f"{projection}.{part}"] = np.array(mx.contiguous(array).view(mx.uint8)).reshape(slots, -1)
-    bank = ExpertBank(RecordLayout.contiguous(specs, quantizations), slots)
+    bank = UnifiedSlots(RecordLayout.contiguous(specs, quantizations), slots)
     for part in bank.layout.parts:
         for slot in range(slots):
             bank.slot(slot)[part.offset : part.offset + part.nbytes] = arrays[part.name][slot].tobytes()

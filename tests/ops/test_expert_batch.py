@@ -17,7 +17,7 @@ RNG = np.random.default_rng(11)
 IDS = np.array([RNG.choice(EXPERTS, K, replace=False) for _ in range(TOKENS)])
 
 
-def grouped(x: mx.array, bank: oracle.ExpertBank) -> np.ndarray:
+def grouped(x: mx.array, bank: oracle.UnifiedSlots) -> np.ndarray:
     pairs = [np.flatnonzero(IDS.reshape(-1) == expert) for expert in range(EXPERTS)]
     y = mx.zeros((TOKENS * K, HIDDEN))
     return np.array(expert_ffn_grouped(y, x, bank, list(range(EXPERTS)), pairs, K)).reshape(TOKENS, K, HIDDEN)

@@ -14,9 +14,11 @@ from flash_moe_mlx.models import moe_block as moe
 from flash_moe_mlx.models.moe_block import route
 from flash_moe_mlx.models.qwen3_5_moe import Model
 from flash_moe_mlx.ops.backend import backend
+from flash_moe_mlx.runtime import loading
 
 from ..support.models import VOCABULARY, chat_config, make_converted, smallest_limit, streamed
 from ..support.numerics import RELATIVE_RMS, assert_close
+from ..support.staging import StagingMemory, StagingSlots
 
 CHECKPOINTS: dict[str, dict[str, Any]] = {
     "4-bit-bf16-scales": {"bits": 4, "group_size": 64},
@@ -98,6 +100,21 @@ def test_budgets(directory: Path, resident: list[np.ndarray], slots: int):
 def test_io_modes(directory: Path, resident: list[np.ndarray], io: str):
     with streamed(directory, smallest_limit(directory, io=io), io=io) as model:
         assert model.streaming.stats().io == io
+        assert_same(everything(model), resident)
+
+
+@pytest.mark.parametrize("slots", [K, EXPERTS])
+def test_records_that_come_by_way_of_staging_buffers(
+    directory: Path, resident: list[np.ndarray], slots: int, monkeypatch: pytest.MonkeyPatch
+):
+    """Another kind of slot memory, which unified memory is one of: nothing is read from a slot too early."""
+    limit = limit_of_slots(directory, slots)
+    monkeypatch.setattr(loading, "slot_memory", StagingMemory)
+    with streamed(directory, limit) as model:
+        assert isinstance(model.streaming._cache.bank(0), StagingSlots)
+        assert_same(everything(model), resident)
+        model.streaming.resize("1GB")
+        model.streaming.resize(limit)
         assert_same(everything(model), resident)
 
 

@@ -97,7 +97,7 @@ def run(loaded: Loaded, **options: Any) -> list[int]:
 def delay_reads(loaded: Loaded) -> None:
     """Each layer's reads take READ_SECONDS."""
     engine = loaded[0].streaming
-    engine._store = engine._cache._source = FaultyStore(engine._store, delay=READ_SECONDS)
+    engine._store = engine._memory.source = FaultyStore(engine._store, delay=READ_SECONDS)
 
 
 POOLS = ("flash-moe-io", "faulty-store")
@@ -347,7 +347,7 @@ def test_async_generation_ends_early(loaded: Loaded, expected: list[int], how: s
     assert settled() == before
     assert len(received) <= 3
     done = loaded[0].streaming.counters.tokens - passes
-    loaded[0].streaming._cache._source.delay = 0.0
+    loaded[0].streaming._memory.source.delay = 0.0
     assert loaded[0].streaming.counters.tokens - passes == done  # nothing goes on behind our back
     assert not loaded[0].streaming.lock._is_owned()
     assert asyncio.run(collect(loaded)) == expected

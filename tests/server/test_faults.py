@@ -35,7 +35,7 @@ def served_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
     limit = smallest_limit(directory) + 2_000_000
     model, tokenizer = flash_moe_mlx.load(directory, memory_limit=limit)
     engine = model.streaming
-    store = engine._store = engine._cache._source = FaultyStore(engine._store)
+    store = engine._store = engine._memory.source = FaultyStore(engine._store)
     store.engine, store.tokenizer = engine, tokenizer
     with engine, served(model, tokenizer, max_queue=1, max_body_bytes=20_000) as address:
         yield address, store

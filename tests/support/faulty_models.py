@@ -23,5 +23,5 @@ def run(loaded: Loaded, prompt: list[int] = PROMPT) -> list[int]:
 def inject(model: Model, fault: Callable[[int, int], BaseException | None]) -> FaultyStore:
     """Put a store that fails between the model and its own."""
     engine = model.streaming
-    engine._store = engine._cache._source = FaultyStore(engine._store, fault=fault)
+    engine._store = engine._memory.source = FaultyStore(engine._store, fault=fault)
     return engine._store

@@ -11,7 +11,7 @@ from flash_moe_mlx.ops.cpu.vectors import Pool, Vector
 from flash_moe_mlx.ops.expert_ffn_combine import shared_expert
 from flash_moe_mlx.ops.moe_combine import moe_combine
 from flash_moe_mlx.ops.norm import Norm
-from flash_moe_mlx.ops.slot_memory import ExpertBank
+from flash_moe_mlx.ops.slot_memory import ExpertRecords
 
 
 class SplitExperts:
@@ -51,7 +51,7 @@ class SplitPending:
         return sum(outputs[1:], start=outputs[0])
 
     def combined(self, x, weights, shared, shared_gate, residual, norm=None) -> mx.array:
-        assert not isinstance(shared, ExpertBank), shared_expert
+        assert not isinstance(shared, ExpertRecords), shared_expert
         return moe_combine(self.run(x, norm), weights, shared, shared_gate, residual)
 
 

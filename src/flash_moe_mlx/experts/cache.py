@@ -6,25 +6,15 @@ layers before it returns to the first: hence a share a layer.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from ..errors import MemoryLimitError
 from ..formats.expert_layout import RecordLayout
-from ..ops.slot_memory import ExpertBank
-from ..storage.store import PendingReads, ReadRequest
+from ..ops.slot_memory import ExpertSlots, Pending, SlotMemory
 from .policies import AgedLFU, Policy
 from .slots import SlotTable
-
-
-class ExpertSource(Protocol):
-    """Where records come from: an ExpertStore, or anything else that fills buffers with them."""
-
-    def submit(self, requests: Sequence[ReadRequest]) -> PendingReads: ...
-
-    def drain(self) -> None: ...
 
 
 @dataclass
@@ -39,7 +29,7 @@ class Fetch:
     slots: dict[int, int]
     misses: tuple[int, ...]
     _layer: "LayerSlots"
-    _reads: PendingReads | None
+    _reads: Pending | None
 
     def wait(self) -> int:
         """Block until every record is whole; only then do the misses count as present.
@@ -58,7 +48,7 @@ class Fetch:
 
 
 class LayerSlots(SlotTable):
-    """A SlotTable over the memory of a bank."""
+    """A SlotTable, and the memory of its slots."""
 
     _table: mx.array | None = None
 
@@ -77,20 +67,20 @@ class LayerSlots(SlotTable):
         super().release()
         self._table = None
 
-    def __init__(self, layout: RecordLayout, num_slots: int, policy: Policy):
-        super().__init__(num_slots, policy)
-        self.bank = ExpertBank(layout, num_slots)
+    def __init__(self, bank: ExpertSlots, policy: Policy):
+        super().__init__(bank.num_slots, policy)
+        self.bank = bank
 
-    def put_in(self, records: Mapping[int, np.ndarray]) -> None:
-        """Fill free slots with records that are in memory."""
+    def put_in(self, records: Mapping[int, Any]) -> None:
+        """Fill free slots with records that `ExpertSlots.copy_out` returned."""
         if records:
             for expert, slot in self.claim(list(records)).items():
-                self.bank.slot(slot)[:] = records[expert].data
+                self.bank.copy_in(slot, records[expert])
             self.publish()
 
 
 class ExpertCache:
-    """Slot banks of all layers under one byte budget.
+    """Slots of all layers under one byte budget.
 
     Not thread-safe: the engine's lock is held around it. An interrupt between any two steps leaves it
     consistent: slots whose reads were never waited for are drained and freed on the next use of the layer.
@@ -98,25 +88,26 @@ class ExpertCache:
 
     def __init__(
         self,
-        source: ExpertSource,
+        memory: SlotMemory,
         layouts: Mapping[int, RecordLayout],
         num_slots: Mapping[int, int],
         policy: Callable[[], Policy] = AgedLFU,
     ):
-        """Allocate the banks.
+        """Allocate the slots.
 
         Args:
-            source: Fills buffers with records.
+            memory: Kind of memory, filled with records.
             layouts: Record layout of each layer with routed experts.
             num_slots: Slots of each layer.
             policy: Makes a layer's policy.
         """
-        self._source = source
+        self._memory = memory
         self._layouts = dict(layouts)
         self._policies = {layer: policy() for layer in layouts}
-        self._layers = {
-            layer: LayerSlots(layouts[layer], slots, self._policies[layer]) for layer, slots in num_slots.items()
-        }
+        self._layers = {layer: self._allocate(layer, slots) for layer, slots in num_slots.items()}
+
+    def _allocate(self, layer: int, num_slots: int) -> LayerSlots:
+        return LayerSlots(self._memory.allocate(layer, self._layouts[layer], num_slots), self._policies[layer])
 
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].bank.num_slots
@@ -127,14 +118,15 @@ class ExpertCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all banks."""
+        """Bytes of all slots."""
         return sum(slots.bank.nbytes for slots in self._layers.values())
 
     @property
     def total_slots(self) -> int:
         return sum(slots.bank.num_slots for slots in self._layers.values())
 
-    def bank(self, layer: int) -> ExpertBank:
+    def bank(self, layer: int) -> ExpertSlots:
+        """Return the slots of a layer, for kernels."""
         return self._layers[layer].bank
 
     def table(self, layer: int) -> mx.array:
@@ -190,10 +182,7 @@ class ExpertCache:
             )
         assigned = slots.claim(experts if counted else slots.order(experts)[0], keep)
         misses = tuple(slots.filling)
-        reads = None
-        if misses:
-            requests = [ReadRequest(layer, expert, slots.bank.slot(slots.filling[expert])) for expert in misses]
-            reads = self._source.submit(requests)
+        reads = slots.bank.receive(dict(slots.filling)) if misses else None
         return Fetch(assigned, misses, slots, reads)
 
     def resize(self, num_slots: Mapping[int, int], spare_bytes: int = 0) -> None:
@@ -203,9 +192,9 @@ class ExpertCache:
 
         Args:
             num_slots: Slots of each layer.
-            spare_bytes: Memory that may be used for a moment, besides the larger of the old and the new banks.
+            spare_bytes: Memory that may be used for a moment, besides the larger of the old and the new slots.
         """
-        self._source.drain()
+        self._memory.drain()
         changed = [
             layer for layer, slots in num_slots.items() if layer not in self._layers or self.num_slots(layer) != slots
         ]
@@ -216,12 +205,12 @@ class ExpertCache:
             kept = self._take_out(layer, num_slots[layer], spare_bytes)
             self._layers.pop(layer, None)  # freed before the new one is allocated
             self._policies[layer].restore(())
-            slots = LayerSlots(self._layouts[layer], num_slots[layer], self._policies[layer])
+            slots = self._allocate(layer, num_slots[layer])
             slots.put_in(kept)
             self._layers[layer] = slots
 
-    def _take_out(self, layer: int, most: int, spare_bytes: int) -> dict[int, np.ndarray]:
-        """Copies of the records of a layer that are most worth keeping."""
+    def _take_out(self, layer: int, most: int, spare_bytes: int) -> dict[int, Any]:
+        """Return copies of the records of a layer that are most worth keeping."""
         if layer not in self._layers:
             return {}
         slots = self._settled(layer)
@@ -229,17 +218,17 @@ class ExpertCache:
         worth = dict(zip(present, policy.scores(present), strict=True))
         present.sort(key=worth.__getitem__, reverse=True)
         fit = min(most, spare_bytes // slots.bank.layout.record_bytes)
-        return {expert: np.array(slots.bank.slot(slots.present[expert])) for expert in present[:fit]}
+        return {expert: slots.bank.copy_out(slots.present[expert]) for expert in present[:fit]}
 
     def clear(self) -> None:
-        """Forget every expert; the banks stay."""
-        self._source.drain()
+        """Forget every expert; the slots stay."""
+        self._memory.drain()
         for slots in self._layers.values():
             slots.clear()
 
     def _settled(self, layer: int) -> LayerSlots:
         slots = self._layers[layer]
         if slots.unsettled:  # an earlier fetch was interrupted or failed
-            self._source.drain()
+            self._memory.drain()
             slots.release()
         return slots

@@ -16,6 +16,7 @@ from ..forks import check_process, is_forked
 from ..formats.expert_layout import RecordLayout
 from ..ops.gpu.kernel_source import explain_refusals
 from ..ops.numerics import Activation
+from ..ops.slot_memory import SlotMemory, UnifiedMemory
 from ..stats import Counters, StreamingStats, format_bytes
 from ..storage.store import ExpertStore
 from ..system import trim_heap
@@ -49,6 +50,7 @@ class StreamingEngine:
         num_experts_per_tok: int,
         lossy: Sequence[str] = (),
         io_reason: str = "",
+        memory: SlotMemory | None = None,
     ):
         """Divide the limit and allocate the slots; call after the dense weights are in memory."""
         self._store = store
@@ -68,7 +70,8 @@ class StreamingEngine:
         self.slow_decode = ""  # why single tokens are not decoded the quick way; set by the model
         self.lock = threading.RLock()
         self._wired = WiredShare(limit_bytes, self._budget.dense_bytes)  # before slots, which are wired as they come
-        self._cache = ExpertCache(store, layouts, self._budget.num_slots)
+        self._memory: SlotMemory = UnifiedMemory(store) if memory is None else memory
+        self._cache = ExpertCache(self._memory, layouts, self._budget.num_slots)
         self._reader = ExpertReader(self._cache, layouts, num_experts)
         self._counted_from = self._reader.counters.copy()
         self._applied = self._budget
@@ -350,7 +353,8 @@ class StreamingEngine:
                 self._reader.recorder.close()
             self._reader.settle()
             self._store.close()
-            self._cache = self._reader.cache = ExpertCache(self._store, {}, {})
+            self._cache = self._reader.cache = ExpertCache(self._memory, {}, {})
+            self._memory.close()
             mx.clear_cache()
             self._buffer_cache.close()
             self._wired.close()

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..ops.norm import Norm
-from ..ops.slot_memory import ExpertBank
+from ..ops.slot_memory import ExpertRecords
 
 if TYPE_CHECKING:
     from ..ops.cpu.program import ExpertOperations
@@ -43,7 +43,7 @@ class PendingExperts(Protocol):
         self,
         x: mx.array,
         weights: mx.array,
-        shared: mx.array | ExpertBank,
+        shared: mx.array | ExpertRecords,
         shared_gate: mx.array,
         residual: mx.array,
         norm: Norm | None = None,
@@ -53,7 +53,7 @@ class PendingExperts(Protocol):
         Args:
             x: Tokens. Shape (T, H).
             weights: The router's weights. Shape (T, K).
-            shared: The shared expert's output, shape (T, H), or the shared expert itself as a bank of one slot.
+            shared: The shared expert's output, shape (T, H), or its record.
             shared_gate: Logits whose last column is that of its gate. Shape (T, any).
             residual: Added to the sum. Shape (T, H).
             norm: Norm of x; None if the tokens are normalised already.
@@ -76,7 +76,7 @@ class ResidentExperts(Protocol):
     """
 
     @property
-    def slots(self) -> ExpertBank: ...
+    def slots(self) -> ExpertRecords: ...
 
     @property
     def table(self) -> mx.array: ...

@@ -17,7 +17,7 @@ from ..ops.expert_ffn_combine import expert_ffn_combine, shared_expert
 from ..ops.moe_combine import moe_combine
 from ..ops.norm import Norm
 from ..ops.numerics import Activation
-from ..ops.slot_memory import ExpertBank
+from ..ops.slot_memory import ExpertRecords
 from .executor import ELSEWHERE
 from .reader import ExpertGroup, ExpertReader, TokenFetch
 from .slots import PAIRWISE_TOKENS
@@ -116,7 +116,7 @@ class LocalPending:
         self,
         x: mx.array,
         weights: mx.array,
-        shared: mx.array | ExpertBank,
+        shared: mx.array | ExpertRecords,
         shared_gate: mx.array,
         residual: mx.array,
         norm: Norm | None = None,
@@ -131,7 +131,7 @@ class LocalPending:
                 self._reader.reading(y)
                 return y
             self._groups = chain(first, self._groups)
-        if isinstance(shared, ExpertBank):
+        if isinstance(shared, ExpertRecords):
             shared = shared_expert(x, shared, self._layout, norm)
         return moe_combine(self.run(x, norm), weights, shared, shared_gate[:, -1:], residual)
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..formats.expert_layout import RecordLayout
-from ..ops.slot_memory import ExpertBank
+from ..ops.slot_memory import ExpertRecords
 from ..stats import Counters
 from .cache import ExpertCache, Fetch
 from .slots import PlannedGroup, plan_groups
@@ -37,7 +37,7 @@ class ExpertGroup:
         slots: Slot of each expert of the group, by expert.
     """
 
-    bank: ExpertBank
+    bank: ExpertRecords
     slots: Mapping[int, int]
 
 
@@ -48,7 +48,7 @@ class TokenFetch:
         misses: Experts that are being read.
     """
 
-    def __init__(self, fetch: Fetch, bank: ExpertBank, counters: Counters):
+    def __init__(self, fetch: Fetch, bank: ExpertRecords, counters: Counters):
         self.misses = fetch.misses
         self._fetch = fetch
         self._bank = bank

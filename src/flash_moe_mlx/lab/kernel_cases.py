@@ -16,7 +16,7 @@ from ..ops.gated_delta_step import Columns, gated_delta_conv_step
 from ..ops.gpu.geometry import Geometry, choose_geometry
 from ..ops.moe_combine import moe_combine
 from ..ops.norm import Norm
-from ..ops.slot_memory import ExpertBank
+from ..ops.slot_memory import ExpertRecords
 from .kernel_timing import Row, compare, relative_rms, sample
 
 GROUP = 64
@@ -61,12 +61,11 @@ def random_matrix(shape: tuple[int, ...], columns: int, bits: int) -> tuple[mx.a
 
 
 class Layer:
-    """One MoE layer's experts, as our bank and as mlx-lm's SwitchGLU, with the same bytes."""
+    """One MoE layer's experts, as our records and as mlx-lm's SwitchGLU, with the same bytes."""
 
     def __init__(self, model: Model, bits: int):
         self.model, self.bits = model, bits
         self.layout = expert_layout(model.hidden, model.width, bits)
-        self.bank = ExpertBank(self.layout, model.slots)
         self.switch = SwitchGLU(64, 64, 1)
         pieces = []
         for projection in PROJECTIONS:
@@ -79,9 +78,10 @@ class Layer:
             pieces += [part.reshape(model.slots, -1).view(mx.uint32) for part in parts]
         used = sum(piece.shape[1] for piece in pieces)
         pieces.append(mx.zeros((model.slots, self.layout.record_bytes // 4 - used), mx.uint32))
-        # Made by the GPU, so that the bytes are where a kernel's output is; nothing has read the bank yet.
-        self.bank.array = mx.concatenate(pieces, axis=1)
-        mx.eval(self.bank.array, self.switch.parameters())
+        # Made by the GPU, so that the bytes are where a kernel's output is; nothing has read them yet.
+        array = mx.concatenate(pieces, axis=1)
+        mx.eval(array, self.switch.parameters())
+        self.bank = ExpertRecords(self.layout, array)
 
 
 def routes(model: Model, experts: int, calls: int) -> list[mx.array]:

@@ -24,7 +24,7 @@ from ..ops.norm import Norm
 from ..ops.norm_matvec import Gate, matvec_residual
 from ..ops.qk_norm_rope import Heads, qk_norm_rope, rotation
 from ..ops.router_topk import MAX_EXPERTS_PER_TOKEN, router_topk
-from ..ops.slot_memory import ExpertBank
+from ..ops.slot_memory import ExpertRecords
 from .joined import Projections, SharedRecord, fit, matrix_of
 from .mixers.attention import GatedAttention
 from .mixers.gated_delta import GatedDeltaNet
@@ -211,7 +211,7 @@ class MoEStep:
         return *chosen, logits
 
     def finish(
-        self, h: mx.array, norm: Norm, bank: ExpertBank, slots: mx.array, weights: mx.array, logits: mx.array
+        self, h: mx.array, norm: Norm, bank: ExpertRecords, slots: mx.array, weights: mx.array, logits: mx.array
     ) -> mx.array:
         """``h + moe(norm(h))`` where all experts are in slots. Arguments as ``route`` takes and gives them."""
         return expert_ffn_combine(h, bank, slots, weights, self.shared.bank, logits, h, norm)

@@ -12,7 +12,7 @@ import mlx.core as mx
 
 from ..experts.executor import ResidentExperts
 from ..ops.backend import use_kernels
-from ..ops.slot_memory import ExpertBank
+from ..ops.slot_memory import ExpertRecords
 from .gpu_step import AttentionStep, DeltaStep, MoEStep, mixer_step, moe_step, norm_of
 
 Compiled = Callable[..., Sequence[mx.array]]
@@ -80,7 +80,7 @@ class LayerToken:
         cache.advance(1)
         return y, ids
 
-    def _function(self, slots: ExpertBank) -> Compiled:
+    def _function(self, slots: ExpertRecords) -> Compiled:
         """Return the traced function. Traces again after other weights were given."""
         weights = [*self._mixer.weights, *self._moe.weights, self._layer.input_layernorm.weight]
         weights.append(self._layer.post_attention_layernorm.weight)
@@ -97,7 +97,7 @@ class LayerToken:
         return self._compiled
 
     def _whole(
-        self, x: mx.array, slots: ExpertBank, table: mx.array, window: mx.array, state: mx.array
+        self, x: mx.array, slots: ExpertRecords, table: mx.array, window: mx.array, state: mx.array
     ) -> Sequence[mx.array]:
         cache = _Window(window, state)
         h = self._mixer(x, norm_of(self._layer.input_layernorm), cache)
@@ -105,7 +105,7 @@ class LayerToken:
             raise AssertionError("a single sequence's cache is fit for the step")
         return (*self._after_attention(h, slots, table), *cache.arrays)
 
-    def _after_attention(self, h: mx.array, slots: ExpertBank, table: mx.array) -> Sequence[mx.array]:
+    def _after_attention(self, h: mx.array, slots: ExpertRecords, table: mx.array) -> Sequence[mx.array]:
         norm, rows = norm_of(self._layer.post_attention_layernorm), h.reshape(-1, h.shape[-1])
         ids, weights, places, logits = self._moe.route(rows, norm, table)
         y = self._moe.finish(rows, norm, slots, places, weights, logits)

@@ -14,7 +14,7 @@ from ..formats.schemes import AFFINE
 from ..ops.gpu.kernel_source import MIN_DEVICE_ELEMENTS
 from ..ops.norm import Norm
 from ..ops.norm_matvec import Matrix, norm_matvec
-from ..ops.slot_memory import MLX_DTYPES, ExpertBank
+from ..ops.slot_memory import MLX_DTYPES, ExpertRecords
 from .layers import Linear, SwiGLU
 
 _PARTS = tuple(AFFINE.parts)
@@ -120,7 +120,7 @@ class Projections:
 
 
 class SharedRecord:
-    """A shared expert as a bank of one record, which its modules keep views of."""
+    """A shared expert as one record, which its modules keep views of."""
 
     def __init__(self, shared: SwiGLU):
         """Pack the expert's matrices.
@@ -130,17 +130,17 @@ class SharedRecord:
         """
         self._linears: list[Linear] = [shared[projection] for projection in PROJECTIONS]
         self._seen: tuple[mx.array, ...] = ()
-        self._bank: ExpertBank | None = None
+        self._bank: ExpertRecords | None = None
 
     @property
-    def bank(self) -> ExpertBank:
-        """The bank. Packs again where the modules were given other weights or another dtype since."""
+    def bank(self) -> ExpertRecords:
+        """The record. Packs again where the modules were given other weights or another dtype since."""
         if self._bank is None or _changed(self._linears, self._seen):
             self._bank = self._pack(self._linears)
             self._seen = tuple(linear["scales"] for linear in self._linears)
         return self._bank
 
-    def _pack(self, linears: list[Linear]) -> ExpertBank:
+    def _pack(self, linears: list[Linear]) -> ExpertRecords:
         specs = {
             (projection, part): (_DTYPE_NAMES[linear[part].dtype], linear[part].shape)
             for projection, linear in zip(PROJECTIONS, linears, strict=True)
@@ -149,24 +149,24 @@ class SharedRecord:
         quantizations = {
             projection: linear.quantization for projection, linear in zip(PROJECTIONS, linears, strict=True)
         }
-        bank = ExpertBank(RecordLayout.contiguous(specs, quantizations), 1)
+        layout = RecordLayout.contiguous(specs, quantizations)
         pieces, filled = [], 0
-        for stored in bank.layout.parts:
+        for stored in layout.parts:
             piece = dict(zip(PROJECTIONS, linears, strict=True))[stored.projection][stored.part]
             if stored.offset > filled:
                 pieces.append(mx.zeros((stored.offset - filled,), mx.uint8))
             pieces.append(mx.contiguous(piece).reshape(-1).view(mx.uint8))
             filled = stored.offset + stored.nbytes
-        if bank.layout.record_bytes > filled:
-            pieces.append(mx.zeros((bank.layout.record_bytes - filled,), mx.uint8))
+        if layout.record_bytes > filled:
+            pieces.append(mx.zeros((layout.record_bytes - filled,), mx.uint8))
         # Made by the GPU, so that the bytes are where a kernel's output is.
-        bank.array = mx.concatenate(pieces).view(mx.uint32).reshape(1, -1)
-        mx.eval(bank.array)
+        array = mx.concatenate(pieces).view(mx.uint32).reshape(1, -1)
+        mx.eval(array)
         for projection, linear in zip(PROJECTIONS, linears, strict=True):
             for part in _PARTS:
-                stored = bank.layout.by_name[f"{projection}.{part}"]
-                words = bank.array.reshape(-1)[stored.offset // 4 : -(-(stored.offset + stored.nbytes) // 4)]
+                stored = layout.by_name[f"{projection}.{part}"]
+                words = array.reshape(-1)[stored.offset // 4 : -(-(stored.offset + stored.nbytes) // 4)]
                 view = words.view(linear[part].dtype)[: linear[part].size].reshape(stored.shape)
                 mx.eval(view)
                 linear[part] = view
-        return bank
+        return ExpertRecords(layout, array)

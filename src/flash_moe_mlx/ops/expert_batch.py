@@ -9,7 +9,7 @@ from .backend import use_cpu_kernels, use_kernels
 from .dequant_matmul import experts_at_once
 from .numerics import Activation, swiglu
 from .quantized import has_kernels, lazy_product, sorted_product
-from .slot_memory import ExpertBank
+from .slot_memory import ExpertRecords
 
 CPU_ROWS, GPU_ROWS = 512, 4096
 
@@ -19,7 +19,7 @@ def grouped_rows() -> int:
     return GPU_ROWS if use_kernels() else CPU_ROWS
 
 
-def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None) -> mx.array:
+def expert_ffn_batch(x: mx.array, bank: ExpertRecords, slot: int, activation: Activation | None = None) -> mx.array:
     """Feed-forward of the expert in one slot.
 
     Computes ``W_d (silu(W_g x) * W_u x)``, plus the expert's own biases where the record has them.
@@ -45,7 +45,7 @@ def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activ
 def expert_ffn_grouped(
     y: mx.array,
     x: mx.array,
-    bank: ExpertBank,
+    bank: ExpertRecords,
     slots: Sequence[int],
     pairs: Sequence[np.ndarray],
     k: int,
@@ -92,7 +92,7 @@ def expert_ffn_grouped(
 def _grouped_products(
     y: mx.array,
     x: mx.array,
-    bank: ExpertBank,
+    bank: ExpertRecords,
     slots: Sequence[int],
     pairs: Sequence[np.ndarray],
     k: int,
@@ -128,7 +128,7 @@ def _runs(counts: Sequence[int], most_experts: int, most_rows: int) -> Iterator[
         yield first, len(counts)
 
 
-def _sorted_product(x: mx.array, bank: ExpertBank, projection: str, slots: mx.array, index: mx.array) -> mx.array:
+def _sorted_product(x: mx.array, bank: ExpertRecords, projection: str, slots: mx.array, index: mx.array) -> mx.array:
     """Multiply rows (R, 1, in), sorted by expert, with their experts' projection; float32, (R, 1, out)."""
     quantization = bank.layout.quantization(projection)
     parts = {part.part: bank.part(part.name)[slots] for part in bank.layout.quantized_parts(projection)}
@@ -139,7 +139,7 @@ def _sorted_product(x: mx.array, bank: ExpertBank, projection: str, slots: mx.ar
 
 
 def expert_ffn_batch_reference(
-    x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None
+    x: mx.array, bank: ExpertRecords, slot: int, activation: Activation | None = None
 ) -> mx.array:
     """``expert_ffn_batch`` in plain MLX operations."""
     x = x.astype(mx.float32)
@@ -149,7 +149,7 @@ def expert_ffn_batch_reference(
     return _project((swiglu if activation is None else activation)(up, gate), bank, "down_proj", slot)
 
 
-def _project(x: mx.array, bank: ExpertBank, projection: str, slot: int) -> mx.array:
+def _project(x: mx.array, bank: ExpertRecords, projection: str, slot: int) -> mx.array:
     quantization = bank.layout.quantization(projection)
     parts = {part.part: bank.part(part.name)[slot] for part in bank.layout.quantized_parts(projection)}
     if quantization is None:

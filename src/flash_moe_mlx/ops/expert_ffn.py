@@ -14,14 +14,14 @@ from .gpu.kernel_source import Constants, Kernel
 from .norm import Norm
 from .numerics import Activation, swiglu
 from .quantized import gathered_product, has_kernels
-from .slot_memory import MLX_DTYPES, ExpertBank
+from .slot_memory import MLX_DTYPES, ExpertRecords
 
 WORD_BYTES = 4
 SIMD_GROUPS = 4
 """SIMD groups a threadgroup: experts are small, and more threadgroups end more evenly."""
 
 
-def project_reference(x: mx.array, bank: ExpertBank, projection: str, slots: mx.array) -> mx.array:
+def project_reference(x: mx.array, bank: ExpertRecords, projection: str, slots: mx.array) -> mx.array:
     """Multiply one row for each (token, slot) pair with that slot's projection.
 
     Args:
@@ -52,7 +52,9 @@ def project_reference(x: mx.array, bank: ExpertBank, projection: str, slots: mx.
     return y
 
 
-def expert_ffn_reference(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation = swiglu) -> mx.array:
+def expert_ffn_reference(
+    x: mx.array, bank: ExpertRecords, slots: mx.array, activation: Activation = swiglu
+) -> mx.array:
     """``expert_ffn`` in plain MLX operations."""
     rows = x.astype(mx.float32)[:, None, None, :]
     gate = project_reference(rows, bank, "gate_proj", slots)
@@ -220,11 +222,11 @@ def plan_of(layout: RecordLayout, shared: RecordLayout | None = None) -> ExpertP
 
 def gate_up(
     x: mx.array,
-    bank: ExpertBank,
+    bank: ExpertRecords,
     slots: mx.array,
     plan: ExpertPlan,
     norm: Norm | None = None,
-    shared: ExpertBank | None = None,
+    shared: ExpertRecords | None = None,
 ) -> mx.array:
     """Inputs of the down projection, float32: (T * K, I), flat, then the shared expert's (T, Is) if there is one.
 
@@ -259,7 +261,7 @@ def gate_up(
 
 
 def expert_ffn_kernel(
-    x: mx.array, bank: ExpertBank, slots: mx.array, plan: ExpertPlan | None = None, norm: Norm | None = None
+    x: mx.array, bank: ExpertRecords, slots: mx.array, plan: ExpertPlan | None = None, norm: Norm | None = None
 ) -> mx.array:
     """``expert_ffn`` on the GPU, for quantised records.
 
@@ -289,7 +291,7 @@ def expert_ffn_kernel(
 
 
 def expert_ffn(
-    x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None, norm: Norm | None = None
+    x: mx.array, bank: ExpertRecords, slots: mx.array, activation: Activation | None = None, norm: Norm | None = None
 ) -> mx.array:
     """SwiGLU feed-forward of the K routed experts of each token.
 

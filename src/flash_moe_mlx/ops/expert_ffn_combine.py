@@ -28,7 +28,7 @@ from .gpu.geometry import CHUNK, SIMD_WIDTH, choose_geometry, choose_lanes
 from .gpu.kernel_source import Kernel
 from .moe_combine import moe_combine, moe_combine_reference
 from .norm import Norm
-from .slot_memory import ExpertBank
+from .slot_memory import ExpertRecords
 
 STAGED_BYTES = 28 << 10
 """Threadgroup memory for the experts' h, of Metal's 32 KiB: each SIMD group stages that of its own expert."""
@@ -162,10 +162,10 @@ def combine_kernel(
 
 def expert_ffn_combine_reference(
     x: mx.array,
-    bank: ExpertBank,
+    bank: ExpertRecords,
     slots: mx.array,
     weights: mx.array,
-    shared: mx.array | ExpertBank | None,
+    shared: mx.array | ExpertRecords | None,
     shared_gate: mx.array | None,
     residual: mx.array | None,
     norm: Norm | None = None,
@@ -173,7 +173,7 @@ def expert_ffn_combine_reference(
     """``expert_ffn_combine`` in plain MLX operations."""
     if norm is not None:
         x = norm.reference(x)
-    if isinstance(shared, ExpertBank):
+    if isinstance(shared, ExpertRecords):
         shared = expert_ffn_reference(x, shared, mx.zeros((len(x), 1), mx.uint32))[:, 0]
     y = expert_ffn_reference(x, bank, slots)
     return moe_combine_reference(y, weights, shared, _last_column(shared_gate), residual)
@@ -181,10 +181,10 @@ def expert_ffn_combine_reference(
 
 def expert_ffn_combine_kernel(
     x: mx.array,
-    bank: ExpertBank,
+    bank: ExpertRecords,
     slots: mx.array,
     weights: mx.array,
-    shared: mx.array | ExpertBank | None,
+    shared: mx.array | ExpertRecords | None,
     shared_gate: mx.array | None,
     residual: mx.array | None,
     norm: Norm | None = None,
@@ -195,7 +195,7 @@ def expert_ffn_combine_kernel(
     Kernels: kernels/expert_gate_up.metal, kernels/expert_down_combine.metal. ``plan``: constants, made from the
     layouts and remembered where it is None.
     """
-    own = shared if isinstance(shared, ExpertBank) else None
+    own = shared if isinstance(shared, ExpertRecords) else None
     given = shared if isinstance(shared, mx.array) else None
     plan = plan or plan_of(bank.layout, None if own is None else own.layout)
     h = gate_up(x, bank, slots, plan, norm, own)
@@ -229,12 +229,12 @@ def _shared_plan(layout: RecordLayout, routed: RecordLayout) -> ExpertPlan:
     return plan_experts(layout, down_geometry=down)
 
 
-def shared_expert(x: mx.array, shared: ExpertBank, routed: RecordLayout, norm: Norm | None = None) -> mx.array:
+def shared_expert(x: mx.array, shared: ExpertRecords, routed: RecordLayout, norm: Norm | None = None) -> mx.array:
     """Output of the shared expert alone, with the bits that ``expert_ffn_combine`` gives it.
 
     Args:
         x: Hidden states. Shape (T, H).
-        shared: A bank of one slot.
+        shared: Its record.
         routed: Layout of the routed experts of the same layer.
         norm: Norm of x, or None where x is normalised already.
 
@@ -261,10 +261,10 @@ def combined_dtype(shared: Any, residual: mx.array | None) -> mx.Dtype:
 
 def expert_ffn_combine(
     x: mx.array,
-    bank: ExpertBank,
+    bank: ExpertRecords,
     slots: mx.array,
     weights: mx.array,
-    shared: mx.array | ExpertBank | None,
+    shared: mx.array | ExpertRecords | None,
     shared_gate: mx.array | None,
     residual: mx.array | None,
     norm: Norm | None = None,
@@ -279,7 +279,7 @@ def expert_ffn_combine(
         bank: Slots of one layer.
         slots: Slot of each token's routed experts. Shape (T, K), uint32. One beyond the last slot reads the last.
         weights: Router weights. Shape (T, K).
-        shared: The shared expert as a bank of one slot, its output (T, H), or None.
+        shared: The shared expert's record, its output (T, H), or None.
         shared_gate: Logits whose last column is that of the shared expert's gate, or None for a gate of one.
         residual: What the layer adds its output to, shape (T, H), or None.
         norm: Norm of x, or None where x is normalised already.
@@ -287,9 +287,9 @@ def expert_ffn_combine(
     Returns:
         Shape (T, H), dtype of the residual, else of the shared expert's output, else float32.
     """
-    if use_kernels() and fits(bank.layout, shared.layout if isinstance(shared, ExpertBank) else None):
+    if use_kernels() and fits(bank.layout, shared.layout if isinstance(shared, ExpertRecords) else None):
         return expert_ffn_combine_kernel(x, bank, slots, weights, shared, shared_gate, residual, norm)
-    if isinstance(shared, ExpertBank):
+    if isinstance(shared, ExpertRecords):
         shared = shared_expert(x, shared, bank.layout, norm)
     y = expert_ffn(x, bank, slots, norm=norm)
     return moe_combine(y, weights, shared, _last_column(shared_gate), residual)

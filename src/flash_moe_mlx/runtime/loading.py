@@ -45,6 +45,7 @@ from ..machine import (
 from ..models.registry import prepare_family
 from ..models.spec import Family
 from ..ops.backend import backend, use_cpu_kernels
+from ..ops.slot_memory import SlotMemory, UnifiedMemory
 from ..packing.verification import check_other_files
 from ..stats import format_bytes
 from ..storage.io_choice import DEFAULT_THREADS, choose_io, choose_threads
@@ -184,6 +185,7 @@ class _Prepared:
                 self.family.num_experts_per_tok,
                 self.family.lossy,
                 self.io_reason,
+                slot_memory(self.store),
             )
             undo.pop_all()
         model.attach(engine)
@@ -258,6 +260,11 @@ def choose_limit(streaming: StreamingConfig) -> int:
         f"none: the interpreter and its libraries take up to {format_bytes(PROCESS_OVERHEAD_BYTES)}. Pass "
         "memory_limit, or give the process more memory."
     )
+
+
+def slot_memory(store: ExpertStore) -> SlotMemory:
+    """Choose the kind of memory that experts are read into, by MLX's backend."""
+    return UnifiedMemory(store)
 
 
 def limit_reason() -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from ...formats.expert_layout import RecordLayout
 from ..numerics import Activation
-from ..slot_memory import ExpertBank
+from ..slot_memory import ExpertRecords
 from .arrays import RECORD_KINDS, Output, address, empty, floats, view
 from .elementwise import swiglu
 from .kernels import affine, dense
@@ -27,7 +27,7 @@ def part_addresses(layout: RecordLayout, records: np.ndarray) -> dict[str, np.nd
     return {part.name: records + part.offset for part in layout.parts}
 
 
-def bank_addresses(bank: ExpertBank, slots: np.ndarray) -> dict[str, np.ndarray]:
+def bank_addresses(bank: ExpertRecords, slots: np.ndarray) -> dict[str, np.ndarray]:
     """Address of each part of the records in ``slots``, shape (P,)."""
     base = address(view(bank.array, np.uint8))
     return part_addresses(bank.layout, base + slots.astype(np.int64) * bank.layout.record_bytes)
@@ -118,7 +118,7 @@ def _activated(gate: np.ndarray, up: np.ndarray, activation: Activation | None) 
     return gate
 
 
-def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activation | None = None) -> mx.array:
+def expert_ffn(x: mx.array, bank: ExpertRecords, slots: mx.array, activation: Activation | None = None) -> mx.array:
     """As ``ops.expert_ffn``."""
     table = np.array(slots)
     tokens, k = table.shape
@@ -129,7 +129,7 @@ def expert_ffn(x: mx.array, bank: ExpertBank, slots: mx.array, activation: Activ
     return y.result(mx.float32)
 
 
-def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activation | None = None) -> mx.array:
+def expert_ffn_batch(x: mx.array, bank: ExpertRecords, slot: int, activation: Activation | None = None) -> mx.array:
     """As ``ops.expert_ffn_batch``."""
     rows = floats(x)
     y = Output(len(rows), bank.layout.hidden_size)
@@ -139,7 +139,7 @@ def expert_ffn_batch(x: mx.array, bank: ExpertBank, slot: int, activation: Activ
 
 def grouped_ffn(
     x: np.ndarray,
-    bank: ExpertBank,
+    bank: ExpertRecords,
     slots: Sequence[int],
     pairs: Sequence[np.ndarray],
     k: int,
