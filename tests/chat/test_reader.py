@@ -84,14 +84,14 @@ CASES: list[tuple[str, Family, str, str, list[Any]]] = [
     ("call in thinking", DEEPSEEK, "<think>", f"x<｜tool▁calls▁begin｜>{deepseek(PATH)}<｜tool▁calls▁end｜>", [thinking("x"), call(path="a.txt")]),
     ("call in thinking", GEMMA, "", "<|channel>thought\nx<|tool_call>call:write_file{count:1}<tool_call|>", [thinking("x"), call(count=1)]),
     ("call in thinking, then an answer", QWEN3_5, "<think>\n", tagged(xml(path="a")) + "\nhm</think>\n\nDone", [call(path="a"), thinking("hm"), text("Done")]),
-    ("spoken of in thinking", QWEN3_5, "<think>\n", "A <tool_call> is due.\n</think>\n\nNo", [thinking("A <tool_call> is due.\n"), text("No")]),
+    ("spoken of in thinking", QWEN3_5, "<think>\n", "A <tool_call> is due.\n</think>\n\nNo", [thinking("A <tool_call> is due."), text("No")]),
     ("spoken of in thinking", KIMI, "", "Use `<|tool_calls_section_begin|>`.", [text("Use `<|tool_calls_section_begin|>`.")]),
     # The thinking is opened before the answer only.
     ("think tag in the answer", QWEN3_5, "<think>\n", "a</think>\n\nWrite `<think>` and `</think>`.", [thinking("a"), text("Write `<think>` and `</think>`.")]),
     ("think tag in the answer", QWEN3_5, "<think>\n\n</think>\n\n", "<think> is a tag", [text("<think> is a tag")]),
     ("think tag in the answer", QWEN3_NEXT, "", "The tag <think> begins it", [text("The tag <think> begins it")]),
     ("think tag in the answer", GEMMA, "", "Say <|channel>thought to think", [text("Say <|channel>thought to think")]),
-    ("think tag in the answer", QWEN3_NEXT, "", "\n<think>\nhm\n</think>\n\nyes", [thinking("hm\n"), text("yes")]),
+    ("think tag in the answer", QWEN3_NEXT, "", "\n<think>\nhm\n</think>\n\nyes", [thinking("hm"), text("yes")]),
     # A call without its opening marker, and several functions in one block.
     ("no opening", QWEN3_5, "<think>\n\n</think>\n\n", xml(path="a") + "</tool_call>", [call(path="a")]),
     ("no opening", QWEN3_CODER, "", "I write.\n" + xml(path="a"), [text("I write."), call(path="a")]),

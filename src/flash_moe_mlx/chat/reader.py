@@ -107,6 +107,7 @@ class _Words:
         self._state: tuple[Any, ...]
         self._machine = self._make_machine()
         self._enter({"open": "thinking", "closed": "text"}.get(thinking, "open"))
+        self._strip = self._where == "thinking"
         self._block: str | None = None
         if called and self._syntax is not None:
             self._begin_block(self._dialect.symbols[self._syntax.opening], 0)
@@ -186,6 +187,8 @@ class _Words:
             return
         if name == "thinking:":
             self._space = ""  # white space before the thinking is nobody's
+        elif self._where == "thinking":
+            self._space = self._space.rstrip("\n")  # and the line ends around a marker are the template's
         self._flush_space()
         self._where, self._strip = name.rstrip(":"), True
 
@@ -200,7 +203,7 @@ class _Words:
             return
         start -= len(self._space)
         text = self._space + text
-        if self._syntax is not None or self._where == "open":
+        if self._syntax is not None or self._where in ("open", "thinking"):
             kept = len(text.rstrip())
             self._space, self._space_start = text[kept:], start + kept
             text = text[:kept]

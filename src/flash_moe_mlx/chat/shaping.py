@@ -19,7 +19,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from ..errors import RequestError
 from .calls import read_arguments
 from .dialect import dialect_of, template_of
-from .template import TemplateFailure, render_templates
+from .template import NULL, TemplateFailure, render_templates
 
 Message = dict[str, Any]
 
@@ -39,6 +39,8 @@ class TemplateForm:
         same_role_twice: Several messages of the user, or of the assistant, after each other.
         arguments_as_text: A call's arguments as JSON text rather than as an object.
         nine_letters: Ids of calls with nine letters or digits, and no others.
+        null_content: Calls only in messages whose content is null.
+        results: Calls, and their results.
     """
 
     several_systems: bool = True
@@ -47,6 +49,8 @@ class TemplateForm:
     same_role_twice: bool = True
     arguments_as_text: bool = False
     nine_letters: bool = False
+    null_content: bool = False
+    results: bool = True
 
 
 _forms: "WeakKeyDictionary[Any, tuple[str, TemplateForm]]" = WeakKeyDictionary()
@@ -82,11 +86,13 @@ def shape_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> lis
     shaped = [_with_reasoning(_normal(message), *thinking) for message in messages]
     shaped = _with_ids(shaped, _id_style(tokenizer, form))
     shaped = _with_systems(shaped, form)
+    if not form.results:
+        shaped = [_as_words(message) for message in shaped]
     if not form.same_role_twice:
         shaped = _merged(shaped)
     if form.arguments_as_text:
         shaped = [_with_text_arguments(message) for message in shaped]
-    return shaped
+    return _with_null_contents(shaped) if form.null_content else shaped
 
 
 def shape_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]] | None:
@@ -123,11 +129,11 @@ def _try(tokenizer: Any) -> TemplateForm:
     def system(text: str) -> Message:
         return {"role": "system", "content": text}
 
-    def call(arguments: Any, call_id: str) -> list[Message]:
+    def call(arguments: Any, call_id: str, content: Any = "") -> list[Message]:
         called = {"id": call_id, "type": "function", "function": {"name": "probe_f", "arguments": arguments}}
         return [
             _user("probe_u"),
-            {"role": "assistant", "content": "", "tool_calls": [called]},
+            {"role": "assistant", "content": content, "tool_calls": [called]},
             {"role": "tool", "tool_call_id": call_id, "name": "probe_f", "content": "probe_r"},
         ]
 
@@ -143,6 +149,8 @@ def _try(tokenizer: Any) -> TemplateForm:
         "text": call(json.dumps(given), own),
         "nine object": call(given, nine),
         "nine text": call(json.dumps(given), nine),
+        "null object": call(given, own, NULL),
+        "null text": call(json.dumps(given), own, NULL),
     }
     results = dict(
         zip(tried, render_templates(tokenizer, list(tried.values()), generate=[False] * len(tried)), strict=True)
@@ -155,7 +163,10 @@ def _try(tokenizer: Any) -> TemplateForm:
     nine_letters = not (_takes(results["object"]) or _takes(results["text"])) and (
         _takes(results["nine object"]) or _takes(results["nine text"])
     )
-    prefix = "nine " if nine_letters else ""
+    null_content = not (shows("object", "probe_v") or shows("text", "probe_v")) and (
+        shows("null object", "probe_v") or shows("null text", "probe_v")
+    )
+    prefix = "nine " if nine_letters else "null " if null_content else ""
     return TemplateForm(
         several_systems=shows("systems", "probe_s", "probe_t"),
         late_system=shows("late", "probe_s", "probe_t"),
@@ -163,7 +174,12 @@ def _try(tokenizer: Any) -> TemplateForm:
         same_role_twice=shows("twice", "probe_u", "probe_w") or not shows("plain", "probe_u"),
         arguments_as_text=_wants_text(results[f"{prefix}object"], results[f"{prefix}text"]),
         nine_letters=nine_letters,
+        null_content=null_content,
+        results=not shows("plain", "probe_u") or any(map(shows, _CALLS, ["probe_r"] * len(_CALLS))),
     )
+
+
+_CALLS = ("object", "text", "nine object", "nine text", "null object", "null text")
 
 
 def _takes(text: str | TemplateFailure) -> bool:
@@ -325,6 +341,28 @@ def _with_text_arguments(message: Message) -> Message:
         arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
         calls.append({**call, "function": {**call["function"], "arguments": arguments}})
     return {**message, "tool_calls": calls}
+
+
+def _with_null_contents(messages: list[Message]) -> list[Message]:
+    """Give calls messages of their own, with a content that is null."""
+    result: list[Message] = []
+    for message in messages:
+        if not message.get("tool_calls"):
+            result.append(message)
+            continue
+        if message["content"]:
+            result.append({name: value for name, value in message.items() if name != "tool_calls"})
+        result.append({**message, "content": NULL})
+    return result
+
+
+def _as_words(message: Message) -> Message:
+    """Return a call, or the result of one, as an ordinary message: for models that know no tools."""
+    if calls := message.get("tool_calls"):
+        told = [json.dumps(call["function"], ensure_ascii=False) for call in calls]
+        rest = {name: value for name, value in message.items() if name != "tool_calls"}
+        return {**rest, "content": "\n".join(filter(None, (message["content"], *told)))}
+    return _user(message["content"]) if message["role"] == "tool" else message
 
 
 def _without_nulls(value: Any) -> Any:

@@ -22,6 +22,9 @@ from transformers import PreTrainedTokenizerBase
 
 from ..errors import RequestError
 
+NULL = object()
+"""A content that a template is to see as null; one that is None is left out."""
+
 RENDER_SECONDS = 10.0
 """Longest time of one request to the process; a conversation of 100,000 tokens takes milliseconds."""
 
@@ -198,6 +201,8 @@ def _call(tokenizer: Any, messages: list[dict[str, Any]], **options: Any) -> str
 def _plain(message: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out what is null, and give reasoning under both names that templates have for it, as transformers does."""
     result = {name: value for name, value in message.items() if value is not None}
+    if result.get("content") is NULL:
+        result["content"] = None
     reasoning = next((result[name] for name in _REASONING if name in result), None)
     return result if reasoning is None else {"thinking": reasoning, **result, "reasoning_content": reasoning}
 

@@ -38,12 +38,13 @@ class TokenTable:
         """
         self._tokenizer = getattr(tokenizer, "_tokenizer", tokenizer)
         detokenizer = getattr(tokenizer, "_detokenizer", None)
-        self._added = {
-            i: str(token.content if hasattr(token, "content") else token)
-            for i, token in getattr(self._tokenizer, "added_tokens_decoder", {}).items()
-        }
         self._bpe = isinstance(detokenizer, BPEStreamingDetokenizer)
         self._spm = isinstance(detokenizer, SPMStreamingDetokenizer)
+        self._added = {
+            # Words that were added after training, such as Gemma's runs of spaces, are written as others are.
+            i: str(token.content) if token.special or not self._spm else str(token.content).replace(_SPACE, " ")
+            for i, token in getattr(self._tokenizer, "added_tokens_decoder", {}).items()
+        }
         self.strips_first_space = self._spm and bool(getattr(detokenizer, "trim_space", False))
         self.has_bytes = self._bpe or self._spm
 
