@@ -284,3 +284,8 @@ def test_nothing_that_a_model_says_raises(family: Family, data: st.DataObject):
             for marker in ("<think>", "</think>", "<|channel>", "<channel|>", "thought"):
                 kept, said = kept.replace(marker, ""), said.replace(marker, "")
             assert re.sub(r"\s", "", kept) == re.sub(r"\s", "", said)
+
+
+def test_half_a_surrogate_pair_is_no_marker():
+    body = '{"name": "write_file", "arguments": {"path": "\\ud800\\ud83d\\ud83d\\ude00 \\\\ud83d"}}'
+    assert read(QWEN3_NEXT.tokenizer, tagged(body)) == [call(path="\ufffd\ufffd😀 \\ud83d")]

@@ -1,7 +1,7 @@
 """Real clients, each through a tool loop of two turns, against models of several families that say what they are told.
 
-openai is among the development dependencies; langchain-openai and litellm come with the extra "clients", the AI SDK with
-npm ci --prefix tests/npm.
+openai is among the development dependencies; langchain-openai and litellm come with the extra "clients", the AI SDK
+with npm ci --prefix tests/npm.
 """
 
 import json

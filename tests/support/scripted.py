@@ -1,4 +1,4 @@
-"""A server whose model says what a test tells it: the passes through the embedded model are real, its choices are not."""
+"""A server whose model says what a test tells it: passes through the embedded model are real, its choices are not."""
 
 import contextlib
 import time

@@ -108,6 +108,18 @@ def mended(value: Any) -> Any:
     return [mended(item) for item in value] if isinstance(value, list) else value
 
 
+def mend_pairs(text: str) -> str:
+    """Return JSON with U+FFFD in place of each escaped half of a surrogate pair; it is as long as it was."""
+    if "\\u" not in text:
+        return text
+    return _ESCAPE.sub(lambda escape: "\\ufffd" if escape.group(1) else escape.group(), text)
+
+
+_ESCAPE = re.compile(
+    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
+
+
 def read_calls(parser: Callable[[str, Any], Any], text: str, tools: Sequence[Mapping[str, Any]] | None) -> list[Call]:
     """Return the calls of a text by a parser of mlx_lm's.
 

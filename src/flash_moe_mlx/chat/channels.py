@@ -39,7 +39,7 @@ class ChannelReader:
             self._take("".join(begun[2:]))
             self._pieces.clear()
             self.size = 0
-        self._fresh = self._header is not None
+        self._fresh = self._header is not None and not _SYMBOL.search(self._header)
         self._given = len(self._header or "")
 
     def pieces(self) -> list[Part | Call | BadCall]:

@@ -329,6 +329,8 @@ def _merged(messages: list[Message]) -> list[Message]:
             content = "\n\n".join(filter(None, (last["content"], message["content"])))
             result[-1] = {**last, **message, "content": content}
         else:
+            if last and last["role"] == "tool" and message["role"] == "user":  # nobody said anything of the result
+                result.append({"role": "assistant", "content": ""})
             result.append(message)
     return result
 

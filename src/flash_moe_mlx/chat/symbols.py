@@ -50,7 +50,7 @@ class Symbols:
         """Return a text with its symbols written out."""
         if said.isascii():
             return said
-        return _SYMBOL.sub(lambda match: self._texts.get(match.group(), ""), said)
+        return _SYMBOL.sub(lambda match: self._texts.get(match.group(), "\ufffd"), said)
 
     def value(self, value: Any) -> Any:
         """Return a JSON value with the symbols in its strings written out."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .calls import Call, NotACallError, checked_call, read_calls
+from .calls import Call, NotACallError, checked_call, mend_pairs, read_calls
 from .coercion import coerce_text, coerce_value, parameters_of
 from .symbols import Symbols
 
@@ -156,7 +156,7 @@ def json_at(text: str, position: int) -> tuple[Any, int]:
         NotACallError: If it is none.
     """
     try:
-        return _DECODER.raw_decode(text, position)
+        return _DECODER.raw_decode(mend_pairs(text), position)
     except json.JSONDecodeError as error:
         in_string = error.msg.startswith("Unterminated string")
         if in_string or error.pos >= len(text):

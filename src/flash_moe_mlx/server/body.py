@@ -9,9 +9,10 @@ from typing import Any
 
 from starlette.requests import Request
 
+from ..chat.calls import mend_pairs
 from .api_error import ApiError
 from .guard import headers
-from .strict_json import mend_pairs, parse_json
+from .strict_json import parse_json
 
 FREE_BYTES = 1 << 16
 """Bytes that every body may hold; only what a body has beyond them is taken from the server's budget."""

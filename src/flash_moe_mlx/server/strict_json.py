@@ -25,18 +25,6 @@ def parse_json(text: str) -> Any:
     return value
 
 
-_ESCAPE = re.compile(
-    r"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
-)
-
-
-def mend_pairs(text: str) -> str:
-    """Return JSON with U+FFFD in place of each escaped half of a surrogate pair."""
-    if "\\u" not in text:
-        return text
-    return _ESCAPE.sub(lambda escape: "\\ufffd" if escape.group(1) else escape.group(), text)
-
-
 def _no_constant(name: str) -> Any:
     raise ValueError(f"{name}, which is no number in JSON")
 
