@@ -71,6 +71,7 @@ def generate(
                 f"[prompt] must have at most {MAX_STDIN_CHARACTERS} characters, got more on standard input. Shorten it."
             )
     from .. import stream_generate
+    from ..chat.text import AnswerText
     from ..runtime.prompt_text import check_text
 
     check_text(prompt)
@@ -78,7 +79,7 @@ def generate(
 
     how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
-        text = ""
+        text, words = "", AnswerText(tokenizer, message=not raw)
         for response in stream_generate(
             loaded,
             tokenizer,
@@ -86,10 +87,11 @@ def generate(
             max_tokens,
             sampler=sampler(temperature, top_p, top_k, min_p, seed),
         ):
-            text += response.text
+            piece = "" if response.token in tokenizer.eos_token_ids else words.piece(response.token)
+            text += piece
             if not json:
                 # A pipe gets the model's own words, a terminal none that it would obey.
-                (echo if sys.stdout.isatty() else typer.echo)(response.text, nl=False)
+                (echo if sys.stdout.isatty() else typer.echo)(piece, nl=False)
         if json:
             print_json({"text": text, **_figures(response, loaded.streaming.stats())})
         else:
