@@ -50,7 +50,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return opencl.launch(kernel, *arguments)
 
     monkeypatch.setattr(kernel_source, "launch", launch)
-    monkeypatch.setattr(gpu_token, "compile_layer", lambda function: function)  # OpenCL computes as it is called
+    monkeypatch.setattr(gpu_token, "compile_layers", lambda function: function)  # OpenCL computes as it is called
     # The package has a function of the module's name.
     monkeypatch.setattr(import_module("flash_moe_mlx.ops.backend"), "backend", lambda: "metal")
     return names

@@ -102,6 +102,7 @@ class ExpertCache:
             policy: Makes a layer's policy.
         """
         self._memory = memory
+        self.changes = 0  # counts up whenever slots change
         self._layouts = dict(layouts)
         self._policies = {layer: policy() for layer in layouts}
         self._layers = {layer: self._allocate(layer, slots) for layer, slots in num_slots.items()}
@@ -182,6 +183,7 @@ class ExpertCache:
             )
         assigned = slots.claim(experts if counted else slots.order(experts)[0], keep)
         misses = tuple(slots.filling)
+        self.changes += bool(misses)
         reads = slots.bank.receive(dict(slots.filling)) if misses else None
         return Fetch(assigned, misses, slots, reads)
 
@@ -194,6 +196,7 @@ class ExpertCache:
             num_slots: Slots of each layer.
             spare_bytes: Memory that may be used for a moment, besides the larger of the old and the new slots.
         """
+        self.changes += 1
         self._memory.drain()
         changed = [
             layer for layer, slots in num_slots.items() if layer not in self._layers or self.num_slots(layer) != slots
@@ -222,6 +225,7 @@ class ExpertCache:
 
     def clear(self) -> None:
         """Forget every expert; the slots stay."""
+        self.changes += 1
         self._memory.drain()
         for slots in self._layers.values():
             slots.clear()
@@ -229,6 +233,7 @@ class ExpertCache:
     def _settled(self, layer: int) -> LayerSlots:
         slots = self._layers[layer]
         if slots.unsettled:  # an earlier fetch was interrupted or failed
+            self.changes += 1
             self._memory.drain()
             slots.release()
         return slots

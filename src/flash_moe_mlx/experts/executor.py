@@ -81,6 +81,10 @@ class ResidentExperts(Protocol):
     @property
     def table(self) -> mx.array: ...
 
+    def is_current(self) -> bool:
+        """Tell whether these are the experts still, and nobody on the host needs to see ids."""
+        ...
+
     def used(self, ids: mx.array) -> None:
         """Note one token's choice, lazy ids of shape (1, K)."""
         ...

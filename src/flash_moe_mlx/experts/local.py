@@ -77,8 +77,13 @@ class LocalResident:
 
     def __init__(self, reader: ExpertReader, layer: int, table: mx.array):
         self._reader, self._layer = reader, layer
+        self._changes = reader.cache.changes
         self.slots = reader.cache.bank(layer)
         self.table = table
+
+    def is_current(self) -> bool:
+        """Tell whether nothing has changed: see `ResidentExperts.is_current`."""
+        return self._reader.cache.changes == self._changes and not self._reader.is_recording
 
     def used(self, ids: mx.array) -> None:
         """Note one token's choice, lazy ids of shape (1, K)."""

@@ -1,19 +1,21 @@
 """One token through a model all of whose experts are in slots, on a GPU: one lazy graph, which never asks the host.
 
-What a layer launches is in `gpu_step.py`. Building it in Python takes longer than running it, so a layer is traced
+What a layer launches is in `gpu_step.py`. Building it in Python takes longer than running it, so layers are traced
 once with ``mx.compile``; attention, whose cache grows, is built for each token.
 """
 
 import copy
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from ..experts.executor import ResidentExperts
 from ..ops.backend import use_kernels
 from ..ops.slot_memory import ExpertRecords
-from .gpu_step import AttentionStep, DeltaStep, MoEStep, mixer_step, moe_step, norm_of
+from .gpu_step import AttentionStep, DeltaStep, MoEStep, mixer_step, moe_step, norm_of, prepare
 
 Compiled = Callable[..., Sequence[mx.array]]
 
@@ -41,13 +43,12 @@ class _Window:
 
 
 class LayerToken:
-    """One decoder layer's part of a token."""
+    """One decoder layer's part of a token: its mixer, and what follows it."""
 
     def __init__(self, layer: Any, mixer: DeltaStep | AttentionStep, moe: MoEStep):
-        """Bind a layer and its steps; nothing is traced yet."""
+        """Bind a layer and its steps."""
         self._layer, self._mixer, self._moe = layer, mixer, moe
-        self._compiled: Compiled | None = None
-        self._traced: list[mx.array] = []
+        self.is_attention = isinstance(mixer, AttentionStep)
 
     @classmethod
     def of(cls, layer: Any) -> "LayerToken | None":
@@ -56,64 +57,94 @@ class LayerToken:
         mixer = mixer_step(layer.mixer)
         return None if moe is None or mixer is None else cls(layer, mixer, moe)
 
-    def __call__(self, x: mx.array, cache: Any, resident: ResidentExperts) -> tuple[mx.array, mx.array] | None:
-        """Run the layer, lazily.
-
-        Args:
-            x: Hidden state. Shape (1, 1, H).
-            cache: The layer's cache, which is advanced.
-            resident: The layer's experts.
-
-        Returns:
-            Output (1, 1, H) and the chosen ids (1, K); None, and no cache changed, where the cache is not fit for it.
-        """
-        norm, slots = norm_of(self._layer.input_layernorm), resident.slots
-        if isinstance(self._mixer, AttentionStep):
-            h = self._mixer(x, norm, cache)
-            if h is None:
-                return None
-            y, ids = self._function(slots)(h, slots.array, resident.table)
-            return y, ids
-        if cache.lengths is not None or cache.left_padding is not None or cache[0] is None or cache[1] is None:
-            return None
-        y, ids, cache[0], cache[1] = self._function(slots)(x, slots.array, resident.table, cache[0], cache[1])
-        cache.advance(1)
-        return y, ids
-
-    def _function(self, slots: ExpertRecords) -> Compiled:
-        """Return the traced function. Traces again after other weights were given."""
-        weights = [*self._mixer.weights, *self._moe.weights, self._layer.input_layernorm.weight]
-        weights.append(self._layer.post_attention_layernorm.weight)
-        known = len(weights) == len(self._traced) and all(a is b for a, b in zip(weights, self._traced, strict=True))
-        if self._compiled is None or not known:
-            trace = self._after_attention if isinstance(self._mixer, AttentionStep) else self._whole
-            own = copy.copy(slots)
-
-            def function(x: mx.array, array: mx.array, *others: mx.array) -> Sequence[mx.array]:
-                own.array = array
-                return trace(x, own, *others)
-
-            self._compiled, self._traced = compile_layer(function), weights
-        return self._compiled
-
-    def _whole(
-        self, x: mx.array, slots: ExpertRecords, table: mx.array, window: mx.array, state: mx.array
-    ) -> Sequence[mx.array]:
-        cache = _Window(window, state)
+    def mix(self, x: mx.array, cache: Any) -> mx.array:
+        """Return ``x + mixer(norm(x))``; the cache, which `fits`, is advanced."""
         h = self._mixer(x, norm_of(self._layer.input_layernorm), cache)
         if h is None:
-            raise AssertionError("a single sequence's cache is fit for the step")
-        return (*self._after_attention(h, slots, table), *cache.arrays)
+            raise AssertionError("a single sequence's cache fits the step")
+        return h
 
-    def _after_attention(self, h: mx.array, slots: ExpertRecords, table: mx.array) -> Sequence[mx.array]:
+    def finish(self, h: mx.array, slots: ExpertRecords, table: mx.array) -> tuple[mx.array, mx.array]:
+        """Return ``h + moe(norm(h))`` and the chosen ids (1, K)."""
         norm, rows = norm_of(self._layer.post_attention_layernorm), h.reshape(-1, h.shape[-1])
         ids, weights, places, logits = self._moe.route(rows, norm, table)
         y = self._moe.finish(rows, norm, slots, places, weights, logits)
         return y.reshape(h.shape), ids
 
+    def fits(self, cache: Any) -> bool:
+        """Tell whether a cache is that of one sequence which has begun."""
+        if self.is_attention:
+            return isinstance(getattr(cache, "offset", None), int)
+        started = cache[0] is not None and cache[1] is not None
+        return started and cache.lengths is None and cache.left_padding is None
 
-def compile_layer(function: Compiled) -> Compiled:
-    """Trace a layer on its first call."""
+
+class Segment:
+    """Layers that are traced together: what follows one attention, and the GatedDeltaNet layers up to the next."""
+
+    def __init__(self, places: Sequence[int], layers: Sequence[LayerToken]):
+        """Bind consecutive layers, of which the first alone may be one of attention; nothing is traced yet.
+
+        Args:
+            places: Their indices in the model.
+            layers: The layers.
+        """
+        self.places, self._layers = list(places), list(layers)
+        self._states = [place for place, layer in zip(places, layers, strict=True) if not layer.is_attention]
+        self._slots: list[ExpertRecords] = []
+        self._compiled: Compiled | None = None
+
+    def forget(self) -> None:
+        """Trace again at the next call: the layers have been given other weights."""
+        self._compiled = None
+
+    def __call__(
+        self, hidden: mx.array, caches: Sequence[Any], residents: Sequence[ResidentExperts]
+    ) -> tuple[mx.array, list[mx.array]]:
+        """Run the layers, lazily.
+
+        Args:
+            hidden: Hidden state. Shape (1, 1, H).
+            caches: Caches of all layers of the model; these layers' are advanced.
+            residents: Experts of all layers of the model.
+
+        Returns:
+            Hidden state (1, 1, H), and the chosen ids of each layer, (1, K).
+        """
+        first = self._layers[0]
+        if first.is_attention:
+            hidden = first.mix(hidden, caches[self.places[0]])
+        own = [residents[place] for place in self.places]
+        if self._compiled is None:
+            self._slots = [copy.copy(resident.slots) for resident in own]
+            self._compiled = compile_layers(self._run)
+        states = [caches[place] for place in self._states]
+        inputs = [array for resident in own for array in (resident.slots.array, resident.table)]
+        inputs += [cache[index] for cache in states for index in (0, 1)]
+        outputs = self._compiled(hidden, *inputs)
+        ids, arrays = outputs[1 : 1 + len(own)], outputs[1 + len(own) :]
+        for number, cache in enumerate(states):
+            cache[0], cache[1] = arrays[2 * number : 2 * number + 2]
+            cache.advance(1)
+        return outputs[0], list(ids)
+
+    def _run(self, hidden: mx.array, *inputs: mx.array) -> Sequence[mx.array]:
+        count = len(self._layers)
+        states = iter(zip(inputs[2 * count :: 2], inputs[2 * count + 1 :: 2], strict=True))
+        ids, arrays = [], []
+        for number, (layer, slots) in enumerate(zip(self._layers, self._slots, strict=True)):
+            if not layer.is_attention:
+                cache = _Window(*next(states))
+                hidden = layer.mix(hidden, cache)
+                arrays += cache.arrays
+            slots.array = inputs[2 * number]
+            hidden, chosen = layer.finish(hidden, slots, inputs[2 * number + 1])
+            ids.append(chosen)
+        return [hidden, *ids, *arrays]
+
+
+def compile_layers(function: Compiled) -> Compiled:
+    """Trace layers on their first call."""
     compiled: Compiled = mx.compile(function)
     return compiled
 
@@ -124,7 +155,10 @@ class ResidentDecoder:
     def __init__(self, layers: Sequence[Any]):
         """Bind the model's layers."""
         self._layers = list(layers)
-        self._tokens: list[LayerToken] | None = None
+        self._tokens: list[LayerToken] = []
+        self._segments: list[Segment] = []
+        self._residents: list[ResidentExperts] = []
+        self._held: list[tuple[dict[str, Any], str, Any]] = []
         self._unknown = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
@@ -141,36 +175,59 @@ class ResidentDecoder:
             Hidden state (1, 1, H); None, and no cache changed, where an expert is missing, the host must see the ids,
             or a layer is not known.
         """
-        if self._unknown or not use_kernels():
+        if self._unknown or not use_kernels() or not (self._are_resident() and self._is_built()):
             return None
-        residents = []
+        if not all(token.fits(cache) for token, cache in zip(self._tokens, caches, strict=True)):
+            return None
+        for segment in self._segments:
+            hidden, ids = segment(hidden, caches, self._residents)
+            for place, chosen in zip(segment.places, ids, strict=True):
+                self._residents[place].used(chosen)
+        self._residents[-1].reading(hidden)
+        return hidden
+
+    def _are_resident(self) -> bool:
+        if self._residents and all(resident.is_current() for resident in self._residents):
+            return True
+        self._residents = []
+        found = []
         for layer in self._layers:
             routed = getattr(layer.mlp, "routed", None)
             resident = None if routed is None else routed.resident()
             if resident is None:
-                return None
-            residents.append(resident)
-        if self._tokens is None:
+                return False
+            found.append(resident)
+        # Reading the last experts of one layer leaves the others as they were, but says that slots have changed.
+        self._residents = [layer.mlp.routed.resident() for layer in self._layers]
+        return True
+
+    def _is_built(self) -> bool:
+        """Join layers into segments, on the first call and when they were given other weights."""
+        if self._segments and all(owner.get(name) is value for owner, name, value in self._held):
+            return True
+        for segment in self._segments:
+            segment.forget()
+        if not self._segments:
             tokens = [LayerToken.of(layer) for layer in self._layers]
-            self._unknown = any(token is None for token in tokens)
-            if self._unknown:
-                return None
             self._tokens = [token for token in tokens if token is not None]
-        if any(not _fit(layer, cache) for layer, cache in zip(self._layers, caches, strict=True)):
-            return None
-        for token, cache, resident in zip(self._tokens, caches, residents, strict=True):
-            result = token(hidden, cache, resident)
-            if result is None:
-                raise AssertionError("a cache that was fit is no longer")
-            hidden, ids = result
-            resident.used(ids)
-        residents[-1].reading(hidden)
-        return hidden
+            self._unknown = len(self._tokens) < len(tokens)
+            if self._unknown:
+                return False
+            starts = [place for place, token in enumerate(self._tokens) if token.is_attention]
+            edges = sorted({0, *starts, len(tokens)})
+            self._segments = [Segment(range(start, end), self._tokens[start:end]) for start, end in pairwise(edges)]
+        # Joining projections gives modules their views: once it is done.
+        for layer in self._layers:
+            prepare([layer])
+        self._held = [found for layer in self._layers for found in held_arrays(layer)]
+        return True
 
 
-def _fit(layer: Any, cache: Any) -> bool:
-    """Tell whether a cache is that of one sequence which has begun."""
-    if layer.is_linear:
-        started = cache[0] is not None and cache[1] is not None
-        return started and cache.lengths is None and cache.left_padding is None
-    return isinstance(getattr(cache, "offset", None), int)
+def held_arrays(layer: nn.Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """List every array of a layer, and where it was found."""
+    return [
+        (module, name, value)
+        for module in layer.modules()
+        for name, value in module.items()
+        if isinstance(value, mx.array)
+    ]
