@@ -25,7 +25,7 @@ WINGS = [
 WITHOUT_MLX = [
     "errors", "forks", "stats", "system", "machine", "config", "formats", "storage.file_io", "storage.disk_probe",
     "storage.io_choice", "storage.record_check", "storage.io_threads", "experts.trace",
-    "experts.policies", "experts.slots", "experts.budget", "experts.reservations",
+    "experts.policies", "experts.slots", "experts.budget", "experts.reservations", "experts.memory_plan",
     "planning.synthetic_routing", "planning.simulation",
 ]  # fmt: skip
 

@@ -3,28 +3,28 @@
 import gc
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from ..config import StreamingConfig, parse_size
+from ..config import parse_size
 from ..errors import MemoryLimitError, RequestError, StoreError
 from ..forks import check_process, is_forked
-from ..formats.expert_layout import RecordLayout
 from ..ops.gpu.kernel_source import explain_refusals
 from ..ops.numerics import Activation
 from ..ops.slot_memory import SlotMemory, UnifiedMemory
 from ..stats import Counters, StreamingStats, format_bytes
 from ..storage.store import ExpertStore
 from ..system import trim_heap
-from .budget import Budget, LayerExperts, ModelCosts, buffer_cache_bytes, divide
+from .budget import Budget, buffer_cache_bytes
 from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache
 from .executor import ExpertExecutor
 from .local import LocalExperts
+from .memory_plan import MemoryPlan
 from .reader import ExpertReader
 from .reservations import Reservations, Room, Snapshots
 from .trace import DECODE, PREFILL, TraceRecorder
@@ -40,39 +40,32 @@ class StreamingEngine:
     """
 
     def __init__(
-        self,
-        store: ExpertStore,
-        layouts: Mapping[int, RecordLayout],
-        num_experts: Mapping[int, int],
-        costs: ModelCosts,
-        config: StreamingConfig,
-        limit_bytes: int,
-        num_experts_per_tok: int,
-        lossy: Sequence[str] = (),
-        io_reason: str = "",
-        memory: SlotMemory | None = None,
+        self, store: ExpertStore, plan: MemoryPlan, memory: SlotMemory | None = None, lossy: Sequence[str] = ()
     ):
-        """Divide the limit and allocate the slots; call after the dense weights are in memory."""
+        """Allocate the slots; call after the dense weights are in memory.
+
+        Args:
+            store: Reads experts as ``plan.reads`` says.
+            plan: The memory plan.
+            memory: Memory that experts are read into; None is `UnifiedMemory`.
+            lossy: Options that change results, in words.
+        """
+        demand = plan.demand
         self._store = store
-        self._costs = costs
-        self._config = config
-        self._layouts = dict(layouts)
-        self._experts = {
-            layer: LayerExperts(layout.record_bytes, num_experts[layer]) for layer, layout in layouts.items()
-        }
-        self._k = num_experts_per_tok
+        self._plan = plan
+        self._costs = demand.costs
         self._lossy = tuple(lossy)
-        self._io_reason = io_reason
-        self._limit_bytes = limit_bytes
-        self._reservations = Reservations(costs, 1, config.prefill_step_size, config.max_context)
-        self._budget = self._divide(limit_bytes, self._reservations.reserved)
+        self._limit_bytes = plan.limit_bytes
+        self._reservations = Reservations(demand.costs, 1, demand.prefill_step_size, demand.max_context)
+        self._budget = plan.budget
         self._closed = False
         self.slow_decode = ""  # why single tokens are not decoded the quick way; set by the model
         self.lock = threading.RLock()
-        self._wired = WiredShare(limit_bytes, self._budget.dense_bytes)  # before slots, which are wired as they come
+        # Before the slots, which are wired as they come.
+        self._wired = WiredShare(plan.limit_bytes, self._budget.dense_bytes)
         self._memory: SlotMemory = UnifiedMemory(store) if memory is None else memory
-        self._cache = ExpertCache(self._memory, layouts, self._budget.num_slots)
-        self._reader = ExpertReader(self._cache, layouts, num_experts)
+        self._cache = ExpertCache(self._memory, demand.layouts, self._budget.num_slots)
+        self._reader = ExpertReader(self._cache, demand.layouts, demand.num_experts)
         self._counted_from = self._reader.counters.copy()
         self._applied = self._budget
         self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes))
@@ -80,23 +73,14 @@ class StreamingEngine:
             "dense weights %s, %d of %d experts in slots (%s), read by %s",
             format_bytes(self._budget.dense_bytes),
             self._cache.total_slots,
-            sum(num_experts.values()),
+            sum(demand.num_experts.values()),
             format_bytes(self._budget.slot_bytes),
             store.io,
         )
 
     def _divide(self, limit_bytes: int, room: Room) -> Budget:
-        return divide(
-            limit_bytes,
-            self._costs,
-            self._experts,
-            min_slots=self._k,
-            batch=room.batch,
-            tokens=room.tokens,
-            length=room.length,
-            io_buffer_bytes=self._store.buffer_bytes,
-            held_bytes=room.more_bytes + sum(snapshots.max_bytes for snapshots in self._reservations.snapshots),
-        )
+        held_bytes = sum(snapshots.max_bytes for snapshots in self._reservations.snapshots)
+        return self._plan.divide(limit_bytes, room, held_bytes)
 
     # What the model's forward pass calls, in this order, with the lock held.
 
@@ -129,9 +113,9 @@ class StreamingEngine:
         check_process("model.streaming")
         with self.lock:
             self._check_open()
-            if length > self._config.max_context:
+            if length > self.max_context:
                 raise RequestError(
-                    f"[model.streaming] the context must be at most max_context = {self._config.max_context} tokens, "
+                    f"[model.streaming] the context must be at most max_context = {self.max_context} tokens, "
                     f"got {length}. Shorten the prompt or load with a larger max_context."
                 )
             if self._applied is not self._budget:
@@ -250,12 +234,12 @@ class StreamingEngine:
     @property
     def max_context(self) -> int:
         """Tokens of context that the memory limit has room for."""
-        return self._config.max_context
+        return self._plan.demand.max_context
 
     @property
     def state_bytes(self) -> int:
         """Bytes that the caches and states of one sequence of max_context tokens take."""
-        return self._costs.state_bytes(1, self._config.max_context)
+        return self._costs.state_bytes(1, self.max_context)
 
     @property
     def peak_memory_bytes(self) -> int:
@@ -282,9 +266,9 @@ class StreamingEngine:
             dense_bytes=budget.dense_bytes,
             slot_bytes=budget.slot_bytes,
             num_slots=sum(budget.num_slots.values()),
-            num_experts=sum(e.num_experts for e in self._experts.values()),
+            num_experts=sum(self._plan.demand.num_experts.values()),
             io=self._store.io,
-            io_reason=self._io_reason,
+            io_reason=self._plan.reads.reason,
             lossy=self._lossy,
             slow_decode=self.slow_decode,
         )
@@ -312,8 +296,8 @@ class StreamingEngine:
             self._check_open()
             if self._reader.recorder is not None:
                 self._reader.recorder.close()
-            most = max(e.num_experts for e in self._experts.values())
-            self._reader.recorder = TraceRecorder(path, sorted(self._experts), most)
+            num_experts = self._plan.demand.num_experts
+            self._reader.recorder = TraceRecorder(path, sorted(num_experts), max(num_experts.values()))
             return self._reader.recorder
 
     def resize(self, memory_limit: int | str) -> None:

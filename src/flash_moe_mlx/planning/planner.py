@@ -15,7 +15,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.hub_headers import download_headers
 from ..machine import PROCESS_OVERHEAD_BYTES, usable_memory_bytes
 from ..models.spec import Family
-from ..runtime.loading import choose_limit, choose_reads, divide_limit, inspect_checkpoint
+from ..runtime.loading import choose_limit, inspect_checkpoint, plan_memory
 from ..storage.disk_probe import probe_disk
 from .simulation import replay
 from .speed import Speed, TokenWork, measure_speed
@@ -137,8 +137,7 @@ class Planner:
         Raises:
             MemoryLimitError: If it can't hold.
         """
-        parts = (limit_bytes, self._checkpoint, self._family, self._config)
-        return divide_limit(*parts, choose_reads(*parts, probe=False).buffer_bytes)
+        return plan_memory(self._checkpoint, self._family, self._config, limit_bytes, probe=False).budget
 
     def limits(self, count: int) -> list[int]:
         """Limits from the smallest to the largest that this machine holds, or to the one where all experts fit."""

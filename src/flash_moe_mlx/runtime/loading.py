@@ -27,9 +27,9 @@ from ..errors import (
     StoreError,
     UnsupportedModelError,
 )
-from ..experts.budget import Budget, LayerExperts, divide
 from ..experts.buffer_cache import BufferCacheShare
 from ..experts.engine import StreamingEngine
+from ..experts.memory_plan import MemoryDemand, MemoryPlan
 from ..forks import begin_use
 from ..formats.checkpoint import Checkpoint
 from ..formats.config_files import end_tokens
@@ -48,8 +48,7 @@ from ..ops.backend import backend, use_cpu_kernels
 from ..ops.slot_memory import SlotMemory, UnifiedMemory
 from ..packing.verification import check_other_files
 from ..stats import format_bytes
-from ..storage.io_choice import DEFAULT_THREADS, choose_io, choose_threads
-from ..storage.store import ExpertStore, direct_buffer_bytes
+from ..storage.store import ExpertStore
 from ..system import raise_file_limit, return_freed_buffers
 from .tokenizer_files import load_checked_tokenizer
 
@@ -164,29 +163,16 @@ class _Prepared:
 
     checkpoint: Checkpoint
     family: Family
-    streaming: StreamingConfig
-    limit_bytes: int
+    plan: MemoryPlan
     store: ExpertStore
-    io_reason: str
 
     def load(self) -> Any:
-        model, checkpoint = self.family.model, self.checkpoint
+        model = self.family.model
         # Freed buffers would pile up behind the limit's back while tensors are converted.
         with ExitStack() as undo, BufferCacheShare(_SMALL_BUFFER_CACHE):
             undo.callback(self.store.close)
             self._load_dense()
-            engine = StreamingEngine(
-                self.store,
-                {layer: checkpoint.layout(layer) for layer in checkpoint.moe_layers},
-                {layer: checkpoint.num_experts(layer) for layer in checkpoint.moe_layers},
-                self.family.costs,
-                self.streaming,
-                self.limit_bytes,
-                self.family.num_experts_per_tok,
-                self.family.lossy,
-                self.io_reason,
-                slot_memory(self.store),
-            )
+            engine = StreamingEngine(self.store, self.plan, slot_memory(self.store), self.family.lossy)
             undo.pop_all()
         model.attach(engine)
         model.eval()
@@ -222,29 +208,6 @@ def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Che
     return checkpoint, family
 
 
-def divide_limit(
-    limit_bytes: int, checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, io_buffer_bytes: int
-) -> Budget:
-    """Where the bytes of a limit will go.
-
-    Raises:
-        MemoryLimitError: If the limit can't hold.
-    """
-    return divide(
-        limit_bytes,
-        family.costs,
-        {
-            layer: LayerExperts(checkpoint.layout(layer).record_bytes, checkpoint.num_experts(layer))
-            for layer in checkpoint.moe_layers
-        },
-        min_slots=family.num_experts_per_tok,
-        batch=1,
-        tokens=streaming.prefill_step_size,
-        length=streaming.max_context,
-        io_buffer_bytes=io_buffer_bytes,
-    )
-
-
 def choose_limit(streaming: StreamingConfig) -> int:
     """Return the limit asked for, or a safe share of this machine.
 
@@ -267,6 +230,25 @@ def slot_memory(store: ExpertStore) -> SlotMemory:
     return UnifiedMemory(store)
 
 
+def plan_memory(
+    checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, limit_bytes: int, *, probe: bool = True
+) -> MemoryPlan:
+    """Plan where the bytes of a limit go, and how experts are read. No weight is read.
+
+    Args:
+        checkpoint: The checkpoint.
+        family: Its model.
+        streaming: load's arguments.
+        limit_bytes: The memory limit.
+        probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
+
+    Raises:
+        MemoryLimitError: If the limit can't hold; names the smallest limit that works.
+    """
+    demand = MemoryDemand.of(checkpoint, family.costs, family.num_experts_per_tok, streaming)
+    return MemoryPlan.make(limit_bytes, demand, checkpoint, streaming.io, probe=probe)
+
+
 def limit_reason() -> str:
     """Say in words where the limit comes from that `choose_limit` takes without being told one."""
     return explain_default_memory_limit(*_device_memory())
@@ -277,60 +259,6 @@ def _device_memory() -> tuple[int | None, int | None]:
     info = mx.device_info()
     working_set = info.get("max_recommended_working_set_size")
     return working_set, info.get("total_memory") if backend() == "cuda" else None
-
-
-@dataclass(frozen=True)
-class Reads:
-    """How experts will be read.
-
-    Attributes:
-        io: "mmap", "pread" or "direct".
-        num_threads: I/O threads.
-        reason: Why so.
-    """
-
-    io: str
-    num_threads: int
-    reason: str
-
-    @property
-    def buffer_bytes(self) -> int:
-        """Memory that they take."""
-        return direct_buffer_bytes(self.num_threads) if self.io == "direct" else 0
-
-
-def choose_reads(
-    limit_bytes: int, checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, *, probe: bool = True
-) -> Reads:
-    """What load's ``io`` means for a checkpoint and a limit; "auto" is decided here.
-
-    Args:
-        limit_bytes: The memory limit.
-        checkpoint: Opened.
-        family: Of it.
-        streaming: load's arguments.
-        probe: Find the number of threads by a short probe of the files, where it isn't remembered.
-
-    Raises:
-        MemoryLimitError: If the limit can't hold.
-    """
-    reads = Reads(streaming.io, DEFAULT_THREADS, "as asked for")
-    slot_bytes = divide_limit(limit_bytes, checkpoint, family, streaming, reads.buffer_bytes).slot_bytes
-    if streaming.io != "auto":
-        return reads
-    records = {layer: checkpoint.layout(layer).record_bytes for layer in checkpoint.moe_layers}
-    expert_bytes = sum(nbytes * checkpoint.num_experts(layer) for layer, nbytes in records.items())
-    choice = choose_io(checkpoint.expert_files, expert_bytes, slot_bytes, limit_bytes, usable_memory_bytes())
-    reads = Reads(choice.io, DEFAULT_THREADS, choice.reason)
-    if reads.io == "direct":
-        if probe:
-            threads = choose_threads(checkpoint.expert_files, max(records.values()), expert_bytes)
-            reads = replace(reads, num_threads=threads)
-        try:
-            divide_limit(limit_bytes, checkpoint, family, streaming, reads.buffer_bytes)
-        except MemoryLimitError:
-            return Reads("pread", DEFAULT_THREADS, "the limit has no room for the buffers of direct reads")
-    return reads
 
 
 def _with_rounded_activations(family: Family, bits: int) -> Family:
@@ -353,18 +281,14 @@ def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) ->
         check_other_files(directory, checkpoint.manifest)
     limit_bytes = choose_limit(streaming)
     try:
-        reads = choose_reads(limit_bytes, checkpoint, family, streaming)
+        plan = plan_memory(checkpoint, family, streaming, limit_bytes)
     except MemoryLimitError as error:
         if streaming.memory_limit_bytes is not None:
             raise
         message = f"{error} No limit was given: this one is {limit_reason()}."
         raise MemoryLimitError(message, error.smallest_limit_bytes) from None
-    store = ExpertStore(checkpoint, io=reads.io, num_threads=reads.num_threads, verify=verify)
-    with ExitStack() as undo:
-        undo.callback(store.close)
-        divide_limit(limit_bytes, checkpoint, family, streaming, store.buffer_bytes)
-        undo.pop_all()
-    return _Prepared(checkpoint, family, streaming, limit_bytes, store, reads.reason)
+    store = ExpertStore(checkpoint, io=plan.reads.io, num_threads=plan.reads.num_threads, verify=verify)
+    return _Prepared(checkpoint, family, plan, store)
 
 
 def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:

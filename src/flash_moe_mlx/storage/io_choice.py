@@ -5,7 +5,7 @@ import logging
 import os
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..machine import PROCESS_OVERHEAD_BYTES
 from ..stats import format_bytes
 from .disk_probe import probe_disk
 from .file_io import ReadOnlyFile
+from .store import direct_buffer_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -36,21 +37,30 @@ _GOOD_ENOUGH = 0.95  # of the best rate: more threads take more buffers
 
 
 @dataclass(frozen=True)
-class IoChoice:
-    """What was chosen.
+class Reads:
+    """How experts are read.
 
     Attributes:
-        io: "pread" or "direct".
-        reason: Why, in a few words.
+        io: "mmap", "pread" or "direct".
+        reason: Why so, in a few words.
+        num_threads: I/O threads.
     """
 
     io: str
     reason: str
+    num_threads: int = DEFAULT_THREADS
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory that such reads take besides the slots."""
+        return direct_buffer_bytes(self.num_threads) if self.io == "direct" else 0
+
+    def with_threads(self, num_threads: int) -> "Reads":
+        """Return the same reads by another number of threads."""
+        return replace(self, num_threads=num_threads)
 
 
-def choose_io(
-    paths: Sequence[Path], expert_bytes: int, slot_bytes: int, limit_bytes: int, usable_bytes: int
-) -> IoChoice:
+def choose_io(paths: Sequence[Path], expert_bytes: int, slot_bytes: int, limit_bytes: int, usable_bytes: int) -> Reads:
     """One owner for each byte: the page cache where it has room for the experts, else the slots alone.
 
     Args:
@@ -62,12 +72,12 @@ def choose_io(
     """
     spare = max(usable_bytes - limit_bytes - PROCESS_OVERHEAD_BYTES, 0)
     if slot_bytes >= expert_bytes:
-        return IoChoice("pread", "all experts fit in the slots")
+        return Reads("pread", "all experts fit in the slots")
     if spare >= expert_bytes:
-        return IoChoice("pread", f"the page cache has room for all experts: {format_bytes(spare)} beside the limit")
+        return Reads("pread", f"the page cache has room for all experts: {format_bytes(spare)} beside the limit")
     if not all(_direct_reads(path) for path in paths):
-        return IoChoice("pread", "the file system has no direct reads")
-    return IoChoice(
+        return Reads("pread", "the file system has no direct reads")
+    return Reads(
         "direct", f"{format_bytes(expert_bytes)} of experts, {format_bytes(spare)} for the page cache beside the limit"
     )
 

@@ -1,0 +1,138 @@
+"""MemoryPlan: how a memory limit is used, decided once by load and handed to all that hold memory. No MLX import."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..config import StreamingConfig
+from ..errors import MemoryLimitError
+from ..formats.checkpoint import Checkpoint
+from ..formats.expert_layout import RecordLayout
+from ..machine import usable_memory_bytes
+from ..storage.io_choice import Reads, choose_io, choose_threads
+from .budget import Budget, LayerExperts, ModelCosts, divide
+from .reservations import Room
+
+
+@dataclass(frozen=True)
+class MemoryDemand:
+    """Everything of one model that takes memory, and how much of it there must be room for.
+
+    Attributes:
+        costs: Bytes of the model besides its expert slots.
+        layouts: Record layout of each layer with routed experts.
+        num_experts: Routed experts of each of these layers.
+        num_experts_per_tok: K; each layer gets at least as many slots.
+        prefill_step_size: Tokens of the largest forward pass that memory is set aside for.
+        max_context: Tokens of the longest sequence.
+    """
+
+    costs: ModelCosts
+    layouts: Mapping[int, RecordLayout]
+    num_experts: Mapping[int, int]
+    num_experts_per_tok: int
+    prefill_step_size: int
+    max_context: int
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, costs: ModelCosts, num_experts_per_tok: int, streaming: StreamingConfig
+    ) -> "MemoryDemand":
+        """Collect it from a checkpoint's headers, a model's costs and load's arguments."""
+        layers = checkpoint.moe_layers
+        return cls(
+            costs,
+            {layer: checkpoint.layout(layer) for layer in layers},
+            {layer: checkpoint.num_experts(layer) for layer in layers},
+            num_experts_per_tok,
+            streaming.prefill_step_size,
+            streaming.max_context,
+        )
+
+    def divide(self, limit_bytes: int, io_buffer_bytes: int, room: Room | None = None, held_bytes: int = 0) -> Budget:
+        """Divide a limit.
+
+        Args:
+            limit_bytes: The limit.
+            io_buffer_bytes: Buffers of direct reads.
+            room: States and scratch to set aside; None is one pass of the largest size and one sequence.
+            held_bytes: Snapshots to set aside.
+
+        Raises:
+            MemoryLimitError: If it can't hold; names the smallest limit that works.
+        """
+        return divide(
+            limit_bytes,
+            self.costs,
+            {
+                layer: LayerExperts(layout.record_bytes, self.num_experts[layer])
+                for layer, layout in self.layouts.items()
+            },
+            min_slots=self.num_experts_per_tok,
+            batch=room.batch if room else 1,
+            tokens=room.tokens if room else self.prefill_step_size,
+            length=room.length if room else self.max_context,
+            io_buffer_bytes=io_buffer_bytes,
+            held_bytes=held_bytes + (room.more_bytes if room else 0),
+        )
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """A memory limit, how it divides, and how experts are read within it.
+
+    Attributes:
+        demand: The model's demand.
+        limit_bytes: The limit.
+        reads: How experts are read.
+        budget: Where the bytes go once the model is loaded.
+    """
+
+    demand: MemoryDemand
+    limit_bytes: int
+    reads: Reads
+    budget: Budget
+
+    @classmethod
+    def make(
+        cls, limit_bytes: int, demand: MemoryDemand, checkpoint: Checkpoint, io: str, *, probe: bool = True
+    ) -> "MemoryPlan":
+        """Decide how experts are read, and divide the limit.
+
+        Args:
+            limit_bytes: The limit.
+            demand: The model's demand.
+            checkpoint: Says which files hold the experts.
+            io: load's ``io``; "auto" is decided here.
+            probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
+
+        Raises:
+            MemoryLimitError: If the limit can't hold; names the smallest limit that works.
+        """
+        if io != "auto":
+            return cls._with_reads(limit_bytes, demand, Reads(io, "as asked for"))
+        # Buffers of direct reads are a few megabytes: the choice is made as if there were none.
+        buffered = cls._with_reads(limit_bytes, demand, Reads("pread", ""))
+        expert_bytes = sum(n * demand.layouts[layer].record_bytes for layer, n in demand.num_experts.items())
+        files = checkpoint.expert_files
+        reads = choose_io(files, expert_bytes, buffered.budget.slot_bytes, limit_bytes, usable_memory_bytes())
+        if reads.io == "direct":
+            if probe:
+                largest = max(layout.record_bytes for layout in demand.layouts.values())
+                reads = reads.with_threads(choose_threads(files, largest, expert_bytes))
+            try:
+                return cls._with_reads(limit_bytes, demand, reads)
+            except MemoryLimitError:
+                reads = Reads("pread", "the limit has no room for the buffers of direct reads")
+        return cls(demand, limit_bytes, reads, buffered.budget)
+
+    @classmethod
+    def _with_reads(cls, limit_bytes: int, demand: MemoryDemand, reads: Reads) -> "MemoryPlan":
+        return cls(demand, limit_bytes, reads, demand.divide(limit_bytes, reads.buffer_bytes))
+
+    def divide(self, limit_bytes: int, room: Room, held_bytes: int) -> Budget:
+        """Divide a limit by the plan's rules, for what passes and conversations need now.
+
+        Raises:
+            MemoryLimitError: If it can't hold; names the smallest limit that works.
+        """
+        return self.demand.divide(limit_bytes, self.reads.buffer_bytes, room, held_bytes)
