@@ -18,6 +18,7 @@ import signal
 import subprocess
 import threading
 import tomllib
+from importlib import import_module
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,7 @@ def test_python_blocks_run(page: Path, folder: Path, monkeypatch: pytest.MonkeyP
     names = names_that_readers_have()
     if page.name == "api.md":  # its examples are those of docstrings
         names |= {name: getattr(flash_moe_mlx, name) for name in flash_moe_mlx.__all__}
-        names |= {"Part": __import__("flash_moe_mlx.chat.answer").answer.Part}
+        names |= {"Part": import_module("flash_moe_mlx.chat.answer").Part}
     blocks = python_blocks(page)
     level = logging.getLogger("flash_moe_mlx").level
     served = demo() if any(SERVER in code for code in blocks) else contextlib.nullcontext(SERVER)
