@@ -131,7 +131,7 @@ class StreamingEngine:
                 finished = True
             finally:
                 if not finished:
-                    self._store.drain()  # reads of what would have come next
+                    self._memory.drain()  # reads of what would have come next
                 self._reader.start_unread()
             self._reader.counters.tokens += routed
 

@@ -5,7 +5,7 @@ arrive in. A `SlotMemory` is one kind of memory: it allocates slots and says how
 that of machines where reads go straight into what kernels read.
 """
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -102,7 +102,7 @@ class ExpertRecords:
         return self._parts[name]
 
 
-class ExpertSlots(ExpertRecords):
+class ExpertSlots(ExpertRecords, ABC):
     """Slots of one layer, which records arrive in.
 
     A slot may be overwritten only after the last computation that reads it was waited for, and read only after its

@@ -55,11 +55,13 @@ class ReadRequest:
         layer: Number of the layer.
         expert: Number of the expert.
         buffer: Writable, contiguous bytes; at least ``layout.record_bytes`` of them. Padding is left as it is.
+        arrived: Called on an I/O thread once the whole record is in the buffer. Must not raise.
     """
 
     layer: int
     expert: int
     buffer: memoryview
+    arrived: Callable[[], None] | None = None
 
 
 class _Piece(NamedTuple):
@@ -203,6 +205,7 @@ class ExpertStore:
         checkpoint: What is read.
         io: "pread", "mmap" or "direct".
         num_threads: I/O threads.
+        check: Compares records with their checksums.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, io: str = "pread", num_threads: int = 8, verify: str | bool = False):
@@ -228,7 +231,7 @@ class ExpertStore:
         self.io = io
         self.num_threads = num_threads
         self.checkpoint = checkpoint
-        self._check = RecordCheck(checkpoint, verify)
+        self.check = RecordCheck(checkpoint, verify)
         self._lock = threading.Lock()
         self._closed = False
         self._bytes_read = 0
@@ -420,10 +423,19 @@ class ExpertStore:
                 failure.__cause__ = error
                 pending._piece_failed(piece, failure)
             else:
-                if pending._piece_read(piece) and self._check.is_due():
-                    record = memoryview(request.buffer).cast("B")
-                    if corrupt := self._check.find_error(request.layer, request.expert, record):
-                        pending._piece_failed(piece, corrupt)
+                if pending._piece_read(piece):
+                    self._arrived(pending, piece)
+
+    def _arrived(self, pending: PendingReads, piece: _Piece) -> None:
+        """Check a record that is whole, if it is one to check, and hand it on."""
+        request = pending._requests[piece.request]
+        if self.check.is_due():
+            record = memoryview(request.buffer).cast("B")
+            if corrupt := self.check.find_error(request.layer, request.expert, record):
+                pending._piece_failed(piece, corrupt)
+                return
+        if request.arrived is not None:
+            request.arrived()
 
     def _read(self, piece: _Piece) -> int:
         """Bytes of the piece that the file has; fewer than asked only at its end."""

@@ -1,0 +1,326 @@
+"""Slot memory of a CUDA GPU: slots stay in its memory, and records are copied into them.
+
+Ordinary MLX arrays are managed memory there: were reads to end in them, their pages would go to the host and back (8 ms
+a layer of four 7 MB records, experiment in docs/performance.md). So records are copied whole, on streams of their own:
+straight out of the files' map, pinned, where the host's memory has room for all of them (`MappedMemory`, 0.6 ms), or
+by way of a few pinned buffers that reads end in (`PinnedMemory`, 2.4 ms).
+"""
+
+import ctypes
+import queue
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from ...errors import MemoryLimitError, StoreError
+from ...formats.checkpoint import ByteRange
+from ...formats.expert_layout import RecordLayout
+from ...storage.file_io import ReadOnlyFile
+from ...storage.store import ExpertStore, ReadRequest
+from ..slot_memory import ExpertSlots, Pending
+from .cuda_runtime import CudaRuntime
+
+STREAMS = 2
+"""Streams that copies are spread over: one alone leaves the bus idle between two copies."""
+
+
+class CudaSlots(ExpertSlots):
+    """Slots of one layer in a GPU's memory."""
+
+    def __init__(self, memory: "CudaMemory", layer: int, layout: RecordLayout, num_slots: int):
+        """Allocate S zeroed slots, which stay on the GPU.
+
+        Raises:
+            MemoryLimitError: If the GPU has no memory left.
+            ShapeError: If they would have more elements than an MLX array can.
+        """
+        try:
+            super().__init__(layout, num_slots)
+            self.address  # noqa: B018 -- MLX makes it managed memory when its address is asked for
+        except RuntimeError as error:
+            raise MemoryLimitError(
+                f"[gpu_memory_limit] the GPU must have room for {num_slots} slots of {layout.record_bytes} bytes in "
+                f"layer {layer}, got {error}. Lower gpu_memory_limit, or end other programs on the GPU."
+            ) from error
+        self._memory = memory
+        self.layer = layer
+        memory.runtime.keep_on_device(self.address, self.nbytes)
+
+    def slot_address(self, slot: int) -> int:
+        """Return the address of a slot's first byte."""
+        return self.address + slot * self.layout.record_bytes
+
+    def receive(self, slots: Mapping[int, int]) -> Pending:
+        """Start bringing records into slots: see `ExpertSlots.receive`."""
+        return self._memory.start(self, slots)
+
+    def copy_out(self, slot: int) -> mx.array:
+        """Return a copy of a slot's record, in the GPU's memory."""
+        record = mx.take(self.array, mx.array([slot]), axis=0)
+        mx.eval(record)
+        return record
+
+    def copy_in(self, slot: int, record: Any) -> None:
+        """Write a record that `copy_out` returned into a slot."""
+        source = np.frombuffer(memoryview(record).cast("B"), np.uint8)
+        self._memory.copy(self.slot_address(slot), source.ctypes.data, self.layout.record_bytes)
+        self._memory.synchronize()
+
+
+class CudaMemory(ABC):
+    """What both kinds of a CUDA GPU's slot memory share.
+
+    Attributes:
+        source: Where records come from.
+        runtime: The GPU's calls.
+    """
+
+    def __init__(self, source: ExpertStore, runtime: CudaRuntime):
+        """Make the streams that copies go through."""
+        self.source = source
+        self.runtime = runtime
+        self._streams = [runtime.stream() for _ in range(STREAMS)]
+        self._copies = 0
+
+    def allocate(self, layer: int, layout: RecordLayout, num_slots: int) -> CudaSlots:
+        """Allocate the slots of a layer: see `SlotMemory.allocate`."""
+        return CudaSlots(self, layer, layout, num_slots)
+
+    @abstractmethod
+    def start(self, target: CudaSlots, slots: Mapping[int, int]) -> Pending:
+        """Start bringing records into slots."""
+
+    def copy(self, target: int, source: int, nbytes: int) -> None:
+        """Start a copy on the next stream in turn."""
+        self._copies += 1
+        self.runtime.copy(target, source, nbytes, self._streams[self._copies % STREAMS])
+
+    def synchronize(self) -> None:
+        """Wait until every copy has ended."""
+        for stream in self._streams:
+            self.runtime.synchronize(stream)
+
+    def drain(self) -> None:
+        """Wait until nothing writes into any slot: see `SlotMemory.drain`."""
+        self.source.drain()
+        self.synchronize()
+
+    def close(self) -> None:
+        """Wait for what is under way, and release the streams: see `SlotMemory.close`."""
+        self.drain()
+        while self._streams:
+            self.runtime.close(self._streams.pop())
+
+
+class _Copies(NamedTuple):
+    """Copies under way out of maps."""
+
+    memory: "MappedMemory"
+    nbytes: int
+
+    def wait(self) -> int:
+        """Wait until every record is whole in its slot."""
+        self.memory.synchronize()
+        return self.nbytes
+
+
+class MappedMemory(CudaMemory):
+    """Slot memory filled straight out of the experts' files, mapped and pinned whole."""
+
+    def __init__(self, source: ExpertStore, runtime: CudaRuntime):
+        """Map and pin the files that hold experts; all of their pages are read now.
+
+        Raises:
+            MemoryLimitError: If the system has no memory for them.
+            StoreError: If a file can't be mapped or pinned.
+        """
+        super().__init__(source, runtime)
+        self._files: dict[Path, ReadOnlyFile] = {}
+        self._addresses: dict[Path, int] = {}
+        self._checked: set[tuple[int, int]] = set()
+        self._held: list[bytearray] = []  # records compared with their checksums, while they are copied from here
+        self.host_bytes = 0
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for path in source.checkpoint.expert_files:
+                file = self._files[path] = ReadOnlyFile(path, direct=False)
+                view = file.map()
+                address = int(np.frombuffer(view, np.uint8).ctypes.data)
+                runtime.register(address, len(view))
+                self._addresses[path] = address
+                self.host_bytes += len(view)
+            undo.pop_all()
+
+    def start(self, target: CudaSlots, slots: Mapping[int, int]) -> Pending:
+        """Start copying records out of the maps."""
+        nbytes = 0
+        for expert, slot in slots.items():
+            address = target.slot_address(slot)
+            ranges = self.source.checkpoint.ranges(target.layer, expert)
+            if (record := self._compared(target.layer, expert, ranges)) is not None:
+                self._held.append(record)
+                self.copy(address, ctypes.addressof(ctypes.c_char.from_buffer(record)), len(record))
+                nbytes += len(record)
+                continue
+            for run in ranges:
+                self.copy(address + run.record_offset, self._addresses[run.path] + run.file_offset, run.nbytes)
+                nbytes += run.nbytes
+        return _Copies(self, nbytes)
+
+    def _compared(self, layer: int, expert: int, ranges: Sequence[ByteRange]) -> bytearray | None:
+        """Return a copy of the record that has its checksum, if it is one to check.
+
+        Each record is asked about once: pinned pages don't change.
+        """
+        check = self.source.check
+        if not check.interval or (layer, expert) in self._checked:
+            return None
+        self._checked.add((layer, expert))
+        if not check.is_due():
+            return None
+        (where,) = ranges
+        file = self._files[where.path]
+        record = bytearray(file.map()[where.file_offset : where.file_offset + where.nbytes])
+        if corrupt := check.find_error(layer, expert, memoryview(record)):
+            self._checked.discard((layer, expert))
+            raise corrupt
+        return record
+
+    def synchronize(self) -> None:
+        """Wait until every copy has ended."""
+        super().synchronize()
+        self._held.clear()
+
+    def close(self) -> None:
+        """Unpin and unmap the files."""
+        super().close()
+        while self._addresses:
+            _, address = self._addresses.popitem()
+            self.runtime.unregister(address)
+        while self._files:
+            self._files.popitem()[1].close()
+        self.host_bytes = 0
+
+
+class _Staged:
+    """Records on their way through pinned buffers: read into them by the store's threads, then copied."""
+
+    def __init__(self, memory: "PinnedMemory", target: CudaSlots, slots: Mapping[int, int]):
+        self._memory = memory
+        self._target = target
+        self._left = list(slots.items())
+        self._fault: StoreError | None = None
+        self._read()
+
+    def _read(self) -> None:
+        """Start reading as many of the records that are left as there are buffers."""
+        memory, target, size = self._memory, self._target, self._target.layout.record_bytes
+        self._buffers = memory.take(len(self._left))
+        now, self._left = self._left[: len(self._buffers)], self._left[len(self._buffers) :]
+        self._reads = memory.source.submit(
+            [
+                ReadRequest(
+                    target.layer, expert, buffer.view[:size], self._copying(target.slot_address(slot), buffer, size)
+                )
+                for (expert, slot), buffer in zip(now, self._buffers, strict=True)
+            ]
+        )
+
+    def _copying(self, address: int, buffer: "_Buffer", nbytes: int) -> Any:
+        """Return what an I/O thread calls once the record is whole in its buffer."""
+
+        def copy() -> None:
+            try:
+                self._memory.copy(address, buffer.address, nbytes)
+            except StoreError as error:
+                self._fault = error
+
+        return copy
+
+    def wait(self) -> int:
+        """Wait until every record is whole in its slot."""
+        nbytes = 0
+        while True:
+            nbytes += self._reads.wait()
+            self._memory.synchronize()
+            self._memory.give_back(self._buffers)
+            if self._fault is not None:
+                raise self._fault
+            if not self._left:
+                return nbytes
+            self._read()
+
+
+class _Buffer(NamedTuple):
+    address: int
+    view: memoryview
+
+
+class PinnedMemory(CudaMemory):
+    """Slot memory filled by way of pinned buffers, each of the longest record's length."""
+
+    def __init__(self, source: ExpertStore, runtime: CudaRuntime, buffers: int):
+        """Allocate the buffers.
+
+        Args:
+            source: Where records come from.
+            runtime: The GPU's calls.
+            buffers: How many; records of a group beyond that are read when those before them have been copied.
+
+        Raises:
+            MemoryLimitError: If the system has no memory for them.
+        """
+        super().__init__(source, runtime)
+        checkpoint = source.checkpoint
+        self._size = max(checkpoint.layout(layer).record_bytes for layer in checkpoint.moe_layers)
+        self._all: list[_Buffer] = []
+        self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+        with ExitStack() as undo:
+            undo.callback(self.close)
+            for _ in range(buffers):
+                address = runtime.allocate_pinned(self._size)
+                view = memoryview((ctypes.c_char * self._size).from_address(address)).cast("B")
+                self._all.append(_Buffer(address, view))
+            undo.pop_all()
+        self._reset()
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes of the buffers."""
+        return len(self._all) * self._size
+
+    def start(self, target: CudaSlots, slots: Mapping[int, int]) -> Pending:
+        """Start reading records into buffers, each to be copied when it is whole."""
+        return _Staged(self, target, slots)
+
+    def take(self, wanted: int) -> list[_Buffer]:
+        """Return up to so many free buffers, and at least one: where all are taken, nobody waits for theirs."""
+        if self._free.empty():
+            self.drain()
+        return [self._free.get() for _ in range(min(wanted, self._free.qsize()))]
+
+    def give_back(self, buffers: list[_Buffer]) -> None:
+        """Note that buffers are free again."""
+        while buffers:
+            self._free.put(buffers.pop())
+
+    def _reset(self) -> None:
+        self._free = queue.SimpleQueue()
+        for buffer in self._all:
+            self._free.put(buffer)
+
+    def drain(self) -> None:
+        """Wait until nothing writes into any slot; then every buffer is free."""
+        super().drain()
+        self._reset()
+
+    def close(self) -> None:
+        """Free the buffers."""
+        super().close()
+        while self._all:
+            self.runtime.free_pinned(self._all.pop().address)
