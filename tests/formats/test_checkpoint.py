@@ -295,7 +295,7 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[CheckpointError], str]] = {
     "gptq": (
         {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}, UnsupportedModelError, "'gptq'",
     ),
-    "fp8": ({"quantization_config": {"quant_method": "fp8"}}, UnsupportedModelError, "'fp8'"),
+    "bitnet": ({"quantization_config": {"quant_method": "bitnet"}}, UnsupportedModelError, "'bitnet'"),
     "unknown mode": ({"quantization": {"mode": "nf4", "bits": 4, "group_size": 64}}, UnsupportedModelError, "'nf4'"),
 }  # fmt: skip
 

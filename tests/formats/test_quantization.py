@@ -120,16 +120,19 @@ def test_other_modes_of_mlx(mode: str, bits: int, group_size: int):
         resolve(made, {**entry, "x": {"bits": 4, "group_size": 64}})
     with pytest.raises(UnsupportedModelError, match=f"must be of {bits} bits in groups of {group_size}, got 2"):
         QuantizationSettings({"quantization": {**entry, "bits": 2}})
-    with pytest.raises(UnsupportedModelError, match="must be affine, mxfp4, mxfp8 or nvfp4, got 'nf4'"):
+    with pytest.raises(UnsupportedModelError, match="must be affine, mxfp4, mxfp8, nvfp4, int4 or fp8, got 'nf4'"):
         QuantizationSettings({"quantization": {**entry, "mode": "nf4"}})
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "'gptq'"),
     "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq'"),
-    "fp8": ({"quantization_config": {"quant_method": "fp8", "weight_block_size": [128, 128]}}, "'fp8'"),
-    "in text_config": ({"text_config": {"quantization_config": {"quant_method": "fp8"}}}, "'fp8'"),
-    "modelopt": ({"quantization_config": {"quant_algo": "NVFP4"}}, "'NVFP4'"),
+    "in text_config": ({"text_config": {"quantization_config": {"quant_method": "bitnet"}}}, "'bitnet'"),
+    "modelopt": ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "modelopt, FP8"),
+    "compressed-tensors": (
+        {"quantization_config": {"quant_method": "compressed-tensors", "format": "float-quantized"}},
+        "float-quantized",
+    ),
     "no method": ({"quantization_config": {}}, "got method None"),
     "7 bits": ({"quantization": {"bits": 7, "group_size": 64}}, "got 7 in groups of 64"),
     "groups of 16": ({"quantization": {"bits": 4, "group_size": 16}}, "in groups of 16"),
@@ -137,7 +140,7 @@ OTHERS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("config", "message"), OTHERS.values(), ids=OTHERS)
-def test_other_methods(config: dict[str, Any], message: str):
+def test_refused_methods(config: dict[str, Any], message: str):
     with pytest.raises(UnsupportedModelError, match=message):
         QuantizationSettings(config)
 
@@ -246,3 +249,49 @@ def test_a_known_width_goes_before_an_entry_under_another_name():
         {"quantization": {"bits": 2, "group_size": 128, NAMINGS[1]: {"bits": 8, "group_size": 32}}}
     )
     assert settings.resolve(OWN, (OWN,), stored(256, 4, 64), 256, exact=False) == Quantization(4, 64)
+
+
+OTHER_TOOLS: dict[str, tuple[dict[str, Any], Quantization | None]] = {
+    "mxfp4": ({"quant_method": "mxfp4"}, Quantization(4, 32, "mxfp4")),
+    "mxfp8": ({"quant_method": "mxfp8"}, Quantization(8, 32, "mxfp8")),
+    "fp8": ({"quant_method": "fp8", "weight_block_size": [128, 128]}, None),
+    "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, Quantization(4, 16, "nvfp4")),
+    "hf_quant_config": (
+        {"quant_method": "modelopt", "quantization": {"quant_algo": "NVFP4"}}, Quantization(4, 16, "nvfp4"),
+    ),
+    "compressed-tensors nvfp4": (
+        {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, Quantization(4, 16, "nvfp4"),
+    ),
+    "compressed-tensors int4": (
+        {"quant_method": "compressed-tensors", "format": "pack-quantized"}, Quantization(4, 32, "int4"),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("section", "default"), OTHER_TOOLS.values(), ids=OTHER_TOOLS)
+def test_sections_of_other_tools(section: dict[str, Any], default: Quantization | None):
+    assert QuantizationSettings({"quantization_config": section}).default == default
+    assert QuantizationSettings({"text_config": {"quantization_config": section}}).default == default
+    own = {"bits": 8, "group_size": 32}
+    assert QuantizationSettings({"quantization": own, "quantization_config": section}).default == Quantization(8, 32)
+
+
+def test_forms_of_a_mode():
+    """A scale per matrix makes it another form of nvfp4; int4 is taken for granted nowhere."""
+    nvfp4 = stored(256, 4, 16, mode="nvfp4")
+    entry = {"bits": 4, "group_size": 16, "mode": "nvfp4"}
+    with_scale = {**nvfp4, "weight_scale_2": Stored("F32", ())}
+    for section in (None, entry, {"bits": 4, "group_size": 64, "x": entry}):
+        found = resolve(with_scale, section)
+        assert found is not None
+        assert (found.mode, found.stated) == ("nvfp4 with weight_scale_2", Quantization(4, 16, "nvfp4"))
+    with pytest.raises(CorruptError, match="weight_scale_2 F32"):
+        resolve({**nvfp4, "weight_scale_2": Stored("F32", (8,))})
+    symmetric = {name: part for name, part in stored(256, 4, 32).items() if name != "biases"}
+    with pytest.raises(MissingTensorError, match="no biases"):
+        resolve(symmetric, {"bits": 4, "group_size": 32})
+    assert resolve(symmetric, {"bits": 4, "group_size": 32, "mode": "int4"}) == Quantization(4, 32, "int4")
+    blocks = {"weight": Stored("U8", (200, 300)), "weight_scale_inv": Stored("F32", (2, 3))}
+    assert resolve(blocks) == Quantization(8, 128, "fp8")
+    with pytest.raises(CorruptError, match=r"fp8, 8 bits in groups of 128"):
+        resolve({**blocks, "weight_scale_inv": Stored("F32", (2, 2))})

@@ -166,30 +166,16 @@ def renamed(old: str, new: str) -> Any:
     return lambda tensors: {name.replace(old, new): value for name, value in tensors.items()}
 
 
-def granite_input_linear(tensors: Tensors) -> Tensors:
-    own = without("switch_mlp")(tensors)
-    for name, gate in tensors.items():
-        if name.endswith("switch_mlp.gate_proj.weight"):
-            up = tensors[name.replace("gate_proj", "up_proj")]
-            own[name.replace("switch_mlp.gate_proj", "input_linear")] = mx.concatenate([gate, up], axis=1)
-            down = tensors[name.replace("gate_proj", "down_proj")]
-            own[name.replace("switch_mlp.gate_proj", "output_linear")] = down
-    return own
-
-
-def transposed(tensors: Tensors) -> Tensors:
-    own = without("switch_mlp")(tensors)
-    for name, gate in tensors.items():
-        if name.endswith("switch_mlp.gate_proj.weight"):
-            stem = name.removesuffix("switch_mlp.gate_proj.weight") + "experts"
-            up, down = (tensors[name.replace("gate_proj", other)] for other in ("up_proj", "down_proj"))
-            own[f"{stem}.gate_up_proj"] = mx.contiguous(mx.concatenate([gate, up], axis=1).swapaxes(1, 2))
-            own[f"{stem}.down_proj"] = mx.contiguous(down.swapaxes(1, 2))
-    return own
+def without_gates(tensors: Tensors) -> Tensors:
+    names = {"up_proj": "fc1", "down_proj": "fc2"}
+    return {
+        ".".join(names.get(word, word) for word in name.split(".")): value
+        for name, value in without("gate_proj")(tensors).items()
+    }
 
 
 NF4 = {"quantization": {"group_size": 64, "bits": 4, "mode": "nf4"}}
-HUB = {"quantization_config": {"quant_method": "mxfp4"}}
+AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
 REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] = {
     "dense": (
         "mixtral",
@@ -201,9 +187,11 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] =
     "unknown type": ("mixtral", {"model_type": "gpt6"}, None, UnsupportedModelError, "mlx-lm knows, got 'gpt6'"),
     "no type": ("mixtral", {"model_type": None}, None, UnsupportedModelError, "mlx-lm knows, got None"),
     "key missing": ("qwen3_moe", {"num_attention_heads": None}, None, CorruptError, "must describe a qwen3_moe"),
-    "no gate": ("mixtral", {}, renamed("gate_proj", "fc1"), UnsupportedModelError, "Experts without a gate"),
-    "unknown mode": ("gpt_oss", NF4, None, UnsupportedModelError, "or nvfp4, got .nf4."),
-    "mxfp4 by the hub": ("gpt_oss", HUB, None, UnsupportedModelError, "got method 'mxfp4'"),
+    "no gate": ("mixtral", {}, without("gate_proj"), MissingTensorError, r"named .*switch_mlp\.gate_proj"),
+    "fc1 and up_proj": ("mixtral", {}, renamed("gate_proj", "fc1"), CorruptError, "must have one set of experts"),
+    "fc1 for SwitchGLU": ("mixtral", {}, without_gates, MissingTensorError, "must have a gate projection"),
+    "unknown mode": ("gpt_oss", NF4, None, UnsupportedModelError, "int4 or fp8, got .nf4."),
+    "awq": ("gpt_oss", AWQ, None, UnsupportedModelError, "got method 'awq'"),
     "other layers": ("qwen3_moe", {"mlp_only_layers": []}, None, UnsupportedModelError, r"in the layers \[0, 2\]"),
     "tensor missing": (
         "olmoe",
@@ -214,9 +202,13 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] =
     ),
     "tensor unknown": ("olmoe", {}, renamed("lm_head", "head"), FlashMoEError, "lm_head|head"),
     "other width": ("olmoe", {"vocab_size": 130}, None, CorruptError, r"must have shape \(130, 128\)"),
-    "granite's own names": ("granitemoe", {}, granite_input_linear, UnsupportedModelError, "use mlx_lm.convert's form"),
-    "w1, w2, w3": ("mixtral", {}, renamed("switch_mlp.gate_proj", "experts.0.w1"), UnsupportedModelError, "got '.*w1"),
-    "transposed": ("qwen3_moe", {}, transposed, UnsupportedModelError, "got it transposed"),
+    "w1 and switch_mlp": (
+        "mixtral",
+        {},
+        renamed("switch_mlp.gate_proj", "experts.0.w1"),
+        UnsupportedModelError,
+        "all experts one way.*w1",
+    ),
     "fewer layers than stored": ("olmoe", {"num_hidden_layers": 2}, None, CorruptError, "cover every layer"),
 }
 

@@ -14,7 +14,8 @@ from ..errors import CheckpointError, CorruptError, MissingTensorError, RequestE
 from .config_fields import GENERAL_FIELDS, read_field
 from .config_files import check_config, read_config
 from .expert_layout import Quantization, RecordLayout
-from .expert_tensors import Found, Part, Parts, layer_parts, parse_name, resolve
+from .expert_names import UNREAD, parse_name
+from .expert_tensors import Found, Part, Parts, layer_parts, resolve
 from .packed_format import Manifest, PackedLayer, payload_bytes, read_layer, read_manifest
 from .quantization import QuantizationSettings, Stored, mlx_name
 from .safetensors_header import TensorInfo, brief
@@ -24,8 +25,8 @@ from .shards import read_shards
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_SIZES = (
     # Experts of a latent width have a name of their own for it, which comes first.
-    (("routed_expert_hidden_size", "moe_hidden_size", "hidden_size"), "down_proj"),
-    (("moe_intermediate_size",), "gate_proj"),
+    (("routed_expert_hidden_size", "moe_hidden_size", "moe_latent_size", "hidden_size"), "down_proj"),
+    (("moe_intermediate_size",), "up_proj"),
 )
 _GENERAL = {field.name: field for field in GENERAL_FIELDS}
 _LAYER = re.compile(r"(?:^|\.)layers\.([0-9]{1,6})\.")
@@ -116,6 +117,8 @@ class Checkpoint:
                 dense[name] = info
                 continue
             formats.setdefault(key.format, name)
+            if key.part == UNREAD:
+                continue
             same = experts.setdefault(key.layer, {}).setdefault((key.projection, key.part), {})
             if other := same.get(key.expert):
                 raise CorruptError(
@@ -211,18 +214,21 @@ class Checkpoint:
             path, offset = where.parts[0].locate(expert)
             return (ByteRange(path, offset, 0, payload_bytes(where.layout)),)
         ranges: list[ByteRange] = []
-        for slot, part in zip(where.layout.parts, where.parts, strict=True):
+        # By offset: parts that share bytes are neighbours then, and become one range with them.
+        for slot, part in sorted(zip(where.layout.parts, where.parts, strict=True), key=lambda pair: pair[0].offset):
             path, offset = part.locate(expert)
+            end = slot.offset + slot.span_bytes
             last = ranges[-1] if ranges else None
             if (
                 last is not None
                 and last.path == path
-                and last.file_offset + last.nbytes == offset
-                and last.record_offset + last.nbytes == slot.offset
+                and last.file_offset - last.record_offset == offset - slot.offset
+                and last.record_offset + last.nbytes >= slot.offset
             ):
-                ranges[-1] = ByteRange(path, last.file_offset, last.record_offset, last.nbytes + slot.nbytes)
+                nbytes = max(last.nbytes, end - last.record_offset)
+                ranges[-1] = ByteRange(path, last.file_offset, last.record_offset, nbytes)
             else:
-                ranges.append(ByteRange(path, offset, slot.offset, slot.nbytes))
+                ranges.append(ByteRange(path, offset, slot.offset, slot.span_bytes))
         return tuple(ranges)
 
     def parts(self, layer: int) -> tuple[Part, ...]:
@@ -317,9 +323,11 @@ class Checkpoint:
         quantizations = resolve(where, found, parts, settings)
         self._check_sizes(where, parts)
         specs = {key: (part.dtype, part.shape) for key, part in parts.items()}
-        identity = (tuple(sorted(specs.items())), tuple(quantizations.items()))
+        views = {key: part.view for key, part in parts.items() if part.view}
+        strides = tuple((key, view.strides) for key, view in sorted(views.items()))
+        identity = (tuple(sorted(specs.items())), tuple(quantizations.items()), strides)
         if identity not in layouts:
-            layouts[identity] = RecordLayout.contiguous(specs, quantizations)
+            layouts[identity] = RecordLayout.contiguous(specs, quantizations, views=views)
         layout = layouts[identity]
         return _Layer(num_experts, layout, tuple(parts[slot.projection, slot.part] for slot in layout.parts))
 
@@ -335,7 +343,7 @@ class Checkpoint:
         for projection, quantization in packed.layout.quantizations:
             path = f"{packed.module}.{projection}"
             found, stated = settings.stated(path)
-            if found == path and stated != quantization:
+            if found == path and stated != (quantization and quantization.stated):
                 raise CorruptError(
                     f"[{where}] {projection} must be {stated}, as config.json says, got {quantization}. {_AGAIN}"
                 )

@@ -93,7 +93,8 @@ GENERAL_FIELDS = (
     Field("hidden_size", DIMENSION),
     Field("vocab_size", DIMENSION),
     *(Field(name, COUNT) for name in ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")),
-    *(Field(name, COUNT) for name in ("routed_expert_hidden_size", "moe_hidden_size", "num_nextn_predict_layers")),
+    *(Field(name, COUNT) for name in ("routed_expert_hidden_size", "moe_hidden_size", "moe_latent_size")),
+    Field("num_nextn_predict_layers", COUNT),
     *(Field(name, COUNT) for name in ("num_attention_heads", "kv_lora_rank")),
     Field("moe_intermediate_size", either(COUNT, list_of(COUNT))),
 )

@@ -40,6 +40,11 @@ class Quantization:
         """The mode's entry."""
         return SCHEMES[self.mode]
 
+    @property
+    def stated(self) -> "Quantization":
+        """The same as config.json has it: in the mode that this one is a form of."""
+        return self if self.scheme.base is None else Quantization(self.bits, self.group_size, self.scheme.base)
+
     def __str__(self) -> str:
         mode = "" if self.mode == "affine" else f"{self.mode}, "
         return f"{mode}{self.bits} bits in groups of {self.group_size}"
@@ -59,7 +64,9 @@ class RecordPart:
         part: Part of the quantisation ("weight", "scales", ...), or "bias": the expert's own.
         dtype: safetensors name: "U32" for packed weights, "U8" for scales of 8 bits, "BF16", "F16" or "F32".
         shape: Shape of this expert's tensor: (out, in) or (out, in * bits / 32), (out, in / G), (out,).
-        offset: First byte, from the start of the record. A multiple of ``PART_ALIGNMENT``.
+        offset: First byte, from the start of the record. A multiple of ``PART_ALIGNMENT`` but for views.
+        strides: Elements from one index to the next, in each dimension, where the part is a view of bytes that it
+            shares with others: every other row, or a matrix stored transposed. None: row-major, without gaps.
     """
 
     projection: str
@@ -67,6 +74,7 @@ class RecordPart:
     dtype: str
     shape: tuple[int, ...]
     offset: int
+    strides: tuple[int, ...] | None = None
 
     @property
     def name(self) -> str:
@@ -77,13 +85,43 @@ class RecordPart:
     def nbytes(self) -> int:
         return prod(self.shape) * DTYPE_BYTES[self.dtype]
 
+    @property
+    def element_strides(self) -> tuple[int, ...]:
+        """``strides``, or those of row-major order."""
+        if self.strides is not None:
+            return self.strides
+        return tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
+
+    @property
+    def span_bytes(self) -> int:
+        """Bytes from the first element's to the end of the last one's."""
+        last = sum((size - 1) * step for size, step in zip(self.shape, self.element_strides, strict=True))
+        return (last + 1) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class View:
+    """Where a part lies in bytes that it shares with others.
+
+    Attributes:
+        block: Identifies the bytes: parts of a record with equal ones share them.
+        nbytes: Length of the bytes.
+        first: Byte at which the part's first element begins.
+        strides: As in `RecordPart`.
+    """
+
+    block: str
+    nbytes: int
+    first: int
+    strides: tuple[int, ...]
+
 
 @dataclass(frozen=True)
 class RecordLayout:
-    """The parts of one expert's record, in the order of their offsets.
+    """The parts of one expert's record, projection by projection.
 
     Attributes:
-        parts: Named byte ranges, ascending and disjoint.
+        parts: Named byte ranges; disjoint, but for views of one block.
         quantizations: (projection, quantisation or None) for each projection present.
         record_bytes: Bytes from one record to the next, padding included.
     """
@@ -98,6 +136,7 @@ class RecordLayout:
         specs: Mapping[tuple[str, str], tuple[str, tuple[int, ...]]],
         quantizations: Mapping[str, Quantization | None],
         alignment: int = RECORD_ALIGNMENT,
+        views: Mapping[tuple[str, str], View] = MappingProxyType({}),
     ) -> "RecordLayout":
         """Lay out parts one behind the other, projection by projection, each on its boundary.
 
@@ -105,21 +144,45 @@ class RecordLayout:
             specs: (projection, part) to (dtype, shape); those present.
             quantizations: Quantisation of each projection.
             alignment: The record's size is padded to a multiple of this.
+            views: Parts that share bytes with others; these are laid out where the first of them comes.
         """
         parts, offset = [], 0
+        blocks: dict[str, int] = {}
         for projection in PROJECTIONS:
             for part in record_parts():
                 if (projection, part) not in specs:
                     continue
                 dtype, shape = specs[projection, part]
-                parts.append(RecordPart(projection, part, dtype, shape, offset))
-                offset += -(-parts[-1].nbytes // PART_ALIGNMENT) * PART_ALIGNMENT
+                view = views.get((projection, part))
+                if view is None:
+                    parts.append(RecordPart(projection, part, dtype, shape, offset))
+                    nbytes = parts[-1].nbytes
+                else:
+                    nbytes = 0 if view.block in blocks else view.nbytes
+                    begin = blocks.setdefault(view.block, offset) + view.first
+                    parts.append(RecordPart(projection, part, dtype, shape, begin, view.strides))
+                offset += -(-nbytes // PART_ALIGNMENT) * PART_ALIGNMENT
         return cls(tuple(parts), tuple(quantizations.items()), -(-offset // alignment) * alignment)
 
     @cached_property
     def by_name(self) -> Mapping[str, RecordPart]:
         """Parts by "projection.part"."""
         return MappingProxyType({part.name: part for part in self.parts})
+
+    @property
+    def projections(self) -> tuple[str, ...]:
+        """The projections present: experts without a gate have two."""
+        return tuple(projection for projection, _ in self.quantizations)
+
+    @property
+    def has_gate(self) -> bool:
+        """Whether there is a gate projection."""
+        return "gate_proj" in self.projections
+
+    @property
+    def has_views(self) -> bool:
+        """Whether parts share bytes, or lie otherwise than row by row."""
+        return any(part.strides is not None for part in self.parts)
 
     def quantized_parts(self, projection: str) -> tuple[RecordPart, ...]:
         """A projection's weight and the other parts of its quantisation, in the scheme's order."""

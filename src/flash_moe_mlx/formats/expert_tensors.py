@@ -1,55 +1,40 @@
-"""The routed experts' tensors of one layer, in each of the layouts in which they are stored, as parts of a record.
+"""The routed experts' tensors of one layer, in each layout that `expert_names` tells apart, as parts of a record."""
 
-- "mlx": ``layers.N. ... .switch_mlp.{gate,up,down}_proj.{weight,scales,...,bias}``, experts stacked [E, ...];
-  some of mlx-lm's models say ``experts`` or ``switch_glu`` in place of ``switch_mlp``.
-- "hf-fused": ``layers.N. ... .experts.gate_up_proj`` [E, 2I, H], gate above up, and ``experts.down_proj`` [E, H, I].
-- "hf-per-expert": ``layers.N. ... .experts.E.{gate,up,down}_proj.weight``, one tensor an expert.
-"""
-
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
-from .expert_layout import PROJECTIONS, Quantization, record_parts
+from .expert_layout import DTYPE_BYTES, PROJECTIONS, Quantization, View
+from .expert_names import name_in, parse_name
 from .quantization import QuantizationSettings, Stored, mlx_name
 from .safetensors_header import TensorInfo, brief, some
 from .schemes import FLOAT_DTYPES
 
-_NUMBER = re.compile(r"(0|[1-9][0-9]{0,5})\Z")  # one spelling a number, and none that is slow to convert
-_STACKED = ("switch_mlp", "switch_glu", "experts")
 _AGAIN = "Download the checkpoint again."
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertTensor:
-    """What an expert tensor's name says.
-
-    Attributes:
-        format: "mlx", "hf-fused" or "hf-per-expert".
-        layer: Number of the layer.
-        expert: Number of the expert; None where experts are stacked.
-        projection: One of `PROJECTIONS`, or "gate_up_proj".
-        part: One of `record_parts`.
-    """
-
-    format: str
-    layer: int
-    expert: int | None
-    projection: str
-    part: str
+_PACKED_AS = {"I32": "U32", "F8_E4M3": "U8", "F8_E8M0": "U8"}
+"""Integers that other tools' dtypes stand for: bytes are read, and what they mean is the quantisation's business."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of all experts of a layer: a slice of one stacked tensor, or one tensor an expert (stride 0)."""
+    """One part of all experts of a layer: a slice of one stacked tensor, or one tensor an expert (stride 0).
+
+    Attributes:
+        infos: The stacked tensor, or each expert's.
+        dtype: Of an expert's part, as its record has it.
+        shape: Of an expert's part.
+        first: Byte of the tensor, or of an expert's slice, at which the part begins.
+        stride: Bytes from expert to expert in the stacked tensor.
+        view: How the part lies in an expert's slice, where it isn't a range of its own.
+    """
 
     infos: tuple[TensorInfo, ...]
     dtype: str
     shape: tuple[int, ...]
     first: int = 0
     stride: int = 0
+    view: View | None = None
 
     def locate(self, expert: int) -> tuple[Path, int]:
         info = self.infos[0] if self.stride else self.infos[expert]
@@ -61,38 +46,6 @@ Found = Mapping[tuple[str, str], Mapping[int | None, TensorInfo]]
 
 Parts = dict[tuple[str, str], Part]
 """A layer's record, by (projection, part)."""
-
-
-def parse_name(name: str) -> ExpertTensor | None:
-    """What a routed expert's tensor is, from its name; None for other tensors."""
-    words = name.split(".")
-    try:
-        position = words.index("layers")
-    except ValueError:
-        return None
-    rest = words[position + 2 :]
-    if not set(_STACKED) & set(rest) or not _NUMBER.match(words[position + 1]):
-        return None
-    layer = int(words[position + 1])
-    match rest:
-        case [*_, module, projection, part] if (
-            module in _STACKED and projection in PROJECTIONS and part in record_parts()
-        ):
-            return ExpertTensor("mlx", layer, None, projection, part)
-        case [*_, "experts", ("gate_up_proj" | "down_proj") as projection]:
-            return ExpertTensor("hf-fused", layer, None, projection, "weight")
-        case [*_, "experts", number, projection, "weight"] if projection in PROJECTIONS and _NUMBER.match(number):
-            return ExpertTensor("hf-per-expert", layer, int(number), projection, "weight")
-        case [*_, "switch_mlp", "fc1" | "fc2", _]:
-            raise UnsupportedModelError(
-                f"[checkpoint] routed experts must have gate_proj, up_proj and down_proj, got {brief(name)}. Experts "
-                "without a gate are not served: run the model in mlx-lm."
-            )
-    raise UnsupportedModelError(
-        f"[checkpoint] routed experts must be stored as MLX's switch_mlp, as experts.gate_up_proj and "
-        f"experts.down_proj or as experts.N.gate_proj.weight, got {brief(name)}. Use an unquantised checkpoint "
-        "or an MLX conversion of this model."
-    )
 
 
 def layer_parts(format: str, where: str, found: Found, expected: int | None) -> tuple[int, Parts]:
@@ -120,13 +73,27 @@ def layer_parts(format: str, where: str, found: Found, expected: int | None) -> 
     return num_experts, parts
 
 
+def _projections(found: Found) -> tuple[str, ...]:
+    """The projections that a layer must have.
+
+    Experts without a gate have ``fc1`` and ``fc2`` in mlx-lm, and are a mixer of a layer (Nemotron-H) on the hub.
+    """
+    gated = any(projection in ("gate_proj", "gate_up_proj") for projection, _ in found)
+    example = _example(found)
+    without = name_in("up_proj", example) == "fc1" or ".mixer.experts." in example
+    return PROJECTIONS[1:] if without and not gated else PROJECTIONS
+
+
 def _stacked_parts(where: str, example: str, found: Found) -> tuple[int, Parts]:
     stem = example.rsplit(".", 2)[0]
     tensors = {key: only[None] for key, only in found.items()}
-    _require(where, (f"{stem}.{p}.weight" for p in PROJECTIONS if (p, "weight") not in tensors))
+    _require(
+        where,
+        (f"{stem}.{name_in(p, example)}.weight" for p in _projections(found) if (p, "weight") not in tensors),
+    )
     for (_, part), info in tensors.items():
         _check_rank(info, 2 if part == "bias" else 3)
-    num_experts = tensors["gate_proj", "weight"].shape[0]
+    num_experts = tensors["up_proj", "weight"].shape[0]
     parts = {}
     for key, info in tensors.items():
         if info.shape[0] != num_experts:
@@ -134,33 +101,94 @@ def _stacked_parts(where: str, example: str, found: Found) -> tuple[int, Parts]:
                 f"[{where}] every tensor must hold {num_experts} experts, got {brief(info.name)} "
                 f"of shape {info.shape}. {_AGAIN}"
             )
-        parts[key] = Part((info,), info.dtype, info.shape[1:], stride=info.nbytes // num_experts)
+        dtype = _PACKED_AS.get(info.dtype, info.dtype)
+        parts[key] = Part((info,), dtype, info.shape[1:], stride=info.nbytes // num_experts)
     return num_experts, parts
 
 
+@dataclass(frozen=True)
+class _Fused:
+    """One expert's slice of a stacked tensor whose rows are outputs of gate and up, or of down.
+
+    Attributes:
+        info: The stacked tensor.
+        rows: Outputs: 2I or H.
+        columns: Elements of a row; 1 of a bias.
+        dtype: Of elements.
+        transposed: Whether a row's elements lie ``rows`` apart.
+    """
+
+    info: TensorInfo
+    rows: int
+    columns: int
+    dtype: str
+    transposed: bool
+
+    def part(self, count: int = 1, which: int = 0, *, interleaved: bool = False) -> Part:
+        """The ``which``-th of ``count`` equal shares of the rows."""
+        size, rows = DTYPE_BYTES[self.dtype], self.rows // count
+        nbytes = self.rows * self.columns * size
+        bias = len(self.info.shape) == 2
+        shape = (rows,) if bias else (rows, self.columns)
+        row, element = (1, self.rows) if self.transposed else (self.columns, 1)
+        first = which * (1 if interleaved else rows) * row * size
+        if not self.transposed and not (interleaved and count > 1):
+            return Part((self.info,), self.dtype, shape, first, nbytes)
+        strides = (row * (count if interleaved else 1), element)
+        view = View(self.info.name, nbytes, first, strides[: len(shape)])
+        return Part((self.info,), self.dtype, shape, first, nbytes, view)
+
+
 def _fused_parts(where: str, example: str, found: Found) -> tuple[int, Parts]:
-    stem = example.rsplit(".", 1)[0]
+    stem = example.removesuffix(".weight").rsplit(".", 1)[0]
     _require(where, (f"{stem}.{p}" for p in ("gate_up_proj", "down_proj") if (p, "weight") not in found))
-    gate_up, down = found["gate_up_proj", "weight"][None], found["down_proj", "weight"][None]
-    _check_rank(gate_up, 3)
-    _check_rank(down, 3)
-    num_experts, rows, hidden = gate_up.shape
-    if down.shape == (num_experts, hidden // 2, rows):
-        raise UnsupportedModelError(
-            f"[{where}] must have gate_up_proj [E, 2I, H], got it transposed: {gate_up.shape}. Convert the checkpoint "
-            "with mlx_lm.convert."
-        )
-    if rows % 2 or down.shape != (num_experts, hidden, rows // 2):
+    tensors = {key: only[None] for key, only in found.items()}
+    gate_up, down = tensors["gate_up_proj", "weight"], tensors["down_proj", "weight"]
+    blocks = gate_up.name.endswith("_blocks")
+    for (_, part), info in tensors.items():
+        _check_rank(info, {"bias": 2, "weight": 4 if blocks else 3}.get(part, 3))
+    shape, width = gate_up.shape, down.shape
+    # [E, 2I, H] and [E, H, I], or each of them transposed. Blocks have a row's bytes in two axes.
+    transposed = not blocks and width == (shape[0], shape[2] // 2, shape[1]) and shape[2] % 2 == 0
+    fits = transposed or (width[0], 2 * (0 if blocks else width[2]), width[1]) == (shape[0], shape[1], shape[2])
+    if blocks:
+        fits = (gate_up.dtype, down.dtype, shape[3], width[3], width[0]) == ("U8", "U8", 16, 16, shape[0])
+        fits = fits and shape[1] % 2 == 0
+    if not fits:
         raise CorruptError(
-            f"[{where}] must have gate_up_proj [E, 2I, H] and down_proj [E, H, I], got {gate_up.shape} and "
-            f"{down.shape}. {_AGAIN}"
+            f"[{where}] must have gate_up_proj [E, 2I, H] and down_proj [E, H, I], or both transposed, got "
+            f"{gate_up.shape} and {down.shape}. {_AGAIN}"
         )
-    stride, half = gate_up.nbytes // num_experts, (rows // 2, hidden)
-    return num_experts, {
-        ("gate_proj", "weight"): Part((gate_up,), gate_up.dtype, half, stride=stride),
-        ("up_proj", "weight"): Part((gate_up,), gate_up.dtype, half, first=stride // 2, stride=stride),
-        ("down_proj", "weight"): Part((down,), down.dtype, down.shape[1:], stride=down.nbytes // num_experts),
-    }
+    # Only gpt-oss has biases or blocks here, and it alone alternates gate's and up's rows.
+    interleaved = blocks or ("gate_up_proj", "bias") in tensors
+    parts: Parts = {}
+    for (projection, part), info in tensors.items():
+        if info.shape[0] != shape[0]:
+            raise CorruptError(
+                f"[{where}] every tensor must hold {shape[0]} experts, got {brief(info.name)} of shape {info.shape}. "
+                f"{_AGAIN}"
+            )
+        fused = _fused(info, part, transposed=transposed)
+        if projection == "gate_up_proj":
+            if fused.rows % 2:
+                raise CorruptError(
+                    f"[{where}] gate_up_proj must have an even number of rows, got {info.shape}. {_AGAIN}"
+                )
+            for which, own in enumerate(PROJECTIONS[:2]):
+                parts[own, part] = fused.part(2, which, interleaved=interleaved)
+        else:
+            parts[projection, part] = fused.part()
+    return shape[0], parts
+
+
+def _fused(info: TensorInfo, part: str, *, transposed: bool) -> _Fused:
+    dtype = _PACKED_AS.get(info.dtype, info.dtype)
+    if part == "bias":
+        return _Fused(info, info.shape[1], 1, dtype, False)
+    if len(info.shape) == 4:  # bytes of 32 weights a block: the same bytes are MLX's words
+        return _Fused(info, info.shape[1], info.shape[2] * info.shape[3] // DTYPE_BYTES["U32"], "U32", False)
+    rows, columns = info.shape[1:] if not (transposed and part == "weight") else info.shape[:0:-1]
+    return _Fused(info, rows, columns, dtype, transposed and part == "weight")
 
 
 def _per_expert_parts(where: str, example: str, found: Found, expected: int | None) -> tuple[int, Parts]:
@@ -168,33 +196,44 @@ def _per_expert_parts(where: str, example: str, found: Found, expected: int | No
     highest = max(number for same in found.values() for number in same if number is not None)
     # config.json's number counts only as far as there are names to list: it may be absurd.
     num_experts = max(highest + 1, min(expected or 0, highest + 1000))
+    projections = _projections(found)
     _require(
         where,
         (
-            f"{stem}.{number}.{projection}.weight"
+            f"{stem}.{number}.{name_in(projection, example)}.{part}"
             for number in range(num_experts)
-            for projection in PROJECTIONS
-            if number not in found.get((projection, "weight"), {})
+            for projection, part in sorted({*found, *((projection, "weight") for projection in projections)})
+            if number not in found.get((projection, part), {})
         ),
     )
     parts = {}
     for key, by_number in found.items():
         infos = tuple(by_number[number] for number in range(num_experts))
         for info in infos:
-            _check_rank(info, 2)
+            if key[1] in ("weight", "scales", "weight_scale_inv"):
+                _check_rank(info, 2)
             if (info.dtype, info.shape) != (infos[0].dtype, infos[0].shape):
                 raise CorruptError(
                     f"[{where}] experts must be alike, got {brief(infos[0].name)} {infos[0].dtype} "
                     f"{infos[0].shape} and {brief(info.name)} {info.dtype} {info.shape}. {_AGAIN}"
                 )
-        parts[key] = Part(infos, infos[0].dtype, infos[0].shape)
+        shape = () if infos[0].shape == (1,) and key[1] != "bias" else infos[0].shape
+        parts[key] = _packed_words(Part(infos, _PACKED_AS.get(infos[0].dtype, infos[0].dtype), shape))
     return num_experts, parts
 
 
+def _packed_words(part: Part) -> Part:
+    """Weights that another tool packed into bytes, as MLX's words: the same bytes."""
+    if part.infos[0].dtype != "U8" or len(part.shape) != 2 or part.shape[1] % 4:
+        return part
+    return Part(part.infos, "U32", (part.shape[0], part.shape[1] // 4), part.first, part.stride)
+
+
 def resolve(where: str, found: Found, parts: Parts, settings: QuantizationSettings) -> dict[str, Quantization | None]:
-    """Quantisation of each projection; also checks that the three projections' shapes belong together."""
-    rows = {projection: parts[projection, "weight"].shape[0] for projection in PROJECTIONS}
-    if rows["gate_proj"] != rows["up_proj"]:
+    """Quantisation of each projection; also checks that the projections' shapes belong together."""
+    projections = _projections(found)
+    rows = {projection: parts[projection, "weight"].shape[0] for projection in projections}
+    if rows.get("gate_proj", rows["up_proj"]) != rows["up_proj"]:
         raise CorruptError(
             f"[{where}] gate_proj and up_proj must have the same outputs, got {rows['gate_proj']} and "
             f"{rows['up_proj']}. {_AGAIN}"
@@ -205,11 +244,11 @@ def resolve(where: str, found: Found, parts: Parts, settings: QuantizationSettin
     else:  # what mlx-lm turns it into, and config.json would speak of
         stem = example.rpartition(".experts.")[0] + ".switch_mlp"
     result = {}
-    for projection in PROJECTIONS:
+    for projection in projections:
         name = f"{where} {projection}"
-        module = f"{stem}.{projection}"
+        module = f"{stem}.{name_in(projection, example)}"
         tensors = {part: Stored(stored.dtype, stored.shape) for (p, part), stored in parts.items() if p == projection}
-        width = rows["gate_proj"] if projection == "down_proj" else rows["down_proj"]
+        width = rows["up_proj"] if projection == "down_proj" else rows["down_proj"]
         result[projection] = settings.resolve(name, (mlx_name(module), module), tensors, width, exact=True)
         weight, bias = tensors["weight"], tensors.get("bias")
         if result[projection] is None and weight.shape[1] != width:

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
 from .expert_layout import PROJECTIONS, Quantization, RecordLayout, record_parts
 from .safetensors_header import TensorInfo, brief, load_json, read_bytes, read_header, read_metadata
-from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES, matching
+from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES
 
 MANIFEST_NAME = "experts.json"
 EXPERTS_FOLDER = "experts"
@@ -301,8 +301,10 @@ def _quantization(value: Any, where: str) -> Quantization | None:
 def _layout(value: Any, where: str) -> RecordLayout:
     entry = _object(value, where + "layout", {"parts", "quantization"})
     quantizations: dict[str, Quantization | None] = {}
-    section = _object(entry["quantization"], where + "quantization", set(PROJECTIONS))
-    for projection in PROJECTIONS:
+    section = _object(entry["quantization"], where + "quantization", None)
+    if section.keys() not in ({*PROJECTIONS}, {*PROJECTIONS[1:]}):
+        raise _corrupt(where + f"quantization must name {', '.join(PROJECTIONS)}, or the last two", sorted(section))
+    for projection in (p for p in PROJECTIONS if p in section):
         quantizations[projection] = _quantization(section[projection], where + projection)
     if not isinstance(entry["parts"], list) or len(entry["parts"]) > len(PROJECTIONS) * len(record_parts()):
         raise _corrupt(where + "parts must be a list", entry["parts"])
@@ -317,8 +319,8 @@ def _layout(value: Any, where: str) -> RecordLayout:
             raise _corrupt(where + "a part's name must be that of one tensor of an expert", name)
         if dtype not in (*FLOAT_DTYPES, "U32", "U8"):
             raise _corrupt(where + f"{name} must be U32, U8, F16, BF16 or F32", dtype)
-        if not isinstance(shape, list) or len(shape) not in (1, 2):
-            raise _corrupt(where + f"{name} must have one dimension or two", shape)
+        if not isinstance(shape, list) or len(shape) > 2:
+            raise _corrupt(where + f"{name} must have two dimensions at most", shape)
         for size in shape:
             _integer(size, where + name, 1, 2**31 - 1)
         specs[projection, kind] = (dtype, tuple(shape))
@@ -348,17 +350,16 @@ def _check_shapes(
         if quantization is None:
             good = dtype in FLOAT_DTYPES and len(parts) == 1
         else:
-            width, rest = divmod(32 * width, quantization.bits)
-            float_dtype = next((d for d, _ in parts.values() if d in FLOAT_DTYPES), "")
-            good = rest == 0 and width % quantization.group_size == 0
-            good = good and quantization.scheme in matching({part: d for part, (d, _) in parts.items()})
-            sizes_ = quantization.bits, quantization.group_size
-            good = good and parts == quantization.scheme.specs(rows, width, *sizes_, float_dtype)
+            scheme, shapes = quantization.scheme, {part: s for part, (_, s) in parts.items()}
+            width = scheme.width(width, quantization.bits)
+            good = scheme.accepts({part: d for part, (d, _) in parts.items()})
+            good = good and len({d for d, _ in parts.values() if d in FLOAT_DTYPES}) <= 1
+            good = good and scheme.fits(shapes, quantization.bits, quantization.group_size)
         bias = specs.get((projection, "bias"))
         if not good or (bias is not None and (bias[0] not in FLOAT_DTYPES or bias[1] != (rows,))):
             raise _corrupt(where + f"{projection}'s parts must fit each other and its quantisation", specs)
         sizes[projection] = rows, width
-    if not sizes["gate_proj"] == sizes["up_proj"] == sizes["down_proj"][::-1]:
+    if not sizes.get("gate_proj", sizes["up_proj"]) == sizes["up_proj"] == sizes["down_proj"][::-1]:
         raise _corrupt(where + "the projections' shapes must belong together", sizes)
 
 

@@ -7,12 +7,13 @@ without an entry from its tensors, and so does this. An entry that contradicts t
 `schemes` has the modes and their tensors, which all have a leading E for stacked experts.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
 from .expert_layout import Quantization
+from .other_tools import mlx_section
 from .safetensors_header import brief
 from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES, Scheme, matching, modes_in_words, part_names
 
@@ -109,33 +110,35 @@ class QuantizationSettings:
             if stated and override is not None:
                 raise CorruptError(f"[{name}] must have scales, as config.json says, got none. {_AGAIN}")
             return None
-        schemes = _schemes(name, parts)
+        schemes = _schemes(name, parts, {q.mode for q in (override, self.default) if q})
         if stated and override is None:
             raise CorruptError(f"[{name}] must be unquantised, as config.json says, got scales. {_AGAIN}")
         candidates = _candidates(name, schemes, parts)
         if in_features is not None:
-            fits = [q for q in candidates if q.bits * in_features == 32 * weight.shape[-1]]
+            fits = [q for q in candidates if q.scheme.width(weight.shape[-1], q.bits) == in_features]
             if not fits and exact:
                 raise CorruptError(f"[{name}] must have {in_features} inputs, got {_shapes(parts)}. {_AGAIN}")
             if exact:
                 candidates = fits
-        if override is not None and not certain and override not in ((in_features is not None and fits) or candidates):
+        likely = (in_features is not None and fits) or candidates
+        if not certain and override not in [q.stated for q in likely]:
             override = None
         if override is not None:
-            if override not in candidates:
+            own = [q for q in candidates if q.stated == override]
+            if not own:
                 raise CorruptError(
                     f"[{name}] must be {override}, as config.json says, got {_shapes(parts)}, which is "
                     f"{' or '.join(map(str, candidates))}. {_AGAIN}"
                 )
-            return override
+            return own[0]
         if in_features is not None:
             candidates = fits or candidates
-        if self.default in candidates:
-            return self.default
+        if default := [q for q in candidates if q.stated == self.default]:
+            return default[0]
         same_group = [
             q
             for q in candidates
-            if self.default and (q.mode, q.group_size) == (self.default.mode, self.default.group_size)
+            if self.default and (q.stated.mode, q.group_size) == (self.default.mode, self.default.group_size)
         ]
         if len(same_group or candidates) != 1:
             raise CorruptError(
@@ -159,10 +162,10 @@ def _bare(path: str) -> str:
     return path
 
 
-def _schemes(name: str, parts: Mapping[str, Stored]) -> list[Scheme]:
+def _schemes(name: str, parts: Mapping[str, Stored], stated: Collection[str]) -> list[Scheme]:
     """Modes whose parts these are, by names and dtypes."""
     dtypes = {part: stored.dtype for part, stored in parts.items()}
-    if found := matching(dtypes):
+    if found := matching(dtypes, stated):
         return found
     for scheme in SCHEMES.values():
         absent = [part for part in scheme.parts if part not in parts]
@@ -176,19 +179,22 @@ def _schemes(name: str, parts: Mapping[str, Stored]) -> list[Scheme]:
 
 def _candidates(name: str, schemes: Sequence[Scheme], parts: Mapping[str, Stored]) -> list[Quantization]:
     """All quantisations that the shapes allow: they give only the product of bits and group size."""
-    weight, *others = parts.values()
+    weight = parts["weight"]
+    scheme = schemes[0]
+    others = [parts[part] for part in scheme.group_parts]
     scales = others[0]
     if any(other.shape != scales.shape for other in others) or len(_float_dtypes(others)) > 1:
-        raise CorruptError(f"[{name}] {' and '.join(list(parts)[1:])} must be alike, got {_shapes(parts)}. {_AGAIN}")
-    if len(weight.shape) < 2 or weight.shape[:-1] != scales.shape[:-1]:
+        raise CorruptError(f"[{name}] {' and '.join(scheme.group_parts)} must be alike, got {_shapes(parts)}. {_AGAIN}")
+    rows = weight.shape[:-1] if scheme.block_rows == 1 else scales.shape[:-1]
+    if len(weight.shape) < 2 or rows != scales.shape[:-1]:
         raise CorruptError(f"[{name}] weight and scales must have the same rows, got {_shapes(parts)}. {_AGAIN}")
-    groups = scales.shape[-1]
+    shapes = {part: stored.shape for part, stored in parts.items()}
     candidates = [
         Quantization(bits, size, scheme.mode)
         for scheme in schemes
         for bits in scheme.bits
         for size in scheme.group_sizes
-        if groups > 0 and bits * size * groups == 32 * weight.shape[-1]
+        if scheme.fits(shapes, bits, size)
     ]
     if not candidates:
         sizes = " or ".join(f"{scheme.mode}, {scheme.sizes_in_words}" for scheme in schemes)
@@ -212,7 +218,7 @@ def _entry(path: str, entry: Mapping[str, Any], *, partial: bool) -> Quantizatio
     """
     mode = entry.get("mode", AFFINE.mode)
     scheme = SCHEMES.get(mode) if isinstance(mode, str) else None
-    if scheme is None:
+    if scheme is None or scheme.base is not None:
         raise UnsupportedModelError(
             f"[config.json] quantization of {brief(path)} must be {modes_in_words()}, got {brief(mode)}. {_ADVICE}"
         )
@@ -234,16 +240,12 @@ def _entry(path: str, entry: Mapping[str, Any], *, partial: bool) -> Quantizatio
 
 
 def _hugging_face_section(config: Mapping[str, Any]) -> Any:
-    """``quantization_config``: MLX's copy of its own section, or another tool's method, which is refused."""
+    """``quantization_config``: MLX's copy of its own section, or another tool's, as a section of MLX's."""
     text = config.get("text_config")
     section = config.get("quantization_config")
     if section is None and isinstance(text, dict):
         section = text.get("quantization_config")
     if not isinstance(section, dict):
         return section
-    method = section.get("quant_method", section.get("quant_algo"))
-    if method is None and {"bits", "group_size"} <= section.keys():
-        return section
-    raise UnsupportedModelError(
-        f"[config.json] quantization_config must be MLX's, got method {brief(method)}. {_ADVICE}"
-    )
+    own = {"bits", "group_size"} <= section.keys() and not {"quant_method", "quant_algo"} & section.keys()
+    return section if own else mlx_section(section)

@@ -10,7 +10,7 @@ from ..formats.expert_layout import PROJECTIONS
 from ..ops.cpu import decode_tasks as tasks
 from ..ops.cpu import product_tasks as products
 from ..ops.cpu.arrays import KINDS, address, floats, view
-from ..ops.cpu.expert_program import RecordOperations, UnsupportedLayerError, feed_forward, kind_of, stored_format
+from ..ops.cpu.expert_program import RecordOperations, UnsupportedLayerError, feed_forward, places_of, stored_format
 from ..ops.cpu.kernels import Format
 from ..ops.cpu.program import Operation
 from ..ops.cpu.vectors import Pool, Vector
@@ -25,8 +25,7 @@ def product(linear: nn.Module, x: Vector, y: Any) -> Operation:
     if not isinstance(linear, Linear):
         raise UnsupportedLayerError(type(linear).__name__)
     weight, form = linear.weight, x.format(_stored_format(linear, x.size))
-    parts = list(linear.parts.values())
-    own = (*parts, *[0] * (3 - len(parts)))
+    own = places_of(form, [*linear.parts.values()])
     bias, kind = (floats(linear.bias), KINDS[mx.float32]) if "bias" in linear else (0, 0)
     row_bytes = form.row_bytes(x.size)
     arguments = (*own, bias, kind, *x.input(form), weight.shape[0], x.size, row_bytes, y)
@@ -38,16 +37,16 @@ def _stored_format(linear: Linear, size: int) -> Format:
     """Return the format of a matrix that is multiplied with ``size`` values, after checking its arrays."""
     quantization, rows = linear.quantization, linear.weight.shape[0]
     stored = list(linear.parts.values())[-1]
-    kind = kind_of(KINDS, stored.dtype)
+    name_of = _NAMES.get(stored.dtype, str(stored.dtype))
     expected: dict[str, tuple[mx.Dtype, tuple[int, ...]]] = {"weight": (stored.dtype, (rows, size))}
     if quantization is not None:
         sizes = quantization.bits, quantization.group_size
-        specs = quantization.scheme.specs(rows, size, *sizes, _NAMES[stored.dtype])
+        specs = quantization.scheme.specs(rows, size, *sizes, name_of)
         expected = {name: (MLX_DTYPES[dtype], shape) for name, (dtype, shape) in specs.items()}
     for name, part in linear.parts.items():
         if (part.dtype, part.shape) != expected[name]:
             raise UnsupportedLayerError(f"{name} of shape {part.shape} and {part.dtype}")
-    return stored_format(quantization, kind)
+    return stored_format(quantization, name_of)
 
 
 def normed(norm: nn.RMSNorm, x: np.ndarray, added: Any, y: Vector) -> Operation:
@@ -64,7 +63,8 @@ def vector_of(weight: mx.array, size: int) -> np.ndarray:
 
 def shared_expert(shared: SwiGLU, x: Vector, y: np.ndarray, pool: Pool) -> RecordOperations:
     """Build the shared expert, as a record that starts at address 0."""
-    forms, places = {}, {}
+    forms: dict[str, Format] = {}
+    places: dict[str, tuple[Any, ...]] = {}
     held: list[np.ndarray] = []
     width = shared.gate_proj.weight.shape[0]
     for projection in PROJECTIONS:
@@ -74,7 +74,7 @@ def shared_expert(shared: SwiGLU, x: Vector, y: np.ndarray, pool: Pool) -> Recor
         forms[projection] = _stored_format(linear, width if projection == "down_proj" else x.size)
         views = [view(part, np.uint8) for part in linear.parts.values()]
         held += views
-        places[projection] = (*map(address, views), *[0] * (3 - len(views)))
+        places[projection] = places_of(forms[projection], [*map(address, views)])
     operations = feed_forward("shared", forms, places, width, x, 1, y, pool)
     operations.held = held
     return operations

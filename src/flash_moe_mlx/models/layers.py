@@ -64,7 +64,9 @@ class Embedding(Linear):
         if self.quantization is None:
             return self.weight[tokens].astype(dtype)
         # Scales first into dtype: dequantised in bfloat16, the embedding itself would be rounded.
-        return dequantize({name: part[tokens] for name, part in self.parts.items()}, self.quantization, dtype)
+        return dequantize(
+            {name: part[tokens] if part.ndim else part for name, part in self.parts.items()}, self.quantization, dtype
+        )
 
 
 class SwiGLU(nn.Module):

@@ -12,7 +12,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.models.cache import CacheList, make_prompt_cache
-from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU
+from mlx_lm.models.switch_layers import SwiGLU, SwitchGLU, SwitchMLP
 from mlx_lm.utils import infer_quant_config
 
 from ..config import StreamingConfig
@@ -29,7 +29,7 @@ from ..experts.slots import PAIRWISE_TOKENS
 from ..experts.thread_streams import borrow_stream
 from ..forks import check_process
 from ..formats.checkpoint import Checkpoint
-from ..formats.expert_tensors import parse_name
+from ..formats.expert_names import parse_name
 from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import brief
 from ..ops.backend import backend
@@ -44,11 +44,26 @@ from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
-_PARTS_OF_SWITCH_GLU = {"gate_proj", "up_proj", "down_proj", "activation"}
+_PARTS = {SwitchGLU: {"gate_proj", "up_proj", "down_proj", "activation"}, SwitchMLP: {"fc1", "fc2", "activation"}}
+"""mlx-lm's modules of routed experts that are replaced, and what they consist of."""
+
+
+class WithoutGate(nn.Module):
+    """Activation of SwitchMLP's experts, which have no gate: mlx-lm's own, on the up projection alone."""
+
+    def __init__(self, activation: Callable[[mx.array], mx.array]):
+        super().__init__()
+        self.activation = activation
+
+    def __call__(self, up: mx.array, gate: mx.array) -> mx.array:
+        return self.activation(up)
 
 
 class StreamingSwitchGLU(nn.Module):
-    """In place of mlx-lm's SwitchGLU. Before an engine is attached it returns zeros and notes K: the dry run."""
+    """In place of mlx-lm's SwitchGLU or SwitchMLP.
+
+    Before an engine is attached it returns zeros and notes K: the dry run.
+    """
 
     routed: ExpertExecutor | None
 
@@ -202,10 +217,13 @@ def prepare(
             raise
         raise fixed_k from error
     swapped = _swap_experts(model, checkpoint)
-    weights = {**stored, **_lazy_experts(checkpoint)}
+    experts = _lazy_experts(checkpoint)
+    weights = {**stored, **experts}
     with ForeignCode(lambda error: refuse_weights(checkpoint, error)):
         weights = dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
-        weights = {name: v for name, v in weights.items() if not name.startswith(tuple(f"{path}." for path in swapped))}
+        # Of the experts', what sanitize doesn't know is read here all the same: scales in other tools' names.
+        own = tuple(f"{path}." for path in swapped)
+        weights = {name: v for name, v in weights.items() if not name.startswith(own) and name not in experts}
         _quantize(model, weights, checkpoint)
     if backend() == "cpu":
         weights = convert(weights, lambda _, v: dtype if mx.issubdtype(v.dtype, mx.floating) else v.dtype)
@@ -263,20 +281,29 @@ def _build(config: dict[str, Any], checkpoint: Checkpoint, trust_remote_code: bo
 
 
 def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwitchGLU]:
-    """Put a StreamingSwitchGLU in the place of every SwitchGLU; the new ones by path."""
+    """Put a StreamingSwitchGLU in the place of every SwitchGLU and SwitchMLP; the new ones by path."""
     where = f"{checkpoint.config.get('model_type')}"
     swapped: dict[int, StreamingSwitchGLU] = {}
     paths: dict[str, StreamingSwitchGLU] = {}
     for path, module in model.named_modules():
-        if not isinstance(module, SwitchGLU):
+        if not isinstance(module, SwitchGLU | SwitchMLP):
             continue
-        if type(module) is not SwitchGLU or set(module.children()) - _PARTS_OF_SWITCH_GLU:
-            raise UnsupportedModelError(f"[{where}] experts must be a plain SwitchGLU, got {path}. Run it in mlx-lm.")
+        if set(module.children()) - _PARTS.get(type(module), set()):
+            raise UnsupportedModelError(
+                f"[{where}] experts must be a plain SwitchGLU or SwitchMLP, got {path}. Run it in mlx-lm."
+            )
         match = _LAYER.search(f"{path}.")
         layer = int(match.group(1)) if match else -1
         if layer < 0 or layer in swapped:
             raise UnsupportedModelError(f"[{where}] must have one SwitchGLU a layer, got {path}. Run it in mlx-lm.")
-        swapped[layer] = paths[path] = StreamingSwitchGLU(layer, module.activation)
+        gated = isinstance(module, SwitchGLU)
+        if layer in checkpoint.moe_layers and checkpoint.layout(layer).has_gate != gated:
+            raise MissingTensorError(
+                f"[{where}] experts of layer {layer} must have {'a' if gated else 'no'} gate projection, as mlx-lm's "
+                f"{type(module).__name__}, got {' and '.join(checkpoint.layout(layer).projections)}. Download it again."
+            )
+        activation = module.activation if gated else WithoutGate(module.activation)
+        swapped[layer] = paths[path] = StreamingSwitchGLU(layer, activation)
         parent = model
         *parents, name = path.split(".")
         for part in parents:

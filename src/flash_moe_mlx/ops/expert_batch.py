@@ -143,8 +143,8 @@ def expert_ffn_batch_reference(
 ) -> mx.array:
     """``expert_ffn_batch`` in plain MLX operations."""
     x = x.astype(mx.float32)
-    gate = _project(x, bank, "gate_proj", slot)
     up = _project(x, bank, "up_proj", slot)
+    gate = _project(x, bank, "gate_proj", slot) if bank.layout.has_gate else up
     # Not "or": an nn.Module without parameters is an empty dict, hence false.
     return _project((swiglu if activation is None else activation)(up, gate), bank, "down_proj", slot)
 

@@ -57,8 +57,8 @@ def expert_ffn_reference(
 ) -> mx.array:
     """``expert_ffn`` in plain MLX operations."""
     rows = x.astype(mx.float32)[:, None, None, :]
-    gate = project_reference(rows, bank, "gate_proj", slots)
     up = project_reference(rows, bank, "up_proj", slots)
+    gate = project_reference(rows, bank, "gate_proj", slots) if bank.layout.has_gate else up
     return project_reference(activation(up, gate), bank, "down_proj", slots).squeeze(2)
 
 

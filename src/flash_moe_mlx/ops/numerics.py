@@ -8,7 +8,7 @@ L2_EPS = 1e-6
 """Added to the sum of squares of q and of k before the root, as transformers and mlx-lm do."""
 
 Activation = Callable[[mx.array, mx.array], mx.array]
-"""(up, gate) to the input of the down projection, element by element."""
+"""(up, gate) to the input of the down projection, element by element; up twice where experts have no gate."""
 
 
 def swiglu(up: mx.array, gate: mx.array) -> mx.array:

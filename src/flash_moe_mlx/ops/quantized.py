@@ -4,12 +4,13 @@ A matrix is its parts by name, as the mode's entry in `formats.schemes` lists th
 """
 
 from collections.abc import Mapping
+from math import prod
 
 import mlx.core as mx
 
-from ..formats.expert_layout import Quantization, RecordLayout
+from ..formats.expert_layout import PROJECTIONS, Quantization, RecordLayout
 from ..formats.schemes import AFFINE
-from .backend import use_kernels
+from .backend import use_cpu_kernels, use_kernels
 from .dequant_matmul import dequant_matmul, dequantizes
 from .dequant_matvec import dequant_matvec, dequant_matvec_reference
 
@@ -18,21 +19,67 @@ Parts = Mapping[str, mx.array]
 
 
 def has_kernels(layout: RecordLayout, backend: str) -> bool:
-    """Tell whether our kernels of a backend, "cpu" or "gpu", take every projection of a record that is quantised."""
-    return all(q is None or backend in q.scheme.kernels for _, q in layout.quantizations)
+    """Tell whether our kernels of a backend, "cpu" or "gpu", take a record's layout and quantised projections."""
+    if backend == "cpu":
+        from .cpu import experts
+
+        return experts.reads(layout)
+    known = all(q is None or backend in q.scheme.kernels for _, q in layout.quantizations)
+    return known and not layout.has_views and layout.projections == PROJECTIONS
 
 
 def dequantize(parts: Parts, quantization: Quantization, dtype: mx.Dtype = mx.float32) -> mx.array:
     """Return the weights, shape (..., out, in). Float parts are converted to ``dtype`` before they are multiplied."""
-    own = _in_dtype(parts, dtype)
-    if quantization.scheme.dequantise is not None:
-        return quantization.scheme.dequantise(own, quantization.bits, quantization.group_size).astype(dtype)
-    return mx.dequantize(own["weight"], own["scales"], own.get("biases"), dtype=dtype, **mlx_arguments(quantization))
+    own = _completed(parts, quantization, dtype)
+    reference = quantization.scheme.dequantise or _DEQUANTISE.get(quantization.mode)
+    if reference is not None:
+        return reference(own, quantization.bits, quantization.group_size).astype(dtype)
+    weight = mx.dequantize(own["weight"], own["scales"], own.get("biases"), dtype=dtype, **mlx_arguments(quantization))
+    return _times_factors(weight, parts, quantization)
+
+
+def _fp8(parts: Parts, bits: int, group_size: int) -> mx.array:
+    """Weights of 8-bit floats, with a scale per block of ``group_size`` rows and columns; in bfloat16, as in mlx-lm."""
+    weight, scales = parts["weight"], parts["weight_scale_inv"]
+    for axis in (-2, -1):
+        scales = mx.repeat(scales, group_size, axis=axis)
+    scales = scales[..., : weight.shape[-2], : weight.shape[-1]]
+    return (mx.from_fp8(weight, dtype=scales.dtype) * scales).astype(mx.bfloat16)
+
+
+_DEQUANTISE = {"fp8": _fp8}
+"""References of modes that MLX doesn't have, by name."""
+
+
+def _multiplies(quantization: Quantization) -> bool:
+    """Tell whether MLX multiplies with matrices of this mode without dequantising them first."""
+    return quantization.scheme.dequantise is None and quantization.mode not in _DEQUANTISE
+
+
+def _times_factors(y: mx.array, parts: Parts, quantization: Quantization) -> mx.array:
+    """Multiply with the scales of whole matrices, of which ``parts`` has one or one for each leading index of y."""
+    for name, factor in quantization.scheme.factors.items():
+        value = factor(parts[name].astype(mx.float32))
+        y = (y * value.reshape(*value.shape, 1, 1)).astype(y.dtype)
+    return y
+
+
+def _completed(parts: Parts, quantization: Quantization, dtype: mx.Dtype) -> dict[str, mx.array]:
+    """The parts as MLX's operations take them: floats of one dtype, and biases where the mode implies them."""
+    own = {
+        name: part.astype(dtype) if mx.issubdtype(part.dtype, mx.floating) else part
+        for name, part in parts.items()
+        if name not in quantization.scheme.factors
+    }
+    if quantization.scheme.excess:
+        own["biases"] = -quantization.scheme.excess * own["scales"]
+    return own
 
 
 def mlx_arguments(quantization: Quantization) -> dict[str, int | str]:
     """Return what MLX's quantised operations are told of a quantisation."""
-    return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": quantization.mode}
+    mode = AFFINE.mode if quantization.scheme.excess else quantization.scheme.stated_mode
+    return {"group_size": quantization.group_size, "bits": quantization.bits, "mode": mode}
 
 
 def product_reference(x: mx.array, parts: Parts, quantization: Quantization) -> mx.array:
@@ -41,14 +88,14 @@ def product_reference(x: mx.array, parts: Parts, quantization: Quantization) -> 
     Returns:
         Shape (..., out), dtype of x.
     """
-    rows, own = x.astype(mx.float32), _in_dtype(parts, mx.float32)
+    rows, own = x.astype(mx.float32), _completed(parts, quantization, mx.float32)
     if quantization.mode == AFFINE.mode:
         sizes = {"bits": quantization.bits, "group_size": quantization.group_size}
         return dequant_matvec_reference(x, own["weight"], own["scales"], own["biases"], **sizes)
-    if quantization.scheme.dequantise is not None or dequantizes():
-        return (rows @ dequantize(own, quantization).T).astype(x.dtype)
+    if not _multiplies(quantization) or dequantizes():
+        return (rows @ dequantize(parts, quantization).T).astype(x.dtype)
     y = mx.quantized_matmul(rows, own["weight"], own["scales"], own.get("biases"), **mlx_arguments(quantization))
-    return y.astype(x.dtype)
+    return _times_factors(y, parts, quantization).reshape(y.shape).astype(x.dtype)
 
 
 def product(x: mx.array, parts: Parts, quantization: Quantization) -> mx.array:
@@ -66,6 +113,11 @@ def product(x: mx.array, parts: Parts, quantization: Quantization) -> mx.array:
         ShapeError: If the shapes don't belong together.
     """
     if quantization.mode != AFFINE.mode:
+        if use_cpu_kernels() and "cpu" in quantization.scheme.kernels:
+            from .cpu.matmul import coded_matmul
+
+            factors = quantization.scheme.factors.items()
+            return coded_matmul(x, parts, quantization, prod(factor(parts[name].item()) for name, factor in factors))
         return product_reference(x, parts, quantization)
     sizes = {"bits": quantization.bits, "group_size": quantization.group_size}
     return dequant_matvec(x, parts["weight"], parts["scales"], parts["biases"], **sizes)
@@ -122,10 +174,10 @@ def gathered_product(x: mx.array, parts: Parts, quantization: Quantization, inde
     Returns:
         Shape (T, K, 1, out), float32.
     """
-    own = _in_dtype(parts, mx.float32)
-    if quantization.scheme.dequantise is not None:
-        return mx.gather_mm(x, dequantize(own, quantization).swapaxes(-1, -2), rhs_indices=index)
-    return mx.gather_qmm(
+    if not _multiplies(quantization):
+        return mx.gather_mm(x, dequantize(parts, quantization).swapaxes(-1, -2), rhs_indices=index)
+    own = _completed(parts, quantization, mx.float32)
+    y = mx.gather_qmm(
         x,
         own["weight"],
         own["scales"],
@@ -134,8 +186,5 @@ def gathered_product(x: mx.array, parts: Parts, quantization: Quantization, inde
         transpose=True,
         **mlx_arguments(quantization),
     )
-
-
-def _in_dtype(parts: Parts, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The parts with those of float dtypes converted."""
-    return {n: v.astype(dtype) if mx.issubdtype(v.dtype, mx.floating) else v for n, v in parts.items()}
+    factors = {name: parts[name][index] for name in quantization.scheme.factors}
+    return _times_factors(y, factors, quantization)

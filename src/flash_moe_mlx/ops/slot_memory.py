@@ -88,12 +88,7 @@ class ExpertRecords:
         if name not in self._parts:
             part = self.layout.by_name[name]
             dtype = MLX_DTYPES[part.dtype]
-            strides = [self.layout.record_bytes // dtype.size]
-            for axis in range(len(part.shape)):
-                step = 1
-                for dimension in part.shape[axis + 1 :]:
-                    step *= dimension
-                strides.append(step)
+            strides = [self.layout.record_bytes // dtype.size, *part.element_strides]
             view = mx.as_strided(
                 self.array.view(dtype), (self.num_slots, *part.shape), strides, part.offset // dtype.size
             )

@@ -259,7 +259,7 @@ def _wants_quantised(checkpoint: Checkpoint, settings: PackSettings) -> bool:
 def _state_expert_bits(config: dict[str, Any], layers: list[PackedLayer], settings: PackSettings) -> None:
     """Put into config.json's quantization what differs from its default, under mlx-lm's paths."""
     chosen = {
-        f"{packed.module}.{projection}": quantization
+        f"{packed.module}.{projection}": quantization and quantization.stated
         for packed in layers
         for projection, quantization in packed.layout.quantizations
     }

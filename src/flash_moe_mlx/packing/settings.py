@@ -125,10 +125,13 @@ def target_layout(
 
 def _float_dtype(source: RecordLayout, projection: str) -> str | None:
     """dtype of the scales of a quantised projection, where they are floats."""
-    dtype = source.quantized_parts(projection)[-1].dtype
-    return dtype if source.quantization(projection) and dtype in FLOAT_DTYPES else None
+    quantization = source.quantization(projection)
+    if quantization is None or quantization.scheme.block_rows > 1:
+        return None
+    dtype = source.by_name[f"{projection}.{quantization.scheme.group_parts[-1]}"].dtype
+    return dtype if dtype in FLOAT_DTYPES else None
 
 
 def unpacked_width(weight: RecordPart, quantization: Quantization | None) -> int:
     """Inputs of a projection, from its weight's stored shape."""
-    return weight.shape[1] * 32 // quantization.bits if quantization else weight.shape[1]
+    return quantization.scheme.width(weight.shape[1], quantization.bits) if quantization else weight.shape[1]

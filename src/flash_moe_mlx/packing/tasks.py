@@ -15,7 +15,7 @@ from typing import Protocol
 import numpy as np
 
 from ..errors import CorruptError, PackError
-from ..formats.expert_layout import DTYPE_BYTES, RecordPart
+from ..formats.expert_layout import DTYPE_BYTES, RecordPart, View
 from ..formats.expert_tensors import Part
 from ..storage.file_io import ReadOnlyFile
 from ..system import preadv, raise_file_limit
@@ -226,6 +226,9 @@ class ExpertTask:
 
     def _read(self, source: SourceFiles, part: Part, targets: Bytes) -> None:
         """Read one part of every expert into the rows of ``targets``; what is contiguous in the file at once."""
+        if part.view is not None:
+            self._gather(source, part, part.view, targets)
+            return
         pending: list[Bytes] = []
         begin: tuple[Path, int] | None = None
         for number, expert in enumerate(range(self.first, self.last)):
@@ -237,6 +240,21 @@ class ExpertTask:
             pending.append(targets[number])
         if begin is not None:
             source.read(begin[0], pending, begin[1])
+
+    def _gather(self, source: SourceFiles, part: Part, view: View, targets: Bytes) -> None:
+        """Read one part of every expert, and lay its elements row by row where they lie otherwise in the file."""
+        size = DTYPE_BYTES[part.dtype]
+        block: Bytes = np.empty(view.nbytes, np.uint8)
+        for number, expert in enumerate(range(self.first, self.last)):
+            path, offset = part.locate(expert)
+            source.read(path, [block], offset - view.first)
+            elements = np.lib.stride_tricks.as_strided(
+                block[view.first : view.first + size].view(f"u{size}"),
+                part.shape,
+                [size * step for step in view.strides],
+                writeable=False,
+            )
+            targets[number].view(f"u{size}").reshape(part.shape)[...] = elements
 
 
 _scratch = threading.local()

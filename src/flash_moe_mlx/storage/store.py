@@ -280,9 +280,9 @@ class ExpertStore:
             where = next(r for r in ranges if r.record_offset <= part.offset < r.record_offset + r.nbytes)
             offset = where.file_offset + part.offset - where.record_offset
             file = self._files[where.path]
-            if file.size() < offset + part.nbytes:
-                raise _short(layer, expert, offset, part.nbytes, file)
-            views[part.name] = file.map()[offset : offset + part.nbytes]
+            if file.size() < offset + part.span_bytes:
+                raise _short(layer, expert, offset, part.span_bytes, file)
+            views[part.name] = file.map()[offset : offset + part.span_bytes]
         return views
 
     def submit(self, requests: Sequence[ReadRequest]) -> PendingReads:

@@ -1,6 +1,6 @@
 """MLX arrays as memory: numpy views and addresses of what MLX holds, and results handed back to MLX."""
 
-from ctypes import addressof, c_char
+from ctypes import addressof, c_char, c_float
 from math import prod
 
 import mlx.core as mx
@@ -10,6 +10,8 @@ from .vector_ir import BF16, F16, F32
 
 KINDS = {mx.bfloat16: BF16, mx.float16: F16, mx.float32: F32}
 RECORD_KINDS = {"BF16": BF16, "F16": F16, "F32": F32}
+NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint8: "U8"}
+"""Safetensors names of dtypes."""
 
 _ALIGNMENT = 64
 _COPIED_BYTES = 1 << 18
@@ -51,6 +53,11 @@ def address(array: np.ndarray) -> int:
         return addressof(c_char.from_buffer(array))  # type: ignore[arg-type]
     except (BufferError, TypeError, ValueError):  # strided, read-only or empty
         return array.ctypes.data
+
+
+def float_at(place: int) -> float:
+    """The float32 at an address."""
+    return float(c_float.from_address(place).value)
 
 
 class Output:

@@ -5,8 +5,8 @@ import math
 import numpy as np
 
 from .jit import serial
-from .memory_ir import load_bf16, load_f16, load_f32, load_u8
-from .vector_ir import BF16, F16, LANES
+from .memory_ir import load_bf16, load_e4m3, load_e8m0, load_f16, load_f32, load_u8
+from .vector_ir import BF16, E4M3, E8M0, F16, LANES
 
 _LOG2E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -59,6 +59,10 @@ def read_float(source, index, kind):  # type: ignore[no-untyped-def]
         return load_bf16(source, index)
     if kind == F16:
         return load_f16(source, index)
+    if kind == E8M0:
+        return load_e8m0(source, index)
+    if kind == E4M3:
+        return load_e4m3(source, index)
     return load_f32(source, index)
 
 

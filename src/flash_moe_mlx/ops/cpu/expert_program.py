@@ -1,14 +1,13 @@
 """The feed-forward of a token's experts as operations of a program, straight on the bytes of their records."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from ...formats.expert_layout import PROJECTIONS, Quantization, RecordLayout
 from . import product_tasks as products
-from .arrays import RECORD_KINDS
-from .kernels import Format, affine, dense
+from .kernels import FLOAT_KINDS, Format, format_of
 from .program import ExpertOperations, Operation
 from .vectors import Pool, Vector
 
@@ -17,18 +16,20 @@ class UnsupportedLayerError(Exception):
     """A layer that programs don't know: the model is run through MLX."""
 
 
-def stored_format(quantization: Quantization | None, kind: int) -> Format:
-    """Return the format of a matrix whose scales, or whose weights if it is unquantised, are of a float kind."""
-    if quantization is not None and "cpu" not in quantization.scheme.kernels:
+def stored_format(quantization: Quantization | None, dtype: str) -> Format:
+    """Return the format of a matrix whose scales, or whose weights if it is unquantised, have this safetensors dtype."""
+    if quantization is not None and ("cpu" not in quantization.scheme.kernels or quantization.scheme.factors):
         raise UnsupportedLayerError(quantization.mode)
-    return dense(kind) if quantization is None else affine(quantization.bits, quantization.group_size, kind)
+    if dtype not in FLOAT_KINDS and not (quantization and quantization.scheme.scale_format):
+        raise UnsupportedLayerError(dtype)
+    return format_of(quantization, dtype)
 
 
-def kind_of(kinds: Mapping[Any, int], dtype: Any) -> int:
-    """Return the code of the floats that a matrix is stored with: its scales, or the unquantised weights."""
-    if dtype not in kinds:
-        raise UnsupportedLayerError(str(dtype))
-    return kinds[dtype]
+def places_of(form: Format, parts: Sequence[Any]) -> tuple[Any, Any, Any]:
+    """Return weights, scales and biases of a matrix, of which those that it hasn't are 0."""
+    weight, *rest = parts
+    scales = rest[0] if rest else 0
+    return weight, scales, scales if form.excess else rest[1] if len(rest) > 1 else 0
 
 
 class RecordOperations(ExpertOperations):
@@ -87,21 +88,24 @@ def routed_experts(name: str, layout: RecordLayout, x: Vector, k: int, y: np.nda
     Raises:
         UnsupportedLayerError: If the records have what the operations don't know.
     """
-    forms, places = {}, {}
+    forms: dict[str, Format] = {}
+    places: dict[str, tuple[Any, ...]] = {}
+    if layout.has_views or layout.projections != PROJECTIONS:
+        raise UnsupportedLayerError("another layout")
     for projection in PROJECTIONS:
         quantization = layout.quantization(projection)
         if f"{projection}.bias" in layout.by_name:
             raise UnsupportedLayerError(f"{projection}.bias")
         parts = layout.quantized_parts(projection)
-        forms[projection] = stored_format(quantization, kind_of(RECORD_KINDS, parts[-1].dtype))
-        places[projection] = (*(part.offset for part in parts), *[0] * (3 - len(parts)))
+        forms[projection] = stored_format(quantization, parts[-1].dtype)
+        places[projection] = places_of(forms[projection], [part.offset for part in parts])
     return feed_forward(name, forms, places, layout.intermediate_size, x, k, y, pool)
 
 
 def feed_forward(
     name: str,
     forms: dict[str, Format],
-    places: dict[str, tuple[int, ...]],
+    places: dict[str, tuple[Any, ...]],
     width: int,
     x: Vector,
     k: int,

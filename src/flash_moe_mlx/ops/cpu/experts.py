@@ -5,12 +5,12 @@ from collections.abc import Iterator, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ...formats.expert_layout import RecordLayout
+from ...formats.expert_layout import Quantization, RecordLayout, RecordPart
 from ..numerics import Activation
 from ..slot_memory import ExpertRecords
-from .arrays import RECORD_KINDS, Output, address, empty, floats, view
+from .arrays import RECORD_KINDS, Output, address, empty, float_at, floats, view
 from .elementwise import swiglu
-from .kernels import affine, dense
+from .kernels import format_of
 from .matmul import Matrices, block_products, row_products
 from .tile_ir import PACK_BLOCK
 
@@ -33,23 +33,50 @@ def bank_addresses(bank: ExpertRecords, slots: np.ndarray) -> dict[str, np.ndarr
     return part_addresses(bank.layout, base + slots.astype(np.int64) * bank.layout.record_bytes)
 
 
+def reads(layout: RecordLayout) -> bool:
+    """Tell whether these kernels read records of a layout: of modes that they know, with rows that are contiguous."""
+    return all(
+        "cpu" in quantization.scheme.kernels if quantization else not layout.by_name[f"{projection}.weight"].strides
+        for projection, quantization in layout.quantizations
+    ) and all(_rows_apart(part) for part in layout.parts)
+
+
+def _rows_apart(part: RecordPart) -> int:
+    """Stored rows from one row of a part to the next; 0 where rows aren't contiguous."""
+    if part.strides is None:
+        return 1
+    width = part.shape[1] if len(part.shape) == 2 else 1
+    whole = len(part.shape) == 1 or (part.strides[1] == 1 and part.strides[0] % width == 0)
+    return part.strides[0] // width if whole else 0
+
+
 def matrices(layout: RecordLayout, projection: str, addresses: Mapping[str, np.ndarray]) -> Matrices:
-    """One projection of P experts."""
+    """One projection of P experts. ``addresses`` has their memory alive."""
     quantization = layout.quantization(projection)
-    parts = layout.quantized_parts(projection)
-    weights, *rest = [addresses[part.name] for part in parts]
-    scales, biases = rest or (None, None)
-    kind = RECORD_KINDS[parts[-1].dtype]
+    weight = layout.by_name[f"{projection}.weight"]
     bias = layout.by_name.get(f"{projection}.bias")
+    own = {part.part: part for part in layout.quantized_parts(projection)}
+    stored = own.get("scales", weight)
+    form = format_of(quantization, stored.dtype, _rows_apart(weight))
+    places = {name: addresses[part.name] for name, part in own.items()}
     return Matrices(
-        dense(kind) if quantization is None else affine(quantization.bits, quantization.group_size, kind),
-        parts[0].shape[0],
-        weights,
-        scales,
-        biases,
+        form,
+        weight.shape[0],
+        places["weight"],
+        places.get("scales"),
+        places["scales"] if form.excess else places.get("biases"),
+        _factors(quantization, places),
         addresses[bias.name] if bias else None,
         RECORD_KINDS[bias.dtype] if bias else 0,
     )
+
+
+def _factors(quantization: Quantization | None, places: Mapping[str, np.ndarray]) -> np.ndarray | None:
+    """What each matrix's products are multiplied with, read where it is stored."""
+    for name, factor in quantization.scheme.factors.items() if quantization else ():
+        stored = (float_at(int(place)) for place in places[name])
+        return np.array([factor(value) for value in stored], np.float32)
+    return None
 
 
 def pairs_ffn(
@@ -74,15 +101,18 @@ def pairs_ffn(
     """
     count = len(x_rows)
     pairs, h = np.arange(count), empty(2 * count, layout.intermediate_size)
-    gate, up = (matrices(layout, projection, addresses) for projection in ("gate_proj", "up_proj"))
-    both = gate.followed_by(up)
+    up = matrices(layout, "up_proj", addresses)
+    gate = matrices(layout, "gate_proj", addresses) if layout.has_gate else up
+    both = gate.followed_by(up) if layout.has_gate else None
     if both is not None:
         row_products(x, both, np.arange(2 * count), h, np.tile(x_rows, 2), np.arange(2 * count))
     else:
-        row_products(x, gate, pairs, h, x_rows, pairs)
+        if layout.has_gate:
+            row_products(x, gate, pairs, h, x_rows, pairs)
         row_products(x, up, pairs, h, x_rows, pairs + count)
     down = matrices(layout, "down_proj", addresses)
-    row_products(_activated(h[:count], h[count:], activation), down, pairs, y, pairs, y_rows)
+    gates = h[:count] if layout.has_gate else h[count:]
+    row_products(_activated(gates, h[count:], activation), down, pairs, y, pairs, y_rows)
 
 
 def blocks_ffn(
@@ -98,17 +128,20 @@ def blocks_ffn(
     """As ``pairs_ffn``, where ``counts[p]`` pairs in a row have the p-th of P experts; addresses is of the experts."""
     count, experts, starts = len(x_rows), np.arange(len(counts)), np.cumsum(counts) - counts
     pairs, h = np.arange(count), empty(2 * count, layout.intermediate_size)
-    gate, up = (matrices(layout, projection, addresses) for projection in ("gate_proj", "up_proj"))
-    both = gate.followed_by(up)
+    up = matrices(layout, "up_proj", addresses)
+    gate = matrices(layout, "gate_proj", addresses) if layout.has_gate else up
+    both = gate.followed_by(up) if layout.has_gate else None
     if both is not None:
         twice = np.concatenate([starts, starts + count])
         rows = np.tile(x_rows, 2), np.arange(2 * count)
         block_products(x, both, np.arange(2 * len(counts)), h, *rows, twice, np.tile(counts, 2))
     else:
-        block_products(x, gate, experts, h, x_rows, pairs, starts, counts)
+        if layout.has_gate:
+            block_products(x, gate, experts, h, x_rows, pairs, starts, counts)
         block_products(x, up, experts, h, x_rows, pairs + count, starts, counts)
     down = matrices(layout, "down_proj", addresses)
-    block_products(_activated(h[:count], h[count:], activation), down, experts, y, pairs, y_rows, starts, counts)
+    gates = h[:count] if layout.has_gate else h[count:]
+    block_products(_activated(gates, h[count:], activation), down, experts, y, pairs, y_rows, starts, counts)
 
 
 def _activated(gate: np.ndarray, up: np.ndarray, activation: Activation | None) -> np.ndarray:
@@ -175,9 +208,9 @@ def grouped_ffn(
 
 
 def _fits_tiles(layout: RecordLayout) -> bool:
-    """Whether rows can be unpacked in blocks; groups of quantised ones always can."""
+    """Whether rows can be unpacked in blocks, as groups of 32 and more always can."""
     widths = {"gate_proj": layout.hidden_size, "up_proj": layout.hidden_size, "down_proj": layout.intermediate_size}
-    return all(layout.quantization(name) or width % PACK_BLOCK == 0 for name, width in widths.items())
+    return all(widths[name] % PACK_BLOCK == 0 for name in layout.projections)
 
 
 def _blocks(chosen: Sequence[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:

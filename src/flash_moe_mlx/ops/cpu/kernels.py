@@ -10,13 +10,20 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from ...formats.expert_layout import Quantization
+from .coded_ir import LANE_CODES, make_coded_dots
 from .elementwise import affine_tail, dense_tail, read_float
 from .int8_ir import INT8_STEP, make_int8_dots
 from .jit import compiled
 from .memory_ir import add_one, load_f32, store_f32
 from .tile_ir import MR, NR, PACK_BLOCK, make_multiply, make_unpack
 from .vector_ir import (
+    BF16,
     DENSE_FIELDS,
+    E4M3,
+    E8M0,
+    F16,
+    F32,
     FLOAT_BYTES,
     LANES,
     field_scales,
@@ -25,9 +32,12 @@ from .vector_ir import (
     make_quantized_dots,
 )
 
+FLOAT_KINDS = {"BF16": BF16, "F16": F16, "F32": F32, "E8M0": E8M0, "E4M3": E4M3}
 WEIGHTS, SCALES, BIASES, BIAS, X, SUMS, Y, ROWS = range(8)
+FACTOR = BIASES
 COLUMNS = 8
-"""Columns of a job: addresses, and rows of x. BIAS is 0 where there is none; tiles need no SUMS, rows no ROWS."""
+"""Columns of a job: addresses, and rows of x. BIAS is 0 where there is none; tiles need no SUMS, rows no ROWS. Coded
+matrices have a FACTOR in place of BIASES: the address of a float32 that products are multiplied with, or 0."""
 
 TASK_ROWS = 64
 """Rows of a matrix that a thread draws at once: 16 to 64 KiB of weights."""
@@ -43,27 +53,35 @@ TILE_K = 512
 class Format(NamedTuple):
     """How a matrix is stored: ``bits`` in groups of ``group_size``, or with bits 0 unquantised.
 
-    ``kind`` is that of scales and biases, or of the unquantised weights: BF16, F16 or F32. With ``int8``, x is rounded
-    to 8 bits a group: lossy.
+    ``kind`` is that of scales and biases, or of the unquantised weights: BF16, F16 or F32, and E8M0 or E4M3 for scales
+    of ``coded`` weights, which are E2M1 and have no biases. With ``int8``, x is rounded to 8 bits a group: lossy.
+    ``excess`` is subtracted from each code in place of biases. Rows lie ``rows_apart`` stored rows from each other.
     """
 
     bits: int
     group_size: int
     kind: int
     int8: bool = False
+    coded: bool = False
+    excess: int = 0
+    rows_apart: int = 1
 
     @property
     def name(self) -> str:
         name = f"q{self.bits}g{self.group_size}k{self.kind}" if self.bits else f"dense{self.kind}"
+        name += f"{'c' * self.coded}{f'm{self.excess}' if self.excess else ''}"
+        name += f"a{self.rows_apart}" if self.rows_apart > 1 else ""
         return f"{name}x8" if self.int8 else name
 
     def rounded(self, inputs: int) -> "Format":
         """The same with x in 8 bits, where there are products of its weights with integers."""
-        return self._replace(int8=self.bits == 4 and inputs % INT8_STEP == 0)
+        plain = self.bits == 4 and not self.coded and not self.excess
+        return self._replace(int8=plain and inputs % INT8_STEP == 0)
 
     def row_bytes(self, inputs: int) -> int:
-        """Bytes of one row of the packed weights."""
-        return inputs * self.bits // 8 if self.bits else inputs * FLOAT_BYTES[self.kind]
+        """Bytes from one row of the packed weights to the next."""
+        row = inputs * self.bits // 8 if self.bits else inputs * FLOAT_BYTES[self.kind]
+        return row * self.rows_apart
 
     def groups(self, inputs: int) -> int:
         """Groups of a row; 0 where it is unquantised."""
@@ -75,7 +93,29 @@ def order(format_: Format) -> tuple[int, np.ndarray]:
     """Lane weights and factors, as ``prepare`` takes them."""
     if not format_.bits:
         return 0, np.ones(1, np.float32)
-    return lane_weights(format_.bits), np.array(field_scales(format_.bits), np.float32)
+    scales = [1.0] * LANE_CODES if format_.coded else field_scales(format_.bits)
+    return lane_weights(format_.bits), np.array(scales, np.float32)
+
+
+def format_of(quantization: Quantization | None, dtype: str, rows_apart: int = 1) -> Format:
+    """Format of stored matrices.
+
+    Args:
+        quantization: Theirs, in a mode that these kernels read; None where they are unquantised.
+        dtype: Safetensors name of their scales' dtype, or of the unquantised weights'.
+        rows_apart: Stored rows from one row to the next.
+    """
+    if quantization is None:
+        return dense(FLOAT_KINDS[dtype])
+    scheme = quantization.scheme
+    return Format(
+        quantization.bits,
+        quantization.group_size,
+        FLOAT_KINDS[scheme.scale_format or dtype],
+        coded=scheme.coded,
+        excess=scheme.excess,
+        rows_apart=rows_apart,
+    )
 
 
 def affine(bits: int, group_size: int, kind: int) -> Format:
@@ -89,7 +129,9 @@ def dense(kind: int) -> Format:
 
 
 # Names that `compiled` binds a format's values to.
-BITS = GROUP_SIZE = KIND = STEP = 0
+BITS = GROUP_SIZE = KIND = STEP = SCALE_BYTES = EXCESS = 0
+CODED = False
+APART = 1
 row_dots: Any = None
 one_row_dot: Any = None
 product_rows: Any = None
@@ -102,7 +144,7 @@ def _rows(weights, row_bytes, scales, biases, x, sums, y, count, inputs):  # typ
     """Products of ``count`` rows of a matrix with x, written to y."""
     groups = inputs // GROUP_SIZE if BITS else 0
     steps = inputs // STEP
-    scale_bytes = groups * (4 if KIND == 2 else 2)
+    scale_bytes = groups * SCALE_BYTES * APART
     apart = count // DOT_ROWS
     for row in range(apart):
         at, scale, bias = weights + row * row_bytes, scales + row * scale_bytes, biases + row * scale_bytes
@@ -110,18 +152,19 @@ def _rows(weights, row_bytes, scales, biases, x, sums, y, count, inputs):  # typ
     for row in range(apart * DOT_ROWS, count):
         at, scale, bias = weights + row * row_bytes, scales + row * scale_bytes, biases + row * scale_bytes
         one_row_dot(at, row_bytes, x, scale, bias, sums, groups, steps, y + 4 * row, 1)
-    if steps * STEP < inputs:
+    if not CODED and steps * STEP < inputs:
         for row in range(count):
             at = weights + row * row_bytes
             if BITS:
-                tail = affine_tail(at, BITS, GROUP_SIZE, KIND, steps * STEP, inputs, x, scales + row * scale_bytes)
+                own = scales + row * scale_bytes
+                tail = affine_tail(at, BITS, GROUP_SIZE, KIND, steps * STEP, inputs, x, own)
             else:
                 tail = dense_tail(at, KIND, steps * STEP, inputs, x)
             store_f32(y, row, load_f32(y, row) + tail)
 
 
 def _matvec(jobs, outputs, inputs, row_bytes, bias_kind, state):  # type: ignore[no-untyped-def]
-    scale_bytes = inputs // GROUP_SIZE * (4 if KIND == 2 else 2) if BITS else 0
+    scale_bytes = inputs // GROUP_SIZE * SCALE_BYTES * APART if BITS else 0
     next_task = state.ctypes.data
     tasks = (outputs + TASK_ROWS - 1) // TASK_ROWS * len(jobs)
     while True:
@@ -142,9 +185,13 @@ def _matvec(jobs, outputs, inputs, row_bytes, bias_kind, state):  # type: ignore
             count,
             inputs,
         )
+        if CODED and jobs[job, FACTOR]:
+            factor = load_f32(jobs[job, FACTOR], 0)
+            for row in range(count):
+                store_f32(y, row, load_f32(y, row) * factor)
         if jobs[job, BIAS]:
             for row in range(count):
-                store_f32(y, row, load_f32(y, row) + read_float(jobs[job, BIAS], first + row, bias_kind))
+                store_f32(y, row, load_f32(y, row) + read_float(jobs[job, BIAS], (first + row) * APART, bias_kind))
         add_one(next_task + 8)
     return tasks
 
@@ -167,12 +214,19 @@ def _tiles(jobs, outputs, inputs, row_bytes, bias_kind, state):  # type: ignore[
         for column in range(NR):
             row = first + min(column, count - 1)
             for group in range(groups):
-                at = row * groups + group
-                table[group, column] = read_float(jobs[job, SCALES], at, KIND)
-                table[groups + group, column] = read_float(jobs[job, BIASES], at, KIND)
+                at = row * APART * groups + group
+                scale = read_float(jobs[job, SCALES], at, KIND)
+                if CODED:
+                    if jobs[job, FACTOR]:
+                        scale *= load_f32(jobs[job, FACTOR], 0)
+                elif EXCESS:
+                    table[groups + group, column] = np.float32(-EXCESS) * scale
+                else:
+                    table[groups + group, column] = read_float(jobs[job, BIASES], at, KIND)
+                table[group, column] = scale
             table[2 * groups, column] = np.float32(0.0)
             if jobs[job, BIAS]:
-                table[2 * groups, column] = read_float(jobs[job, BIAS], row, bias_kind)
+                table[2 * groups, column] = read_float(jobs[job, BIAS], row * APART, bias_kind)
         x, y = jobs[job, X], jobs[job, Y]
         for k in range(0, inputs, TILE_K):
             depth = min(TILE_K, inputs - k)
@@ -199,23 +253,35 @@ def _tiles(jobs, outputs, inputs, row_bytes, bias_kind, state):  # type: ignore[
     return tasks
 
 
+def _constants(format_: Format) -> dict[str, Any]:
+    return {
+        "BITS": format_.bits,
+        "GROUP_SIZE": format_.group_size,
+        "KIND": format_.kind,
+        "SCALE_BYTES": FLOAT_BYTES[format_.kind],
+        "CODED": format_.coded,
+        "EXCESS": format_.excess,
+        "APART": format_.rows_apart,
+    }
+
+
 @cache
 def product_rows_of(format_: Format) -> Callable[..., None]:
     """``f(weights, row_bytes, scales, biases, x, sums, y, count, inputs)``, all int64, for kernels to call.
 
     Writes the products of ``count`` consecutive rows with x, as ``prepare`` ordered it, to y.
     """
-    bits, group_size, kind, int8 = format_
+    bits, group_size, kind, int8, coded, excess, rows_apart = format_
 
     def dots(rows: int) -> Callable[..., None]:
         if int8:
             return make_int8_dots(group_size, kind, rows)
-        return make_quantized_dots(bits, group_size, kind, rows) if bits else make_dense_dots(kind, rows)
+        if coded:
+            return make_coded_dots(group_size, kind, rows, rows_apart)
+        return make_quantized_dots(bits, group_size, kind, rows, excess) if bits else make_dense_dots(kind, rows)
 
     bindings = {
-        "BITS": bits,
-        "GROUP_SIZE": group_size,
-        "KIND": kind,
+        **_constants(format_),
         "STEP": LANES * (lane_weights(bits) if bits else DENSE_FIELDS),
         "row_dots": dots(DOT_ROWS),
         "one_row_dot": dots(1),
@@ -229,8 +295,7 @@ def matvec_kernel(format_: Format) -> Callable[..., int]:
 
     Writes (outputs,) float32 to each job's Y from x that ``prepare`` ordered. jobs has shape (P, 8), int64.
     """
-    bits, group_size, kind, _ = format_
-    bindings = {"BITS": bits, "GROUP_SIZE": group_size, "KIND": kind, "product_rows": product_rows_of(format_)}
+    bindings = {**_constants(format_), "product_rows": product_rows_of(format_)}
     return compiled(_matvec, format_.name, bindings)
 
 
@@ -240,12 +305,9 @@ def tiles_kernel(format_: Format) -> Callable[..., int]:
 
     A job's X and Y are addresses of the rows' addresses.
     """
-    bits, group_size, kind, _ = format_
     bindings = {
-        "BITS": bits,
-        "GROUP_SIZE": group_size,
-        "KIND": kind,
-        "unpack": make_unpack(bits, kind, group_size),
+        **_constants(format_),
+        "unpack": make_unpack(format_.bits, format_.kind, format_.group_size, coded=format_.coded),
         "multiply": make_multiply(MR, gathered=True),
         "multiply_one": make_multiply(1, gathered=True),
     }

@@ -1,16 +1,19 @@
 """Products of rows with stored matrices: many matrices at once, or one MLX array."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import numpy as np
 
-from .arrays import KINDS, Output, address, empty, floats, view
+from ...formats.expert_layout import Quantization
+from .arrays import KINDS, NAMES, Output, address, empty, floats, view
 from .elementwise import prepare
 from .kernels import (
     BIAS,
     BIASES,
     COLUMNS,
+    FACTOR,
     ROWS,
     SCALES,
     SUMS,
@@ -20,6 +23,7 @@ from .kernels import (
     Y,
     affine,
     dense,
+    format_of,
     matvec_kernel,
     order,
     tiles_kernel,
@@ -46,7 +50,8 @@ class Matrices:
         outputs: Rows of each matrix.
         weights: Address of each matrix's first byte. Shape (P,), int64.
         scales: Likewise, or None where unquantised.
-        biases: Likewise.
+        biases: Likewise; of coded weights None.
+        factors: What each matrix's products are multiplied with, of coded weights. Shape (P,), float32.
         bias: Addresses of vectors that are added to the outputs, or None.
         bias_kind: Of ``bias``.
     """
@@ -56,6 +61,7 @@ class Matrices:
     weights: np.ndarray
     scales: np.ndarray | None = None
     biases: np.ndarray | None = None
+    factors: np.ndarray | None = None
     bias: np.ndarray | None = None
     bias_kind: int = 0
 
@@ -64,7 +70,7 @@ class Matrices:
 
         def described(matrices: Matrices) -> tuple[object, ...]:
             bias_kind = None if matrices.bias is None else matrices.bias_kind
-            return matrices.format, matrices.outputs, bias_kind
+            return matrices.format, matrices.outputs, bias_kind, matrices.factors is None
 
         if described(self) != described(other):
             return None
@@ -77,6 +83,7 @@ class Matrices:
             weights=np.concatenate([self.weights, other.weights]),
             scales=joined(self.scales, other.scales),
             biases=joined(self.biases, other.biases),
+            factors=joined(self.factors, other.factors),
             bias=joined(self.bias, other.bias),
         )
 
@@ -87,6 +94,8 @@ class Matrices:
         for column, part in parts:
             if part is not None:
                 jobs[:, column] = part[index]
+        if self.factors is not None:
+            jobs[:, FACTOR] = address(self.factors) + index * self.factors.itemsize
         return jobs
 
 
@@ -159,7 +168,7 @@ def _product(x: mx.array, matrices: Matrices) -> mx.array:
     rows = floats(x).reshape(-1, x.shape[-1])
     made, each = Output(*x.shape[:-1], matrices.outputs), np.arange(len(rows))
     y = made.array.reshape(len(rows), matrices.outputs)
-    if len(rows) <= MATVEC_ROWS:
+    if len(rows) <= MATVEC_ROWS or x.shape[-1] % PACK_BLOCK:
         row_products(rows, matrices, np.zeros(len(rows), np.int64), y, each, each)
     else:
         one = np.zeros(1, np.int64)
@@ -188,6 +197,25 @@ def quantized_matmul(
     weights, own_scales, own_biases = (np.array([address(part)]) for part in memory)
     form = affine(bits, group_size, KINDS[scales.dtype])
     return _product(x, Matrices(form, weight.shape[0], weights, own_scales, own_biases))
+
+
+def coded_matmul(x: mx.array, parts: Mapping[str, mx.array], quantization: Quantization, factor: float) -> mx.array:
+    """``x W^T`` of a matrix in a mode other than affine that these kernels read, for any number of rows.
+
+    Args:
+        x: Shape (..., inputs).
+        parts: "weight" and "scales".
+        quantization: Its quantisation.
+        factor: What the products are multiplied with.
+
+    Returns:
+        As ``quantized_matmul``.
+    """
+    weight, scales = (view(parts[name], np.uint8) for name in ("weight", "scales"))
+    form = format_of(quantization, NAMES[parts["scales"].dtype])
+    places = np.array([address(weight)]), np.array([address(scales)])
+    factors = None if factor == 1.0 else np.array([factor], np.float32)
+    return _product(x, Matrices(form, parts["weight"].shape[0], *places, places[1] if form.excess else None, factors))
 
 
 def takes_dense(weight: mx.array) -> bool:

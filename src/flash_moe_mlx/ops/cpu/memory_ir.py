@@ -7,14 +7,14 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
-from .vector_ir import BF16, F16, F32, LANES, Emitter, signature_of
+from .vector_ir import BF16, E4M3, E8M0, F16, F32, FLOAT_BYTES, LANES, Emitter, signature_of
 
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VI32, _VF32 = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
 
 def _make_load(kind: int) -> Callable[[int, int], float]:
-    word = _I32 if kind == F32 else _I16
+    word = ir.IntType(8 * FLOAT_BYTES[kind])
 
     @intrinsic
     def load(typing_context, address, index):  # type: ignore[no-untyped-def]
@@ -29,7 +29,7 @@ def _make_load(kind: int) -> Callable[[int, int], float]:
     return load
 
 
-load_bf16, load_f16, load_f32 = (_make_load(kind) for kind in (BF16, F16, F32))
+load_bf16, load_f16, load_f32, load_e8m0, load_e4m3 = (_make_load(kind) for kind in (BF16, F16, F32, E8M0, E4M3))
 
 
 @intrinsic

@@ -10,6 +10,7 @@ from .elementwise import read_float, sigmoid
 from .jit import task
 from .kernels import TASK_ROWS, Format, product_rows_of
 from .memory_ir import load_f32, store_f32
+from .vector_ir import FLOAT_BYTES
 
 # Names that `task` binds a format's values to.
 SCALE_BYTES = GROUP_SIZE = 0
@@ -90,7 +91,7 @@ def _down(args, number):  # type: ignore[no-untyped-def]
 def _task_of(function: Any, format_: Format) -> Any:
     bindings = {
         "GROUP_SIZE": format_.group_size or 1,
-        "SCALE_BYTES": (4 if format_.kind == 2 else 2) if format_.bits else 0,
+        "SCALE_BYTES": FLOAT_BYTES[format_.kind] if format_.bits else 0,
         "X_BYTES": 1 if format_.int8 else 4,
         "SUMS_BYTES": 8 if format_.int8 else 4,
         "product_rows": product_rows_of(format_),

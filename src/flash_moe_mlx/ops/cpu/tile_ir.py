@@ -10,6 +10,7 @@ from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic
 
+from .coded_ir import LANE_CODES, instructions, values
 from .vector_ir import BF16, F16, F32, LANES, Emitter
 
 NR = 64
@@ -96,13 +97,21 @@ def _dense_values(emit: Emitter, words: list[ir.Value], kind: int) -> list[ir.Va
     return values
 
 
-def make_unpack(bits: int, kind: int, group_size: int) -> Callable[..., None]:
+def _coded_values(emit: Emitter, words: list[ir.Value], how: str) -> list[ir.Value]:
+    """The PACK_BLOCK values of 16 rows of 4-bit codes."""
+    return [values(emit, words[index // LANE_CODES], index % LANE_CODES, how) for index in range(PACK_BLOCK)]
+
+
+def make_unpack(bits: int, kind: int, group_size: int, *, coded: bool = False) -> Callable[..., None]:
     """Build ``unpack(weights, row_bytes, last, first_block, blocks, scales, biases, tile)``.
 
     Unpacks ``blocks`` blocks of 32 weights, from ``first_block`` on, of the 16 rows from address ``weights`` on into
     16 columns of the tile. Rows past ``last`` repeat it. ``scales`` and ``biases`` are float32 of shape
     (groups, NR), at this column. All arguments are int64. bits is 0 for rows stored unquantised as ``kind``.
+    ``coded`` rows hold codes of E2M1, in groups that may be half a block.
     """
+    blocks_a_group, groups_a_block = max(group_size // PACK_BLOCK, 1), max(PACK_BLOCK // max(group_size, 1), 1)
+    how = instructions() if coded else ""
     words_a_block = bits if bits else {BF16: 16, F16: 16, F32: 32}[kind]
 
     @intrinsic
@@ -120,15 +129,25 @@ def make_unpack(bits: int, kind: int, group_size: int) -> Callable[..., None]:
                 block = builder.add(loop.index, first_block)
                 base = emit.scaled(block, words_a_block * 4)
                 words = _words(emit, rows, base, words_a_block)
-                if bits:
-                    group = builder.udiv(block, _I64(group_size // PACK_BLOCK))
+                if coded:
+                    group = emit.scaled(block, groups_a_block)
+                    each = [
+                        emit.load(_VF32, emit.offset(scales, emit.scaled(group, NR * 4), i * NR * 4), align=4)
+                        for i in range(groups_a_block)
+                    ]
+                    found = _coded_values(emit, words, how)
+                    unpacked = [
+                        builder.fmul(value, each[i * groups_a_block // PACK_BLOCK]) for i, value in enumerate(found)
+                    ]
+                elif bits:
+                    group = builder.udiv(block, _I64(blocks_a_group))
                     at = emit.scaled(group, NR * 4)
                     scale, bias = (emit.load(_VF32, builder.add(part, at), align=4) for part in (scales, biases))
-                    values = [emit.fma(value, scale, bias) for value in _affine_values(emit, words, bits)]
+                    unpacked = [emit.fma(value, scale, bias) for value in _affine_values(emit, words, bits)]
                 else:
-                    values = _dense_values(emit, words, kind)
+                    unpacked = _dense_values(emit, words, kind)
                 out = emit.offset(tile, emit.scaled(loop.index, PACK_BLOCK * NR * 4))
-                for index, value in enumerate(values):
+                for index, value in enumerate(unpacked):
                     emit.store(value, emit.offset(out, index * NR * 4))
             return context.get_dummy_value()
 

@@ -18,10 +18,10 @@ LANES = 16
 _I8, _I16, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(16), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VI32, _VF32 = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
-BF16, F16, F32 = 0, 1, 2
+BF16, F16, F32, E8M0, E4M3 = 0, 1, 2, 3, 4
 """Codes of the floating-point formats that kernels read as they are stored."""
 
-FLOAT_BYTES = (2, 2, 4)
+FLOAT_BYTES = (2, 2, 4, 1, 1)
 DENSE_FIELDS = 4
 """Vectors of 16 weights that a step takes of an unquantised row."""
 
@@ -150,7 +150,25 @@ class Emitter:
         if kind == BF16:
             shifted = self.builder.shl(wide, ir.Constant(integers, [16] * width))
             return self.builder.bitcast(shifted, ir.VectorType(_F32, width))
+        if kind == E8M0:
+            exponent = self.builder.shl(wide, ir.Constant(integers, [23] * width))
+            least = ir.Constant(integers, [1 << 22] * width)  # 2**-127
+            zero = self.builder.icmp_unsigned("==", wide, ir.Constant(integers, [0] * width))
+            return self.builder.bitcast(self.builder.select(zero, least, exponent), ir.VectorType(_F32, width))
+        if kind == E4M3:
+            sign = self.builder.shl(self.builder.and_(wide, self._of(wide, 0x80)), self._of(wide, 24))
+            magnitude = self.builder.shl(self.builder.and_(wide, self._of(wide, 0x7F)), self._of(wide, 20))
+            floats = ir.VectorType(_F32, width)
+            # Times 2**120 moves the exponent's bias from 7 to 127, subnormals included.
+            scaled = self.builder.fmul(self.builder.bitcast(magnitude, floats), ir.Constant(floats, [2.0**120] * width))
+            nan = self.builder.icmp_unsigned("==", magnitude, self._of(wide, 0x7F << 20))
+            bits = self.builder.select(nan, self._of(wide, 0x7FC00000), self.builder.bitcast(scaled, integers))
+            return self.builder.bitcast(self.builder.or_(bits, sign), floats)
         return self.half(wide)
+
+    def _of(self, like: ir.Value, value: int) -> ir.Value:
+        """A vector of one integer, of the type of another."""
+        return ir.Constant(like.type, [value] * like.type.count)
 
     def half(self, wide: ir.Value) -> ir.Value:
         """Float16 in the low half of i32 lanes as float32, by integer arithmetic: not every processor converts."""
@@ -170,9 +188,12 @@ class Emitter:
         return builder.bitcast(builder.or_(bits, sign), floats)
 
     def add_biases(
-        self, totals: list[ir.Value], biases: list[ir.Value], sums: ir.Value, groups: ir.Value, kind: int
+        self, totals: list[ir.Value], biases: list[ir.Value], sums: ir.Value, groups: ir.Value, kind: int, excess: int
     ) -> None:
-        """Add to the totals of several rows the products of their biases, stored as ``kind``, with x's sums."""
+        """Add to the totals of several rows the products of their biases, stored as ``kind``, with x's sums.
+
+        With an ``excess``, biases are that many times the scales, subtracted.
+        """
         builder, (word, size) = self.builder, (_I32 if kind == F32 else _I16, FLOAT_BYTES[kind])
         vectors = builder.udiv(self.offset(groups, LANES - 1), _I64(LANES))
         with cgutils.for_range(builder, vectors) as loop:
@@ -180,6 +201,8 @@ class Emitter:
             left = builder.trunc(builder.sub(groups, first), _I32)
             mask = builder.icmp_signed("<", ir.Constant(_VI32, list(range(LANES))), self.splat(left))
             values = self.masked_load(self.offset(sums, self.scaled(first, 4)), mask)
+            if excess:
+                values = builder.fmul(values, ir.Constant(_VF32, [-float(excess)] * LANES))
             for total, row in zip(totals, biases, strict=True):
                 stored = self.masked_words(self.offset(row, self.scaled(first, size)), mask, word)
                 builder.store(self.fma(self.floats(stored, kind), values, builder.load(total)), total)
@@ -225,7 +248,9 @@ StepProducts = Callable[[Emitter, Step], tuple[list[ir.Value], ir.Value, ir.Valu
 """One step's products of q and x, 16 lanes a row; the step's first group; x's own scales of its groups, if it has."""
 
 
-def make_group_dots(step_products: StepProducts, taken: int, kind: int, rows: int) -> Callable[..., None]:
+def make_group_dots(
+    step_products: StepProducts, taken: int, kind: int, rows: int, excess: int = 0
+) -> Callable[..., None]:
     """Build the ``dots`` of ``make_quantized_dots``: what all forms of x share.
 
     Args:
@@ -233,6 +258,7 @@ def make_group_dots(step_products: StepProducts, taken: int, kind: int, rows: in
         taken: Groups that a step touches.
         kind: How scales and biases are stored.
         rows: Rows at once.
+        excess: Subtracted from each code, in place of stored biases; ``biases`` are the scales again then.
     """
     word, size = (_I32 if kind == F32 else _I16), FLOAT_BYTES[kind]
 
@@ -254,7 +280,7 @@ def make_group_dots(step_products: StepProducts, taken: int, kind: int, rows: in
                         few = builder.fmul(few, x_scales)
                     scale = emit.shuffle(few, [lane * taken // LANES for lane in range(LANES)])
                     builder.store(emit.fma(products[row], scale, builder.load(totals[row])), totals[row])
-            emit.add_biases(totals, [builder.add(biases, offset) for offset in row_groups], sums, groups, kind)
+            emit.add_biases(totals, [builder.add(biases, offset) for offset in row_groups], sums, groups, kind, excess)
             for row in range(rows):
                 emit.store(emit.sum(builder.load(totals[row])), emit.offset(out, emit.scaled(apart, 4 * row)))
             return context.get_dummy_value()
@@ -264,7 +290,7 @@ def make_group_dots(step_products: StepProducts, taken: int, kind: int, rows: in
     return group_dots
 
 
-def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Callable[..., None]:
+def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int, excess: int = 0) -> Callable[..., None]:
     """Build ``dots(weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart)``.
 
     Writes the sums of ``q * scale * x`` over whole steps plus those of ``bias * sum(x)`` over all groups. All arguments
@@ -289,7 +315,7 @@ def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int) -> Cal
             return products, emit.scaled(step.index, groups_a_step), None
         return products, emit.builder.udiv(step.index, _I64(steps_a_group)), None
 
-    return make_group_dots(products_of, max(groups_a_step, 1), kind, rows)
+    return make_group_dots(products_of, max(groups_a_step, 1), kind, rows, excess)
 
 
 def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:

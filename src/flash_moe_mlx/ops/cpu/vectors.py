@@ -34,7 +34,7 @@ class Vector:
         self.data = empty(rows, size)
         self.permutes: list[Operation] = []
         self._rows, self._ranks = rows, ranks
-        self._ordered: dict[tuple[int, int, bool], tuple[np.ndarray, np.ndarray]] = {}
+        self._ordered: dict[tuple[int, int, bool, bool], tuple[np.ndarray, np.ndarray]] = {}
 
     def format(self, form: Format) -> Format:
         """Return how matrices stored in this format are multiplied with this vector."""
@@ -44,7 +44,7 @@ class Vector:
         """Return what products with matrices of a format, as ``format`` gives it, read: x and its group sums."""
         if not form.bits:
             return self.data, 0
-        key = (form.bits, form.group_size, form.int8)
+        key = (form.bits, form.group_size, form.int8, form.coded)
         if key not in self._ordered:
             groups, ranks = form.groups(self.size), 0 if self._ranks is None else self._ranks
             ordered: np.ndarray
