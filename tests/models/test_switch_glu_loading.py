@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx_lm.utils
 import numpy as np
 import pytest
 from mlx_lm.models.switch_layers import SwitchGLU
@@ -20,8 +19,8 @@ from flash_moe_mlx.runtime.loading import load_model
 
 from ..support.models import load_resident, smallest_limit, streamed
 from ..support.numerics import RELATIVE_RMS, assert_close
-from ..support.switch_configs import EXPERTS, VOCABULARY, make_config
-from ..support.switch_models import MAX_CONTEXT, make_resident, quarter_limit, write_model
+from ..support.switch_configs import VOCABULARY, make_config
+from ..support.switch_models import MAX_CONTEXT, quarter_limit, write_model
 
 CHILD = Path(__file__).parents[1] / "support" / "memory_child.py"
 DEMO = Path(__file__).parents[2] / "src" / "flash_moe_mlx" / "demo"
@@ -234,23 +233,6 @@ def test_a_switch_glu_with_parts_of_its_own_is_refused(tmp_path: Path, monkeypat
     monkeypatch.setattr("mlx_lm.models.olmoe.SwitchGLU", Normed)
     with pytest.raises(UnsupportedModelError, match="must be a plain SwitchGLU"):
         load_model(directory, memory_limit="1GB", max_context=MAX_CONTEXT)
-
-
-def test_nemotron_h_is_refused(tmp_path: Path):
-    """Its experts are a SwitchMLP: two projections and no gate."""
-    config = {
-        "model_type": "nemotron_h", "vocab_size": VOCABULARY, "hidden_size": 128, "intermediate_size": 128,
-        "num_hidden_layers": 2, "max_position_embeddings": 512, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "attention_bias": False, "mamba_num_heads": 4, "mamba_head_dim": 32, "mamba_proj_bias": False,
-        "ssm_state_size": 16, "conv_kernel": 3, "n_groups": 1, "mlp_bias": False, "layer_norm_epsilon": 1e-5,
-        "use_bias": False, "use_conv_bias": True, "hybrid_override_pattern": ["*", "E"], "moe_intermediate_size": 64,
-        "n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1, "topk_group": 1,
-        "moe_shared_expert_intermediate_size": 64, "norm_topk_prob": True, "routed_scaling_factor": 1.0,
-    }  # fmt: skip
-    mlx_lm.utils.save_model(tmp_path, make_resident(config))
-    mlx_lm.utils.save_config(config, tmp_path / "config.json")
-    with pytest.raises(UnsupportedModelError, match="Experts without a gate are not served: run the model in mlx-lm"):
-        load_model(tmp_path, memory_limit="1GB")
 
 
 WIDE = {

@@ -17,7 +17,7 @@ class UnsupportedLayerError(Exception):
 
 
 def stored_format(quantization: Quantization | None, dtype: str) -> Format:
-    """Return the format of a matrix whose scales, or whose weights if it is unquantised, have this safetensors dtype."""
+    """Return the format of a matrix whose scales, or weights if it is unquantised, have this safetensors dtype."""
     if quantization is not None and ("cpu" not in quantization.scheme.kernels or quantization.scheme.factors):
         raise UnsupportedLayerError(quantization.mode)
     if dtype not in FLOAT_KINDS and not (quantization and quantization.scheme.scale_format):

@@ -35,10 +35,14 @@ def bank_addresses(bank: ExpertRecords, slots: np.ndarray) -> dict[str, np.ndarr
 
 def reads(layout: RecordLayout) -> bool:
     """Tell whether these kernels read records of a layout: of modes that they know, with rows that are contiguous."""
-    return all(
-        "cpu" in quantization.scheme.kernels if quantization else not layout.by_name[f"{projection}.weight"].strides
-        for projection, quantization in layout.quantizations
-    ) and all(_rows_apart(part) for part in layout.parts)
+    for projection, quantization in layout.quantizations:
+        parts = [part for part in layout.parts if part.projection == projection]
+        if quantization is not None and "cpu" not in quantization.scheme.kernels:
+            return False
+        apart = {_rows_apart(part) for part in parts}
+        if apart != {1} and not (quantization and quantization.scheme.coded and apart == {2}):
+            return False
+    return True
 
 
 def _rows_apart(part: RecordPart) -> int:
