@@ -371,7 +371,7 @@ class Checkpoint:
         result = {}
         for name in self.dense:
             module, _, part = name.rpartition(".")
-            if part not in part_names() or module in result:
+            if part not in part_names() or module in result or self._is_of_another_tool(module):
                 continue
             tensors = {
                 p: Stored(info.dtype, info.shape) for p in part_names() if (info := self.dense.get(f"{module}.{p}"))
@@ -379,6 +379,11 @@ class Checkpoint:
             hidden = self.setting("hidden_size") if module.rpartition(".")[2] in _READS_HIDDEN else None
             result[module] = settings.resolve(module, (mlx_name(module), module), tensors, hidden, exact=False)
         return result
+
+    def _is_of_another_tool(self, module: str) -> bool:
+        """Whether a dense module has 8-bit floats or packed bytes, which are dequantised when they are loaded."""
+        weight = self.dense.get(f"{module}.weight")
+        return f"{module}.weight_packed" in self.dense or (weight is not None and weight.dtype in ("U8", "F8_E4M3"))
 
     def _is_extra(self, name: str) -> bool:
         """Whether a tensor is of a multi-token-prediction layer, stored behind the model's own."""

@@ -41,7 +41,7 @@ class Speed:
         computing = work.weight_bytes / self.weight_bytes_per_second + work.layers * self.layer_seconds
         if not missed_bytes:
             return computing
-        if self.disk_bytes_per_second is None:
+        if not self.disk_bytes_per_second:  # a probe that was held up may have seen no byte
             return None
         meanwhile = (work.shared_bytes + work.expert_bytes - missed_bytes) / self.weight_bytes_per_second
         return computing + max(missed_bytes / self.disk_bytes_per_second - self.overlap * meanwhile, 0.0)

@@ -42,6 +42,7 @@ from ..machine import (
     explain_default_memory_limit,
     usable_memory_bytes,
 )
+from ..models.foreign_dense import WORKSPACE, dequantised
 from ..models.registry import prepare_family
 from ..models.spec import Family
 from ..ops.backend import backend, use_cpu_kernels
@@ -202,8 +203,11 @@ def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Che
     """
     raise_file_limit()  # a lazy tensor holds its shard open, and the store opens it again
     checkpoint = Checkpoint.open(directory)
-    stored = _lazy_dense(checkpoint)
+    stored, replaced = dequantised(_lazy_dense(checkpoint))
     family = prepare_family(checkpoint, stored, streaming, _activation_dtype(stored))
+    if replaced:
+        costs: Any = family.costs  # a dataclass, of one kind or another
+        family = replace(family, costs=replace(costs, load_bytes=WORKSPACE * costs.load_bytes))
     _check_tensors(family, directory.name)
     return checkpoint, family
 
