@@ -359,13 +359,18 @@ def test_shapes_that_do_not_fit(tmp_path: Path, part: str, change: Callable[[mx.
 
 
 def test_fused_shapes_that_do_not_fit(tmp_path: Path):
-    """Also of models that store the transpose, as Llama 4 does."""
+    """Both matrices transposed, as Llama 4 has them, fit."""
     make_checkpoint(tmp_path, "hf-fused", config=text_config(moe_intermediate_size=48))
     names = [
         f"model.language_model.layers.{i}.mlp.experts.{p}" for i in range(4) for p in ("gate_up_proj", "down_proj")
     ]
     rewrite(tmp_path, lambda tensors: tensors.update({n: tensors[n].swapaxes(1, 2) for n in names}))
-    refused(tmp_path, UnsupportedModelError, r"gate_up_proj \[E, 2I, H\], got it transposed")
+    layout = Checkpoint.open(tmp_path).layout(0)
+    assert [part.shape for part in layout.parts] == [(48, 64), (48, 64), (64, 48)]
+    assert [part.strides for part in layout.parts] == [(1, 96), (1, 96), (1, 64)]
+    assert layout.payload_bytes == 3 * 48 * 64 * 2
+    rewrite(tmp_path, lambda tensors: tensors.update({names[0]: tensors[names[0]].swapaxes(1, 2)}))
+    refused(tmp_path, CorruptError, "or both transposed")
     odd = {
         "layers.0.mlp.experts.gate_up_proj": mx.zeros((2, 7, 8)),
         "layers.0.mlp.experts.down_proj": mx.zeros((2, 8, 3)),
@@ -385,11 +390,11 @@ def test_experts_that_differ(tmp_path: Path):
     ("name", "message"),
     [
         ("model.layers.0.mlp.experts.0.gate_proj.qweight", "qweight"),
-        ("model.layers.0.mlp.experts.0.gate_proj.weight_scale_inv", "weight_scale_inv"),
-        ("model.layers.0.mlp.experts.gate_up_proj_blocks", "gate_up_proj_blocks"),
-        ("model.layers.0.block_sparse_moe.experts.0.w1.weight", "w1.weight"),
-        ("model.layers.0.mlp.switch_mlp.fc1.weight", "fc1"),
-        ("model.layers.0.mlp.switch_mlp.gate_proj.global_scale", "global_scale"),
+        ("model.layers.0.mlp.experts.0.gate_proj.weight_zero_point", "weight_zero_point"),
+        ("model.layers.0.mlp.experts.gate_up_proj_zeros", "gate_up_proj_zeros"),
+        ("model.layers.0.block_sparse_moe.experts.0.w4.weight", "w4.weight"),
+        ("model.layers.0.mlp.switch_mlp.fc3.weight", "fc3"),
+        ("model.layers.0.mlp.switch_mlp.gate_proj.qzeros", "qzeros"),
         ("model.layers.0.mlp.experts.00.gate_proj.weight", "experts.00"),
     ],
 )

@@ -164,6 +164,19 @@ def compressed_nvfp4(module: str, weight: mx.array) -> Tensors:
     }
 
 
+def with_global_scales(tensors: Tensors) -> Tensors:
+    """MLX's nvfp4 with a scale per expert, stacked."""
+    dense, blocks = _grouped(tensors)
+    for stem, own in blocks.items():
+        for name, value in own.items():
+            parts = [_nvfp4(weight) for weight in value]
+            dense[f"{stem}.{name}"] = mx.stack([packed.view(mx.uint32) for packed, _, _ in parts])
+            module = f"{stem}.{name.removesuffix('.weight')}"
+            dense[f"{module}.scales"] = mx.stack([scales for _, scales, _ in parts])
+            dense[f"{module}.global_scale"] = mx.stack([factor * NVFP4_LIMIT for _, _, factor in parts])
+    return dense
+
+
 OWN = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
 W123 = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
@@ -192,6 +205,8 @@ FOREIGN: dict[str, Layout] = {
     ),
 }
 """As LAYOUTS, where mlx-lm reads no such experts."""
+GLOBAL_SCALES: Layout = ("qwen3_moe", with_global_scales, None)
+"""mlx-lm reads these, and multiplies with them on a GPU only."""
 
 
 def write_layout(directory: Path, layout: Layout, *, shards: int = 1) -> Path:

@@ -9,7 +9,7 @@ from .expert_layout import DTYPE_BYTES, PROJECTIONS, Quantization, View
 from .expert_names import name_in, parse_name
 from .quantization import QuantizationSettings, Stored, mlx_name
 from .safetensors_header import TensorInfo, brief, some
-from .schemes import FLOAT_DTYPES
+from .schemes import FLOAT_DTYPES, factor_names
 
 _AGAIN = "Download the checkpoint again."
 _PACKED_AS = {"I32": "U32", "F8_E4M3": "U8", "F8_E8M0": "U8"}
@@ -92,8 +92,8 @@ def _stacked_parts(where: str, example: str, found: Found) -> tuple[int, Parts]:
         (f"{stem}.{name_in(p, example)}.weight" for p in _projections(found) if (p, "weight") not in tensors),
     )
     for (_, part), info in tensors.items():
-        _check_rank(info, 2 if part == "bias" else 3)
-    num_experts = tensors["up_proj", "weight"].shape[0]
+        _check_rank(info, 1 if part in factor_names() else 2 if part == "bias" else 3)
+    num_experts = tensors.get(("gate_proj", "weight"), tensors["up_proj", "weight"]).shape[0]
     parts = {}
     for key, info in tensors.items():
         if info.shape[0] != num_experts:
@@ -217,7 +217,7 @@ def _per_expert_parts(where: str, example: str, found: Found, expected: int | No
                     f"[{where}] experts must be alike, got {brief(infos[0].name)} {infos[0].dtype} "
                     f"{infos[0].shape} and {brief(info.name)} {info.dtype} {info.shape}. {_AGAIN}"
                 )
-        shape = () if infos[0].shape == (1,) and key[1] != "bias" else infos[0].shape
+        shape = () if infos[0].shape == (1,) and key[1] in factor_names() else infos[0].shape
         parts[key] = _packed_words(Part(infos, _PACKED_AS.get(infos[0].dtype, infos[0].dtype), shape))
     return num_experts, parts
 

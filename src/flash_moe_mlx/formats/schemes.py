@@ -163,6 +163,11 @@ def part_names() -> tuple[str, ...]:
     return tuple(dict.fromkeys(name for scheme in SCHEMES.values() for name in scheme.parts))
 
 
+def factor_names() -> set[str]:
+    """Names of the parts that are one number per matrix, of all modes."""
+    return {name for scheme in SCHEMES.values() for name in scheme.factors}
+
+
 def matching(dtypes: Mapping[str, str], stated: Collection[str] = ()) -> list[Scheme]:
     """Modes that a matrix with parts of these dtypes, by name, may be of; ``stated``: those that config.json names."""
     candidates = [scheme for scheme in SCHEMES.values() if scheme.inferred or scheme.mode in stated]

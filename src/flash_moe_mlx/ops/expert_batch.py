@@ -108,7 +108,8 @@ def _grouped_products(
         index = mx.array(np.repeat(np.arange(len(own), dtype=np.uint32), [len(each) for each in own]))
         rows = np.concatenate(own)
         each = x[mx.array(rows // k)][:, None]
-        gate, up = (_sorted_product(each, bank, name, chosen, index) for name in ("gate_proj", "up_proj"))
+        up = _sorted_product(each, bank, "up_proj", chosen, index)
+        gate = _sorted_product(each, bank, "gate_proj", chosen, index) if bank.layout.has_gate else up
         # Not "or": an nn.Module without parameters is an empty dict, hence false.
         h = (swiglu if activation is None else activation)(up, gate).astype(x.dtype)
         y[mx.array(rows)] = _sorted_product(h, bank, "down_proj", chosen, index)[:, 0]

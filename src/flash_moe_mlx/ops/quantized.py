@@ -145,12 +145,12 @@ def sorted_product(x: mx.array, parts: Parts, quantization: Quantization | None,
     Returns:
         Shape (R, 1, out), dtype of x. Sums are float32.
     """
-    if quantization is None or quantization.scheme.dequantise is not None or dequantizes():
+    if quantization is None or not _multiplies(quantization) or dequantizes():
         # In float32, then rounded once: in bfloat16 the product with the scale would be rounded as well.
         dense = parts["weight"] if quantization is None else dequantize(parts, quantization)
         return mx.gather_mm(x, dense.astype(x.dtype).swapaxes(-1, -2), rhs_indices=index, sorted_indices=True)
-    own = _in_dtype(parts, x.dtype)
-    return mx.gather_qmm(
+    own = _completed(parts, quantization, x.dtype)
+    y = mx.gather_qmm(
         x,
         own["weight"],
         own["scales"],
@@ -160,6 +160,7 @@ def sorted_product(x: mx.array, parts: Parts, quantization: Quantization | None,
         sorted_indices=True,
         **mlx_arguments(quantization),
     )
+    return _times_factors(y, {name: parts[name][index] for name in quantization.scheme.factors}, quantization)
 
 
 def gathered_product(x: mx.array, parts: Parts, quantization: Quantization, index: mx.array) -> mx.array:
