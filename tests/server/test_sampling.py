@@ -9,6 +9,7 @@ import pytest
 
 import flash_moe_mlx
 from flash_moe_mlx import FlashMoEError
+from flash_moe_mlx.chat.text import token_table
 from flash_moe_mlx.server.openai_format import ChatFormat, CompletionFormat, event
 from flash_moe_mlx.server.parts import TextPart, TokenLogprob
 from flash_moe_mlx.server.sampling import processors_for, sampler_for, token_logprob
@@ -76,7 +77,7 @@ def test_log_probabilities_of_every_activation_dtype(dtype: mx.Dtype):
         for response in flash_moe_mlx.stream_generate(model, tokenizer, "Hi", 2, sampler=sampler):
             assert response.logprobs.dtype == mx.float32
             assert mx.logsumexp(response.logprobs).item() == pytest.approx(0, abs=1e-5)
-            found = token_logprob(response, tokenizer.decode, 3)
+            found = token_logprob(response, "a", token_table(tokenizer), 3)
             assert found.logprob == found.top[0][1] == pytest.approx(response.logprobs.max().item())
     assert set(seen) == {mx.float32}
 
@@ -84,12 +85,12 @@ def test_log_probabilities_of_every_activation_dtype(dtype: mx.Dtype):
 def test_log_probabilities_that_are_none_are_no_json():
     response = SimpleNamespace(token=1, logprobs=mx.array([0.0, float("nan")]))
     with pytest.raises(FlashMoEError, match="NaN"):
-        token_logprob(response, str, 0)  # type: ignore[arg-type]
+        token_logprob(response, "a", None, 0)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), -1e30], ids=str)
 def test_events_hold_numbers(value: float):
-    finished = [TextPart("content", "a", (TokenLogprob("a", value, (("b", value),)),))]
+    finished = [TextPart("content", "a", (TokenLogprob("a", value, (("b", value, b"b"),)),))]
     for answer in (ChatFormat("demo", True), CompletionFormat("demo", True)):
         text = event(answer.chunk(finished[0], 0)).decode()
         assert json.loads(text[6:], parse_constant=lambda name: pytest.fail(name))["choices"][0]["logprobs"]
