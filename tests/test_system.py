@@ -319,3 +319,47 @@ def test_a_probe_of_memory_is_not_remembered(mac: Mac, path: Path, tmp_path: Pat
     monkeypatch.setattr(io_choice, "probe_disk", Disk(RATES | {4: 30e9}))
     assert threads(path, tmp_path / "disks.json") == io_choice.DEFAULT_THREADS
     assert not (tmp_path / "disks.json").exists()
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="glibc")
+def test_freed_buffers_go_back_to_the_system():
+    """In a process of its own: a heap's settings are for good. The second buffers would have stayed in the heap."""
+    code = """
+import ctypes
+from flash_moe_mlx.system import return_freed_buffers
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) << 10
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes, libc.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+if return_freed_buffers():
+    size = 20 << 20
+    before = resident()
+    for _ in range(2):
+        buffers = [libc.malloc(size) for _ in range(4)]
+        above = libc.malloc(100_000)  # would keep the heap's end from being trimmed
+        for buffer in buffers:
+            ctypes.memset(buffer, 1, size)
+            libc.free(buffer)
+    assert resident() - before < size, (before, resident())
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_the_heap_is_trimmed_now_and_then(monkeypatch: pytest.MonkeyPatch):
+    trimmed, now = [], [100.0]
+
+    class Libc:
+        def malloc_trim(self, pad: int) -> None:
+            trimmed.append(now[0])
+
+    monkeypatch.setattr(system, "_libc", lambda: Libc())
+    monkeypatch.setattr(system, "return_freed_buffers", lambda: True)
+    monkeypatch.setattr(system, "_next_trim", 0.0)
+    monkeypatch.setattr(system.time, "monotonic", lambda: now[0])
+    for now[0] in (100.0, 101.0, 104.9, 105.0, 107.0, 111.0):
+        system.trim_heap()
+    assert trimmed == [100.0, 105.0, 111.0]
+    monkeypatch.setattr(system, "return_freed_buffers", lambda: False)
+    now[0] = 200.0
+    system.trim_heap()
+    assert len(trimmed) == 3
