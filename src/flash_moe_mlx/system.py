@@ -120,14 +120,14 @@ def installed_memory_bytes() -> int:
 
 
 def lift_command_buffer_size() -> None:
-    """Have MLX end Metal's command buffers by their number of operations, and not at each bank of expert slots.
+    """Have MLX end a GPU's command buffers by their number of operations, and not at each layer's expert slots.
 
-    MLX ends one once its inputs exceed 40 to 50 Mi elements, and counts a bank whole although a kernel reads K records
-    of it: four to five command buffers per layer. A prompt's large intermediate arrays still end theirs. MLX reads the
-    variable once, when it first uses the GPU; one that the user has set stays.
+    MLX ends one once its inputs exceed 40 to 50 Mi elements, and counts a layer's slots whole although a kernel reads K
+    records of them: four to five command buffers per layer on Metal, and as many CUDA graphs. A prompt's large
+    intermediate arrays still end theirs. MLX reads the variable once, when it first uses the GPU; one that the user has
+    set stays.
     """
-    if is_macos():
-        os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", MAX_MB_PER_BUFFER)
+    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", MAX_MB_PER_BUFFER)
 
 
 # --- files ---

@@ -15,6 +15,7 @@ class Costs:
 
     dense_bytes: int = 1000
     load_bytes: int = 0
+    kept_bytes: int = 0
 
     def state_bytes(self, batch: int, length: int) -> int:
         return batch * length

@@ -24,7 +24,7 @@ CONTEXT = 1024
 class Costs:
     """One byte per token of state, ten per new token."""
 
-    dense_bytes = load_bytes = 0
+    dense_bytes = load_bytes = kept_bytes = 0
 
     def state_bytes(self, batch: int, length: int) -> int:
         return batch * length

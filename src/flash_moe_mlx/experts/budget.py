@@ -24,6 +24,11 @@ class ModelCosts(Protocol):
         """Most that loading needs for a moment beyond the dense weights."""
         ...
 
+    @property
+    def kept_bytes(self) -> int:
+        """Freed buffers of a prompt's products that are worth keeping; ``scratch_bytes`` has room for them."""
+        ...
+
     def state_bytes(self, batch: int, length: int) -> int:
         """KV caches and recurrent states of ``batch`` sequences of ``length`` tokens."""
         ...

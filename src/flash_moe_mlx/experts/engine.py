@@ -68,7 +68,7 @@ class StreamingEngine:
         self._reader = ExpertReader(self._cache, demand.layouts, demand.num_experts)
         self._counted_from = self._reader.counters.copy()
         self._applied = self._budget
-        self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes))
+        self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes) + demand.costs.kept_bytes)
         logger.info(
             "dense weights %s, %d of %d experts in slots (%s), read by %s",
             format_bytes(self._budget.dense_bytes),

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from ..ops.backend import use_cpu_kernels
 from ..ops.expert_batch import expert_ffn_grouped
 from ..ops.expert_ffn import expert_ffn
 from ..ops.expert_ffn_combine import expert_ffn_combine, shared_expert
@@ -49,7 +50,7 @@ class LocalExperts:
         *,
         alongside: Sequence[mx.array] = (),
         traced: bool = True,
-    ) -> "LocalPending":
+    ) -> "LocalPending | LocalTokenPending":
         """Start reading the experts that are missing: see `ExpertExecutor.begin`."""
         if isinstance(ids, mx.array):
             # Two calls: the ids can then be waited for alone, while a GPU computes what comes alongside.
@@ -57,6 +58,16 @@ class LocalExperts:
         if alongside:
             mx.async_eval(*alongside)
         host_ids = np.array(ids)
+        if (
+            len(host_ids) == 1
+            and self._activation is None
+            and not use_cpu_kernels()
+            and not (host_ids == ELSEWHERE).any()
+        ):
+            fetch = self._reader.token(self._layer, host_ids[0].tolist())
+            if traced:
+                self._reader.record(self._layer, host_ids, weights)
+            return LocalTokenPending(self._reader, self._layer, host_ids[0].tolist(), fetch)
         groups = self._reader.groups(self._layer, *_distinct(host_ids), len(host_ids))
         if traced:
             self._reader.record(self._layer, host_ids, weights)
@@ -167,6 +178,37 @@ class LocalPending:
 
     def _outputs(self) -> mx.array:
         return mx.zeros((self._ids.size, self._layout.hidden_size), dtype=mx.float32)
+
+
+class LocalTokenPending:
+    """PendingExperts of one token on a GPU: they are waited for, and computed all at once."""
+
+    def __init__(self, reader: ExpertReader, layer: int, experts: Sequence[int], fetch: TokenFetch):
+        self._reader, self._fetch = reader, fetch
+        self._bank = reader.cache.bank(layer)
+        self._slots = mx.array([fetch.slots_of(experts)], mx.uint32)
+
+    def run(self, x: mx.array, norm: Norm | None = None) -> mx.array:
+        """Compute the token's experts: see `PendingExperts.run`."""
+        self._fetch.wait()
+        y = expert_ffn(x, self._bank, self._slots, norm=norm)
+        self._reader.reading(y)
+        return y
+
+    def combined(
+        self,
+        x: mx.array,
+        weights: mx.array,
+        shared: mx.array | ExpertRecords,
+        shared_gate: mx.array,
+        residual: mx.array,
+        norm: Norm | None = None,
+    ) -> mx.array:
+        """Combine the experts' outputs in one operation: see `PendingExperts.combined`."""
+        self._fetch.wait()
+        y = expert_ffn_combine(x, self._bank, self._slots, weights, shared, shared_gate, residual, norm)
+        self._reader.reading(y)
+        return y
 
 
 class LocalToken:

@@ -54,6 +54,10 @@ class TokenFetch:
         self._bank = bank
         self._counters = counters
 
+    def slots_of(self, experts: Sequence[int]) -> list[int]:
+        """Return each expert's slot; a missing one's record is whole only after `wait`."""
+        return [self._fetch.slots[expert] for expert in experts]
+
     def addresses(self, experts: Sequence[int]) -> list[int]:
         """Return where each expert's record begins in memory; a missing one is whole only after `wait`."""
         base, size = self._bank.address, self._bank.layout.record_bytes

@@ -19,13 +19,13 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import DTYPE_BYTES, Quantization
 from ..formats.schemes import part_names
 from ..ops.backend import backend, use_cpu_kernels, use_kernels
-from ..ops.dequant_matmul import product_scratch_bytes
+from ..ops.dequant_matmul import dequantizes, product_scratch_bytes
 from ..ops.dequant_matvec import MAX_ROWS
 from ..ops.finite import first_bad_row, is_finite, non_finite
 from . import gpu_step
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .checks import DeferredChecks, check_tokens, checked_later, clamped, locate
-from .gpu_token import ResidentDecoder
+from .gpu_token import ResidentDecoder, layer_choice
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .memory import HybridCosts
 from .mixers.attention import GatedAttention
@@ -94,6 +94,10 @@ class DecoderLayer(nn.Module):
         return mix(self.mixer, self.input_layernorm, x, cache) if h is None else h
 
     def __call__(self, x: mx.array, cache: Any, rows: mx.array | None = None) -> mx.array:
+        choice = layer_choice(self) if x.shape[:2] == (1, 1) and rows is None and use_kernels() else None
+        chosen = None if choice is None else choice(x, cache)
+        if chosen is not None:
+            return self.mlp.finish(*chosen, self.post_attention_layernorm).reshape(x.shape)
         h = self.mix(x, cache)
         if rows is None and isinstance(self.mlp, StreamingMoE):
             y = self.mlp.step(h, self.post_attention_layernorm)
@@ -413,6 +417,7 @@ def prepare_hybrid(
             config=config,
             activation_bytes=dtype.size,
             matvec_bytes=_product_bytes(weights, checkpoint),
+            kept_bytes=_product_bytes(weights, checkpoint) if dequantizes() else 0,
             expert_bytes=_largest_projection(checkpoint),
             holds_scores=not use_cpu_kernels(),
         ),

@@ -71,12 +71,65 @@ class LayerToken:
         y = self._moe.finish(rows, norm, slots, places, weights, logits)
         return y.reshape(h.shape), ids
 
+    def choose(self, h: mx.array) -> Sequence[mx.array]:
+        """Return h (1, H), the chosen ids, weights, and logits whose last column is the shared expert's gate."""
+        rows = h.reshape(-1, h.shape[-1])
+        ids, weights, _, logits = self._moe.route(rows, norm_of(self._layer.post_attention_layernorm))
+        return rows, ids, weights, logits
+
     def fits(self, cache: Any) -> bool:
         """Tell whether a cache is that of one sequence which has begun."""
         if self.is_attention:
             return isinstance(getattr(cache, "offset", None), int)
         started = cache[0] is not None and cache[1] is not None
         return started and cache.lengths is None and cache.left_padding is None
+
+
+class LayerChoice:
+    """A layer up to its router's choice, traced as one function: where the host must see the ids."""
+
+    def __init__(self, layer: Any, token: LayerToken):
+        """Bind a layer; nothing is traced yet."""
+        self._layer, self._token = layer, token
+        self._compiled: Compiled | None = None
+        self._held: list[tuple[dict[str, Any], str, Any]] = []
+
+    def __call__(self, x: mx.array, cache: Any) -> Sequence[mx.array] | None:
+        """Run the layer up to the choice, lazily.
+
+        Args:
+            x: Hidden state. Shape (1, 1, H).
+            cache: The layer's cache, which is advanced.
+
+        Returns:
+            The mixer's output (1, H), ids (1, K), weights (1, K), and logits whose last column is the shared expert's
+            gate. None, and no cache changed, where the cache is not fit for it.
+        """
+        token = self._token
+        if not token.fits(cache):
+            return None
+        if self._compiled is None or not all(owner.get(name) is value for owner, name, value in self._held):
+            prepare([self._layer])
+            self._held = held_arrays(self._layer)
+            self._compiled = compile_layers(token.choose if token.is_attention else self._whole)
+        if token.is_attention:
+            return self._compiled(token.mix(x, cache))
+        *outputs, cache[0], cache[1] = self._compiled(x, cache[0], cache[1])
+        cache.advance(1)
+        return outputs
+
+    def _whole(self, x: mx.array, window: mx.array, state: mx.array) -> Sequence[mx.array]:
+        cache = _Window(window, state)
+        return [*self._token.choose(self._token.mix(x, cache)), *cache.arrays]
+
+
+def layer_choice(layer: Any) -> LayerChoice | None:
+    """Return a layer's choice, made on its first use and kept with it; None where the kernels don't know the layer."""
+    if "_gpu_choice" not in vars(layer):
+        token = LayerToken.of(layer)
+        layer._gpu_choice = None if token is None else LayerChoice(layer, token)
+    choice: LayerChoice | None = layer._gpu_choice
+    return choice
 
 
 class Segment:

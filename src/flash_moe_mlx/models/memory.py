@@ -25,6 +25,8 @@ class HybridCosts:
         activation_bytes: Bytes of one activation value: 4 on the CPU, 2 for bfloat16.
         matvec_bytes: Largest temporary of a dense product: scales and biases in float32, where the reference runs; on
             CUDA dequantised tiles.
+        kept_bytes: Freed buffers of products that are kept: on CUDA, where to allocate them anew takes longer than to
+            compute them.
         expert_bytes: Largest temporary of one expert's product: its dequantised projection.
         holds_scores: Whether attention writes scores to memory; the CPU kernel does not.
     """
@@ -34,6 +36,7 @@ class HybridCosts:
     config: ModelConfig
     activation_bytes: int
     matvec_bytes: int
+    kept_bytes: int
     expert_bytes: int
     holds_scores: bool
 
@@ -48,7 +51,7 @@ class HybridCosts:
         mixer = max(mixer.scratch_bytes(c, *sizes, holds_scores=self.holds_scores) for mixer in mixers)
         hidden = 4 * batch * tokens * c.hidden_size * self.activation_bytes
         logits = 4 * batch * c.vocab_size * FLOAT32_BYTES
-        return hidden + max(moe, mixer, logits) + self.matvec_bytes + _MARGIN
+        return hidden + max(moe, mixer, logits) + self.matvec_bytes + self.kept_bytes + _MARGIN
 
     def _moe_bytes(self, rows: int) -> int:
         c = self.config

@@ -108,12 +108,28 @@ class StreamingMoE(nn.Module):
         step = moe_step(self) if use_kernels() and len(flat) <= PAIRWISE_TOKENS else None
         if step is None:
             return None
-        own_norm = norm_of(norm)
-        ids, weights, _, logits = step.route(flat, own_norm)
+        ids, weights, _, logits = step.route(flat, norm_of(norm))
+        return self.finish(flat, ids, weights, logits, norm).reshape(h.shape)
+
+    def finish(self, h: mx.array, ids: mx.array, weights: mx.array, logits: mx.array, norm: nn.RMSNorm) -> mx.array:
+        """Compute ``h + self(norm(h))`` on a GPU, once the router has chosen.
+
+        Args:
+            h: Hidden states. Shape (T, H).
+            ids: Chosen experts. Shape (T, K).
+            weights: Their weights. Shape (T, K).
+            logits: Logits whose last column is the shared expert's gate.
+            norm: The block's norm.
+
+        Raises:
+            NonFiniteError: If the router's weights are not finite.
+            StoreError: If an expert can't be read.
+        """
+        step = moe_step(self)
+        assert step is not None
         self._check(weights)
-        pending = self.routed.begin(ids, weights)
-        y = pending.combined(flat, weights, step.shared.bank, logits, flat, own_norm)
-        return y.reshape(h.shape)
+        pending = self.routed.begin(ids, weights, alongside=(h, logits))
+        return pending.combined(h, weights, step.shared.bank, logits, h, norm_of(norm))
 
     def _check(self, weights: mx.array) -> None:
         """Check that the router's weights, shape (T, K), are finite: NaN in a hidden state makes all of them NaN.

@@ -69,6 +69,10 @@ class SwitchGLUCosts:
     num_experts_per_tok: int
     score_heads: int
 
+    @property
+    def kept_bytes(self) -> int:
+        return product_scratch_bytes(0, self.hidden_size, self.expert_width)  # dense layers are mlx-lm's own
+
     def state_bytes(self, batch: int, length: int) -> int:
         return batch * sum(cache.state_bytes(length) for cache in self.caches)
 
@@ -80,7 +84,7 @@ class SwitchGLUCosts:
         pairs = min(rows * self.num_experts_per_tok, grouped_rows() + rows)
         lazy = pairs * (3 * self.expert_width + 3 * self.hidden_size)
         expert = 2 * self.expert_width * self.hidden_size
-        products = product_scratch_bytes(0, self.hidden_size, self.expert_width)  # dense layers are mlx-lm's own
+        products = 2 * self.kept_bytes  # in use, and kept
         scores = 3 * batch * self.score_heads * tokens * length
         logits = 4 * batch * self.vocab_size
         values = max(routed + lazy + expert, scores) + routing + dense + logits

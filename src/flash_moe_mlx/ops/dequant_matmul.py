@@ -4,11 +4,16 @@ import mlx.core as mx
 
 from .backend import backend, use_reference
 
-TILE_BYTES = 16 << 20
+TILE_BYTES = 128 << 20
 """Dequantised weights held at a time, as float32."""
 
-GROUP_BYTES = 64 << 20
-"""Dequantised weights of one projection of several experts, as float32: few enough products fill a GPU."""
+GROUP_BYTES = 256 << 20
+"""Dequantised weights of one projection of several experts, as float32. On an H200 a prompt of 2,048 tokens at 35B
+dimensions took 3.0 s with 16 MB, 1.4 s with 64 MB and 1.0 s with 256 MB: launches and allocations are what it waits
+for."""
+
+GROUP_EXPERTS = 64
+"""Maximum number of experts that share a grouped product, however small they are."""
 
 
 def dequantizes() -> bool:
@@ -18,7 +23,7 @@ def dequantizes() -> bool:
 
 def experts_at_once(hidden_size: int, intermediate_size: int) -> int:
     """Return how many experts share a grouped product."""
-    return max(1, GROUP_BYTES // (hidden_size * intermediate_size * mx.float32.size))
+    return min(max(1, GROUP_BYTES // (hidden_size * intermediate_size * mx.float32.size)), GROUP_EXPERTS)
 
 
 def product_scratch_bytes(matrix_bytes: int, hidden_size: int, intermediate_size: int) -> int:

@@ -11,7 +11,7 @@ from .numerics import Activation, swiglu
 from .quantized import has_kernels, lazy_product, sorted_product
 from .slot_memory import ExpertRecords
 
-CPU_ROWS, GPU_ROWS = 512, 4096
+CPU_ROWS, GPU_ROWS = 512, 8192
 
 
 def grouped_rows() -> int:
