@@ -1,0 +1,106 @@
+"""Time decode and prompts of a checkpoint on a GPU.
+
+    python -m benchmarks.gpu CHECKPOINT [--slots all|fewest] [--experts-per-tok K] [--prompt 2048] [--runs 5]
+
+Prints one JSON object per line: tokens per second (median, minimum and maximum of the runs), hit rate and memory.
+Write a checkpoint of true dimensions with benchmarks.synthetic first.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from flash_moe_mlx.errors import MemoryLimitError
+from flash_moe_mlx.runtime.loading import load_model
+
+WARM_TOKENS, TOKENS = 8, 48
+
+
+def fewest_slots(path: Path, **arguments: Any) -> int:
+    """Return the smallest limit of the GPU's memory that works, in bytes."""
+    try:
+        load_model(path, gpu_memory_limit=1, **arguments)
+    except MemoryLimitError as error:
+        assert error.smallest_limit_bytes is not None
+        return error.smallest_limit_bytes
+    raise AssertionError("one byte is no memory")
+
+
+def decode(model: Any, cache: list[Any], rng: np.random.Generator, tokens: int) -> float:
+    """Return seconds per token; each token is built while the last one runs, as in generation."""
+    vocabulary, last = model.vocabulary_size, None
+    started = time.perf_counter()
+    for _ in range(tokens):
+        # Random tokens: greedy ones of a random model fall into a cycle, whose experts stay in slots.
+        logits = model(mx.array([[int(rng.integers(vocabulary))]]), cache=cache)
+        chosen = mx.argmax(logits[:, -1:], axis=-1)
+        mx.async_eval(chosen)
+        if last is not None:
+            last.item()
+        last = chosen
+    if last is not None:
+        last.item()
+    return (time.perf_counter() - started) / tokens
+
+
+def prompt(model: Any, ids: mx.array) -> float:
+    """Return seconds of a prompt, its states and the last logits included."""
+    cache = model.make_cache()
+    started = time.perf_counter()
+    logits = model(ids, cache=cache, logits_to_keep=1)
+    mx.eval(logits, [each.state for each in cache])
+    return time.perf_counter() - started
+
+
+def report(what: str, per: Callable[[float], float], seconds: list[float], **figures: Any) -> None:
+    rates = [per(each) for each in seconds]
+    rounded = {name: round(value, 2) for name, value in (
+        ("median", statistics.median(rates)), ("min", min(rates)), ("max", max(rates)))}  # fmt: skip
+    print(json.dumps({"what": what, "tok/s": rounded, "runs": len(rates), **figures}), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", type=Path)
+    parser.add_argument("--slots", choices=("all", "fewest"), default="all")
+    parser.add_argument("--gpu-memory-limit", help="such as 20GB, in place of --slots")
+    parser.add_argument("--memory-limit", default="110GB")
+    parser.add_argument("--experts-per-tok", type=int)
+    parser.add_argument("--prompt", type=int, default=0)
+    parser.add_argument("--runs", type=int, default=5)
+    a = parser.parse_args()
+    how = {"memory_limit": a.memory_limit, "num_experts_per_tok": a.experts_per_tok, "max_context": 4096}
+    limit = a.gpu_memory_limit or ("130GB" if a.slots == "all" else fewest_slots(a.checkpoint, **how))
+    started = time.perf_counter()
+    model = load_model(a.checkpoint, gpu_memory_limit=limit, **how)
+    loaded = time.perf_counter() - started
+    rng, engine = np.random.default_rng(0), model.streaming
+    if a.prompt:
+        ids = mx.array(rng.integers(0, model.vocabulary_size, (1, a.prompt)))
+        first = prompt(model, ids)
+        seconds = [prompt(model, ids) for _ in range(a.runs)]
+        report(f"prompt of {a.prompt}", lambda s: a.prompt / s, seconds, first_seconds=round(first, 1))
+    cache = model.make_cache()
+    mx.eval(model(mx.array(rng.integers(0, model.vocabulary_size, (1, 64))), cache=cache, logits_to_keep=1))
+    started = time.perf_counter()
+    decode(model, cache, rng, WARM_TOKENS)
+    first = time.perf_counter() - started
+    engine.reset_stats()
+    seconds = [decode(model, cache, rng, TOKENS) for _ in range(a.runs)]
+    stats = engine.stats()
+    report(
+        "decode", lambda s: 1 / s, seconds, slots=stats.num_slots, experts=stats.num_experts,
+        hit_rate=round(stats.hit_rate, 3), lazy=model.runs_ahead, load_seconds=round(loaded, 1),
+        first_tokens_seconds=round(first, 1), peak_gb=round(stats.peak_memory_bytes / 1e9, 2), io=stats.io,
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
