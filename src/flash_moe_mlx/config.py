@@ -10,7 +10,8 @@ from .errors import CorruptError, RequestError, UnsupportedModelError
 from .formats.config_fields import HYBRID_FIELDS, MAX_DIMENSION, ROPE_FIELDS, read_fields
 from .formats.safetensors_header import brief, some
 
-IO_MODES = ("auto", "mmap", "pread", "direct")
+READ_MODES = ("mmap", "pread", "direct")
+IO_MODES = ("auto", *READ_MODES)
 DEFAULT_PREFILL_STEP_SIZE = 2048
 """Tokens of prompt per forward pass where the caller names none: mlx_lm's own default."""
 

@@ -6,24 +6,18 @@ from math import prod
 import mlx.core as mx
 import pytest
 
-from flash_moe_mlx.ops import (
-    dequant_matvec,
-    expert_ffn,
-    expert_ffn_combine,
-    gated_delta,
-    gated_delta_conv_step,
-    matvec_residual,
-    moe_combine,
-    norm_matvec,
-    qk_norm_rope,
-    router_topk,
-)
 from flash_moe_mlx.ops.backend import backend, use_kernels
-from flash_moe_mlx.ops.gated_delta_step import Columns
+from flash_moe_mlx.ops.dequant_matvec import dequant_matvec
+from flash_moe_mlx.ops.expert_ffn import expert_ffn
+from flash_moe_mlx.ops.expert_ffn_combine import expert_ffn_combine
+from flash_moe_mlx.ops.gated_delta import gated_delta
+from flash_moe_mlx.ops.gated_delta_step import Columns, gated_delta_conv_step
 from flash_moe_mlx.ops.gpu import kernel_source
+from flash_moe_mlx.ops.moe_combine import moe_combine
 from flash_moe_mlx.ops.norm import Norm
-from flash_moe_mlx.ops.norm_matvec import Matrix
-from flash_moe_mlx.ops.qk_norm_rope import Heads, rotation
+from flash_moe_mlx.ops.norm_matvec import Matrix, matvec_residual, norm_matvec
+from flash_moe_mlx.ops.qk_norm_rope import Heads, qk_norm_rope, rotation
+from flash_moe_mlx.ops.router_topk import router_topk
 
 from .oracle import make_bank
 
@@ -38,7 +32,6 @@ def gpu_launches(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         return [mx.zeros(shape, dtype) for shape, dtype in outputs]
 
     monkeypatch.setattr(kernel_source, "launch", launch)
-    # The package has a function of the module's name.
     monkeypatch.setattr(import_module("flash_moe_mlx.ops.backend"), "backend", lambda: "metal")
     return names
 

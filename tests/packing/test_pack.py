@@ -238,7 +238,6 @@ def test_progress_and_estimate(stock: Path, tmp_path: Path, monkeypatch: pytest.
         estimate = packing.estimate()
     assert not (tmp_path / "packed").exists()
     assert estimate.remaining_bytes < estimate.result_bytes < estimate.needed_bytes < estimate.free_bytes
-    assert estimate.seconds > 0
     assert estimate.lossy == tuple(
         f"{p}: 4-bit to 2 bits in groups of 64" for p in ("down_proj", "gate_proj", "up_proj")
     )

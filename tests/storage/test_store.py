@@ -51,13 +51,6 @@ class StoreTests:
         for request in requests:
             assert parts_of(checkpoint, request) == expected[request.layer, request.expert]
 
-    def test_views_what_safetensors_reads(self, checkpoint: Checkpoint, store: Any):
-        for (layer, expert), parts in expected_parts(checkpoint).items():
-            views = store.view(layer, expert)
-            assert {name: bytes(view) for name, view in views.items()} == parts
-            assert list(views) == [part.name for part in checkpoint.layout(layer).parts]
-            assert all(view.readonly and view.format == "B" and view.ndim == 1 for view in views.values())
-
     def test_leaves_padding_alone(self, checkpoint: Checkpoint, store: Any):
         request = request_for(checkpoint, 0, 0, fill=0x5C)
         store.read_into([request])
@@ -109,8 +102,6 @@ class StoreTests:
         for layer, expert in [(99, 0), (-1, 0), (0, -1), (0, checkpoint.num_experts(0))]:
             with pytest.raises(RequestError):
                 store.submit([good, ReadRequest(layer, expert, good.buffer)])
-            with pytest.raises(RequestError):
-                store.view(layer, expert)
         assert not any(good.buffer)  # nothing was read
 
     def test_refuses_buffers_it_cannot_fill(self, checkpoint: Checkpoint, store: Any):
@@ -152,8 +143,6 @@ class StoreTests:
         store.close()
         with pytest.raises(StoreError, match="must be open"):
             store.submit([request_for(checkpoint, 0, 0)])
-        with pytest.raises(StoreError, match="must be open"):
-            store.view(0, 0)
 
 
 class TestPread(StoreTests):
@@ -203,8 +192,6 @@ def test_faulty_store_poisons_until_the_bytes_come(tmp_path: Path):
         assert parts_of(checkpoint, requests[0]) == expected[0, 0]
         assert parts_of(checkpoint, requests[2]) == expected[0, 2]
         assert set(requests[1].buffer) == {POISON}
-        with pytest.raises(StoreError, match="injected"):
-            store.view(0, 1)
 
 
 def test_mlx_names_cover_the_experts():

@@ -72,13 +72,6 @@ class InMemoryStore:
                         record[r.record_offset : r.record_offset + r.nbytes] = file.read(r.nbytes)
                 self._records[layer, expert] = bytes(record)
 
-    def view(self, layer: int, expert: int) -> Mapping[str, memoryview]:
-        self._check_open()
-        self.checkpoint.ranges(layer, expert)  # for its errors
-        record = memoryview(self._records[layer, expert])
-        parts = self.checkpoint.layout(layer).parts
-        return {part.name: record[part.offset : part.offset + part.nbytes] for part in parts}
-
     def submit(self, requests: Sequence[ReadRequest]) -> _ReadsOf:
         self._check_open()
         targets = [writable_bytes(r, self.checkpoint.layout(r.layer).record_bytes) for r in requests]

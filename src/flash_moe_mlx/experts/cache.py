@@ -142,9 +142,6 @@ class ExpertCache:
         """Experts of a layer that are in memory, those that came last at the end."""
         return tuple(self._layers[layer].present)
 
-    def contains(self, layer: int, expert: int) -> bool:
-        return expert in self._layers[layer].present
-
     def order(
         self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1
     ) -> tuple[list[int], int]:

@@ -10,23 +10,17 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
-from ..ops import (
-    dequant_matvec,
-    expert_ffn,
-    expert_ffn_combine,
-    gated_delta,
-    gated_delta_conv_step,
-    matvec_residual,
-    moe_combine,
-    norm_matvec,
-    qk_norm_rope,
-    router_topk,
-)
 from ..ops.backend import REFERENCE_SWITCH, references
-from ..ops.gated_delta_step import Columns
+from ..ops.dequant_matvec import dequant_matvec
+from ..ops.expert_ffn import expert_ffn
+from ..ops.expert_ffn_combine import expert_ffn_combine
+from ..ops.gated_delta import gated_delta
+from ..ops.gated_delta_step import Columns, gated_delta_conv_step
+from ..ops.moe_combine import moe_combine
 from ..ops.norm import Norm
-from ..ops.norm_matvec import Matrix
-from ..ops.qk_norm_rope import Heads, rotation
+from ..ops.norm_matvec import Matrix, matvec_residual, norm_matvec
+from ..ops.qk_norm_rope import Heads, qk_norm_rope, rotation
+from ..ops.router_topk import router_topk
 from .kernel_cases import GROUP, Layer, Model, random_matrix
 from .kernel_timing import relative_rms
 

@@ -16,6 +16,7 @@ from ..errors import NonFiniteError
 from ..experts.executor import TokenExperts
 from ..ops.cpu import decode_tasks as tasks
 from ..ops.cpu.arrays import empty, floats
+from ..ops.cpu.elementwise import CHANNELS
 from ..ops.cpu.expert_program import UnsupportedLayerError
 from ..ops.cpu.program import ExpertOperations, Operation, Program, together
 from ..ops.cpu.vectors import Pool
@@ -201,7 +202,7 @@ class CPUDecoder:
             choose,
         ]
         combine = Operation(
-            tasks.combine, -(-size // tasks.CHANNELS), y, self._k, size, self._weights, shared_y, gate, hidden
+            tasks.combine, -(-size // CHANNELS), y, self._k, size, self._weights, shared_y, gate, hidden
         )
         outputs = {"the experts": y, "the shared expert": shared_y, "the shared expert's gate": gate}
         return _Layer(mixer, begin, shared, experts, combine, mixed, outputs)

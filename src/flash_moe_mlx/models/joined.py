@@ -14,11 +14,10 @@ from ..formats.schemes import AFFINE
 from ..ops.gpu.kernel_source import MIN_DEVICE_ELEMENTS
 from ..ops.norm import Norm
 from ..ops.norm_matvec import Matrix, norm_matvec
-from ..ops.slot_memory import MLX_DTYPES, ExpertRecords
+from ..ops.slot_memory import DTYPE_NAMES, ExpertRecords
 from .layers import Linear, SwiGLU
 
 _PARTS = tuple(AFFINE.parts)
-_DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 
 
 def _has_matrix(linear: object) -> bool:
@@ -142,7 +141,7 @@ class SharedRecord:
 
     def _pack(self, linears: list[Linear]) -> ExpertRecords:
         specs = {
-            (projection, part): (_DTYPE_NAMES[linear[part].dtype], linear[part].shape)
+            (projection, part): (DTYPE_NAMES[linear[part].dtype], linear[part].shape)
             for projection, linear in zip(PROJECTIONS, linears, strict=True)
             for part in _PARTS
         }

@@ -7,10 +7,10 @@ import mlx.core as mx
 
 from .backend import use_cpu_kernels, use_kernels
 from .gpu import kernel_source
+from .gpu.geometry import SIMD_WIDTH
 from .gpu.kernel_source import Constants, Kernel
 from .numerics import L2_EPS
 
-SIMD_WIDTH = 32
 LANES = 16
 """Lanes that share a row of the state: the same for steps and prompts, since the order of sums follows from it."""
 

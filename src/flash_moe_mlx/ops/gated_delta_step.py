@@ -6,8 +6,9 @@ from functools import cache
 import mlx.core as mx
 
 from .backend import use_kernels
-from .gated_delta import LANES, SIMD_WIDTH, conv1d_silu_reference, gated_delta_reference, has_kernel
+from .gated_delta import LANES, conv1d_silu_reference, gated_delta_reference, has_kernel
 from .gpu import kernel_source
+from .gpu.geometry import SIMD_WIDTH
 from .gpu.kernel_source import Kernel
 from .norm import Norm
 

@@ -11,7 +11,7 @@ from .numerics import output_dtype
 
 THREADS = 64
 
-BLOCK_ROWS = 256
+COMBINED_ROWS = 256
 """Tokens that the reference combines at a time."""
 
 
@@ -23,11 +23,11 @@ def moe_combine_reference(
     residual: mx.array | None,
 ) -> mx.array:
     """``moe_combine`` in plain MLX operations."""
-    if len(y) > BLOCK_ROWS:
+    if len(y) > COMBINED_ROWS:
         # MLX would make all K products before the first sum: as much again as y.
         blocks = []
-        for start in range(0, len(y), BLOCK_ROWS):
-            part = slice(start, start + BLOCK_ROWS)
+        for start in range(0, len(y), COMBINED_ROWS):
+            part = slice(start, start + COMBINED_ROWS)
             rest = (None if array is None else array[part] for array in (shared, shared_gate, residual))
             blocks.append(moe_combine_reference(y[part], weights[part], *rest))
             mx.eval(blocks[-1])

@@ -18,6 +18,7 @@ from ..formats.expert_layout import RecordLayout
 from ..storage.store import ReadRequest
 
 MLX_DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
+DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 
 _WORD_BYTES = 4
 _MAX_WORDS = 2**31 - 1  # MLX's dimensions are int32

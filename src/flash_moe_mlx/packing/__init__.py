@@ -17,8 +17,9 @@ from pathlib import Path
 import mlx.core as mx
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
-from ..errors import CheckpointError, PackError, RequestError
+from ..errors import PackError, RequestError
 from ..formats.packed_format import MANIFEST_NAME, VERSION, read_manifest
+from ..formats.places import local_directory
 from ..formats.shards import INDEX_NAME
 from .estimate import Estimate, estimate
 from .journal import Journal
@@ -153,17 +154,16 @@ def prepare(
     restart: bool = False,
 ) -> Iterator[Packing]:
     """Lock a destination, read the source's headers and plan. Arguments and errors as `pack`."""
-    directory = Path(os.path.expanduser(source))
-    local = not from_hub and directory.exists()
-    if local and (directory.resolve() == destination.resolve() or directory.resolve() in destination.resolve().parents):
+    directory = None if from_hub else local_directory(source, "pack")
+    if directory is not None and (
+        directory.resolve() == destination.resolve() or directory.resolve() in destination.resolve().parents
+    ):
         raise RequestError(
             f"[destination] must lie outside the source {directory}, got {destination}. Name another directory."
         )
-    if not local and not from_hub and str(source).count("/") != 1:
-        raise CheckpointError(f"[pack] {source} must be a directory or a hub repository, got neither. Check the path.")
     with locked(destination, restart=restart) as workspace:
         opened: Source
-        if local:
+        if directory is not None:
             opened = LocalSource(directory)
         else:
             from .hub import HubSource

@@ -20,11 +20,9 @@ from ..formats.expert_layout import Quantization
 from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import TensorInfo
 from ..models.model_arguments import check_arguments, refuse, refuse_weights
-from ..ops.slot_memory import MLX_DTYPES
+from ..ops.slot_memory import DTYPE_NAMES, MLX_DTYPES
 from .quantiser import Bytes, to_bytes
 from .settings import MLX_LM_DTYPES
-
-_DTYPE_NAMES = {value: name for name, value in MLX_DTYPES.items()}
 
 
 @dataclass(frozen=True)
@@ -133,7 +131,7 @@ class MlxLmDense:
         cast = cast_dtype(self._checkpoint.config)
         keeps = getattr(self._model, "cast_predicate", lambda _: True)
         if cast is None or not keeps(name) or not mx.issubdtype(value.dtype, mx.floating):
-            return _DTYPE_NAMES[value.dtype]
+            return DTYPE_NAMES[value.dtype]
         return cast
 
     def _quantization(

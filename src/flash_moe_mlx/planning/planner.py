@@ -1,6 +1,5 @@
 """What plan() asks: how a limit divides, which hit rate and speed follow, for one model on one machine."""
 
-import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from ..experts.budget import Budget
 from ..experts.trace import DECODE, RoutingTrace
 from ..formats.checkpoint import Checkpoint
 from ..formats.hub_headers import download_headers
+from ..formats.places import local_directory
 from ..machine import PROCESS_OVERHEAD_BYTES, usable_memory_bytes
 from ..models.spec import Family
 from ..runtime.loading import choose_limit, inspect_checkpoint, plan_memory
@@ -207,11 +207,9 @@ class Planner:
 @contextmanager
 def _directory_of(path_or_repo: str | Path, revision: str | None) -> Iterator[tuple[Path, bool]]:
     """Where the headers are, and whether the weights are there too."""
-    name = os.fspath(path_or_repo)
-    path = Path(os.path.expanduser(name))
-    if path.exists() or isinstance(path_or_repo, Path) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
+    if (path := local_directory(path_or_repo, "plan")) is not None:
         yield path, True
         return
     with tempfile.TemporaryDirectory(prefix="flash-moe-") as directory:
-        download_headers(name, Path(directory), revision)
+        download_headers(str(path_or_repo), Path(directory), revision)
         yield Path(directory), False

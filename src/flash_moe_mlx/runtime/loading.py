@@ -2,7 +2,6 @@
 
 import copy
 import logging
-import os
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -36,6 +35,7 @@ from ..formats.config_files import end_tokens
 from ..formats.foreign import ForeignCode, say
 from ..formats.hub_headers import HTTPError
 from ..formats.packed_format import EXPERTS_FOLDER
+from ..formats.places import local_directory
 from ..machine import (
     PROCESS_OVERHEAD_BYTES,
     default_memory_limit_bytes,
@@ -138,12 +138,9 @@ def load_model(
 
 
 def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
-    name = os.fspath(path_or_repo)
-    # os.path's: they answer for a name that is no path at all too, where Path's raise.
-    if os.path.exists(path := os.path.expanduser(name)):
-        return Path(path)
-    if isinstance(path_or_repo, Path) or name.startswith(("/", ".", "~")) or name.count("/") != 1:
-        raise CheckpointError(f"[load] {name} must be a directory or a hub repository, got neither. Check the path.")
+    if (directory := local_directory(path_or_repo, "load")) is not None:
+        return directory
+    name = str(path_or_repo)
     try:
         return Path(
             snapshot_download(

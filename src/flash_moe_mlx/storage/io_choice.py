@@ -12,7 +12,7 @@ from typing import Any
 from .. import system
 from ..errors import CheckpointError, RequestError, StoreError
 from ..formats.safetensors_header import load_json, read_bytes
-from ..machine import PROCESS_OVERHEAD_BYTES
+from ..machine import PROCESS_OVERHEAD_BYTES, cache_folder
 from ..stats import format_bytes
 from .disk_probe import probe_disk
 from .file_io import ReadOnlyFile
@@ -122,11 +122,6 @@ def choose_threads(paths: Sequence[Path], record_bytes: int, expert_bytes: int, 
     logger.info("reads by %d threads: %.2f GB/s", chosen.num_threads, chosen.bytes_per_second / 1e9)
     _write(remembered, {**known, key: {"threads": chosen.num_threads, "probed": int(time.time())}})
     return chosen.num_threads
-
-
-def cache_folder() -> Path:
-    """This library's folder in the user's cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flash_moe_mlx"
 
 
 def _remembered_threads(entry: object) -> int:

@@ -6,15 +6,13 @@ memoryviews only. Three ways to read, which return the same bytes:
 - "pread": positioned reads through the page cache.
 - "mmap": copies out of a map of the file, after explicit read-ahead.
 - "direct": positioned reads past the page cache (O_DIRECT, F_NOCACHE), through aligned buffers of the store's own.
-
-`ExpertStore.view` hands out the map itself, without a copy, in all three.
 """
 
 import mmap
 import queue
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
@@ -22,13 +20,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
 
+from ..config import READ_MODES
 from ..errors import RequestError, ShortReadError, StoreError
 from ..formats.checkpoint import ByteRange, Checkpoint
 from .file_io import DIRECT_ALIGNMENT, ReadOnlyFile, read_aligned, read_fully
 from .io_threads import IOThreads, Latch
 from .record_check import RecordCheck
-
-IO_MODES = ("mmap", "pread", "direct")
 
 MIN_JOB_BYTES = 256 * 1024
 """What a thread is given at once, at least: less costs less than handing it out (about 20 us)."""
@@ -216,7 +213,7 @@ class ExpertStore:
             io: "pread", "mmap" or "direct".
             num_threads: I/O threads.
             verify: Which records of a packed checkpoint `submit` compares with their checksums: "full" all that it
-                reads, "sample" one in 16, False none. `view` compares none.
+                reads, "sample" one in 16, False none.
 
         Raises:
             RequestError: If ``io`` or ``num_threads`` can't be used.
@@ -224,8 +221,8 @@ class ExpertStore:
             StoreError: If a file can't be opened (for ``io="direct"`` also: not past the page cache), or is another
                 than the one whose header was read.
         """
-        if io not in IO_MODES:
-            raise RequestError(f"[ExpertStore] io must be one of {', '.join(IO_MODES)}, got {io!r}. Use one of them.")
+        if io not in READ_MODES:
+            raise RequestError(f"[ExpertStore] io must be one of {', '.join(READ_MODES)}, got {io!r}. Use one of them.")
         if type(num_threads) is not int or num_threads < 1:
             raise RequestError(f"[ExpertStore] num_threads must be at least 1, got {num_threads!r}. Try 8.")
         self.io = io
@@ -258,32 +255,6 @@ class ExpertStore:
         self._threads = IOThreads(num_threads, "flash-moe-io")
 
     # --- reading ---
-
-    def view(self, layer: int, expert: int) -> Mapping[str, memoryview]:
-        """One expert's parts as they lie in the page cache, without a copy.
-
-        The views stay valid after `close`. Reading them may wait for the disk; a file that is truncated while they
-        are in use ends the process with SIGBUS, as every map does.
-
-        Returns:
-            Read-only bytes by "projection.part", such as "gate_proj.weight". They may be unaligned.
-
-        Raises:
-            RequestError: If there is no such layer or expert.
-            ShortReadError: If the file has become too short.
-            StoreError: If the file can't be mapped, or the store is closed.
-        """
-        layout, ranges = self.checkpoint.layout(layer), self.checkpoint.ranges(layer, expert)
-        self._check_open()
-        views: dict[str, memoryview] = {}
-        for part in layout.parts:
-            where = next(r for r in ranges if r.record_offset <= part.offset < r.record_offset + r.nbytes)
-            offset = where.file_offset + part.offset - where.record_offset
-            file = self._files[where.path]
-            if file.size() < offset + part.span_bytes:
-                raise _short(layer, expert, offset, part.span_bytes, file)
-            views[part.name] = file.map()[offset : offset + part.span_bytes]
-        return views
 
     def submit(self, requests: Sequence[ReadRequest]) -> PendingReads:
         """Begin to read records into their buffers, all at once.
@@ -480,11 +451,7 @@ def _check_size(file: ReadOnlyFile, expected: int) -> None:
         )
 
 
-def _short(
-    layer: int, expert: int, offset: int, nbytes: int, file: ReadOnlyFile, got: int | None = None
-) -> ShortReadError:
-    if got is None:
-        got = max(0, file.size() - offset)
+def _short(layer: int, expert: int, offset: int, nbytes: int, file: ReadOnlyFile, got: int) -> ShortReadError:
     return ShortReadError(
         f"[ExpertStore] layer {layer} expert {expert}: expected {nbytes} bytes at offset {offset} of "
         f"{file.path.name}, got {got}. The file is truncated; download it again."

@@ -125,6 +125,7 @@ class _TokenDelta:
 
     def __init__(self, mixer: GatedDeltaNet, x: "Vector", y: np.ndarray, pool: "Pool"):
         from ...ops.cpu import decode_tasks as tasks
+        from ...ops.cpu.elementwise import CHANNELS
         from ...ops.cpu.program import Operation
         from ..cpu_layers import product, vector_of
 
@@ -138,7 +139,7 @@ class _TokenDelta:
         convolved, out = pool.floats("convolved", channels), pool.vector("delta", config.linear_value_dim)
         conv_weight = vector_of(mixer.conv1d.weight, channels * taps)
         self._convolve = Operation(
-            tasks.convolve, -(-channels // tasks.CHANNELS), qkv, 0, conv_weight, channels, taps, convolved
+            tasks.convolve, -(-channels // CHANNELS), qkv, 0, conv_weight, channels, taps, convolved
         )
         self._delta = Operation(
             tasks.delta,

@@ -20,7 +20,7 @@ ROWS = 128
 
 KEYS = NR
 
-FEW_ROWS = 16
+DOT_ROWS = 16
 """Up to this many rows, keys and values are read where they are: copying them into tiles would cost more."""
 
 MASKED = np.float32(-3.4e38)
@@ -84,7 +84,7 @@ def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type:
         for start in range(0, end, KEYS):
             count = min(KEYS, total - start)
             key = keys[0] + n * keys[1] + kv_head * keys[2] + start * keys[3]
-            if rows <= FEW_ROWS:
+            if rows <= DOT_ROWS:
                 for row in range(rows):
                     x, out = query[row].ctypes.data, scores[row].ctypes.data
                     for j in range(0, count // 4 * 4, 4):
@@ -132,7 +132,7 @@ def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type:
             value = values[0] + n * values[1] + kv_head * values[2] + start * values[3]
             for column in range(0, dims, NR):
                 place, stride = value + 4 * column, values[3]
-                if rows > FEW_ROWS:
+                if rows > DOT_ROWS:
                     for j in range(count):
                         for i in range(NR):
                             tiles[j * NR + i] = load_f32(place + j * stride, i)

@@ -10,13 +10,10 @@ import numba
 import numpy as np
 
 from ..numerics import L2_EPS
-from .elementwise import exponential, prepare, rms_scale, sigmoid
+from .elementwise import CHANNELS, exponential, prepare, rms_scale, sigmoid
 from .int8_ir import round_to_int8
 from .jit import VECTORISED, serial, task
 from .memory_ir import load_f32, pointer
-
-CHANNELS = 1024
-"""Channels that one task convolves or combines."""
 
 SPLIT = 256
 """Keys that one task attends to. A constant: bits must not depend on the number of threads."""

@@ -7,16 +7,13 @@ import numpy as np
 
 from ..numerics import L2_EPS
 from .arrays import Output, address, empty, floats, view
-from .elementwise import sigmoid
+from .elementwise import CHANNELS, sigmoid
 from .jit import VECTORISED, compiled, serial
 from .memory_ir import add_one, load_f32
 from .threads import run
 
 STATE_ROWS = 16
 """Rows of a head's state that a thread draws at once."""
-
-CHANNELS = 1024
-"""Channels of a token that a thread convolves at once."""
 
 _EPS = np.float32(L2_EPS)
 

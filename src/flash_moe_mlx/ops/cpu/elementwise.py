@@ -8,6 +8,9 @@ from .jit import serial
 from .memory_ir import load_bf16, load_e4m3, load_e8m0, load_f16, load_f32, load_u8
 from .vector_ir import BF16, E4M3, E8M0, F16, LANES
 
+CHANNELS = 1024
+"""Channels of a token that one task convolves or combines: they stay in the first-level cache."""
+
 _LOG2E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 

@@ -28,15 +28,11 @@ from .kernels import (
     order,
     tiles_kernel,
 )
-from .threads import run
+from .threads import ALONE_BYTES, run
 from .tile_ir import PACK_BLOCK
 
 MATVEC_ROWS = 8
 """Up to this many rows are multiplied one by one; beyond it, weights are unpacked once for all of them."""
-
-
-ALONE_BYTES = 1 << 18
-"""Below it, the calling thread multiplies alone: waking another takes as long."""
 
 
 @dataclass(frozen=True)

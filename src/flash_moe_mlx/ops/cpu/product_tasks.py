@@ -3,8 +3,6 @@
 from functools import cache
 from typing import Any
 
-import numpy as np
-
 from .decode_tasks import floats_at, words
 from .elementwise import read_float, sigmoid
 from .jit import task
@@ -117,8 +115,3 @@ def down(format_: Format) -> Any:
 def blocks(outputs: int) -> int:
     """Tasks of a matrix, or of one expert's."""
     return -(-outputs // TASK_ROWS)
-
-
-def zeros(*shape: int) -> np.ndarray:
-    """Numbers for Python and tasks, int64."""
-    return np.zeros(shape, np.int64)

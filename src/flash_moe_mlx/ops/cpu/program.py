@@ -14,10 +14,7 @@ import numpy as np
 from .arrays import address, view
 from .jit import compiled
 from .memory_ir import add_one, call
-from .threads import run, wait_for
-
-ALONE_BYTES = 1 << 18
-"""A program that reads less is run by the calling thread alone: waking another takes as long."""
+from .threads import ALONE_BYTES, run, wait_for
 
 _TASKS = 2  # columns of the table: function, arguments, tasks, concurrent
 

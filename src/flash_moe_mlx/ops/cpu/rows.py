@@ -4,16 +4,11 @@ import mlx.core as mx
 import numpy as np
 
 from .arrays import Output, floats
-from .elementwise import rms_scale, sigmoid
+from .elementwise import CHANNELS, rms_scale, sigmoid
 from .jit import VECTORISED, compiled
+from .kernels import TASK_ROWS
 from .memory_ir import add_one
 from .threads import run
-
-CHANNELS = 1024
-"""Channels of a token that are summed at once: they stay in the first-level cache."""
-
-TASK_ROWS = 64
-"""Rows that a thread normalises at once."""
 
 _ABSENT = np.empty((0, 0), np.float32)
 

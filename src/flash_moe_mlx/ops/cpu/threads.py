@@ -27,6 +27,9 @@ from .memory_ir import load_i64, pause
 LOCK = threading.Lock()
 """One kernel at a time: two would only fight for the same cores."""
 
+ALONE_BYTES = 1 << 18
+"""Kernels that read less run on the calling thread: waking others takes longer."""
+
 _SPINS = 1000
 """Pauses of 10 to 50 ns: longer than most operations of a step take."""
 

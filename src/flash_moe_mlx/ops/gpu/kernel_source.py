@@ -19,6 +19,7 @@ from typing import Any
 import mlx.core as mx
 
 from ...errors import FlashMoEError
+from ...machine import cache_folder
 from ..backend import REFERENCE_SWITCH
 
 _REFUSALS = ("Unable to build metal library", "Failed to compile", "Thread group size")
@@ -128,7 +129,7 @@ def generate(name: str, backend: str) -> tuple[str, str]:
 
 def cuda_folder() -> Path:
     """Where the files that CUDA kernels include are kept. MLX keeps compiled kernels by the text that names them."""
-    return Path.home() / ".cache" / "flash_moe_mlx" / "cuda"
+    return cache_folder() / "cuda"
 
 
 def include(text: str, folder: Path) -> str:
