@@ -99,7 +99,7 @@ def test_nothing_is_there_before(make: Make, store: ExpertStore):
     memory = make(store, FakeRuntime(delay=0.3))
     cache, layer = cache_of(memory, 2), store.checkpoint.moe_layers[0]
     fetch = cache.acquire(layer, [1])
-    assert not cache.contains(layer, 1)
+    assert 1 not in cache.present(layer)
     if isinstance(memory, MappedMemory):
         slot = fetch.slots[1]
         at = cache.bank(layer).slot_address(slot)
