@@ -38,6 +38,7 @@ EXPORTED = {
     "pack", "verify", "plan", "Plan", "profile",
     "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",
+    "DistributedError",
     "NonFiniteError", "RequestError",
     "__version__",
 }  # fmt: skip

@@ -13,6 +13,7 @@
     |   +-- DiskFullError          the disk has too little room for the result
     +-- ShapeError                 an array's shape breaks a kernel's contract
     +-- NonFiniteError             the model computed NaN or infinity
+    +-- DistributedError           the ranks that share a model's experts can't compute together
     +-- RequestError               an argument of a call is not usable (also a ValueError)
 
 Messages follow ``[where] what must hold, got what. What to do.``
@@ -95,6 +96,10 @@ class NonFiniteError(FlashMoEError):
         super().__init__(message)
         self.layer = layer
         self.token = token
+
+
+class DistributedError(FlashMoEError):
+    """Ranks that share a model's experts can't compute together: one has ended, hangs, failed or differs."""
 
 
 class RequestError(FlashMoEError, ValueError):

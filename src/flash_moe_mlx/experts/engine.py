@@ -2,16 +2,17 @@
 
 import gc
 import logging
+import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from ..config import parse_size
-from ..errors import MemoryLimitError, RequestError, StoreError
+from ..errors import MemoryLimitError, NonFiniteError, RequestError, StoreError
 from ..forks import check_process, is_forked
 from ..ops.gpu.kernel_source import explain_refusals
 from ..ops.numerics import Activation
@@ -22,6 +23,7 @@ from ..system import trim_heap
 from .budget import Budget, buffer_cache_bytes
 from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache
+from .distributed import DistributedExperts, Share
 from .executor import ExpertExecutor
 from .local import LocalExperts
 from .memory_plan import MemoryPlan
@@ -40,7 +42,12 @@ class StreamingEngine:
     """
 
     def __init__(
-        self, store: ExpertStore, plan: MemoryPlan, memory: SlotMemory | None = None, lossy: Sequence[str] = ()
+        self,
+        store: ExpertStore,
+        plan: MemoryPlan,
+        memory: SlotMemory | None = None,
+        lossy: Sequence[str] = (),
+        share: Share | None = None,
     ):
         """Allocate the slots; call after the dense weights are in memory.
 
@@ -49,10 +56,12 @@ class StreamingEngine:
             plan: The memory plan.
             memory: Memory that experts are read into; None is `UnifiedMemory`.
             lossy: Options that change results, in words.
+            share: Which experts are this process's, where others compute the rest; ``plan`` counts these alone.
         """
         demand = plan.demand
         self._store = store
         self._plan = plan
+        self._share = share
         self._costs = demand.costs
         self._lossy = tuple(lossy)
         self._limit_bytes = plan.limit_bytes
@@ -112,15 +121,8 @@ class StreamingEngine:
         """
         check_process("model.streaming")
         with self.lock:
-            self._check_open()
-            if length > self.max_context:
-                raise RequestError(
-                    f"[model.streaming] the context must be at most max_context = {self.max_context} tokens, "
-                    f"got {length}. Shorten the prompt or load with a larger max_context."
-                )
-            if self._applied is not self._budget:
-                self._apply(self._budget)
-            self._make_room(batch, tokens, length, caches)
+            with nullcontext() if self._share is None else self._share.beginning(batch, tokens, length):
+                self._begin_pass(batch, tokens, length, caches)
             routed = batch * tokens if routed_tokens is None else routed_tokens
             if self._reader.recorder is not None and self.is_recording:
                 self._reader.recorder.begin(routed, PREFILL if tokens > 1 else DECODE)
@@ -131,9 +133,26 @@ class StreamingEngine:
                 finished = True
             finally:
                 if not finished:
-                    self._memory.drain()  # reads of what would have come next
+                    self._abandon_pass(sys.exception())
                 self._reader.start_unread()
             self._reader.counters.tokens += routed
+
+    def _begin_pass(self, batch: int, tokens: int, length: int, caches: Sequence[Any]) -> None:
+        self._check_open()
+        if length > self.max_context:
+            raise RequestError(
+                f"[model.streaming] the context must be at most max_context = {self.max_context} tokens, "
+                f"got {length}. Shorten the prompt or load with a larger max_context."
+            )
+        if self._applied is not self._budget:
+            self._apply(self._budget)
+        self._make_room(batch, tokens, length, caches)
+
+    def _abandon_pass(self, error: BaseException | None) -> None:
+        # All ranks find numbers that are not finite alike; after anything else they are out of step.
+        if self._share is not None and not isinstance(error, NonFiniteError):
+            self._share.ranks.fail(f"ended a pass: {type(error).__name__} {error}")
+        self._memory.drain()  # reads of what would have come next
 
     def _check_open(self) -> None:
         if self._closed:
@@ -184,7 +203,8 @@ class StreamingEngine:
             layer: The layer's number.
             activation: Between up and down projection, in place of SwiGLU.
         """
-        return LocalExperts(self._reader, layer, activation)
+        local = LocalExperts(self._reader, layer, activation)
+        return local if self._share is None else DistributedExperts(self._reader, layer, local, self._share)
 
     @property
     def is_recording(self) -> bool:
@@ -296,7 +316,7 @@ class StreamingEngine:
             self._check_open()
             if self._reader.recorder is not None:
                 self._reader.recorder.close()
-            num_experts = self._plan.demand.num_experts
+            num_experts = self._plan.demand.num_experts if self._share is None else self._share.num_experts
             self._reader.recorder = TraceRecorder(path, sorted(num_experts), max(num_experts.values()))
             return self._reader.recorder
 

@@ -229,8 +229,14 @@ class LocalToken:
         self._fetch: TokenFetch | None = None
         self._late: tuple[list[int], list[int]] = ([], [])
 
-    def begin(self, ids: np.ndarray, weights: np.ndarray) -> bool:
-        """Start reading what is missing: see `TokenExperts.begin`."""
+    def begin(self, ids: np.ndarray, weights: np.ndarray, traced: np.ndarray | None = None) -> bool:
+        """Start reading what is missing: see `TokenExperts.begin`.
+
+        Args:
+            ids: As there.
+            weights: As there.
+            traced: Noted in a trace in place of ids. Shape (K,).
+        """
         experts = ids.tolist()
         ranks: Sequence[int] = range(len(experts))
         if ELSEWHERE in experts:
@@ -238,7 +244,7 @@ class LocalToken:
             experts = [experts[rank] for rank in ranks]
         self._fetch = fetch = self._reader.token(self._layer, experts)
         records = fetch.addresses(experts)
-        self._reader.record(self._layer, ids[None], weights[None])
+        self._reader.record(self._layer, (ids if traced is None else traced)[None], weights[None])
         if not fetch.misses:
             self.present.set(records, ranks)
             return False

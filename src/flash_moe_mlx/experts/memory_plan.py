@@ -35,14 +35,27 @@ class MemoryDemand:
 
     @classmethod
     def of(
-        cls, checkpoint: Checkpoint, costs: ModelCosts, num_experts_per_tok: int, streaming: StreamingConfig
+        cls,
+        checkpoint: Checkpoint,
+        costs: ModelCosts,
+        num_experts_per_tok: int,
+        streaming: StreamingConfig,
+        num_experts: Mapping[int, int] | None = None,
     ) -> "MemoryDemand":
-        """Collect it from a checkpoint's headers, a model's costs and load's arguments."""
+        """Collect it from a checkpoint's headers, a model's costs and load's arguments.
+
+        Args:
+            checkpoint: The checkpoint.
+            costs: Bytes of the model besides its expert slots.
+            num_experts_per_tok: K.
+            streaming: load's arguments.
+            num_experts: Experts of each layer that are to be read here; None is all of them.
+        """
         layers = checkpoint.moe_layers
         return cls(
             costs,
             {layer: checkpoint.layout(layer) for layer in layers},
-            {layer: checkpoint.num_experts(layer) for layer in layers},
+            num_experts or {layer: checkpoint.num_experts(layer) for layer in layers},
             num_experts_per_tok,
             streaming.prefill_step_size,
             streaming.max_context,

@@ -27,8 +27,10 @@ from ..errors import (
     UnsupportedModelError,
 )
 from ..experts.buffer_cache import BufferCacheShare
+from ..experts.distributed import Share
 from ..experts.engine import StreamingEngine
 from ..experts.memory_plan import MemoryDemand, MemoryPlan
+from ..experts.ranks import DEFAULT_TIMEOUT, RankGroup
 from ..forks import begin_use
 from ..formats.checkpoint import Checkpoint
 from ..formats.config_files import end_tokens
@@ -51,6 +53,7 @@ from ..packing.verification import check_other_files
 from ..stats import format_bytes
 from ..storage.store import ExpertStore
 from ..system import raise_file_limit, return_freed_buffers
+from .sharding import loading_together, share_experts
 from .tokenizer_files import load_checked_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -71,6 +74,8 @@ def load(
     tokenizer_config: dict[str, Any] | None = None,
     return_config: bool = False,
     trust_remote_code: bool = False,
+    shard: bool | str | Path | None = None,
+    rank_timeout: float = DEFAULT_TIMEOUT,
 ) -> tuple[Any, TokenizerWrapper] | tuple[Any, TokenizerWrapper, dict[str, Any]]:
     """Load a model whose routed experts are streamed from disk, and its tokenizer.
 
@@ -91,30 +96,35 @@ def load(
         return_config: Return config.json's contents too.
         trust_remote_code: Run Python files that come with the checkpoint: its tokenizer's, and the model's own where
             config.json names a ``model_file``. Only for checkpoints whose code you have read or trust.
+        shard: Whether the ranks that ``mlx.launch`` started share the experts. None: where there are several, by the
+            experts' numbers. A path: as that plan file says. False: each loads the whole model for itself.
+        rank_timeout: Seconds that a rank waits for another before it gives up.
 
     Returns:
         (model, tokenizer), or (model, tokenizer, config).
 
     Raises:
         CheckpointError: If the files can't be used; subclasses say why.
+        DistributedError: If ranks are not alike, or one fails or doesn't come in time.
         MemoryLimitError: If the limit can't hold; raised before weights are read, names the smallest that works.
         RequestError: If an argument is not usable.
     """
     streaming = StreamingConfig.from_arguments(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code
     )
-    prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify)
-    with ExitStack() as undo:
-        undo.callback(prepared.store.close)
-        config = copy.deepcopy(dict(prepared.checkpoint.config))
-        eos = end_tokens(prepared.checkpoint.directory, config)
-        tokenizer = load_checked_tokenizer(
-            prepared.checkpoint.directory, eos, tokenizer_config, trust_remote_code=trust_remote_code
-        )
-        if eos is not None:
-            config["eos_token_id"] = eos  # as mlx_lm's load_config
-        undo.pop_all()
-    model = prepared.load()
+    with loading_together(shard, rank_timeout) as ranks:
+        prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify, ranks, shard)
+        with ExitStack() as undo:
+            undo.callback(prepared.store.close)
+            config = copy.deepcopy(dict(prepared.checkpoint.config))
+            eos = end_tokens(prepared.checkpoint.directory, config)
+            tokenizer = load_checked_tokenizer(
+                prepared.checkpoint.directory, eos, tokenizer_config, trust_remote_code=trust_remote_code
+            )
+            if eos is not None:
+                config["eos_token_id"] = eos  # as mlx_lm's load_config
+            undo.pop_all()
+        model = prepared.load()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
 
 
@@ -129,12 +139,15 @@ def load_model(
     verify: str | bool = "sample",
     revision: str | None = None,
     trust_remote_code: bool = False,
+    shard: bool | str | Path | None = None,
+    rank_timeout: float = DEFAULT_TIMEOUT,
 ) -> Any:
     """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
     streaming = StreamingConfig.from_arguments(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code
     )
-    return _prepare(_resolve(path, revision), streaming, verify).load()
+    with loading_together(shard, rank_timeout) as ranks:
+        return _prepare(_resolve(path, revision), streaming, verify, ranks, shard).load()
 
 
 def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
@@ -163,6 +176,7 @@ class _Prepared:
     family: Family
     plan: MemoryPlan
     store: ExpertStore
+    share: Share | None
 
     def load(self) -> Any:
         model = self.family.model
@@ -170,7 +184,7 @@ class _Prepared:
         with ExitStack() as undo, BufferCacheShare(_SMALL_BUFFER_CACHE):
             undo.callback(self.store.close)
             self._load_dense()
-            engine = StreamingEngine(self.store, self.plan, slot_memory(self.store), self.family.lossy)
+            engine = StreamingEngine(self.store, self.plan, slot_memory(self.store), self.family.lossy, self.share)
             undo.pop_all()
         model.attach(engine)
         model.eval()
@@ -232,7 +246,13 @@ def slot_memory(store: ExpertStore) -> SlotMemory:
 
 
 def plan_memory(
-    checkpoint: Checkpoint, family: Family, streaming: StreamingConfig, limit_bytes: int, *, probe: bool = True
+    checkpoint: Checkpoint,
+    family: Family,
+    streaming: StreamingConfig,
+    limit_bytes: int,
+    share: Share | None = None,
+    *,
+    probe: bool = True,
 ) -> MemoryPlan:
     """Plan where the bytes of a limit go, and how experts are read. No weight is read.
 
@@ -241,12 +261,14 @@ def plan_memory(
         family: Its model.
         streaming: load's arguments.
         limit_bytes: The memory limit.
+        share: This rank's experts, where ranks share them.
         probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
 
     Raises:
         MemoryLimitError: If the limit can't hold; names the smallest limit that works.
     """
-    demand = MemoryDemand.of(checkpoint, family.costs, family.num_experts_per_tok, streaming)
+    own = None if share is None else share.counts()
+    demand = MemoryDemand.of(checkpoint, family.costs, family.num_experts_per_tok, streaming, own)
     return MemoryPlan.make(limit_bytes, demand, checkpoint, streaming.io, probe=probe)
 
 
@@ -272,24 +294,31 @@ def _with_rounded_activations(family: Family, bits: int) -> Family:
     return replace(family, lossy=(*family.lossy, f"{bits}-bit activations in decode"))
 
 
-def _prepare(directory: Path, streaming: StreamingConfig, verify: str | bool) -> _Prepared:
+def _prepare(
+    directory: Path,
+    streaming: StreamingConfig,
+    verify: str | bool,
+    ranks: RankGroup | None = None,
+    shard: bool | str | Path | None = None,
+) -> _Prepared:
     begin_use()
     return_freed_buffers()
     checkpoint, family = inspect_checkpoint(directory, streaming)
+    share = None if ranks is None else share_experts(ranks, checkpoint, streaming, shard)
     if streaming.activation_bits is not None:
         family = _with_rounded_activations(family, streaming.activation_bits)
     if verify == "full" and checkpoint.manifest:
         check_other_files(directory, checkpoint.manifest)
     limit_bytes = choose_limit(streaming)
     try:
-        plan = plan_memory(checkpoint, family, streaming, limit_bytes)
+        plan = plan_memory(checkpoint, family, streaming, limit_bytes, share)
     except MemoryLimitError as error:
         if streaming.memory_limit_bytes is not None:
             raise
         message = f"{error} No limit was given: this one is {limit_reason()}."
         raise MemoryLimitError(message, error.smallest_limit_bytes) from None
     store = ExpertStore(checkpoint, io=plan.reads.io, num_threads=plan.reads.num_threads, verify=verify)
-    return _Prepared(checkpoint, family, plan, store)
+    return _Prepared(checkpoint, family, plan, store, share)
 
 
 def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:

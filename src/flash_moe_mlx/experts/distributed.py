@@ -1,0 +1,235 @@
+"""DistributedExperts: a layer's experts, each computed by the rank that keeps it; all ranks get all outputs.
+
+Every rank runs the same passes on its own dense weights. It reads and computes the experts of its share, with zeros in
+the places of the others, and one sum over the ranks of those outputs' bits, as integers, completes them: whoever
+computed an output, its bits are the same, and they are combined in the router's order as on one host.
+"""
+
+import zlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from ..errors import DistributedError, FlashMoEError
+from ..ops.expert_ffn_combine import shared_expert
+from ..ops.moe_combine import moe_combine
+from ..ops.norm import Norm
+from ..ops.slot_memory import ExpertRecords
+from .executor import ELSEWHERE
+from .local import LocalExperts, LocalPending, LocalToken
+from .placement import Placement
+from .ranks import RankGroup
+from .reader import ExpertReader
+
+if TYPE_CHECKING:
+    from ..ops.cpu.vectors import Pool, Vector
+
+_PART_WORDS = 1 << 20
+"""Outputs are exchanged in parts of about this many numbers, so that copies stay small."""
+
+_REFUSED = 0
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's share of a model's experts.
+
+    Attributes:
+        ranks: The group.
+        placement: Who keeps what.
+    """
+
+    ranks: RankGroup
+    placement: Placement
+
+    @property
+    def num_experts(self) -> dict[int, int]:
+        """Experts of each layer, of all ranks together."""
+        return {layer: len(owner) for layer, owner in self.placement.owners.items()}
+
+    def counts(self) -> dict[int, int]:
+        """Return how many experts of each layer are this rank's."""
+        return self.placement.counts(self.ranks.rank)
+
+    def own(self, layer: int, ids: np.ndarray) -> np.ndarray:
+        """Return ids with ``ELSEWHERE`` in the places of those that other ranks keep."""
+        return np.where(self.placement.owners[layer][ids] == self.ranks.rank, ids, ELSEWHERE)
+
+    @contextmanager
+    def beginning(self, *shape: int) -> Iterator[None]:
+        """Make room for a pass, then wait until all ranks have done so for the same pass.
+
+        Args:
+            *shape: Sizes that must be the same on all ranks.
+
+        Raises:
+            DistributedError: If a rank couldn't make room, fails, doesn't come in time or begins another pass.
+        """
+        ranks = self.ranks
+        try:
+            yield
+        except FlashMoEError:
+            with suppress(DistributedError):
+                ranks.gather(_REFUSED)
+            raise
+        found = ranks.gather(zlib.crc32(repr(shape).encode()) | 1)
+        if _REFUSED in found:
+            raise DistributedError(
+                f"[rank {ranks.rank} of {ranks.size}] all ranks must begin the pass, got a refusal of rank "
+                f"{found.index(_REFUSED)}. See its own message."
+            )
+        if len(set(found)) > 1:
+            ranks.fail(f"began a pass of (batch, tokens, length) = {shape}, another rank another pass")
+            ranks.check()
+
+    def exchange(self, layer: int, ids: np.ndarray, own: np.ndarray, y: np.ndarray) -> None:
+        """Complete outputs in place.
+
+        Args:
+            layer: The layer.
+            ids: The router's choice. Shape (N,).
+            own: The same with ``ELSEWHERE``. Shape (N,).
+            y: Output of each, of which those elsewhere may hold anything. Shape (N, H), float32.
+
+        Raises:
+            DistributedError: If a rank fails or doesn't come, or its router chose other experts.
+        """
+        rows = max(_PART_WORDS // y.shape[1], 1)
+        for start in range(0, len(y), rows):
+            part = slice(start, start + rows)
+            bits = y[part].view(np.uint32)
+            words = np.zeros(bits.size + 1, np.uint32)
+            words[:-1].reshape(bits.shape)[own[part] != ELSEWHERE] = bits[own[part] != ELSEWHERE]
+            # Sums to zero over the ranks if all of them have rank 0's.
+            choice = zlib.crc32(np.ascontiguousarray(ids[part], np.int64).tobytes(), layer)
+            words[-1] = (choice * (self.ranks.size - 1) if self.ranks.rank == 0 else -choice) % (1 << 32)
+            total = self.ranks.sum(words)
+            if total[-1]:
+                self.ranks.fail(f"found that routers of layer {layer} chose other experts on other ranks")
+                self.ranks.check()
+            bits[:] = total[:-1].reshape(bits.shape)
+
+
+class DistributedExperts:
+    """ExpertExecutor of one layer over all ranks."""
+
+    def __init__(self, reader: ExpertReader, layer: int, local: LocalExperts, share: Share):
+        """Bind a layer.
+
+        Args:
+            reader: Brings this rank's experts into slots.
+            layer: The layer's number.
+            local: Computes this rank's experts.
+            share: Who keeps what.
+        """
+        self._reader = reader
+        self._layer = layer
+        self._local = local
+        self._share = share
+
+    def begin(
+        self,
+        ids: mx.array | np.ndarray,
+        weights: mx.array | None = None,
+        *,
+        alongside: Sequence[mx.array] = (),
+        traced: bool = True,
+    ) -> "DistributedPending":
+        """Start reading this rank's share of what is missing: see `ExpertExecutor.begin`."""
+        if isinstance(ids, mx.array):
+            mx.async_eval(*(array for array in (ids, weights) if array is not None))
+        if alongside:
+            mx.async_eval(*alongside)
+        chosen = np.array(ids).astype(np.int64)
+        own = self._share.own(self._layer, chosen)
+        pending = self._local.begin(own, traced=False)
+        if traced:
+            self._reader.record(self._layer, chosen, weights)
+        return DistributedPending(self._reader, self._layer, pending, self._share, chosen, own)
+
+    def resident(self) -> None:
+        """Return None: outputs are exchanged after each layer, wherever the records are."""
+
+    def token_experts(self, x: "Vector", y: np.ndarray, pool: "Pool") -> "DistributedToken":
+        """Build the operations that compute one token's experts on the CPU: see `ExpertExecutor.token_experts`."""
+        return DistributedToken(self._layer, self._local.token_experts(x, y, pool), self._share, y)
+
+
+class DistributedPending:
+    """PendingExperts of which others compute a part."""
+
+    def __init__(
+        self,
+        reader: ExpertReader,
+        layer: int,
+        pending: LocalPending,
+        share: Share,
+        ids: np.ndarray,
+        own: np.ndarray,
+    ):
+        self._layout = reader.layout(layer)
+        self._layer = layer
+        self._pending = pending
+        self._share = share
+        self._ids, self._own = ids, own
+
+    def run(self, x: mx.array, norm: Norm | None = None) -> mx.array:
+        """Compute each token's experts: see `PendingExperts.run`.
+
+        Raises:
+            DistributedError: If a rank fails or doesn't come in time.
+        """
+        y = np.array(self._pending.run(x, norm))
+        self._share.exchange(self._layer, self._ids.reshape(-1), self._own.reshape(-1), y.reshape(-1, y.shape[-1]))
+        return mx.array(y)
+
+    def combined(
+        self,
+        x: mx.array,
+        weights: mx.array,
+        shared: mx.array | ExpertRecords,
+        shared_gate: mx.array,
+        residual: mx.array,
+        norm: Norm | None = None,
+    ) -> mx.array:
+        """Combine the experts' outputs: see `PendingExperts.combined`."""
+        y = self.run(x, norm)
+        if isinstance(shared, ExpertRecords):
+            shared = shared_expert(x, shared, self._layout, norm)
+        return moe_combine(y, weights, shared, shared_gate[:, -1:], residual)
+
+
+class DistributedToken:
+    """TokenExperts of which others compute a part."""
+
+    exchanges = True
+
+    def __init__(self, layer: int, local: LocalToken, share: Share, y: np.ndarray):
+        self._layer = layer
+        self._local = local
+        self._share = share
+        self._y = y
+        self._ids = self._own = np.zeros(0, np.int64)
+        self.present, self.missing = local.present, local.missing
+
+    def begin(self, ids: np.ndarray, weights: np.ndarray) -> bool:
+        """Start reading this rank's share of what is missing: see `TokenExperts.begin`."""
+        self._ids = ids.copy()
+        self._own = self._share.own(self._layer, ids)
+        return self._local.begin(self._own, weights, traced=ids)
+
+    def finish(self) -> None:
+        """Wait for the missing experts: see `TokenExperts.finish`."""
+        self._local.finish()
+
+    def exchange(self) -> None:
+        """Send this rank's outputs and receive the others'.
+
+        Raises:
+            DistributedError: If a rank fails or doesn't come in time.
+        """
+        self._share.exchange(self._layer, self._ids, self._own, self._y)

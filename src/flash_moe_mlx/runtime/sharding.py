@@ -1,0 +1,110 @@
+"""Sharding in load(): join the ranks, choose each one's experts, and refuse ranks that are not alike."""
+
+import os
+import sys
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+
+from .. import __version__
+from ..config import StreamingConfig
+from ..errors import RequestError, StoreError
+from ..experts.distributed import Share
+from ..experts.placement import Placement, check_alike
+from ..experts.ranks import RankGroup, join_ranks
+from ..formats.checkpoint import Checkpoint
+
+_SAMPLES, _SAMPLE_BYTES = 64, 4096
+
+
+@contextmanager
+def loading_together(shard: bool | str | Path | None, timeout: float) -> Iterator[RankGroup | None]:
+    """Join the ranks that this process was started with; at the end wait until all of them have loaded.
+
+    Args:
+        shard: load's argument.
+        timeout: Seconds that one rank waits for another.
+
+    Yields:
+        The ranks; None if this process is alone or is not to share experts.
+
+    Raises:
+        DistributedError: If a rank fails or doesn't come in time.
+        RequestError: If an argument is not usable.
+    """
+    if not isinstance(timeout, int | float) or isinstance(timeout, bool) or not timeout > 0:
+        raise RequestError(f"[rank_timeout] must be a positive number of seconds, got {timeout!r}. Try 10.")
+    ranks = None if shard is False else join_ranks(float(timeout))
+    if ranks is None and shard not in (None, False):
+        raise RequestError(
+            f"[shard] must come with several ranks, got {shard!r} in a process on its own. Start it with mlx.launch."
+        )
+    if ranks is None:
+        yield None
+        return
+    loaded = False
+    try:
+        yield ranks
+        loaded = True
+        # However long the others take, while they show signs of life.
+        ranks.gather(1, patient=True)
+    finally:
+        if not loaded:
+            ranks.fail(f"could not load: {sys.exception()}")
+
+
+def share_experts(
+    ranks: RankGroup, checkpoint: Checkpoint, streaming: StreamingConfig, shard: bool | str | Path | None
+) -> Share:
+    """Choose who keeps which experts, and check that all ranks mean the same.
+
+    Args:
+        ranks: The group.
+        checkpoint: Opened.
+        streaming: load's arguments.
+        shard: load's argument.
+
+    Raises:
+        DistributedError: If ranks differ in version, checkpoint, arguments or plan.
+        RequestError: If the plan is not usable.
+    """
+    num_experts = {layer: checkpoint.num_experts(layer) for layer in checkpoint.moe_layers}
+    if isinstance(shard, str | Path):
+        placement = Placement.read(shard, num_experts, ranks.size)
+    else:
+        placement = Placement.by_number(num_experts, ranks.size)
+    arguments = (
+        streaming.max_context,
+        streaming.num_experts_per_tok,
+        streaming.prefill_step_size,
+        streaming.activation_bits,
+    )
+    own = {
+        "version": zlib.crc32(f"{__version__} {mx.__version__}".encode()),
+        "checkpoint": _fingerprint(checkpoint),
+        "max_context, num_experts_per_tok and activation_bits": zlib.crc32(repr(arguments).encode()),
+        "plan of shards": placement.digest,
+    }
+    check_alike({what: ranks.gather(value, patient=True) for what, value in own.items()})
+    return Share(ranks, placement)
+
+
+def _fingerprint(checkpoint: Checkpoint) -> int:
+    """Return a checksum of names and shapes, and of a few of the dense weights' bytes."""
+    total = zlib.crc32(repr(sorted(checkpoint.config.items(), key=str)).encode())
+    for layer in checkpoint.moe_layers:
+        total = zlib.crc32(repr((checkpoint.num_experts(layer), checkpoint.layout(layer).parts)).encode(), total)
+    dense = sorted(checkpoint.dense.items())
+    for name, info in dense:
+        total = zlib.crc32(f"{name} {info.dtype} {info.shape}".encode(), total)
+    for _, info in dense[:: max(len(dense) // _SAMPLES, 1)]:
+        try:
+            with open(info.path, "rb") as file:
+                file.seek(info.offset + info.nbytes // 2)
+                total = zlib.crc32(file.read(min(_SAMPLE_BYTES, info.nbytes - info.nbytes // 2)), total)
+        except OSError as error:
+            raise StoreError(f"[load] {os.fspath(info.path)} must be readable, got {error}. Check the disk.") from error
+    return total
