@@ -166,16 +166,29 @@ stacked = st.builds(
     "m.layers.{}.mlp.switch_mlp.{}_proj.{}".format,
     st.integers(0, 1),
     st.sampled_from(["gate", "up", "down"]),
-    st.sampled_from(["weight", "scales", "biases", "bias"]),
+    st.sampled_from(["weight", "scales", "biases", "bias", "global_scale"]),
 )
-single = st.builds("m.layers.0.mlp.experts.{}.{}_proj.weight".format, st.integers(0, 2),
-                   st.sampled_from(["gate", "up", "down"]))  # fmt: skip
+without_gate = st.builds("m.layers.0.mlp.switch_mlp.fc{}.weight".format, st.integers(1, 2))
+single = st.builds(
+    "m.layers.0.{}.experts.{}.{}.{}".format, st.sampled_from(["mlp", "mixer"]), st.integers(0, 2),
+    st.sampled_from(["gate_proj", "up_proj", "down_proj", "w1", "w2", "w3"]),
+    st.sampled_from(["weight", "weight_packed", "weight_scale", "weight_scale_2", "weight_scale_inv", "input_scale"]),
+)  # fmt: skip
 fused = st.builds(
-    "m.layers.{}.mlp.experts.{}".format, st.integers(0, 1), st.sampled_from(["gate_up_proj", "down_proj"])
+    "m.layers.{}.{}{}".format,
+    st.integers(0, 1),
+    st.sampled_from(["mlp.experts.gate_up_proj", "mlp.experts.down_proj", "block_sparse_moe.input_linear.weight"]),
+    st.sampled_from(["", "", "_blocks", "_scales", "_bias"]),
 )
-names = stacked | single | fused | st.lists(words, max_size=7).map(".".join)
+names = stacked | without_gate | single | fused | st.lists(words, max_size=7).map(".".join)
 shapes = st.lists(st.sampled_from([0, 1, 2, 4, 8, 16, 32, 64, 128]), max_size=4).map(tuple)
-leaves = st.none() | st.booleans() | st.integers() | st.floats() | st.sampled_from(["affine", "mxfp4", "4", 4, 64])
+leaves = (
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.sampled_from(["affine", "mxfp4", "nvfp4", "int4", "fp8", "4", 4, 16, 32, 64, 128])
+)
 sections = st.dictionaries(
     st.sampled_from(["bits", "group_size", "mode", "quant_method", "lm_head", "m.layers.0.mlp.switch_mlp.up_proj"]),
     leaves | st.dictionaries(st.sampled_from(["bits", "group_size", "mode"]), leaves),
@@ -184,9 +197,12 @@ keys = ["num_experts", "hidden_size", "num_hidden_layers", "quantization", "quan
 configs = st.dictionaries(st.sampled_from(keys), leaves | sections | st.just({"num_experts": 2}))
 
 
+DTYPES = ["BF16", "BF16", "F32", "U32", "U8", "F8_E4M3", "F8_E5M2FNUZ", "F6_E2M3", "I32", "F4"]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
-    tensors=st.dictionaries(names, st.tuples(st.sampled_from(["BF16", "F32", "U32", "U8", "F4"]), shapes), max_size=9),
+    tensors=st.dictionaries(names, st.tuples(st.sampled_from(DTYPES), shapes), max_size=9),
     config=configs,
 )
 def test_any_headers_are_understood_or_refused(tensors: dict[str, tuple[str, tuple[int, ...]]], config: Any):
@@ -377,6 +393,18 @@ def test_fused_shapes_that_do_not_fit(tmp_path: Path):
     }
     write_checkpoint(tmp_path / "odd", {"model_type": "x"}, odd)
     refused(tmp_path / "odd", CorruptError, r"gate_up_proj \[E, 2I, H\]")
+
+
+@pytest.mark.parametrize("dtype", ["F6_E2M3", "F4", "F8_E5M2FNUZ"])
+def test_fused_experts_of_dtypes_that_nobody_reads(dtype: str):
+    shapes = {"gate_up_proj": (2, 128, 64), "down_proj": (2, 64, 64)}
+    names = {f"layers.0.mlp.experts.{name}": shape for name, shape in shapes.items()}
+    infos = {
+        name: TensorInfo(name, Path("x"), dtype, shape, 0, prod(shape) * DTYPE_BITS[dtype] // 8)
+        for name, shape in names.items()
+    }
+    with pytest.raises(UnsupportedModelError, match=f"got {dtype}"):
+        Checkpoint(Path("x"), {}, infos)
 
 
 def test_experts_that_differ(tmp_path: Path):

@@ -16,13 +16,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flash_moe_mlx import pack, verify
-from flash_moe_mlx.errors import CheckpointError, PackError, RequestError, UnsupportedModelError
+from flash_moe_mlx.errors import CheckpointError, PackError, RequestError
 from flash_moe_mlx.formats.checkpoint import Checkpoint
 from flash_moe_mlx.formats.expert_layout import Quantization
 from flash_moe_mlx.packing import PackSettings, prepare
-from flash_moe_mlx.packing.plan import make_plan
 
-from ..support.checkpoints import make_checkpoint, text_config, write_checkpoint
+from ..support.checkpoints import make_checkpoint, text_config
 from ..support.models import chat_config, convert, make_converted, streamed
 from ..support.numerics import floats
 from ..support.packing import contents, expert_parts, small_tasks, tensor_bytes
@@ -307,17 +306,6 @@ def test_paths_refused(stock: Path, tmp_path: Path):
     with pytest.raises(RequestError, match=r"must be empty .*, got thesis\.txt"):
         pack(stock, tmp_path / "full", restart=True)
     assert contents(tmp_path / "full") == {"thesis.txt": b"mine"}
-
-
-def test_other_families_dense_part_is_not_kept_as_the_hub_has_it(tmp_path: Path):
-    tensors = {
-        f"model.layers.0.mlp.experts.{expert}.{name}_proj.weight": mx.zeros((64, 64))
-        for expert in (0, 1)
-        for name in ("gate", "up", "down")
-    } | {"model.norm.weight": mx.ones(64)}  # fmt: skip
-    source = Checkpoint.open(write_checkpoint(tmp_path / "source", {"model_type": "qwen3_moe"}, tensors))
-    with pytest.raises(UnsupportedModelError, match="dense tensors of a Hugging Face qwen3_moe must be converted"):
-        make_plan(source, PackSettings(bits=None), by_shard=False)
 
 
 MEMORY_CHILD = """

@@ -29,7 +29,10 @@ VALUES: tuple[Any, ...] = (
     0.0, 0.5, 1.5, -1.5, 1e-300, 1e300, float("nan"), float("inf"), "", "x", "base", "../..", "\ud800", "\x00", "0",
     "é" * 500, [], [0], [1, 2], ["x"], [[]], [None], {}, {"a": 1}, {"": []}, {"type": "yarn"}, DEEP, {"a": DEEP},
     {"__float__": "NaN"}, {"__float__": []}, {"bits": 4, "group_size": 64},
-    {"bits": 4, "group_size": 32, "mode": "mxfp4"},
+    {"bits": 4, "group_size": 32, "mode": "mxfp4"}, {"bits": 4, "group_size": 16, "mode": "nvfp4"},
+    {"bits": 8, "group_size": 128, "mode": "fp8"}, {"bits": 4, "mode": "int4"}, {"quant_method": "mxfp4"},
+    {"quant_method": "compressed-tensors", "format": "pack-quantized"}, {"quant_method": "fp8"}, {"quant_method": []},
+    {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "modelopt", "quantization": []},
     "yarn", "linear", "full_attention", "qwen3_moe", "deepseek_v3", "affine", "model-00001-of-00003.safetensors",
 )  # fmt: skip
 

@@ -183,6 +183,11 @@ def _fused_parts(where: str, example: str, found: Found) -> tuple[int, Parts]:
 
 def _fused(info: TensorInfo, part: str, *, transposed: bool) -> _Fused:
     dtype = _PACKED_AS.get(info.dtype, info.dtype)
+    if dtype not in DTYPE_BYTES:
+        raise UnsupportedModelError(
+            f"[{info.path.name}] {brief(info.name)} must be of whole bytes an element, got {info.dtype}. "
+            "Use an unquantised checkpoint, or an MLX conversion of it."
+        )
     if part == "bias":
         return _Fused(info, info.shape[1], 1, dtype, False)
     if len(info.shape) == 4:  # bytes of 32 weights a block: the same bytes are MLX's words

@@ -32,6 +32,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.expert_names import parse_name
 from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import brief
+from ..formats.schemes import AFFINE
 from ..ops.backend import backend
 from ..ops.finite import first_bad_row, is_finite, non_finite
 from ..ops.quantized import mlx_arguments
@@ -264,6 +265,7 @@ def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:
             f"{layer.module}.{part.name}": mx.zeros((layer.num_experts, *part.shape), MLX_DTYPES[part.dtype])
             for layer in checkpoint.manifest.layers.values()
             for part in layer.layout.parts
+            if part.part in (*AFFINE.parts, "bias")  # not other tools' names, which sanitize may know too
         }
     experts: dict[str, mx.array] = {}
     for path in checkpoint.expert_files:

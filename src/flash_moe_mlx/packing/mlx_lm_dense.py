@@ -11,14 +11,15 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_lm.models.switch_layers import SwitchGLU
+from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
 from mlx_lm.utils import _get_classes
 
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
-from ..formats.checkpoint import Checkpoint
+from ..formats.checkpoint import Checkpoint, layer_number
 from ..formats.expert_layout import Quantization
 from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import TensorInfo
+from ..models.foreign_dense import dequantised
 from ..models.model_arguments import check_arguments, refuse, refuse_weights
 from ..ops.slot_memory import DTYPE_NAMES, MLX_DTYPES
 from .quantiser import Bytes, to_bytes
@@ -51,21 +52,29 @@ class MlxLmDense:
         parameters: Dense parameters, in the order of the model's.
         config: config.json as mlx_lm.convert leaves it, experts' own bits not yet in it.
         unmatched: Stored tensors that `evaluate` may read.
+        expert_paths: Path of each layer's experts in mlx-lm's model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, quantization: Quantization):
-        """Raises UnsupportedModelError or CorruptError where mlx-lm doesn't know the model."""
+    def __init__(self, checkpoint: Checkpoint, quantization: Quantization | None):
+        """Raises UnsupportedModelError or CorruptError where mlx-lm doesn't know the model.
+
+        Args:
+            checkpoint: The source.
+            quantization: What dense modules are quantised to; None leaves them as mlx-lm has them.
+        """
         self._checkpoint = checkpoint
         config = _known_config(checkpoint.config)
         self._model = _build(checkpoint, config)
-        self._experts = tuple(f"{path}." for path, m in self._model.named_modules() if isinstance(m, SwitchGLU))
+        experts = [path for path, m in self._model.named_modules() if isinstance(m, SwitchGLU | SwitchMLP)]
+        self.expert_paths = {layer_number(f"{path}."): path for path in experts}
+        self._experts = tuple(f"{path}." for path in experts)
         if len(self._experts) != len(checkpoint.moe_layers):
             raise UnsupportedModelError(
                 f"[config.json] mlx-lm's model must have a SwitchGLU in each of {len(checkpoint.moe_layers)} layers, "
                 f'got {len(self._experts)}. Convert it with mlx_lm.convert first, or use dense="keep".'
             )
         stored = self._lazy()
-        by_identity = {id(value): checkpoint.tensors[name] for name, value in stored.items()}
+        by_identity = {id(value): checkpoint.tensors[name] for name, value in stored.items() if name in self._as_stored}
         weights = self._sanitize(stored)
         expected = {name: value.shape for name, value in tree_flatten(self._model.parameters())}
         expected = {name: shape for name, shape in expected.items() if not name.startswith(self._experts)}
@@ -74,9 +83,9 @@ class MlxLmDense:
                 f"[{checkpoint.directory.name}] must have {missing[0]}, got {len(missing)} tensors absent. "
                 "Download the checkpoint again."
             )
-        section: dict[str, Any] = {
-            "group_size": quantization.group_size, "bits": quantization.bits, "mode": "affine"
-        }  # fmt: skip
+        section: dict[str, Any] = {}
+        if quantization is not None:
+            section = {"group_size": quantization.group_size, "bits": quantization.bits, "mode": "affine"}
         modules = dict(self._model.named_modules())
         self.parameters: list[DenseParameter] = []
         for name, shape in expected.items():
@@ -88,7 +97,7 @@ class MlxLmDense:
                 )
             path = name.removesuffix(".weight")
             chosen = None
-            if name.endswith(".weight") and path in modules:
+            if quantization is not None and name.endswith(".weight") and path in modules:
                 chosen = self._quantization(path, modules[path], quantization, section)
             self.parameters.append(
                 DenseParameter(name, by_identity.get(id(value)), shape, self._dtype(name, value), chosen)
@@ -97,7 +106,9 @@ class MlxLmDense:
         self.unmatched = tuple(info for name, info in checkpoint.dense.items() if name not in matched)
         for key in ("_name_or_path", "vision_config"):  # as mlx_lm's save_config
             config.pop(key, None)
-        config["quantization"] = config["quantization_config"] = section
+        config.pop("quantization_config", None)
+        if section:
+            config["quantization"] = config["quantization_config"] = section
         self.config: dict[str, Any] = dict(sorted(config.items()))
 
     def evaluate(self, parameters: Iterable[DenseParameter]) -> Iterator[tuple[Bytes, ...]]:
@@ -119,7 +130,11 @@ class MlxLmDense:
         stored: dict[str, mx.array] = {}
         for path in sorted({info.path for info in self._checkpoint.tensors.values()}):
             stored |= mx.load(str(path))
-        return {name: value for name, value in stored.items() if name in self._checkpoint.tensors}
+        stored = {name: value for name, value in stored.items() if name in self._checkpoint.tensors}
+        own = {name: value for name, value in stored.items() if name in self._checkpoint.dense}
+        dense, _ = dequantised(own)
+        self._as_stored = {name for name, value in stored.items() if dense.get(name, value) is value}
+        return {name: value for name, value in stored.items() if name not in own} | dense
 
     def _sanitize(self, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
         weights = dict(stored)

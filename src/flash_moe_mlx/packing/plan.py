@@ -8,7 +8,6 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from ..errors import UnsupportedModelError
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import Quantization, RecordLayout
 from ..formats.packed_format import PackedLayer
@@ -93,25 +92,21 @@ def make_plan(checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool)
     layers: list[PackedLayer] = []
     lossy: set[str] = set()
     tasks: list[Task] = []
+    quantise = settings.dense == "quantize" or (settings.dense == "auto" and _wants_quantised(checkpoint, settings))
+    dense = _mlx_lm_dense(checkpoint, settings, quantise=quantise)
     for layer in checkpoint.moe_layers:
         layout, conversions = target_layout(layer, checkpoint.layout(layer), settings, cast)
         count = checkpoint.num_experts(layer)
-        packed = PackedLayer(layer, module_path(checkpoint, layer), count, layout, (0,) * count)
+        path = dense.expert_paths[layer] if dense else module_path(checkpoint, layer)
+        packed = PackedLayer(layer, path, count, layout, (0,) * count)
         layers.append(packed)
         lossy |= {_in_words(projection, conversion) for projection, conversion in conversions.items()}
         tasks += _expert_tasks(checkpoint, packed, _items(checkpoint, layer, layout, conversions), by_shard)
-    quantise = settings.dense == "quantize" or (settings.dense == "auto" and _wants_quantised(checkpoint, settings))
-    if quantise and settings.bits is not None:
-        dense = MlxLmDense(checkpoint, Quantization(settings.bits, settings.group_size))
+    if dense is not None:
         files, dense_tasks, late = _converted_dense(checkpoint, dense)
         config: dict[str, Any] = copy.deepcopy(dense.config)
     else:
-        if checkpoint.format.startswith("hf") and checkpoint.config.get("model_type") not in _OWN_FAMILIES:
-            raise UnsupportedModelError(
-                f"[{checkpoint.directory.name}] dense tensors of a Hugging Face {checkpoint.config.get('model_type')} "
-                "must be converted, got them to be kept. Give bits, or convert it with mlx_lm.convert first."
-            )
-        dense, late = None, ()
+        late = ()
         files, dense_tasks = _copied_dense(checkpoint)
         config = copy.deepcopy(dict(checkpoint.config))
     _state_expert_bits(config, layers, settings)
@@ -120,6 +115,15 @@ def make_plan(checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool)
     return PackPlan(
         checkpoint, settings, tuple(layers), tuple(sorted(lossy)), files, tuple(ordered), late, dense, config
     )
+
+
+def _mlx_lm_dense(checkpoint: Checkpoint, settings: PackSettings, *, quantise: bool) -> MlxLmDense | None:
+    """mlx-lm's view of the dense tensors; None where they are copied as they are stored."""
+    if quantise and settings.bits is not None:
+        return MlxLmDense(checkpoint, Quantization(settings.bits, settings.group_size))
+    if not checkpoint.format.startswith("hf") or checkpoint.config.get("model_type") in _OWN_FAMILIES:
+        return None
+    return MlxLmDense(checkpoint, None)  # under mlx-lm's names, which a packed checkpoint has
 
 
 def module_path(checkpoint: Checkpoint, layer: int) -> str:

@@ -63,7 +63,9 @@ def quantise(
         Bytes by the parts of the target's quantisation; and the error, if asked for.
     """
     with mx.stream(_stream()):
-        arrays = {name: _to_mlx(dtype, data, rows) for name, (dtype, data) in parts.items()}
+        arrays = {
+            name: _to_mlx(dtype, data, _rows_of(name, rows, conversion.source)) for name, (dtype, data) in parts.items()
+        }
         if conversion.source:
             weight = dequantize(arrays, conversion.source, MLX_DTYPES[conversion.dtype])
         else:
@@ -89,8 +91,15 @@ def _stream() -> mx.Stream:
     return _streams.stream
 
 
-def _to_mlx(dtype: str, data: Bytes, rows: int) -> mx.array:
-    value = mx.array(data.view(_NUMPY[dtype]).reshape(rows, -1))
+def _rows_of(part: str, rows: int, source: Quantization | None) -> int | None:
+    """Rows of a part of a matrix; None of one that is a number."""
+    if source is None or part == "weight":
+        return rows
+    return None if part in source.scheme.factors else -(-rows // source.scheme.block_rows)
+
+
+def _to_mlx(dtype: str, data: Bytes, rows: int | None) -> mx.array:
+    value = mx.array(data.view(_NUMPY[dtype]).reshape(() if rows is None else (rows, -1)))
     return value.view(mx.bfloat16) if dtype == "BF16" else value
 
 
