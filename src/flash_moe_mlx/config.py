@@ -19,8 +19,12 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECA
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
-def parse_size(size: int | str) -> int:
+def parse_size(size: int | str, name: str = "memory_limit") -> int:
     """Bytes of a size given as a number or as text: ``8_000_000_000``, "8GB" (10^9) or "8GiB" (2^30).
+
+    Args:
+        size: The size.
+        name: The argument that it is given as, for errors.
 
     Raises:
         RequestError: If it is not a positive size.
@@ -31,9 +35,9 @@ def parse_size(size: int | str) -> int:
         number, unit, binary = match.groups()
         nbytes = int(float(number) * (1024 if binary else 1000) ** _POWERS[unit.lower()])
     else:
-        raise RequestError(f'[memory_limit] must be bytes or a text with a unit, got {size!r}. Try "8GB" or "7.5GiB".')
+        raise RequestError(f'[{name}] must be bytes or a text with a unit, got {size!r}. Try "8GB" or "7.5GiB".')
     if nbytes <= 0:
-        raise RequestError(f'[memory_limit] must be positive, got {size!r}. Try "8GB", or None for a safe share.')
+        raise RequestError(f'[{name}] must be positive, got {size!r}. Try "8GB", or None for a safe share.')
     return nbytes
 
 
@@ -190,6 +194,7 @@ class StreamingConfig:
         prefill_step_size: Tokens a forward pass that scratch memory is set aside for.
         activation_bits: 8 rounds what one or two tokens are multiplied with (lossy); None is exact.
         trust_remote_code: Whether Python files of the checkpoint may be run.
+        gpu_memory_limit_bytes: The hard bound on a GPU's own memory; None leaves the choice to the GPU.
     """
 
     memory_limit_bytes: int | None = None
@@ -199,6 +204,7 @@ class StreamingConfig:
     prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE
     activation_bits: int | None = None
     trust_remote_code: bool = False
+    gpu_memory_limit_bytes: int | None = None
 
     @classmethod
     def from_arguments(
@@ -209,6 +215,7 @@ class StreamingConfig:
         io: str,
         activation_bits: int | None = None,
         trust_remote_code: bool = False,
+        gpu_memory_limit: int | str | None = None,
     ) -> "StreamingConfig":
         """Check load's arguments.
 
@@ -242,4 +249,7 @@ class StreamingConfig:
             activation_bits=activation_bits,
             trust_remote_code=trust_remote_code,
             prefill_step_size=min(DEFAULT_PREFILL_STEP_SIZE, max_context),
+            gpu_memory_limit_bytes=(
+                None if gpu_memory_limit is None else parse_size(gpu_memory_limit, "gpu_memory_limit")
+            ),
         )

@@ -86,6 +86,9 @@ class StreamingStats(NamedRows):
         lossy: What was asked for that changes results; empty by default.
         io_reason: Why ``io`` is what it is.
         slow_decode: Why single tokens are decoded through MLX, several times slower; empty where they are not.
+        gpu_memory_limit_bytes: The hard bound on the GPU's own memory, which then holds weights and slots; None where
+            there is one memory.
+        host_bytes: Host memory that experts come from, pinned for the GPU; 0 where there is one memory.
     """
 
     tokens: int
@@ -104,19 +107,25 @@ class StreamingStats(NamedRows):
     lossy: tuple[str, ...] = ()
     io_reason: str = ""
     slow_decode: str = ""
+    gpu_memory_limit_bytes: int | None = None
+    host_bytes: int = 0
 
     def rows(self) -> list[tuple[str, str]]:
         """(name, value) pairs in the order in which they are shown."""
+        limit_bytes = self.gpu_memory_limit_bytes or self.memory_limit_bytes
+        peak = "peak memory" if self.gpu_memory_limit_bytes is None else "peak GPU memory"
         rows = [
             ("tokens", f"{self.tokens:,}"),
             ("hit rate", f"{self.hit_rate:.1%} ({self.hits:,} of {self.hits + self.misses:,} experts)"),
             ("bytes read", format_bytes(self.bytes_read)),
             ("I/O wait", f"{self.read_seconds:.2f} s"),
-            ("peak memory", f"{format_bytes(self.peak_memory_bytes)} of {format_bytes(self.memory_limit_bytes)}"),
+            (peak, f"{format_bytes(self.peak_memory_bytes)} of {format_bytes(limit_bytes)}"),
             ("dense weights", format_bytes(self.dense_bytes)),
             ("expert slots", f"{self.num_slots:,} of {self.num_experts:,} ({format_bytes(self.slot_bytes)})"),
             ("I/O mode", f"{self.io} ({self.io_reason})" if self.io_reason else self.io),
         ]
+        if self.gpu_memory_limit_bytes is not None:
+            rows.append(("host memory", f"{format_bytes(self.host_bytes)} of {format_bytes(self.memory_limit_bytes)}"))
         rows += [("slow decode", self.slow_decode)] if self.slow_decode else []
         return rows + [("lossy", choice) for choice in self.lossy]
 

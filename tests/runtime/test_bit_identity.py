@@ -109,7 +109,7 @@ def test_records_that_come_by_way_of_staging_buffers(
 ):
     """Another kind of slot memory, which unified memory is one of: nothing is read from a slot too early."""
     limit = limit_of_slots(directory, slots)
-    monkeypatch.setattr(loading, "slot_memory", StagingMemory)
+    monkeypatch.setattr(loading, "slot_memory", lambda store, plan: StagingMemory(store))
     with streamed(directory, limit) as model:
         assert isinstance(model.streaming._cache.bank(0), StagingSlots)
         assert_same(everything(model), resident)

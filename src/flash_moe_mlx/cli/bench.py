@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..system import can_drop_pages, drop_pages
 from .options import (
     ActivationBits,
+    GpuMemoryLimit,
     Io,
     Json,
     MaxContext,
@@ -40,6 +41,7 @@ def bench(
         bool, typer.Option("--cold", help="Before each run, empty the expert slots and the model's page cache.")
     ] = False,
     memory_limit: MemoryLimit = None,
+    gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
@@ -58,7 +60,8 @@ def bench(
     if context.invoked_subcommand is not None:
         return
     directory = _local(model) if cold else None
-    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
+    limits = memory_limit, gpu_memory_limit
+    how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
         measured = []
         for run in range(runs + 1):

@@ -10,6 +10,7 @@ import typer
 from ..errors import MemoryLimitError
 from .options import (
     ActivationBits,
+    GpuMemoryLimit,
     Io,
     MaxContext,
     MaxTokens,
@@ -60,6 +61,7 @@ def chat(
         str | None, typer.Option(help='Memory for states of earlier turns, such as "500MB"; 0 for none.')
     ] = None,
     memory_limit: MemoryLimit = None,
+    gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
@@ -90,7 +92,8 @@ def chat(
     console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets lines as they are
     offered = [tool for path in tools or [] for tool in load_tools(path)]
     read = _reader(console.is_terminal)
-    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
+    limits = memory_limit, gpu_memory_limit
+    how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
         if calculator and tokenizer.has_tool_calling:
             offered += load_tools(CALCULATOR)
@@ -134,7 +137,7 @@ def _prefix_cache(model: Any, size: str | None) -> "PrefixCache | None":
     if size is not None:
         return PrefixCache(model, size)
     try:
-        return PrefixCache(model, int(model.streaming.stats().memory_limit_bytes * PREFIX_CACHE_SHARE))
+        return PrefixCache(model, int(model.streaming.limit_bytes * PREFIX_CACHE_SHARE))
     except MemoryLimitError:
         echo("The memory limit has no room for a prefix cache: each turn reads the whole conversation.", err=True)
         return None

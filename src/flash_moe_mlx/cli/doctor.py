@@ -99,6 +99,7 @@ def _memory() -> dict[str, int | None]:
     import mlx.core as mx
 
     from ..machine import cgroup_limit_bytes, default_memory_limit_bytes, physical_memory_bytes
+    from ..runtime.loading import default_gpu_memory_limit_bytes
 
     working_set = mx.device_info().get("max_recommended_working_set_size")
     return {
@@ -106,6 +107,7 @@ def _memory() -> dict[str, int | None]:
         "cgroup_limit_bytes": cgroup_limit_bytes(),
         "recommended_working_set_bytes": working_set,
         "default_memory_limit_bytes": default_memory_limit_bytes(working_set),
+        "default_gpu_memory_limit_bytes": default_gpu_memory_limit_bytes(),
     }
 
 

@@ -8,6 +8,7 @@ import typer
 from ..errors import RequestError
 from .options import (
     ActivationBits,
+    GpuMemoryLimit,
     Io,
     Json,
     MaxContext,
@@ -46,6 +47,7 @@ def generate(
     min_p: MinP = 0.0,
     seed: Seed = None,
     memory_limit: MemoryLimit = None,
+    gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
@@ -77,7 +79,8 @@ def generate(
     check_text(prompt)
     check_text(system, "system")
 
-    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
+    limits = memory_limit, gpu_memory_limit
+    how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
         text, words = "", AnswerText(tokenizer, message=not raw)
         for response in stream_generate(

@@ -23,6 +23,10 @@ MemoryLimit = Annotated[
     str | None,
     typer.Option(help='Hard bound, such as "8GB" or "7.5GiB"; a safe share of this machine without it.'),
 ]
+GpuMemoryLimit = Annotated[
+    str | None,
+    typer.Option(help="Hard bound on a CUDA GPU's own memory; a safe share of it without it."),
+]
 MaxContext = Annotated[int, typer.Option(help="Tokens of prompt and answer that there must be room for.")]
 Io = Annotated[str, typer.Option(help="How experts are read: auto, mmap, pread or direct.")]
 NumExpertsPerTok = Annotated[
@@ -75,6 +79,7 @@ def model_path(model: str | None) -> str:
 def open_model(
     model: str | None,
     memory_limit: str | None,
+    gpu_memory_limit: str | None,
     max_context: int,
     io: str,
     num_experts_per_tok: int | None,
@@ -89,6 +94,7 @@ def open_model(
     loaded: Any = load(
         model_path(model),
         memory_limit=memory_limit,
+        gpu_memory_limit=gpu_memory_limit,
         max_context=max_context,
         io=io,
         num_experts_per_tok=num_experts_per_tok,

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from .options import (
+    GpuMemoryLimit,
     Json,
     MaxContext,
     MemoryLimit,
@@ -28,6 +29,7 @@ Plot = Annotated[Path | None, typer.Option(help="Write speed against memory limi
 def plan(
     model: Model = None,
     memory_limit: MemoryLimit = None,
+    gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,
     num_experts_per_tok: NumExpertsPerTok = None,
     trace: Trace = None,
@@ -51,6 +53,7 @@ def plan(
     result = make_plan(
         model_path(model),
         memory_limit=memory_limit,
+        gpu_memory_limit=gpu_memory_limit,
         max_context=max_context,
         num_experts_per_tok=num_experts_per_tok,
         revision=revision,

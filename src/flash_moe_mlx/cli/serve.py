@@ -12,6 +12,7 @@ from ..errors import RequestError
 from .logs import log_to_stderr
 from .options import (
     ActivationBits,
+    GpuMemoryLimit,
     Io,
     MaxContext,
     MemoryLimit,
@@ -53,6 +54,7 @@ def serve(
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     memory_limit: MemoryLimit = None,
+    gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
@@ -94,7 +96,8 @@ def serve(
             allowed_hosts=(*LOOPBACK, *(allow_host or ())) if local or allow_host else None,
             sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
         )
-        how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
+        limits = memory_limit, gpu_memory_limit
+        how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
         with open_model(model, *how) as (loaded, tokenizer):
             app = create_app(loaded, tokenizer, config)
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"

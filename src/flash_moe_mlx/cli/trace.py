@@ -7,6 +7,7 @@ import typer
 
 from .options import (
     ActivationBits,
+    GpuMemoryLimit,
     Io,
     MaxContext,
     MemoryLimit,
@@ -26,6 +27,7 @@ def trace(
     model: Model = None,
     max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 256,
     memory_limit: MemoryLimit = None,
+    gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,
     io: Io = "auto",
     num_experts_per_tok: NumExpertsPerTok = None,
@@ -43,7 +45,8 @@ def trace(
     from ..runtime.prompt_text import check_text
 
     check_text(prompt)
-    how = (memory_limit, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
+    limits = memory_limit, gpu_memory_limit
+    how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
         tokens, _ = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
         with loaded.streaming.trace(output):

@@ -71,6 +71,64 @@ class Budget:
     held_bytes: int = 0
 
 
+MAX_STAGING_RECORDS = 64
+"""Two groups of a prompt's experts: more pinned buffers than these would lie idle."""
+
+
+@dataclass(frozen=True)
+class HostBudget:
+    """The host's memory, where a GPU with memory of its own holds the rest of the model.
+
+    Attributes:
+        limit_bytes: The limit.
+        mapped_bytes: Experts' files, mapped and pinned; 0 where there is no room for all of them.
+        staging_records: Pinned buffers of one record each, where they aren't.
+        staging_bytes: Bytes of these buffers.
+        buffer_bytes: Buffers of direct reads.
+    """
+
+    limit_bytes: int
+    mapped_bytes: int
+    staging_records: int
+    staging_bytes: int
+    buffer_bytes: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all this."""
+        return self.mapped_bytes + self.staging_bytes + self.buffer_bytes
+
+
+def divide_host(
+    limit_bytes: int, *, file_bytes: int, record_bytes: int, load_bytes: int, io_buffer_bytes: int, min_records: int
+) -> HostBudget:
+    """Divide the limit on the host's memory: all experts' files if they fit, else staging buffers.
+
+    Args:
+        limit_bytes: The limit.
+        file_bytes: Size of all files that hold experts; 0 if they are not to be mapped.
+        record_bytes: Bytes of the largest record.
+        load_bytes: Bytes that loading needs for a moment.
+        io_buffer_bytes: Buffers of direct reads.
+        min_records: Smallest number of staging buffers: the experts of one token.
+
+    Raises:
+        MemoryLimitError: If it can't hold; names the smallest limit that works.
+    """
+    if file_bytes and file_bytes + load_bytes <= limit_bytes:
+        return HostBudget(limit_bytes, file_bytes, 0, 0, 0)
+    smallest = io_buffer_bytes + load_bytes + min_records * record_bytes
+    if limit_bytes < smallest:
+        raise MemoryLimitError(
+            f"[memory_limit] must be at least {format_bytes(smallest)}, got {format_bytes(limit_bytes)}: "
+            f"{min_records} records on their way to the GPU, buffers {format_bytes(io_buffer_bytes)}, "
+            f'{format_bytes(load_bytes)} while loading. Use memory_limit="{_round_up(smallest)}".',
+            smallest_limit_bytes=smallest,
+        )
+    records = min((limit_bytes - io_buffer_bytes - load_bytes) // record_bytes, MAX_STAGING_RECORDS)
+    return HostBudget(limit_bytes, 0, records, records * record_bytes, io_buffer_bytes)
+
+
 def buffer_cache_bytes(scratch_bytes: int) -> int:
     """What MLX may keep of freed buffers: enough to reuse a layer's activations."""
     return min(max(scratch_bytes // 8, _MIN_BUFFER_CACHE), _MAX_BUFFER_CACHE)
@@ -87,6 +145,7 @@ def divide(
     length: int,
     io_buffer_bytes: int = 0,
     held_bytes: int = 0,
+    limit_name: str = "memory_limit",
 ) -> Budget:
     """Divide a limit: dense weights, states, scratch and buffers first, expert slots from the rest.
 
@@ -103,6 +162,7 @@ def divide(
         length: Longest sequence.
         io_buffer_bytes: The engine's own I/O buffers.
         held_bytes: To set aside beside all this: state snapshots, and the states of further sequences.
+        limit_name: The argument that the limit is given as, for errors.
 
     Raises:
         MemoryLimitError: If it can't hold; names the smallest limit that works.
@@ -120,11 +180,11 @@ def divide(
     if limit_bytes < smallest:
         named = _round_up(smallest)
         raise MemoryLimitError(
-            f"[memory_limit] must be at least {format_bytes(smallest)} for {length} tokens of context, got "
+            f"[{limit_name}] must be at least {format_bytes(smallest)} for {length} tokens of context, got "
             f"{format_bytes(limit_bytes)}: dense weights {format_bytes(costs.dense_bytes)}, KV cache and states "
             f"{format_bytes(state)}, scratch {format_bytes(scratch)}, buffers {format_bytes(buffers)}, "
             f"{f'snapshots and other sequences {format_bytes(held_bytes)}, ' if held_bytes else ''}"
-            f'{min_slots} experts a layer. Use memory_limit="{named}", or a smaller max_context.',
+            f'{min_slots} experts a layer. Use {limit_name}="{named}", or a smaller max_context.',
             smallest_limit_bytes=smallest,
         )
     slots = _share_slots(limit_bytes - fixed, experts, floor)

@@ -257,14 +257,19 @@ class StreamingEngine:
         return self._plan.demand.max_context
 
     @property
+    def limit_bytes(self) -> int:
+        """Limit on the memory that weights, states and slots are in."""
+        return self._limit_bytes
+
+    @property
     def state_bytes(self) -> int:
         """Bytes that the caches and states of one sequence of max_context tokens take."""
         return self._costs.state_bytes(1, self.max_context)
 
     @property
     def peak_memory_bytes(self) -> int:
-        """MLX's peak and the engine's own buffers."""
-        return mx.get_peak_memory() + self._store.buffer_bytes
+        """MLX's peak, and the engine's own buffers where they are in the same memory."""
+        return mx.get_peak_memory() + (self._store.buffer_bytes if self._plan.host is None else 0)
 
     @property
     def counters(self) -> Counters:
@@ -273,7 +278,7 @@ class StreamingEngine:
 
     def stats(self) -> StreamingStats:
         """Counters and memory at this moment."""
-        counters, budget = self._reader.counters.since(self._counted_from), self._budget
+        counters, budget, host = self._reader.counters.since(self._counted_from), self._budget, self._plan.host
         return StreamingStats(
             tokens=counters.tokens,
             hits=counters.hits,
@@ -281,7 +286,7 @@ class StreamingEngine:
             hit_rate=counters.hit_rate,
             bytes_read=counters.bytes_read,
             read_seconds=counters.read_seconds,
-            memory_limit_bytes=budget.limit_bytes,
+            memory_limit_bytes=budget.limit_bytes if host is None else host.limit_bytes,
             peak_memory_bytes=self.peak_memory_bytes,
             dense_bytes=budget.dense_bytes,
             slot_bytes=budget.slot_bytes,
@@ -291,6 +296,8 @@ class StreamingEngine:
             io_reason=self._plan.reads.reason,
             lossy=self._lossy,
             slow_decode=self.slow_decode,
+            gpu_memory_limit_bytes=None if host is None else budget.limit_bytes,
+            host_bytes=0 if host is None else self._memory.host_bytes + self._store.buffer_bytes,
         )
 
     def reset_stats(self) -> None:
@@ -320,16 +327,26 @@ class StreamingEngine:
             self._reader.recorder = TraceRecorder(path, sorted(num_experts), max(num_experts.values()))
             return self._reader.recorder
 
-    def resize(self, memory_limit: int | str) -> None:
-        """Change the memory limit of the running model. Waits for a forward pass under way.
+    def resize(self, memory_limit: int | str | None = None, *, gpu_memory_limit: int | str | None = None) -> None:
+        """Change the limit on the memory that slots are in, of the running model. Waits for a forward pass under way.
+
+        Args:
+            memory_limit: The limit, where there is one memory.
+            gpu_memory_limit: The limit, where a GPU has its own; the host's can't be changed.
 
         Raises:
             MemoryLimitError: If it can't hold; names the smallest limit that works, and nothing changes.
-            RequestError: If it is not a size.
+            RequestError: If it is not a size, or the other limit is the one to change.
             StoreError: If the engine is closed.
         """
         check_process("model.streaming")
-        limit_bytes = parse_size(memory_limit)
+        name = self._plan.demand.limit_name
+        wanted, other = memory_limit, gpu_memory_limit
+        if name == "gpu_memory_limit":
+            wanted, other = other, wanted
+        if wanted is None or other is not None:
+            raise RequestError(f"[model.streaming] resize must be given {name} alone here. Slots are in that memory.")
+        limit_bytes = parse_size(wanted, name)
         with self.lock:
             self._check_open()
             budget, room = self._divide_anew(limit_bytes)

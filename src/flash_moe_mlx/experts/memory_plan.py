@@ -1,7 +1,7 @@
 """MemoryPlan: how a memory limit is used, decided once by load and handed to all that hold memory. No MLX import."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..config import StreamingConfig
 from ..errors import MemoryLimitError
@@ -9,7 +9,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import RecordLayout
 from ..machine import usable_memory_bytes
 from ..storage.io_choice import Reads, choose_io, choose_threads
-from .budget import Budget, LayerExperts, ModelCosts, divide
+from .budget import MAX_STAGING_RECORDS, Budget, HostBudget, LayerExperts, ModelCosts, divide, divide_host
 from .reservations import Room
 
 
@@ -24,6 +24,7 @@ class MemoryDemand:
         num_experts_per_tok: K; each layer gets at least as many slots.
         prefill_step_size: Tokens of the largest forward pass that memory is set aside for.
         max_context: Tokens of the longest sequence.
+        limit_name: Argument of load that bounds it.
     """
 
     costs: ModelCosts
@@ -32,6 +33,7 @@ class MemoryDemand:
     num_experts_per_tok: int
     prefill_step_size: int
     max_context: int
+    limit_name: str = "memory_limit"
 
     @classmethod
     def of(
@@ -86,6 +88,7 @@ class MemoryDemand:
             length=room.length if room else self.max_context,
             io_buffer_bytes=io_buffer_bytes,
             held_bytes=held_bytes + (room.more_bytes if room else 0),
+            limit_name=self.limit_name,
         )
 
 
@@ -98,12 +101,71 @@ class MemoryPlan:
         limit_bytes: The limit.
         reads: How experts are read.
         budget: Where the bytes go once the model is loaded.
+        host: The host's memory, where ``limit_bytes`` and ``budget`` are those of a GPU's own; None where kernels read
+            the host's.
     """
 
     demand: MemoryDemand
     limit_bytes: int
     reads: Reads
     budget: Budget
+    host: HostBudget | None = None
+
+    @classmethod
+    def make_for_gpu(
+        cls,
+        gpu_limit_bytes: int,
+        host_limit_bytes: int,
+        demand: MemoryDemand,
+        checkpoint: Checkpoint,
+        io: str,
+        *,
+        probe: bool = True,
+    ) -> "MemoryPlan":
+        """Divide two limits: a GPU's own memory, and the host's, which experts come from.
+
+        Args:
+            gpu_limit_bytes: The limit on the GPU's memory: weights, slots, caches, states and scratch.
+            host_limit_bytes: The limit on the host's: mapped and pinned files, or buffers.
+            demand: The model's demand.
+            checkpoint: Says which files hold the experts.
+            io: load's ``io``; with "auto" files are mapped and pinned where the host's memory has room for them.
+            probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
+
+        Raises:
+            MemoryLimitError: If one can't hold; names the argument, and the smallest limit that works.
+        """
+        demand = replace(demand, limit_name="gpu_memory_limit")
+        budget = demand.divide(gpu_limit_bytes, 0)
+        records = {layer: layout.record_bytes for layer, layout in demand.layouts.items()}
+        expert_bytes = sum(n * records[layer] for layer, n in demand.num_experts.items())
+        files = checkpoint.expert_files
+
+        def divided(reads: Reads) -> HostBudget:
+            return divide_host(
+                host_limit_bytes,
+                file_bytes=sum(path.stat().st_size for path in files) if io == "auto" else 0,
+                record_bytes=max(records.values()),
+                load_bytes=demand.costs.load_bytes,
+                io_buffer_bytes=reads.buffer_bytes,
+                min_records=min(demand.num_experts_per_tok, MAX_STAGING_RECORDS),
+            )
+
+        reads = Reads("pread", "host memory has room for all files with experts: mapped and pinned")
+        host = divided(reads)
+        if not host.mapped_bytes:
+            reads = Reads(io, "as asked for")
+            if io == "auto":
+                reads = choose_io(files, expert_bytes, budget.slot_bytes, host_limit_bytes, usable_memory_bytes())
+                if reads.io == "direct" and probe:
+                    reads = reads.with_threads(choose_threads(files, max(records.values()), expert_bytes))
+            try:
+                host = divided(reads)
+            except MemoryLimitError:
+                if io != "auto":
+                    raise
+                reads = Reads("pread", "the limit has no room for the buffers of direct reads")
+        return cls(demand, gpu_limit_bytes, reads, budget, host)
 
     @classmethod
     def make(
@@ -148,4 +210,5 @@ class MemoryPlan:
         Raises:
             MemoryLimitError: If it can't hold; names the smallest limit that works.
         """
-        return self.demand.divide(limit_bytes, self.reads.buffer_bytes, room, held_bytes)
+        io_buffer_bytes = self.reads.buffer_bytes if self.host is None else 0  # those are in the other memory
+        return self.demand.divide(limit_bytes, io_buffer_bytes, room, held_bytes)

@@ -139,13 +139,12 @@ class ExpertSlots(ExpertRecords, ABC):
 
 
 class SlotMemory(Protocol):
-    """A kind of memory for slots, and the way that records take to it.
+    """A kind of memory for slots, and the way that records take to it."""
 
-    Attributes:
-        source: Where records come from.
-    """
-
-    source: RecordSource
+    @property
+    def source(self) -> RecordSource:
+        """Where records come from."""
+        ...
 
     @property
     def host_bytes(self) -> int:

@@ -34,6 +34,7 @@ class Plan:
         speed: What the machine was measured or said to do.
         sweep: Other limits, ascending, as far as this machine's memory goes.
         assumptions: What the figures rest on.
+        host_limit_bytes: The limit on the host's memory, where ``limit_bytes`` is that of a GPU's own; else None.
     """
 
     model: str
@@ -48,6 +49,7 @@ class Plan:
     speed: Speed
     sweep: tuple[LimitPlan, ...]
     assumptions: tuple[str, ...]
+    host_limit_bytes: int | None = None
 
     @property
     def fits(self) -> bool:
@@ -70,12 +72,16 @@ class Plan:
              f"{format_bytes(self.expert_bytes)} in all; {self.num_experts_per_tok} a token and layer"),
             ("smallest limit", f"{format_bytes(self.smallest_limit_bytes)} for {self.max_context} tokens of context"),
         ]  # fmt: skip
+        limit = "memory limit"
+        if self.host_limit_bytes is not None:
+            limit = "GPU memory limit"
+            rows.append(("host memory limit", format_bytes(self.host_limit_bytes)))
         if self.at_limit is None:
-            return [*rows, ("memory limit", f"{format_bytes(self.limit_bytes)}: does not fit")]
+            return [*rows, (limit, f"{format_bytes(self.limit_bytes)}: does not fit")]
         budget = self.at_limit.budget
         slots = self.at_limit.num_slots
         rows += [
-            ("memory limit", format_bytes(self.limit_bytes)),
+            (limit, format_bytes(self.limit_bytes)),
             ("dense weights", format_bytes(budget.dense_bytes)),
             ("KV cache, states", format_bytes(budget.state_bytes)),
             ("scratch, buffers", format_bytes(budget.scratch_bytes + budget.buffer_bytes)),
@@ -115,6 +121,7 @@ class Plan:
             "model": self.model,
             "fits": self.fits,
             "limit_bytes": self.limit_bytes,
+            "host_limit_bytes": self.host_limit_bytes,
             "smallest_limit_bytes": self.smallest_limit_bytes,
             "best_limit_bytes": best.limit_bytes if best else None,
             "expert_bytes": self.expert_bytes,
@@ -159,6 +166,7 @@ def plan(
     path_or_repo: str | Path,
     *,
     memory_limit: int | str | None = None,
+    gpu_memory_limit: int | str | None = None,
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     revision: str | None = None,
@@ -172,6 +180,7 @@ def plan(
     Args:
         path_or_repo: Local directory, or a repository on the Hugging Face hub, of which only headers are fetched.
         memory_limit: As for :func:`load`; None is what load would choose.
+        gpu_memory_limit: As for load. Where a GPU has its own memory, this is the limit that the plan's figures are of.
         max_context: Tokens of prompt and answer that there must be room for.
         num_experts_per_tok: As for load.
         revision: Branch, tag or commit of the repository.
@@ -192,6 +201,7 @@ def plan(
     planner = Planner.open(
         path_or_repo,
         memory_limit=memory_limit,
+        gpu_memory_limit=gpu_memory_limit,
         max_context=max_context,
         num_experts_per_tok=num_experts_per_tok,
         revision=revision,
@@ -213,6 +223,7 @@ def plan(
         speed=planner.speed,
         sweep=tuple(planner.at(limit) for limit in planner.limits(SWEEP_POINTS)),
         assumptions=_assumptions(planner.speed, None if memory_limit is not None else limit_reason()),
+        host_limit_bytes=planner.host_limit_bytes,
     )
 
 

@@ -15,7 +15,7 @@ from ..formats.hub_headers import download_headers
 from ..formats.places import local_directory
 from ..machine import PROCESS_OVERHEAD_BYTES, usable_memory_bytes
 from ..models.spec import Family
-from ..runtime.loading import choose_limit, inspect_checkpoint, plan_memory
+from ..runtime.loading import choose_limits, inspect_checkpoint, plan_memory
 from ..storage.disk_probe import probe_disk
 from .simulation import replay
 from .speed import Speed, TokenWork, measure_speed
@@ -93,7 +93,7 @@ class Planner:
         self.record_bytes = {layer: checkpoint.layout(layer).record_bytes for layer in layers}
         self.payload_bytes = {layer: checkpoint.layout(layer).payload_bytes for layer in layers}
         self.num_experts = {layer: checkpoint.num_experts(layer) for layer in layers}
-        self.limit_bytes = choose_limit(config)
+        self.limit_bytes, self.host_limit_bytes = choose_limits(config)
         self.smallest_limit_bytes = self._smallest()
 
     @classmethod
@@ -102,6 +102,7 @@ class Planner:
         path_or_repo: str | Path,
         *,
         memory_limit: int | str | None = None,
+        gpu_memory_limit: int | str | None = None,
         max_context: int = 8192,
         num_experts_per_tok: int | None = None,
         revision: str | None = None,
@@ -112,7 +113,12 @@ class Planner:
     ) -> "Planner":
         """Read headers, and measure what isn't given. Arguments and errors as for `plan`."""
         config = StreamingConfig.from_arguments(
-            memory_limit, max_context, num_experts_per_tok, "auto", trust_remote_code=trust_remote_code
+            memory_limit,
+            max_context,
+            num_experts_per_tok,
+            "auto",
+            trust_remote_code=trust_remote_code,
+            gpu_memory_limit=gpu_memory_limit,
         )
         with _directory_of(path_or_repo, revision) as (directory, is_local):
             checkpoint, family = inspect_checkpoint(directory, config)
@@ -137,7 +143,8 @@ class Planner:
         Raises:
             MemoryLimitError: If it can't hold.
         """
-        return plan_memory(self._checkpoint, self._family, self._config, limit_bytes, probe=False).budget
+        limits = limit_bytes, self.host_limit_bytes
+        return plan_memory(self._checkpoint, self._family, self._config, *limits, probe=False).budget
 
     def limits(self, count: int) -> list[int]:
         """Limits from the smallest to the largest that this machine holds, or to the one where all experts fit."""

@@ -40,6 +40,7 @@ from ..formats.packed_format import EXPERTS_FOLDER
 from ..formats.places import local_directory
 from ..machine import (
     PROCESS_OVERHEAD_BYTES,
+    SAFE_SHARE,
     default_memory_limit_bytes,
     explain_default_memory_limit,
     usable_memory_bytes,
@@ -48,6 +49,8 @@ from ..models.foreign_dense import WORKSPACE, dequantised
 from ..models.registry import prepare_family
 from ..models.spec import Family
 from ..ops.backend import backend, use_cpu_kernels
+from ..ops.gpu import cuda_runtime
+from ..ops.gpu.cuda_slots import MappedMemory, PinnedMemory
 from ..ops.slot_memory import SlotMemory, UnifiedMemory
 from ..packing.verification import check_other_files
 from ..stats import format_bytes
@@ -65,6 +68,7 @@ def load(
     path_or_repo: str | Path,
     *,
     memory_limit: int | str | None = None,
+    gpu_memory_limit: int | str | None = None,
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     io: str = "auto",
@@ -82,7 +86,10 @@ def load(
     Args:
         path_or_repo: Local directory, or a repository on the Hugging Face hub.
         memory_limit: Bytes, or a text such as "8GB" or "8GiB": bounds dense weights, expert slots, KV cache
-            at ``max_context`` and scratch. None takes a safe share of this machine.
+            at ``max_context`` and scratch. None takes a safe share of this machine. Where a GPU has memory of its
+            own (CUDA), it bounds the host's: files or buffers that are pinned, and buffers of reads.
+        gpu_memory_limit: Bounds a GPU's own memory: dense weights, expert slots, KV cache and scratch. None takes a
+            safe share of it. Refused on Apple's chips and CPUs, which have one memory.
         max_context: Tokens of prompt and answer that there must be room for.
         num_experts_per_tok: Overrides the router's K. Fewer than the model's own is faster and lossy.
         io: How expert bytes are read: "mmap" or "pread" through the page cache, "direct" past it, or "auto", which
@@ -110,7 +117,7 @@ def load(
         RequestError: If an argument is not usable.
     """
     streaming = StreamingConfig.from_arguments(
-        memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code
+        memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
     )
     with loading_together(shard, rank_timeout) as ranks:
         prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify, ranks, shard)
@@ -132,6 +139,7 @@ def load_model(
     path: str | Path,
     *,
     memory_limit: int | str | None = None,
+    gpu_memory_limit: int | str | None = None,
     max_context: int = 8192,
     num_experts_per_tok: int | None = None,
     io: str = "auto",
@@ -144,7 +152,7 @@ def load_model(
 ) -> Any:
     """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
     streaming = StreamingConfig.from_arguments(
-        memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code
+        memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
     )
     with loading_together(shard, rank_timeout) as ranks:
         return _prepare(_resolve(path, revision), streaming, verify, ranks, shard).load()
@@ -184,7 +192,8 @@ class _Prepared:
         with ExitStack() as undo, BufferCacheShare(_SMALL_BUFFER_CACHE):
             undo.callback(self.store.close)
             self._load_dense()
-            engine = StreamingEngine(self.store, self.plan, slot_memory(self.store), self.family.lossy, self.share)
+            memory = slot_memory(self.store, self.plan)
+            engine = StreamingEngine(self.store, self.plan, memory, self.family.lossy, self.share)
             undo.pop_all()
         model.attach(engine)
         model.eval()
@@ -223,7 +232,34 @@ def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Che
     return checkpoint, family
 
 
-def choose_limit(streaming: StreamingConfig) -> int:
+def has_own_memory() -> bool:
+    """Tell whether slots are in a GPU's own memory, which has a limit of its own: on CUDA, with cuda-bindings."""
+    return backend() == "cuda" and cuda_runtime.is_available()
+
+
+def default_gpu_memory_limit_bytes() -> int | None:
+    """Return a safe share of a GPU's own memory; None where there is one memory."""
+    return int(mx.device_info()["total_memory"] * SAFE_SHARE) if has_own_memory() else None
+
+
+def choose_limits(streaming: StreamingConfig) -> tuple[int, int | None]:
+    """Return the limit on the memory that slots are in, and that on the host's where they are in a GPU's own.
+
+    Raises:
+        MemoryLimitError: If none was asked for and this process may use too little to choose one.
+        RequestError: If a limit was asked for on a memory that isn't there.
+    """
+    if has_own_memory():
+        return streaming.gpu_memory_limit_bytes or default_gpu_memory_limit_bytes() or 0, _choose_limit(streaming)
+    if streaming.gpu_memory_limit_bytes is not None:
+        raise RequestError(
+            "[gpu_memory_limit] must be left out where no GPU has memory of its own, got one: memory_limit bounds all "
+            "of it. On CUDA install cuda-bindings, which flash-moe-mlx[cuda12] and [cuda13] do."
+        )
+    return _choose_limit(streaming), None
+
+
+def _choose_limit(streaming: StreamingConfig) -> int:
     """Return the limit asked for, or a safe share of this machine.
 
     Raises:
@@ -240,9 +276,14 @@ def choose_limit(streaming: StreamingConfig) -> int:
     )
 
 
-def slot_memory(store: ExpertStore) -> SlotMemory:
-    """Choose the kind of memory that experts are read into, by MLX's backend."""
-    return UnifiedMemory(store)
+def slot_memory(store: ExpertStore, plan: MemoryPlan) -> SlotMemory:
+    """Make the memory that experts are read into, as planned."""
+    if plan.host is None:
+        return UnifiedMemory(store)
+    runtime = cuda_runtime.BoundRuntime()
+    if plan.host.mapped_bytes:
+        return MappedMemory(store, runtime)
+    return PinnedMemory(store, runtime, plan.host.staging_records)
 
 
 def plan_memory(
@@ -250,6 +291,7 @@ def plan_memory(
     family: Family,
     streaming: StreamingConfig,
     limit_bytes: int,
+    host_limit_bytes: int | None = None,
     share: Share | None = None,
     *,
     probe: bool = True,
@@ -260,7 +302,8 @@ def plan_memory(
         checkpoint: The checkpoint.
         family: Its model.
         streaming: load's arguments.
-        limit_bytes: The memory limit.
+        limit_bytes: The limit on the memory that slots are in.
+        host_limit_bytes: The limit on the host's, where that is another.
         share: This rank's experts, where ranks share them.
         probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
 
@@ -269,11 +312,13 @@ def plan_memory(
     """
     own = None if share is None else share.counts()
     demand = MemoryDemand.of(checkpoint, family.costs, family.num_experts_per_tok, streaming, own)
-    return MemoryPlan.make(limit_bytes, demand, checkpoint, streaming.io, probe=probe)
+    if host_limit_bytes is None:
+        return MemoryPlan.make(limit_bytes, demand, checkpoint, streaming.io, probe=probe)
+    return MemoryPlan.make_for_gpu(limit_bytes, host_limit_bytes, demand, checkpoint, streaming.io, probe=probe)
 
 
 def limit_reason() -> str:
-    """Say in words where the limit comes from that `choose_limit` takes without being told one."""
+    """Say in words where the limit comes from that `choose_limits` takes without being told one."""
     return explain_default_memory_limit(*_device_memory())
 
 
@@ -281,7 +326,7 @@ def _device_memory() -> tuple[int | None, int | None]:
     """Metal's recommended working set, and the memory of a GPU that has its own, where MLX tells them."""
     info = mx.device_info()
     working_set = info.get("max_recommended_working_set_size")
-    return working_set, info.get("total_memory") if backend() == "cuda" else None
+    return working_set, info.get("total_memory") if backend() == "cuda" and not has_own_memory() else None
 
 
 def _with_rounded_activations(family: Family, bits: int) -> Family:
@@ -309,9 +354,9 @@ def _prepare(
         family = _with_rounded_activations(family, streaming.activation_bits)
     if verify == "full" and checkpoint.manifest:
         check_other_files(directory, checkpoint.manifest)
-    limit_bytes = choose_limit(streaming)
+    limits = choose_limits(streaming)
     try:
-        plan = plan_memory(checkpoint, family, streaming, limit_bytes, share)
+        plan = plan_memory(checkpoint, family, streaming, *limits, share)
     except MemoryLimitError as error:
         if streaming.memory_limit_bytes is not None:
             raise

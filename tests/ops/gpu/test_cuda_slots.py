@@ -222,7 +222,7 @@ def test_a_model_has_the_same_bits(make: Make, slots: int, tmp_path: Path, monke
     with streamed(directory, limit) as model:
         unified = logits(model)
     runtime = FakeRuntime(delay=0.0005)
-    monkeypatch.setattr(loading, "slot_memory", lambda store: make(store, runtime))
+    monkeypatch.setattr(loading, "slot_memory", lambda store, plan: make(store, runtime))
     with streamed(directory, limit) as model:
         assert model.streaming.stats().num_slots == slots * len(model.layers)
         for own, other in zip(unified, logits(model), strict=True):

@@ -93,7 +93,10 @@ class BoundRuntime:
     def register(self, address: int, nbytes: int) -> None:
         """Pin mapped, read-only host memory."""
         flags = self._runtime.cudaHostRegisterReadOnly | self._runtime.cudaHostRegisterMapped
-        self._call("cudaHostRegister", address, nbytes, flags)
+        try:
+            self._call("cudaHostRegister", address, nbytes, flags)
+        except (MemoryLimitError, StoreError) as error:
+            raise type(error)(f'{error} Or load with io="pread", which pins a few buffers only.') from error
 
     def unregister(self, address: int) -> None:
         """Undo `register`."""

@@ -18,12 +18,15 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import FlashMoEError
+from ...errors import FlashMoEError, MemoryLimitError
 from ...machine import cache_folder
 from ..backend import REFERENCE_SWITCH
 
 _REFUSALS = ("Unable to build metal library", "Failed to compile", "Thread group size")
 """What MLX's errors say where a kernel can't be compiled, or not be launched as it is."""
+
+_NO_MEMORY = ("out of memory", "Unable to allocate")
+"""What they say where the GPU's memory is used up."""
 
 MIN_DEVICE_ELEMENTS = 8
 """MLX passes smaller inputs in Metal's constant address space; bodies take pointers into device memory only."""
@@ -218,12 +221,18 @@ def explain_refusals() -> Iterator[None]:
     """Within it, and around what it decorates, a kernel that the GPU's compiler refuses is told as one.
 
     Raises:
+        MemoryLimitError: If the GPU has no memory left.
         FlashMoEError: With the compiler's message and the switch that runs without kernels.
     """
     try:
         yield
     except RuntimeError as error:
         message = str(error).strip()
+        if any(sign in message for sign in _NO_MEMORY):
+            raise MemoryLimitError(
+                f"[gpu memory] the GPU must have room for what the limit allows, got: {message}\nLower "
+                "gpu_memory_limit (memory_limit where the GPU has none of its own), or end other programs on it."
+            ) from error
         if not any(refusal in message for refusal in _REFUSALS):
             raise
         raise FlashMoEError(
