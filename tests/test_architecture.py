@@ -177,6 +177,28 @@ def test_exported_names_are_pinned():
         _ = flash_moe_mlx.no_such_name
 
 
+@pytest.mark.parametrize(
+    "name", re.findall(r"^##+ ([A-Za-z]\w*)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE)
+)
+def test_every_name_of_the_api_page_can_be_imported(name: str):
+    """From the package itself, or as a member of what is called model.streaming there, or of what its calls return."""
+    from flash_moe_mlx.experts.engine import StreamingEngine
+
+    if hasattr(StreamingEngine, name) or name in ("StreamingStats", "GenerationStats", "Errors"):
+        return
+    scope: dict[str, object] = {}
+    exec(f"from flash_moe_mlx import {name}", scope)
+    assert name in EXPORTED and scope[name] is getattr(flash_moe_mlx, name)
+
+
+def test_the_plots_have_their_public_name():
+    from flash_moe_mlx import plot
+    from flash_moe_mlx.lab import plot as defined
+
+    assert plot.__all__ == defined.__all__ != []
+    assert all(getattr(plot, name) is getattr(defined, name) for name in plot.__all__)
+
+
 def test_every_error_is_exported():
     from flash_moe_mlx import errors
 

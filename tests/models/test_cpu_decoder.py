@@ -216,7 +216,7 @@ def test_strided_weights_and_other_dtypes(directory: Path, through_mlx: Any) -> 
 
 def test_a_cache_of_another_model_is_refused(directory: Path) -> None:
     with streamed(directory) as model:
-        for place in (0, next(i for i, layer in enumerate(model.layers) if not layer.is_linear)):
+        for place in (0, next(i for i, layer in enumerate(model.layers) if layer.mixer_name == "self_attn")):
             cache = prefilled(model)
             change(cache[place], lambda array: array[:, :1, ..., :8])
             with pytest.raises(RequestError, match="cache"):

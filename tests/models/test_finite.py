@@ -44,8 +44,8 @@ def poison(owner: Any, name: str, value: float = float("nan")) -> Callable[[], N
 
 
 def out_projection(model: Any, layer: int) -> Any:
-    decoder = model.text_model.layers[layer]
-    return decoder.linear_attn.out_proj if decoder.is_linear else decoder.self_attn.o_proj
+    mixer = model.text_model.layers[layer].mixer
+    return mixer.out_proj if mixer.weight_name == "linear_attn" else mixer.o_proj
 
 
 PLACES: dict[str, tuple[Callable[[Any], tuple[Any, str]], int | None]] = {

@@ -28,6 +28,7 @@ from .checks import DeferredChecks, check_tokens, checked_later, clamped, locate
 from .gpu_token import ResidentDecoder, layer_choice
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .memory import HybridCosts
+from .mixers import MIXERS
 from .mixers.attention import GatedAttention
 from .mixers.blocks import mix
 from .mixers.gated_delta import GatedDeltaNet
@@ -53,19 +54,18 @@ STEPPED_TOKENS = 2
 That is quicker than a chunk up to about eight, but of more than two a small cache might read an expert twice.
 """
 
-DeltaNet = Callable[[ModelConfig, str, QuantizationOf], GatedDeltaNet]
+Mixers = Mapping[str, Callable[[ModelConfig, str, QuantizationOf], GatedAttention | GatedDeltaNet]]
+"""Mixer of each of config.json's layer_types: `mixers.MIXERS`, with a model's own variants."""
 
 
 class DecoderLayer(nn.Module):
     """``h = x + mixer(norm(x))``, then ``h + moe(norm(h))``, or a dense SwiGLU where the layer has no experts."""
 
-    def __init__(self, config: ModelConfig, index: int, path: str, quantization_of: QuantizationOf, delta: DeltaNet):
+    def __init__(self, config: ModelConfig, index: int, path: str, quantization_of: QuantizationOf, mixers: Mixers):
         super().__init__()
-        self.is_linear = config.layer_types[index] == "linear_attention"
-        if self.is_linear:
-            self.linear_attn = delta(config, f"{path}.linear_attn", quantization_of)
-        else:
-            self.self_attn = GatedAttention(config, f"{path}.self_attn", quantization_of)
+        kind = config.layer_types[index]
+        self.mixer_name = MIXERS[kind].weight_name
+        setattr(self, self.mixer_name, mixers[kind](config, f"{path}.{self.mixer_name}", quantization_of))
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         mlp = f"{path}.mlp"
@@ -86,7 +86,8 @@ class DecoderLayer(nn.Module):
     @property
     def mixer(self) -> GatedAttention | GatedDeltaNet:
         """The layer's token mixer, under whichever name the checkpoint has for it."""
-        return self.linear_attn if self.is_linear else self.self_attn
+        mixer: GatedAttention | GatedDeltaNet = getattr(self, self.mixer_name)
+        return mixer
 
     def mix(self, x: mx.array, cache: Any) -> mx.array:
         """``h``; the cache is advanced."""
@@ -110,11 +111,11 @@ class DecoderLayer(nn.Module):
 class TextModel(nn.Module):
     """Embeddings, decoder layers and the last norm."""
 
-    def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf, delta: DeltaNet):
+    def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf, mixers: Mixers):
         super().__init__()
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, quantization_of(f"{path}.embed_tokens"))
         self.layers = [
-            DecoderLayer(config, i, f"{path}.layers.{i}", quantization_of, delta)
+            DecoderLayer(config, i, f"{path}.layers.{i}", quantization_of, mixers)
             for i in range(config.num_hidden_layers)
         ]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)

@@ -14,6 +14,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.quantization import mlx_name
 from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
+from .mixers import MIXERS
 from .mixers.gated_delta import GatedDeltaNet
 from .spec import Family
 
@@ -43,7 +44,8 @@ class LanguageModel(nn.Module):
 
     def __init__(self, config: ModelConfig, quantization_of: QuantizationOf):
         super().__init__()
-        self.model = TextModel(config, "language_model.model", quantization_of, SplitGatedDeltaNet)
+        mixers = {**MIXERS, "linear_attention": SplitGatedDeltaNet}
+        self.model = TextModel(config, "language_model.model", quantization_of, mixers)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantization_of("language_model.lm_head"))
 

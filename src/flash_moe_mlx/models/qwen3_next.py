@@ -12,6 +12,7 @@ from ..config import ModelConfig, StreamingConfig
 from ..formats.checkpoint import Checkpoint
 from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
+from .mixers import MIXERS
 from .mixers.gated_delta import GatedDeltaNet
 from .spec import Family
 
@@ -50,7 +51,8 @@ class Model(HybridModel):
 
     def __init__(self, config: ModelConfig, quantization_of: QuantizationOf):
         super().__init__(config)
-        self.model = TextModel(config, "model", quantization_of, FusedGatedDeltaNet)
+        mixers = {**MIXERS, "linear_attention": FusedGatedDeltaNet}
+        self.model = TextModel(config, "model", quantization_of, mixers)
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size, quantization_of("lm_head"))
 
