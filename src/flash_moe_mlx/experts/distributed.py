@@ -19,8 +19,8 @@ from ..ops.expert_ffn_combine import shared_expert
 from ..ops.moe_combine import moe_combine
 from ..ops.norm import Norm
 from ..ops.slot_memory import ExpertRecords
-from .executor import ELSEWHERE
-from .local import LocalExperts, LocalPending, LocalToken
+from .executor import ELSEWHERE, PendingExperts
+from .local import LocalExperts, LocalToken
 from .placement import Placement
 from .ranks import RankGroup
 from .reader import ExpertReader
@@ -85,6 +85,16 @@ class Share:
         if len(set(found)) > 1:
             ranks.fail(f"began a pass of (batch, tokens, length) = {shape}, another rank another pass")
             ranks.check()
+
+    def agreed(self, tokens: mx.array) -> mx.array:
+        """Return rank 0's token ids; the others' are dropped.
+
+        Raises:
+            DistributedError: If a rank fails or doesn't come in time.
+        """
+        own = np.array(tokens).astype(np.uint32)
+        words = own if self.ranks.rank == 0 else np.zeros_like(own)
+        return mx.array(self.ranks.sum(words.reshape(-1)).reshape(own.shape)).astype(tokens.dtype)
 
     def exchange(self, layer: int, ids: np.ndarray, own: np.ndarray, y: np.ndarray) -> None:
         """Complete outputs in place.
@@ -166,7 +176,7 @@ class DistributedPending:
         self,
         reader: ExpertReader,
         layer: int,
-        pending: LocalPending,
+        pending: PendingExperts,
         share: Share,
         ids: np.ndarray,
         own: np.ndarray,
