@@ -1,1 +1,1 @@
-"""The command line: one module a command, registered in main.py."""
+"""The command line: one module per command, registered in main.py."""

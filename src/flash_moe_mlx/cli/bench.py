@@ -1,4 +1,4 @@
-"""``flash-moe bench``: the speed of a model. Its subcommands measure parts."""
+"""``flash-moe bench``: the speed of a model. Its subcommands measure components."""
 
 import statistics
 from pathlib import Path
@@ -36,7 +36,7 @@ def bench(
     model: Model = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
     max_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 64,
-    runs: Annotated[int, typer.Option(help="Runs, after one that compiles and is not counted.", min=1)] = 3,
+    runs: Annotated[int, typer.Option(help="Measured runs, after one uncounted warm-up run that compiles.", min=1)] = 3,
     cold: Annotated[
         bool, typer.Option("--cold", help="Before each run, empty the expert slots and the model's page cache.")
     ] = False,
@@ -51,7 +51,7 @@ def bench(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Measure a model's prefill and decode speed, and the share of experts that it found in memory.
+    """Measure a model's prefill and decode speed and its expert hit rate.
 
     Examples:
         flash-moe bench --memory-limit 14MB --max-context 128 --prompt-tokens 32 --max-tokens 8 --runs 1
@@ -102,14 +102,14 @@ def bench(
 
 def kernels(
     quick: Annotated[
-        bool, typer.Option("--quick", help="Small shapes, one sample: only to see that everything runs.")
+        bool, typer.Option("--quick", help="Small shapes, one sample: a smoke test, not a measurement.")
     ] = False,
     json: Json = False,
 ) -> None:
-    """Time the kernels beside MLX's and mlx-lm's own on the same work, on this machine's backend.
+    """Time our kernels against MLX's and mlx-lm's on the same work, on this machine's backend.
 
-    MoE layers, quantised products and the gated delta rule at the dimensions of three models. A GPU compiles
-    each kernel first, which takes minutes; two CPU cores take more than half an hour without --quick.
+    Covers MoE layers, quantised products and the gated delta rule at the dimensions of three models. On a GPU,
+    compiling the kernels takes minutes; two CPU cores need more than half an hour without --quick.
 
     Examples:
         flash-moe bench kernels --quick
@@ -133,7 +133,7 @@ def _run(model: Any, tokenizer: Any, prompt_tokens: int, max_tokens: int) -> dic
     size = min(tokenizer.vocab_size, 500)
 
     def go_on(_: mx.array, logits: mx.array) -> mx.array:
-        logits[..., ends] = -mx.inf  # an end token would shorten the run
+        logits[..., ends] = -mx.inf  # an end-of-text token would shorten the run
         return logits
 
     for response in stream_generate(  # noqa: B007

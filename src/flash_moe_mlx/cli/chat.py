@@ -45,12 +45,12 @@ def chat(
         typer.Option(help="Python file whose functions the model may call; may be repeated.", exists=True),
     ] = None,
     calculator: Annotated[bool, typer.Option(help="Offer the built-in calculator.")] = True,
-    tool_timeout: Annotated[float, typer.Option(help="Most seconds of a tool call.", min=0.1)] = 30.0,
-    max_tool_rounds: Annotated[int, typer.Option(help="Most times a turn that tools may be called.", min=0)] = 8,
+    tool_timeout: Annotated[float, typer.Option(help="Timeout of a tool call, in seconds.", min=0.1)] = 30.0,
+    max_tool_rounds: Annotated[int, typer.Option(help="Maximum number of rounds of tool calls per turn.", min=0)] = 8,
     thinking: Annotated[
-        Literal["show", "hide", "off"], typer.Option(help="Show the thinking dimmed, hide it, or ask for none.")
+        Literal["show", "hide", "off"], typer.Option(help="Show the thinking dimmed, hide it, or turn it off.")
     ] = "show",
-    thinking_budget: Annotated[int | None, typer.Option(help="Most tokens of thinking in an answer.", min=0)] = None,
+    thinking_budget: Annotated[int | None, typer.Option(help="Maximum thinking tokens per answer.", min=0)] = None,
     max_tokens: MaxTokens = 2048,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -58,7 +58,7 @@ def chat(
     min_p: MinP = 0.0,
     seed: Seed = None,
     prefix_cache: Annotated[
-        str | None, typer.Option(help='Memory for states of earlier turns, such as "500MB"; 0 for none.')
+        str | None, typer.Option(help='Memory for the prefix cache of earlier turns, such as "500MB"; 0 turns it off.')
     ] = None,
     memory_limit: MemoryLimit = None,
     gpu_memory_limit: GpuMemoryLimit = None,
@@ -72,8 +72,8 @@ def chat(
 ) -> None:
     """Chat in the terminal, with tools.
 
-    Enter sends, Alt-Enter or Ctrl-J begins a line, Ctrl-C ends an answer, /help lists the commands. Each tool call is
-    shown and must be confirmed. A tool is no sandbox: it may do what you may.
+    Enter sends, Alt-Enter or Ctrl-J starts a new line, Ctrl-C stops an answer, /help lists the commands. Each tool
+    call is shown and must be confirmed. Tools are not sandboxed: they run with your permissions.
 
     Examples:
         flash-moe chat
@@ -89,7 +89,7 @@ def chat(
     from .chat_session import ChatSession
 
     check_text(system, "system")
-    console = Console(soft_wrap=not sys.stdout.isatty())  # a pipe gets lines as they are
+    console = Console(soft_wrap=not sys.stdout.isatty())  # piped output stays plain text
     offered = [tool for path in tools or [] for tool in load_tools(path)]
     read = _reader(console.is_terminal)
     limits = memory_limit, gpu_memory_limit

@@ -1,4 +1,4 @@
-"""A chat in a terminal: messages, slash commands, and the confirmation of tool calls."""
+"""Terminal chat: messages, slash commands and confirmation of tool calls."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -34,7 +34,7 @@ COMMANDS = {
 
 
 class ChatSession:
-    """Talks to a user until they leave. Ctrl-C ends an answer, not the chat."""
+    """An interactive chat. Ctrl-C stops an answer, not the chat."""
 
     def __init__(self, conversation: Conversation, console: Console, read: Reader, thinking: Thinking):
         self._chat = conversation
@@ -56,7 +56,7 @@ class ChatSession:
         }
 
     def run(self) -> None:
-        """Read and answer until the end of the input or /quit."""
+        """Read and answer messages until end of input or /quit."""
         while True:
             try:
                 line = self._read("> ").strip()
@@ -197,10 +197,10 @@ class ChatSession:
 
 
 def read_conversation(path: Path) -> tuple[str, list[dict[str, Any]]]:
-    """System prompt and messages of a file that /save wrote.
+    """Return the system prompt and messages of a file written by /save.
 
     Raises:
-        RequestError: If it is another file.
+        RequestError: If the file was not written by /save.
     """
     try:
         saved = load_json(read_bytes(path, "Check the path."), path.name, "Check the path.")
@@ -220,7 +220,7 @@ def read_conversation(path: Path) -> tuple[str, list[dict[str, Any]]]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """Every text of a message, its calls' arguments included."""
+    """Yield every text of a message, including its tool calls' arguments."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict | list):
@@ -229,7 +229,7 @@ def _texts(value: Any) -> Iterator[str]:
 
 
 def _is_message(message: Any) -> bool:
-    """Whether a message is as `Conversation` makes them."""
+    """Return whether a message has the form that `Conversation` produces."""
     if not isinstance(message, dict) or message.get("role") not in ("user", "assistant", "tool"):
         return False
     texts = {"role", "content", "reasoning_content", "tool_call_id", "name"}

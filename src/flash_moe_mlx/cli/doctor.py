@@ -1,4 +1,4 @@
-"""``flash-moe doctor``: what the library finds on this machine, and what to change."""
+"""``flash-moe doctor``: report on this machine and suggest changes."""
 
 import mmap
 import os
@@ -41,13 +41,13 @@ def doctor(
         ),
     ] = None,
     disk: Annotated[bool, typer.Option(help="Probe the disk.")] = True,
-    kernels: Annotated[bool, typer.Option(help="Run each kernel once, and compare it with its reference.")] = True,
+    kernels: Annotated[bool, typer.Option(help="Run each kernel once and compare it with its reference.")] = True,
     json: Json = False,
 ) -> None:
-    """Tell what this machine offers: backend, memory, kernels, disk, versions; and what to change.
+    """Report this machine's backend, memory, kernels, disk and versions, and suggest changes.
 
-    With a model named, its own experts are read, past the page cache. Kernels that don't compile here, or compute
-    something else than their references, are named with the compiler's message.
+    With --model, the disk probe reads that model's experts, bypassing the page cache. Kernels that fail to compile,
+    or whose results differ from their references, are listed with the compiler's message.
 
     Examples:
         flash-moe doctor --json
@@ -141,8 +141,8 @@ def _probe_directory(directory: Path | None) -> "DiskProbe":
         directory = next(path for path in (cache, *cache.parents) if path.is_dir() and os.access(path, os.W_OK))
     with tempfile.NamedTemporaryFile(dir=directory, prefix="flash-moe-probe-", buffering=0) as file:
         system.avoid_page_cache(file.fileno())
-        with closing(mmap.mmap(-1, 1 << 20)) as block:  # page-aligned, as writes past the page cache must be
-            block[:] = os.urandom(len(block))  # disks may compress
+        with closing(mmap.mmap(-1, 1 << 20)) as block:  # page-aligned, as direct writes must be
+            block[:] = os.urandom(len(block))  # random data: disks may compress
             for _ in range(PROBE_FILE_BYTES // len(block)):
                 file.write(block)
         system.full_sync(file.fileno())
@@ -178,12 +178,12 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _lacks_numba(found: dict[str, Any]) -> bool:
-    """Whether MLX's own slow kernels would run."""
+    """Return whether numba is missing, so that MLX's slow CPU kernels would run."""
     return found["backend"] == "cpu" and not found["cpu_kernels"]
 
 
 def _advice(found: dict[str, Any]) -> list[str]:
-    """What to change, most important first."""
+    """Return suggested changes, most important first."""
     from ..ops.backend import REFERENCE_SWITCH
     from ..stats import format_bytes
 
@@ -229,7 +229,7 @@ def _advice(found: dict[str, Any]) -> list[str]:
 
 
 def _required() -> dict[str, Any]:
-    """What this library, where it is installed, requires of its dependencies' versions."""
+    """Return the version requirements that this library, if installed, declares for its dependencies."""
     from packaging.requirements import Requirement
 
     try:

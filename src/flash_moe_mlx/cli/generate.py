@@ -30,16 +30,14 @@ from .options import (
 )
 from .printable import echo
 
-MAX_STDIN_CHARACTERS = 1 << 24  # more than any context holds; standard input may have no end
+MAX_STDIN_CHARACTERS = 1 << 24  # more than any context holds; standard input may be endless
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="What to say; standard input without it.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt text; read from standard input if omitted.")] = None,
     model: Model = None,
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    raw: Annotated[
-        bool, typer.Option("--raw", help="Go on with the prompt as it is, without a chat template.")
-    ] = False,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the raw prompt; don't apply the chat template.")] = False,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -57,7 +55,7 @@ def generate(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Generate an answer, printed as it comes.
+    """Generate an answer and stream it to the terminal.
 
     Examples:
         flash-moe generate "What is 17 + 25?"
@@ -93,7 +91,7 @@ def generate(
             piece = "" if response.token in tokenizer.eos_token_ids else words.piece(response.token)
             text += piece
             if not json:
-                # A pipe gets the model's own words, a terminal none that it would obey.
+                # A pipe gets the model's exact output; a terminal gets it without control characters.
                 (echo if sys.stdout.isatty() else typer.echo)(piece, nl=False)
         if json:
             print_json({"text": text, **_figures(response, loaded.streaming.stats())})

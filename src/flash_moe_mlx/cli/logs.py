@@ -1,4 +1,4 @@
-"""Log lines on stderr: clean of what terminals obey, and no more of them than somebody can read."""
+"""Logging to stderr, with control characters replaced and repeated messages limited."""
 
 import logging
 import sys
@@ -8,17 +8,17 @@ from collections.abc import Callable
 from .printable import printable
 
 BURST = 5
-"""Warnings and errors of one place in the code within `PERIOD_SECONDS`; clients can cause as many as they like."""
+"""Maximum number of warnings from one line of code per `PERIOD_SECONDS`; clients can trigger any number."""
 
 PERIOD_SECONDS = 60.0
-MAX_CHARACTERS = 16_000  # of one record: a deep traceback
+MAX_CHARACTERS = 16_000  # per log record: a deep traceback
 
 
 class PrintableFormatter(logging.Formatter):
-    """Names and messages, with control characters replaced."""
+    """A formatter that replaces control characters."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line, or lines, of a record."""
+        """Return a log record as one or more lines."""
         text = printable(super().format(record))
         return (
             text
@@ -28,15 +28,15 @@ class PrintableFormatter(logging.Formatter):
 
 
 class RepeatFilter(logging.Filter):
-    """Leaves out warnings and errors that one place in the code repeats; the next that is shown says how many."""
+    """A filter that drops warnings and errors repeated by one line of code; the next one shown says how many."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic):
         super().__init__()
         self._clock = clock
-        self._seen: dict[tuple[str, int], tuple[float, int, int]] = {}  # beginning of the period, shown, left out
+        self._seen: dict[tuple[str, int], tuple[float, int, int]] = {}  # period's start, shown, dropped
 
     def filter(self, record: logging.LogRecord) -> bool:
-        """Return whether to show a record."""
+        """Return whether to show a log record."""
         if record.levelno < logging.WARNING:
             return True
         place, now = (record.pathname, record.lineno), self._clock()
@@ -54,7 +54,7 @@ class RepeatFilter(logging.Filter):
 
 
 def log_to_stderr() -> None:
-    """Show log records on standard error, unless the program that we run in has its own way."""
+    """Log to standard error, unless the host program has configured logging already."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
     handler.addFilter(RepeatFilter())

@@ -1,13 +1,13 @@
-"""``flash-moe``: the commands' registry, and how errors, Ctrl-C and closed pipes end.
+"""``flash-moe``: registers the commands and handles errors, Ctrl-C and closed pipes.
 
 To add a command:
 1. Write its module here, ``cli/NAME.py``, with one function NAME. Its parameters are the options, with the types of
-   options.py where they say what is meant (``Model``, ``MemoryLimit``, ``Json`` ...). At the top import only what is
-   light; mlx, mlx_lm, transformers, rich and the library's own modules are imported inside the function, so that
-   ``flash-moe --help`` stays quick. Its docstring is the help, and ends with a section "Examples:".
-2. Add it below: its module to the import, and one line ``add_command(app, NAME.NAME)``.
-3. Output for people goes out by `printable.echo`; with ``--json`` exactly one JSON document, by `options.print_json`.
-   Errors are FlashMoEErrors: raise them, and they end as one line on stderr and exit code 2.
+   options.py where they fit (``Model``, ``MemoryLimit``, ``Json`` ...). Keep the imports at the top light: import
+   mlx, mlx_lm, transformers, rich and the library's own modules inside the function, so that ``flash-moe --help``
+   stays quick. The docstring is the help and ends with a section "Examples:".
+2. Register it below: import its module and add one line ``add_command(app, NAME.NAME)``.
+3. Print text with `printable.echo`; with ``--json`` print exactly one JSON document with `options.print_json`.
+   Raise FlashMoEErrors: each becomes one line on stderr and exit code 2.
 4. Run ``make docs``, which writes docs/cli.md from the help. tests/cli/test_main.py checks the rest.
 """
 
@@ -30,12 +30,12 @@ from .printable import echo, make_streams_total
 
 logger = logging.getLogger(__name__)
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells say it
-PIPE_CLOSED = 141  # 128 + SIGPIPE
+INTERRUPTED = 130  # 128 + SIGINT, the shell convention
+PIPE_CLOSED = 141  # 128 + SIGPIPE, the shell convention
 
 
 class _Commands(TyperGroup):
-    """Ends each command in the same way, whoever called it."""
+    """A command group that handles errors the same way for every command."""
 
     def main(
         self, args: Sequence[str] | None = None, prog_name: str | None = None, *arguments: Any, **extra: Any
@@ -61,7 +61,7 @@ class _Commands(TyperGroup):
             result = super().invoke(ctx)
             sys.stdout.flush()
         except BrokenPipeError:
-            # What is left in the buffer would be written, and fail again, when Python ends.
+            # Otherwise Python would flush the buffer at exit, and fail again.
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(PIPE_CLOSED) from None
         return result
@@ -95,7 +95,7 @@ def _fail(error: Exception, message: str) -> int:
 
 app = typer.Typer(
     cls=_Commands,
-    rich_markup_mode=None,  # plain help: quick, and the same in a pipe
+    rich_markup_mode=None,  # plain help: fast, and identical in a pipe
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -104,14 +104,14 @@ app = typer.Typer(
 @app.callback(invoke_without_command=True)
 def flash_moe(
     context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and end.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="Log to stderr; twice: with details and tracebacks.")
+        int, typer.Option("--verbose", "-v", count=True, help="Log to stderr; twice for details and tracebacks.")
     ] = 0,
 ) -> None:
-    """Run Mixture-of-Experts models larger than memory: experts are streamed from the SSD.
+    """Run Mixture-of-Experts models larger than memory by streaming experts from the SSD.
 
-    Where no model is named, commands run the small one that comes with the package.
+    Without --model, commands run the small demo model that comes with the package.
     """
     if verbose:
         log_to_stderr()

@@ -1,4 +1,4 @@
-"""What commands have in common: help with examples, the model and how it is loaded, machine-readable output."""
+"""Options and helpers that commands share: help with examples, loading the model, machine-readable output."""
 
 import inspect
 import json
@@ -15,37 +15,37 @@ from .printable import escaped
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Checkpoint directory or hub repository; the embedded demo without it.",
+        "--model", "-m", help="Checkpoint directory or hub repository. Default: the embedded demo.",
         show_default=False,
     ),
 ]  # fmt: skip
 MemoryLimit = Annotated[
     str | None,
-    typer.Option(help='Hard bound, such as "8GB" or "7.5GiB"; a safe share of this machine without it.'),
+    typer.Option(help='Maximum memory, such as "8GB" or "7.5GiB". Default: a safe share of this machine.'),
 ]
 GpuMemoryLimit = Annotated[
     str | None,
     typer.Option(help="Hard bound on a CUDA GPU's own memory; a safe share of it without it."),
 ]
-MaxContext = Annotated[int, typer.Option(help="Tokens of prompt and answer that there must be room for.")]
+MaxContext = Annotated[int, typer.Option(help="Context length to reserve memory for (prompt plus answer), in tokens.")]
 Io = Annotated[str, typer.Option(help="How experts are read: auto, mmap, pread or direct.")]
 NumExpertsPerTok = Annotated[
-    int | None, typer.Option(help="Experts a token. Fewer than the model's own is faster and lossy.")
+    int | None, typer.Option(help="Experts per token. Fewer than the model's own is faster but changes the output.")
 ]
 ActivationBits = Annotated[
-    int | None, typer.Option(help="8 rounds what is multiplied with 4-bit weights on the CPU: faster and lossy.")
+    int | None, typer.Option(help="8: quantise activations to 8 bits on the CPU. Faster, slightly less accurate.")
 ]
-Verify = Annotated[str, typer.Option(help="Packed records compared with their checksums: sample, full or none.")]
+Verify = Annotated[str, typer.Option(help="Packed records to check against their checksums: sample, full or none.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
-MaxTokens = Annotated[int, typer.Option(help="Most tokens of an answer; -1 for no limit.")]
-Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; more is more random.", min=0)]
+MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate; -1 for no limit.")]
+Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 always takes the likeliest token.", min=0)]
 TopP = Annotated[
     float,
-    typer.Option(help="Sample from the likeliest tokens of this probability; 1 is all.", min=0.001, max=1),
+    typer.Option(help="Sample from the likeliest tokens up to this total probability; 1: all.", min=0.001, max=1),
 ]
 TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0 for all.", min=0)]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this times the likeliest.", min=0, max=1)]
-Seed = Annotated[int | None, typer.Option(help="Makes sampling repeatable.", min=0)]
+MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the top probability.", min=0, max=1)]
+Seed = Annotated[int | None, typer.Option(help="Random seed, for repeatable sampling.", min=0)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python files that come with the checkpoint.")
 ]
@@ -65,13 +65,13 @@ def add_group(app: typer.Typer, group: typer.Typer, function: Callable[..., None
 
 
 def _help(function: Callable[..., None]) -> tuple[str, str]:
-    """A docstring's text, and its examples marked as not to be wrapped."""
+    """Return a docstring's text, and its examples marked as not to be wrapped."""
     text, _, examples = inspect.cleandoc(function.__doc__ or "").partition("\n\nExamples:\n")
     return text, f"\b\nExamples:\n{examples}"
 
 
 def model_path(model: str | None) -> str:
-    """The model that is meant: the one named, or the embedded demo."""
+    """Return the path of the named model, or of the embedded demo."""
     return str(files("flash_moe_mlx") / "demo") if model is None else model
 
 
@@ -88,7 +88,7 @@ def open_model(
     verify: str,
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
-    """The model and its tokenizer, loaded as a command's options say; closed at the end."""
+    """Load the model and its tokenizer with a command's options, and close the model at the end."""
     from .. import load
 
     loaded: Any = load(
@@ -108,7 +108,7 @@ def open_model(
 
 
 def sampler(temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None) -> Callable[[Any], Any]:
-    """mlx_lm's sampler, as a command's options say."""
+    """Return mlx_lm's sampler for a command's options."""
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
@@ -118,12 +118,12 @@ def sampler(temperature: float, top_p: float, top_k: int, min_p: float, seed: in
 
 
 def print_json(value: Any) -> None:
-    """Print the one document of ``--json``, with whatever else is printed left to stderr."""
+    """Print the single JSON document of ``--json``; all other output goes to stderr."""
     typer.echo(escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def missing_extra(package: str, extra: str) -> RequestError:
-    """The error of a command whose libraries are not installed."""
+    """Return the error for a command whose optional dependencies are not installed."""
     return RequestError(
         f"[flash-moe] {package} must be installed for this, got none. Run: pip install 'flash_moe_mlx[{extra}]'"
     )

@@ -1,4 +1,4 @@
-"""``flash-moe pack``: from any checkpoint to one whose every expert is one aligned read."""
+"""``flash-moe pack``: rewrite a checkpoint so that each expert is one aligned read."""
 
 from pathlib import Path
 from typing import Annotated
@@ -12,25 +12,25 @@ from .printable import echo
 
 def pack(
     source: Annotated[str, typer.Argument(help="Checkpoint directory, or repository on the hub.")],
-    destination: Annotated[Path, typer.Argument(help="Directory of the result: empty, or begun before.")],
-    bits: Annotated[str, typer.Option(help="Of the experts' weights: 2, 3, 4, 5, 6, 8 or unchanged.")] = "4",
-    group_size: Annotated[int, typer.Option(help="Weights that share a scale: 32, 64 or 128.")] = 64,
-    down_bits: Annotated[int | None, typer.Option(help="Of down_proj, in place of --bits.")] = None,
+    destination: Annotated[Path, typer.Argument(help="Output directory: empty, or left by an interrupted run.")],
+    bits: Annotated[str, typer.Option(help="Bits per expert weight: 2, 3, 4, 5, 6, 8 or unchanged.")] = "4",
+    group_size: Annotated[int, typer.Option(help="Number of weights that share a scale: 32, 64 or 128.")] = 64,
+    down_bits: Annotated[int | None, typer.Option(help="Bits for down_proj, overriding --bits.")] = None,
     layers: Annotated[
-        list[str] | None, typer.Option(help="Bits of chosen layers, such as 0-3=6 or 40=8; may be repeated.")
+        list[str] | None, typer.Option(help="Bits for some layers, such as 0-3=6 or 40=8; may be repeated.")
     ] = None,
-    dense: Annotated[str, typer.Option(help="The other tensors: keep, quantize, or auto.")] = "auto",
+    dense: Annotated[str, typer.Option(help="How to treat the other tensors: keep, quantize or auto.")] = "auto",
     from_hub: Annotated[
-        bool, typer.Option("--from-hub", help="Download shard by shard; each is deleted before the next.")
+        bool, typer.Option("--from-hub", help="Download one shard at a time and delete it once packed.")
     ] = False,
     revision: Revision = None,
-    restart: Annotated[bool, typer.Option("--restart", help="Throw away what was begun before.")] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print sizes, time and disk needed.")] = False,
+    restart: Annotated[bool, typer.Option("--restart", help="Discard an earlier run and start over.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print sizes, time and disk space needed.")] = False,
     json: Json = False,
 ) -> None:
-    """Pack a checkpoint: each expert one aligned read, with a checksum.
+    """Pack a checkpoint: store each expert as one aligned, checksummed read.
 
-    It may be stopped at any moment: the same command goes on where it was.
+    Safe to interrupt: run the same command again to resume.
 
     Examples:
         flash-moe pack Qwen/Qwen3.5-35B-A3B packed --bits 4 --down-bits 6 --from-hub
@@ -71,7 +71,7 @@ def _errors(directory: Path) -> dict[str, dict[str, float]]:
 
 
 def _layer_bits(texts: list[str] | None) -> dict[int, int]:
-    """``0-3=6`` and ``40=8`` to bits by layer."""
+    """Parse ``0-3=6`` and ``40=8`` into bits by layer."""
     chosen: dict[int, int] = {}
     for text in texts or []:
         span, _, bits = text.partition("=")

@@ -1,4 +1,4 @@
-"""``flash-moe plan``: will it fit, and how fast will it be."""
+"""``flash-moe plan``: predict whether a model fits and how fast it will run."""
 
 from pathlib import Path
 from typing import Annotated
@@ -19,11 +19,11 @@ from .options import (
 )
 from .printable import echo
 
-Trace = Annotated[Path | None, typer.Option(help="Recorded routing (flash-moe trace): expect its hit rate too.")]
+Trace = Annotated[Path | None, typer.Option(help="Routing recorded by flash-moe trace, to predict its hit rate too.")]
 DiskRate = Annotated[
-    str | None, typer.Option(help='What the disk reads a second, such as "3GB"; probed for local models without it.')
+    str | None, typer.Option(help='Disk bytes per second, such as "3GB". Default: probe the disk of a local model.')
 ]
-Plot = Annotated[Path | None, typer.Option(help="Write speed against memory limit as a picture, .png, .svg or .pdf.")]
+Plot = Annotated[Path | None, typer.Option(help="Plot speed against memory limit to a .png, .svg or .pdf file.")]
 
 
 def plan(
@@ -39,9 +39,9 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Tell whether a model fits a memory limit, where the bytes go, and how fast it is expected to be.
+    """Predict whether a model fits a memory limit, where the memory goes, and how fast it runs.
 
-    Headers alone are read; of a hub repository, by requests for a few hundred kilobytes.
+    Reads only headers. For a hub repository this downloads a few hundred kilobytes.
 
     Examples:
         flash-moe plan --memory-limit 14MB --max-context 128

@@ -1,4 +1,4 @@
-"""Text of a model, a file or a client, made safe for a terminal and for logs."""
+"""Makes text from models, files and clients safe for terminals and logs."""
 
 import json
 import sys
@@ -11,27 +11,27 @@ _SHOWN = frozenset("\n\t\u200c\u200d")  # Persian, Indic scripts and emoji join 
 
 
 def printable(text: str) -> str:
-    """Return the text without characters that move the cursor, hide or turn round what stands next to them."""
+    """Return the text without characters that move the cursor or that hide or reorder their neighbours."""
     if text.isascii() and text.isprintable():
         return text
     return "".join(c if _is_shown(c) else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def echo(text: object = "", *, nl: bool = True, err: bool = False) -> None:
-    """Print text that may hold anything: names out of files, paths, messages of errors."""
+    """Print untrusted text: file names, paths, error messages."""
     typer.echo(printable(str(text)), nl=nl, err=err)
 
 
 def escaped(document: str) -> str:
-    """Return a JSON document with escapes in place of what a terminal would obey: the same values."""
+    """Return an equivalent JSON document with terminal control characters escaped."""
     return "".join(c if _is_shown(c) else json.dumps(c)[1:-1] for c in document)
 
 
 def make_streams_total() -> None:
-    """Let standard output take any character, and standard input give any byte.
+    """Let standard output accept any character and standard input accept any byte.
 
-    A character that the terminal's encoding lacks is shown as ``?``. A byte that is no UTF-8 becomes half of a
-    surrogate pair, as in arguments of the command line, which prompts refuse.
+    A character that the terminal's encoding lacks is shown as ``?``. A byte that is not UTF-8 becomes a lone
+    surrogate, as in command-line arguments; prompts refuse those.
     """
     for stream, errors in ((sys.stdout, "replace"), (sys.stderr, "backslashreplace"), (sys.stdin, "surrogateescape")):
         if isinstance(stream, TextIOWrapper):

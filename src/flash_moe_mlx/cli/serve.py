@@ -35,19 +35,19 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 def serve(
     model: Model = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 is every network.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port; 0 takes a free one.", min=0, max=65535)] = 8080,
-    name: Annotated[str | None, typer.Option(help="Name that clients ask for; the checkpoint's without it.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)] = 8080,
+    name: Annotated[str | None, typer.Option(help="Model name for clients. Default: the checkpoint's.")] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Key that clients must send as a bearer token.", envvar="FLASH_MOE_API_KEY")
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Another name that requests may come in under; may be repeated.")
+        list[str] | None, typer.Option(help="Extra Host header to accept, such as behind a proxy; may be repeated.")
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Requests that may wait besides the one that runs.", min=0)] = 16,
-    max_body: Annotated[str, typer.Option(help="Largest request body.")] = "4MB",
+    max_queue: Annotated[int, typer.Option(help="Maximum number of requests waiting in the queue.", min=0)] = 16,
+    max_body: Annotated[str, typer.Option(help="Maximum size of a request body.")] = "4MB",
     prefix_cache: Annotated[
-        str, typer.Option(help='Memory for states of earlier turns: auto, 0 for none, or a size such as "500MB".')
+        str, typer.Option(help='Memory for the prefix cache of earlier turns: auto, 0 (off) or a size like "500MB".')
     ] = "auto",
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -63,10 +63,10 @@ def serve(
     verify: Verify = "sample",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Serve a model to OpenAI's clients, with a status page.
+    """Serve a model through an OpenAI-compatible API, with a status page.
 
-    Requests that don't set temperature, top_p, top_k or min_p get those given here. Without --api-key everybody who
-    reaches the address may use the model.
+    The sampling options are defaults for requests that don't set their own. Without --api-key, anyone who can reach
+    the address can use the model.
 
     Examples:
         flash-moe serve
@@ -85,7 +85,7 @@ def serve(
     from ..server.schema import Sampling
 
     local = host in LOCAL_HOSTS
-    # Taken before the model is loaded: a port that isn't free is told at once.
+    # Bind before loading the model, so that a port in use is reported at once.
     with _listen(host, port) as listener:
         config = ServerConfig(
             model_id=name or ("demo" if model is None else _checkpoint_name(model)),
@@ -104,7 +104,7 @@ def serve(
             echo(f"Serving {config.model_id} at {address}/v1, status page at {address}/. Ctrl-C ends it.")
             if not local and api_key is None:
                 echo("Everybody on the network may use it: set FLASH_MOE_API_KEY to a key.", err=True)
-            log_to_stderr()  # failures are shown in any case
+            log_to_stderr()  # failures are always shown
             logged = logging.getLogger("flash_moe_mlx").isEnabledFor(logging.INFO)
             settings = uvicorn.Config(
                 app,
@@ -112,7 +112,7 @@ def serve(
                 log_level="info" if logged else "warning",
                 access_log=logged,
                 server_header=False,
-                # Nothing is decided by what a proxy says of its clients.
+                # Proxy headers about the client are ignored.
                 proxy_headers=False,
                 http=ConnectionLimits(body_seconds=config.body_seconds + 10).protocol(),
                 ws="none",
@@ -123,14 +123,14 @@ def serve(
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """Take the port.
+    """Bind the port and listen on it.
 
     Raises:
-        RequestError: If the address can't be had.
+        RequestError: If the address is in use or invalid.
     """
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except (OSError, UnicodeError) as error:  # the second: a name that can't be one
+    except (OSError, UnicodeError) as error:  # UnicodeError: an invalid host name
         number = getattr(error, "errno", None)
         what = getattr(error, "strerror", None) or str(error)
         advice = _LISTEN_ADVICE.get(number, "Choose an address of this machine with --host.")
@@ -145,5 +145,5 @@ _LISTEN_ADVICE: dict[int | None, str] = {
 
 
 def _checkpoint_name(model: str) -> str:
-    """A directory's own name, or the repository's."""
+    """Return the directory's name, or the repository's."""
     return os.path.basename(os.path.abspath(model)) if os.path.exists(model) else model

@@ -10,25 +10,23 @@ from .printable import echo
 
 
 def simulate(
-    trace: Annotated[Path, typer.Argument(help="What flash-moe trace wrote.")],
-    policy: Annotated[list[str], typer.Option(help="lfu, lru or belady; may be given several times.")] = ["lfu"],  # noqa: B006
-    slots: Annotated[
-        list[int] | None, typer.Option(help="Experts of each layer in memory; may be given several times.")
-    ] = None,
+    trace: Annotated[Path, typer.Argument(help="Trace file written by flash-moe trace.")],
+    policy: Annotated[list[str], typer.Option(help="lfu, lru or belady; may be repeated.")] = ["lfu"],  # noqa: B006
+    slots: Annotated[list[int] | None, typer.Option(help="Expert slots per layer; may be repeated.")] = None,
     memory_limit: Annotated[
         list[str] | None,
-        typer.Option(help='With --model: a limit, such as "8GB", instead of slots; may be given several times.'),
+        typer.Option(help='With --model: a memory limit, such as "8GB", instead of --slots; may be repeated.'),
     ] = None,
     model: Model = None,
     max_context: MaxContext = 8192,
     disk_rate: Annotated[
-        str | None, typer.Option(help='With --model: what the disk reads a second, such as "3GB"; probed without it.')
+        str | None, typer.Option(help='With --model: disk bytes per second, such as "3GB". Default: probe the disk.')
     ] = None,
     json: Json = False,
 ) -> None:
-    """Predict the hit rate of recorded routing at other memory limits and under other eviction policies.
+    """Predict the hit rate of recorded routing at other memory limits and eviction policies.
 
-    With a model named, its speed at that hit rate too.
+    With --model, predict its decode speed at that hit rate too.
 
     Examples:
         flash-moe simulate routing.npz --slots 4 --slots 8 --policy lfu --policy lru --policy belady

@@ -1,4 +1,4 @@
-"""What a chat reads from and writes to a terminal: lines with history, Markdown while it is written."""
+"""Terminal input and output of a chat: line editing with history, and streamed Markdown."""
 
 import sys
 import termios
@@ -19,11 +19,11 @@ REFRESH_SECONDS = 0.1
 
 Thinking = Literal["show", "hide", "off"]
 Reader = Callable[[str], str]
-"""Reads one message or answer, given what to ask. Raises EOFError at the end, KeyboardInterrupt at Ctrl-C."""
+"""A function that prompts for and reads one message. Raises EOFError at end of input, KeyboardInterrupt on Ctrl-C."""
 
 
 def read_line(prompt: str) -> str:
-    """A line of standard input, without editing. Only a terminal is shown the prompt."""
+    """Read a line from standard input, without editing. The prompt is shown only on a terminal."""
     if sys.stdin.isatty():
         return input(prompt)
     line = sys.stdin.readline()
@@ -33,11 +33,11 @@ def read_line(prompt: str) -> str:
 
 
 def editing_reader(history: Path, words: Sequence[str]) -> Reader:
-    """Messages of several lines with history: Enter sends, Alt-Enter or Ctrl-J begins a line.
+    """Return a multi-line reader with history: Enter sends, Alt-Enter or Ctrl-J starts a new line.
 
     Args:
-        history: A file, made where there is none.
-        words: What Tab completes.
+        history: History file; created if missing.
+        words: Words that Tab completes.
 
     Raises:
         ImportError: If prompt_toolkit is not installed.
@@ -71,10 +71,10 @@ def editing_reader(history: Path, words: Sequence[str]) -> Reader:
 
 
 class AnswerView:
-    """Shows an answer while it is written. A context manager: leaving it leaves the terminal as it should be.
+    """A live view of an answer being generated. A context manager that restores the terminal on exit.
 
-    On a terminal, finished blocks are printed once and the one being written is drawn again and again. Elsewhere the
-    text goes out as it comes.
+    On a terminal, finished blocks are printed once and the unfinished one is redrawn. Otherwise text is written as
+    it arrives.
     """
 
     def __init__(self, console: Console, thinking: Thinking):
@@ -94,7 +94,7 @@ class AnswerView:
         self.finish()
 
     def write(self, kind: str, text: str) -> None:
-        """A piece of the answer: "thinking" or "text"."""
+        """Show a piece of the answer, of kind "thinking" or "text"."""
         if not self._console.is_terminal:
             if kind == "text":
                 self._console.file.write(text)
@@ -115,12 +115,12 @@ class AnswerView:
         self._draw(_Tail(self._render(self._block)))
 
     def progress(self, done: int, total: int) -> None:
-        """Prompt tokens processed."""
+        """Show how many prompt tokens have been processed."""
         if self._console.is_terminal and done < total:
             self._draw(Text(f"reading the prompt, {done:,} of {total:,} tokens", style="dim"))
 
     def finish(self) -> None:
-        """Print what was not printed yet, and leave the terminal to others."""
+        """Print the rest of the answer and release the terminal."""
         if self._live is not None:
             self._live.stop()
             self._live = None
@@ -151,7 +151,7 @@ class AnswerView:
 
 
 class _Echo:
-    """Keys pressed while an answer is drawn, ^C among them, would be written into it: they are not shown meanwhile."""
+    """Turns off terminal echo while an answer is drawn, so that keys such as ^C don't appear in it."""
 
     def __init__(self) -> None:
         self._before: list[Any] | None = None
@@ -170,7 +170,7 @@ class _Echo:
 
 
 class _Tail:
-    """The last lines of a renderable, as many as the terminal has room for."""
+    """The last lines of a renderable, as many as fit the terminal."""
 
     def __init__(self, renderable: RenderableType):
         self._renderable = renderable
@@ -183,7 +183,7 @@ class _Tail:
 
 
 def finished(text: str) -> int:
-    """Characters of Markdown at the beginning of ``text`` that what follows can't change: whole blocks."""
+    """Return the length of the prefix of ``text`` made of whole Markdown blocks, which later text can't change."""
     position = done = 0
     fence = ""
     for line in text.splitlines(keepends=True):

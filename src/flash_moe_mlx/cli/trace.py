@@ -22,10 +22,10 @@ from .printable import echo
 
 
 def trace(
-    prompt: Annotated[str, typer.Argument(help="What to say to the model.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path("routing.npz"),
+    prompt: Annotated[str, typer.Argument(help="Prompt text.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Trace file to write.")] = Path("routing.npz"),
     model: Model = None,
-    max_tokens: Annotated[int, typer.Option(help="Most tokens to generate.", min=1)] = 256,
+    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 256,
     memory_limit: MemoryLimit = None,
     gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,
@@ -36,7 +36,7 @@ def trace(
     verify: Verify = "sample",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Generate an answer and record the routing, for flash-moe simulate and flash-moe plan.
+    """Generate an answer and record its routing for flash-moe simulate and flash-moe plan.
 
     Examples:
         flash-moe trace "What is 17 + 25?" --output routing.npz

@@ -1,4 +1,4 @@
-"""``flash-moe verify``: is a checkpoint what its headers, config.json and checksums say?"""
+"""``flash-moe verify``: check a checkpoint against its headers, config.json and checksums."""
 
 from pathlib import Path
 from typing import Annotated
@@ -11,11 +11,11 @@ from .printable import echo
 
 def verify(
     path: Annotated[Path, typer.Argument(help="Checkpoint directory.")],
-    full: Annotated[bool, typer.Option("--full", help="Read every byte, not a sample of the records.")] = False,
-    against: Annotated[Path | None, typer.Option(help="The source it was packed from: compares some records.")] = None,
+    full: Annotated[bool, typer.Option("--full", help="Read every byte instead of a sample of the records.")] = False,
+    against: Annotated[Path | None, typer.Option(help="Source checkpoint to compare some records with.")] = None,
     json: Json = False,
 ) -> None:
-    """Check a checkpoint: structure, shapes, and a packed one's checksums. Exit code 1 if something is wrong.
+    """Check a checkpoint's structure, shapes and checksums. Exits with code 1 if there are problems.
 
     Examples:
         flash-moe verify packed --full
