@@ -25,7 +25,7 @@ MemoryLimit = Annotated[
 ]
 GpuMemoryLimit = Annotated[
     str | None,
-    typer.Option(help="Hard bound on a CUDA GPU's own memory; a safe share of it without it."),
+    typer.Option(help="Maximum memory of a CUDA GPU. Default: a safe share of it."),
 ]
 MaxContext = Annotated[int, typer.Option(help="Context length to reserve memory for (prompt plus answer), in tokens.")]
 Io = Annotated[str, typer.Option(help="How experts are read: auto, mmap, pread or direct.")]
