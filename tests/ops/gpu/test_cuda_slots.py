@@ -11,6 +11,7 @@ import pytest
 from flash_moe_mlx.errors import ChecksumError, MemoryLimitError, StoreError
 from flash_moe_mlx.experts.cache import ExpertCache
 from flash_moe_mlx.formats.checkpoint import Checkpoint
+from flash_moe_mlx.ops.gpu.cuda_runtime import BoundRuntime
 from flash_moe_mlx.ops.gpu.cuda_slots import CudaMemory, MappedMemory, PinnedMemory
 from flash_moe_mlx.packing import pack
 from flash_moe_mlx.runtime import loading
@@ -229,3 +230,23 @@ def test_a_model_has_the_same_bits(make: Make, slots: int, tmp_path: Path, monke
             assert np.array_equal(own, other)
     assert runtime.held == (0, 0, 0)
     assert runtime.calls["copy"] > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_records_are_whole_in_a_gpus_own_memory(kind: str, store: ExpertStore):
+    """The calls of cuda-bindings, on a real GPU."""
+    if not loading.has_own_memory():
+        pytest.skip("needs CUDA and cuda-bindings")
+    checkpoint = store.checkpoint
+    memory = KINDS[kind](store, BoundRuntime())
+    cache = cache_of(memory, 4)
+    for layer in checkpoint.moe_layers:
+        for experts in ([0, 1, 2, 3], [1, 0], [2, 3]):
+            fetch = cache.acquire(layer, experts)
+            fetch.wait()
+            assert_whole(cache, checkpoint, layer, fetch.slots)
+    first = checkpoint.moe_layers[0]
+    cache.resize({first: 3}, 1 << 30)
+    assert_whole(cache, checkpoint, first, dict(cache._layers[first].present))
+    memory.close()

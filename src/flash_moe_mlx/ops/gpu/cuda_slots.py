@@ -1,9 +1,8 @@
 """Slot memory of a CUDA GPU: slots stay in its memory, and records are copied into them.
 
-Ordinary MLX arrays are managed memory there: were reads to end in them, their pages would go to the host and back (8 ms
-a layer of four 7 MB records, experiment in docs/performance.md). So records are copied whole, on streams of their own:
-straight out of the files' map, pinned, where the host's memory has room for all of them (`MappedMemory`, 0.6 ms), or
-by way of a few pinned buffers that reads end in (`PinnedMemory`, 2.4 ms).
+Ordinary MLX arrays are managed memory there: were reads to end in them, their pages would go to the host and back. So
+records are copied whole, on streams of their own: straight out of the files' map, pinned, where the host's memory has
+room for all of them (`MappedMemory`), or by way of a few pinned buffers that reads end in (`PinnedMemory`).
 """
 
 import ctypes
