@@ -1,4 +1,4 @@
-"""Where the bytes of a memory limit go, and the smallest limit that works. Plain arithmetic: no MLX import."""
+"""Division of a memory limit, and the smallest limit that works. Plain arithmetic: no MLX import."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,36 +11,36 @@ _MIN_BUFFER_CACHE = 1 << 20
 _MAX_BUFFER_CACHE = 64 << 20
 
 
-class ModelCosts(Protocol):
-    """Bytes that a model needs beside its expert slots; every model definition gives its own."""
+class ModelMemory(Protocol):
+    """Bytes that a model needs in addition to its expert slots; every model definition implements this."""
 
     @property
     def dense_bytes(self) -> int:
-        """Weights kept in memory, in the dtypes that they are loaded as."""
+        """Weights kept in memory, in the dtypes they are loaded as."""
         ...
 
     @property
     def load_bytes(self) -> int:
-        """Most that loading needs for a moment beyond the dense weights."""
+        """Maximum that loading needs temporarily, beyond the dense weights."""
         ...
 
     @property
     def kept_bytes(self) -> int:
-        """Freed buffers of a prompt's products that are worth keeping; ``scratch_bytes`` has room for them."""
+        """Freed buffers of a prompt's products that are worth keeping; ``scratch_bytes`` includes them."""
         ...
 
     def state_bytes(self, batch: int, length: int) -> int:
-        """KV caches and recurrent states of ``batch`` sequences of ``length`` tokens."""
+        """Return the bytes of KV caches and recurrent states of ``batch`` sequences of ``length`` tokens."""
         ...
 
     def scratch_bytes(self, batch: int, tokens: int, length: int) -> int:
-        """Activations of a forward pass of ``tokens`` new tokens a sequence that ends at ``length``."""
+        """Return the bytes of activations of a pass of ``tokens`` new tokens per sequence, ending at ``length``."""
         ...
 
 
 @dataclass(frozen=True)
 class LayerExperts:
-    """Routed experts of one layer: bytes a record in a slot, and how many there are."""
+    """Routed experts of one layer: the bytes of a record in a slot, and the number of experts."""
 
     record_bytes: int
     num_experts: int
@@ -48,7 +48,7 @@ class LayerExperts:
 
 @dataclass(frozen=True)
 class Budget:
-    """A memory limit, divided.
+    """Division of a memory limit.
 
     Attributes:
         limit_bytes: The limit.
@@ -58,7 +58,7 @@ class Budget:
         buffer_bytes: The engine's I/O buffers and MLX's cache of freed buffers.
         slot_bytes: Expert slots.
         num_slots: Slots of each layer.
-        held_bytes: Set aside beside the above: state snapshots, and the states of further sequences.
+        reserved_bytes: Memory reserved in addition: state snapshots, and the states of further sequences.
     """
 
     limit_bytes: int
@@ -68,7 +68,7 @@ class Budget:
     buffer_bytes: int
     slot_bytes: int
     num_slots: Mapping[int, int]
-    held_bytes: int = 0
+    reserved_bytes: int = 0
 
 
 MAX_STAGING_RECORDS = 64
@@ -130,13 +130,13 @@ def divide_host(
 
 
 def buffer_cache_bytes(scratch_bytes: int) -> int:
-    """What MLX may keep of freed buffers: enough to reuse a layer's activations."""
+    """Return how many bytes of freed buffers MLX may keep: enough to reuse a layer's activations."""
     return min(max(scratch_bytes // 8, _MIN_BUFFER_CACHE), _MAX_BUFFER_CACHE)
 
 
 def divide(
     limit_bytes: int,
-    costs: ModelCosts,
+    costs: ModelMemory,
     experts: Mapping[int, LayerExperts],
     *,
     min_slots: int,
@@ -144,34 +144,34 @@ def divide(
     tokens: int,
     length: int,
     io_buffer_bytes: int = 0,
-    held_bytes: int = 0,
+    reserved_bytes: int = 0,
     limit_name: str = "memory_limit",
 ) -> Budget:
-    """Divide a limit: dense weights, states, scratch and buffers first, expert slots from the rest.
+    """Divide a limit: first dense weights, states, scratch and buffers, then expert slots from the remainder.
 
-    Every layer gets the same number of slots, at least ``min_slots`` and at most its experts; what
-    then remains gives the first layers one more each.
+    Every layer gets the same number of slots, at least ``min_slots`` and at most its number of experts. The first
+    layers get one more each from what then remains.
 
     Args:
         limit_bytes: The limit.
-        costs: Bytes of the model beside its slots.
+        costs: Bytes that the model needs in addition to its slots.
         experts: Routed experts of each layer.
-        min_slots: Fewest slots a layer: the experts of one token.
-        batch: Sequences at once.
-        tokens: New tokens a sequence in the largest forward pass.
-        length: Longest sequence.
+        min_slots: Minimum number of slots per layer: the experts of one token.
+        batch: Number of concurrent sequences.
+        tokens: New tokens per sequence in the largest forward pass.
+        length: Length of the longest sequence.
         io_buffer_bytes: The engine's own I/O buffers.
-        held_bytes: To set aside beside all this: state snapshots, and the states of further sequences.
+        reserved_bytes: To set aside beside all this: state snapshots, and the states of further sequences.
         limit_name: The argument that the limit is given as, for errors.
 
     Raises:
-        MemoryLimitError: If it can't hold; names the smallest limit that works.
+        MemoryLimitError: If the limit is too small; names the smallest limit that works.
     """
     state = costs.state_bytes(batch, length)
     scratch = costs.scratch_bytes(batch, tokens, length)
     buffers = io_buffer_bytes + buffer_cache_bytes(scratch)
-    fixed = costs.dense_bytes + state + scratch + buffers + held_bytes
-    # Capped by what exists, so that a model of fewer experts than min_slots (K = E) still divides.
+    fixed = costs.dense_bytes + state + scratch + buffers + reserved_bytes
+    # Capped by the number of experts, so that a model with fewer experts than min_slots (K = E) can still be divided.
     floor = {layer: min(min_slots, e.num_experts) for layer, e in experts.items()}
     smallest = max(
         fixed + sum(floor[layer] * e.record_bytes for layer, e in experts.items()),
@@ -183,7 +183,7 @@ def divide(
             f"[{limit_name}] must be at least {format_bytes(smallest)} for {length} tokens of context, got "
             f"{format_bytes(limit_bytes)}: dense weights {format_bytes(costs.dense_bytes)}, KV cache and states "
             f"{format_bytes(state)}, scratch {format_bytes(scratch)}, buffers {format_bytes(buffers)}, "
-            f"{f'snapshots and other sequences {format_bytes(held_bytes)}, ' if held_bytes else ''}"
+            f"{f'snapshots and other sequences {format_bytes(reserved_bytes)}, ' if reserved_bytes else ''}"
             f'{min_slots} experts a layer. Use {limit_name}="{named}", or a smaller max_context.',
             smallest_limit_bytes=smallest,
         )
@@ -196,7 +196,7 @@ def divide(
         buffer_bytes=buffers,
         slot_bytes=sum(slots[layer] * e.record_bytes for layer, e in experts.items()),
         num_slots=slots,
-        held_bytes=held_bytes,
+        reserved_bytes=reserved_bytes,
     )
 
 
@@ -205,7 +205,7 @@ def _share_slots(available: int, experts: Mapping[int, LayerExperts], floor: Map
     available -= sum(slots[layer] * e.record_bytes for layer, e in experts.items())
     growing = {layer: e for layer, e in experts.items() if slots[layer] < e.num_experts}
     while growing:
-        # Whole rounds at once: as many as fit, but no further than the next layer that is complete.
+        # Several rounds at once: as many as fit, but only up to the next layer that becomes complete.
         round_bytes = sum(e.record_bytes for e in growing.values())
         rounds = min(available // round_bytes, min(e.num_experts - slots[layer] for layer, e in growing.items()))
         for layer in growing:
@@ -222,7 +222,7 @@ def _share_slots(available: int, experts: Mapping[int, LayerExperts], floor: Map
 
 
 def _round_up(nbytes: int) -> str:
-    """A size to type: rounded up to three figures or so, in a unit that parse_size reads."""
+    """Return a size that a user can type: rounded up to about three digits, in a unit that parse_size reads."""
     for unit, size in (("GB", 10**9), ("MB", 10**6), ("KB", 10**3)):
         if nbytes >= size:
             hundredths = -(-nbytes * 100 // size)

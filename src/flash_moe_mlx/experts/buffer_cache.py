@@ -1,4 +1,4 @@
-"""MLX's cache of freed buffers: one for the whole process, so kept small while any engine runs, and given back then."""
+"""MLX's process-wide cache of freed buffers: kept small while any engine runs, and restored afterwards."""
 
 import threading
 import weakref
@@ -7,17 +7,17 @@ import mlx.core as mx
 
 from ..forks import is_forked
 
-_lock = threading.RLock()  # a finalizer may run on a thread that holds it
-_shares: dict[int, int] = {}  # bytes, by the share's number
+_lock = threading.RLock()  # reentrant: a finalizer may run on the thread that holds it
+_shares: dict[int, int] = {}  # bytes by share number
 _numbers = iter(range(1 << 62))
 _limit_before = 0
 
 
 class BufferCacheShare:
-    """What one engine lets MLX keep of freed buffers. The largest share of those alive is the limit.
+    """One engine's share of MLX's cache of freed buffers. The largest live share sets the limit.
 
-    Each engine counts its own share inside its memory limit, so that the largest is within their sum.
-    What the limit was before the first share, it is again after the last.
+    Each engine counts its own share inside its memory limit, so the largest share is within their sum. After the last
+    share is closed, the limit is what it was before the first.
     """
 
     def __init__(self, nbytes: int):
@@ -28,11 +28,11 @@ class BufferCacheShare:
             if not _shares:
                 _limit_before = before
             _shares[self._number] = nbytes
-        # An engine that nobody closed gives its share back when it is collected.
+        # An engine that nobody closed returns its share when it is garbage-collected.
         self._release = weakref.finalize(self, _give_back, self._number)
 
     def close(self) -> None:
-        """Give it back. Later calls do nothing."""
+        """Return the share. Later calls do nothing."""
         self._release()
 
     def __enter__(self) -> "BufferCacheShare":
@@ -43,7 +43,7 @@ class BufferCacheShare:
 
 
 def _give_back(number: int) -> None:
-    if is_forked():  # MLX would wait for threads that are not in this process
+    if is_forked():  # MLX would wait for threads that don't exist in this process
         return
     with _lock:
         _shares.pop(number, None)

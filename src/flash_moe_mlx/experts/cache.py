@@ -1,7 +1,7 @@
-"""ExpertCache: which experts are in memory, a share of slots for each layer; a policy says which give way.
+"""ExpertCache: the experts in memory, with a share of slots per layer; a policy decides which ones are evicted.
 
-A global LRU smaller than one token's working set hits exactly never, since every token walks all
-layers before it returns to the first: hence a share a layer.
+Each layer has its own share because every token walks all layers before it returns to the first: a global LRU smaller
+than one token's working set would never hit.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,8 +22,8 @@ class Fetch:
     """Slots of a set of experts, some of them still being read.
 
     Attributes:
-        slots: Slot of each expert asked for.
-        misses: Experts that are being read into theirs.
+        slots: Slot of each requested expert.
+        misses: Experts that are being read into their slots.
     """
 
     slots: dict[int, int]
@@ -32,10 +32,10 @@ class Fetch:
     _reads: Pending | None
 
     def wait(self) -> int:
-        """Block until every record is whole; only then do the misses count as present.
+        """Block until every record has been read; only then do the misses count as present.
 
         Returns:
-            Bytes read.
+            The number of bytes read.
 
         Raises:
             StoreError: If a read failed. The slots of the misses are free again.
@@ -48,7 +48,7 @@ class Fetch:
 
 
 class LayerSlots(SlotTable):
-    """A SlotTable, and the memory of its slots."""
+    """A SlotTable together with the memory of its slots."""
 
     _table: mx.array | None = None
 
@@ -82,8 +82,8 @@ class LayerSlots(SlotTable):
 class ExpertCache:
     """Slots of all layers under one byte budget.
 
-    Not thread-safe: the engine's lock is held around it. An interrupt between any two steps leaves it
-    consistent: slots whose reads were never waited for are drained and freed on the next use of the layer.
+    Not thread-safe: callers hold the engine's lock. An interrupt between any two steps leaves it consistent: slots
+    whose reads were never waited for are drained and freed on the next use of the layer.
     """
 
     def __init__(
@@ -96,13 +96,13 @@ class ExpertCache:
         """Allocate the slots.
 
         Args:
-            memory: Kind of memory, filled with records.
+            memory: Kind of memory that records are read into.
             layouts: Record layout of each layer with routed experts.
-            num_slots: Slots of each layer.
-            policy: Makes a layer's policy.
+            num_slots: Number of slots of each layer.
+            policy: Factory of a layer's policy.
         """
         self._memory = memory
-        self.changes = 0  # counts up whenever slots change
+        self.changes = 0  # incremented whenever slots change
         self._layouts = dict(layouts)
         self._policies = {layer: policy() for layer in layouts}
         self._layers = {layer: self._allocate(layer, slots) for layer, slots in num_slots.items()}
@@ -119,7 +119,7 @@ class ExpertCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all slots."""
+        """Total bytes of the slots."""
         return sum(slots.bank.nbytes for slots in self._layers.values())
 
     @property
@@ -131,7 +131,7 @@ class ExpertCache:
         return self._layers[layer].bank
 
     def table(self, layer: int) -> mx.array:
-        """Return the slot of each expert of a layer all of whose experts are present. Shape (E,), uint32."""
+        """Return the slot of each expert of a layer whose experts are all present. Shape (E,), uint32."""
         return self._settled(layer).table()
 
     def used(self, layer: int, experts: Sequence[int]) -> None:
@@ -139,38 +139,38 @@ class ExpertCache:
         self._policies[layer].used(experts)
 
     def present(self, layer: int) -> tuple[int, ...]:
-        """Experts of a layer that are in memory, those that came last at the end."""
+        """Return the experts of a layer that are in memory, most recently added last."""
         return tuple(self._layers[layer].present)
 
     def order(
         self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1
     ) -> tuple[list[int], int]:
-        """Count experts as used, and order them for groups: those present, then the others, the most useful last.
+        """Count experts as used and order them for groups: those present first, then the rest, least valuable first.
 
         Args:
             layer: The layer.
-            experts: Distinct expert ids: all that a forward pass of ``tokens`` tokens asks of this layer.
-            counts: Tokens that picked each; None is one each.
-            tokens: Of the pass.
+            experts: Distinct expert ids: all that a forward pass of ``tokens`` tokens needs from this layer.
+            counts: Number of tokens that picked each expert; None means one each.
+            tokens: Number of tokens in the pass.
 
         Returns:
-            The experts in order, and how many of them are present.
+            The ordered experts, and how many of them are present.
         """
         return self._settled(layer).order(experts, counts, tokens)
 
     def acquire(self, layer: int, experts: Sequence[int], *, counted: bool = False, keep: Sequence[int] = ()) -> Fetch:
-        """Slots for distinct experts of a layer; reads of the absent ones are under way on return.
+        """Return slots for distinct experts of a layer, and start reading the absent ones.
 
-        The caller must have waited for every computation that reads this layer's slots, but those of ``keep``.
+        The caller must have waited for every computation that reads this layer's slots, except those of ``keep``.
 
         Args:
             layer: The layer.
             experts: Distinct expert ids.
-            counted: `order` has counted them as used.
-            keep: Experts in memory that stay there.
+            counted: Whether `order` has already counted them as used.
+            keep: Experts in memory that must not be evicted.
 
         Raises:
-            MemoryLimitError: If they are more than the layer has slots.
+            MemoryLimitError: If the layer has too few slots for them.
         """
         slots = self._settled(layer)
         if len(experts) + len(keep) > slots.bank.num_slots:
@@ -185,20 +185,20 @@ class ExpertCache:
         return Fetch(assigned, misses, slots, reads)
 
     def resize(self, num_slots: Mapping[int, int], spare_bytes: int = 0) -> None:
-        """Change the layers' shares. Experts worth keeping stay, as far as they can be copied within the memory given.
+        """Change the layers' shares, keeping the most valuable experts that can be copied within the memory given.
 
-        Cut short, it may be called again.
+        If interrupted, it may be called again.
 
         Args:
-            num_slots: Slots of each layer.
-            spare_bytes: Memory that may be used for a moment, besides the larger of the old and the new slots.
+            num_slots: Number of slots of each layer.
+            spare_bytes: Memory available temporarily, in addition to the larger of the old and the new slots.
         """
         self.changes += 1
         self._memory.drain()
         changed = [
             layer for layer, slots in num_slots.items() if layer not in self._layers or self.num_slots(layer) != slots
         ]
-        # Shrink before growing: the sum must never exceed the larger of the two budgets.
+        # Shrink before growing: the total must never exceed the larger of the two budgets.
         for layer in sorted(
             changed, key=lambda layer: layer in self._layers and num_slots[layer] > self.num_slots(layer)
         ):
@@ -210,7 +210,7 @@ class ExpertCache:
             self._layers[layer] = slots
 
     def _take_out(self, layer: int, most: int, spare_bytes: int) -> dict[int, Any]:
-        """Return copies of the records of a layer that are most worth keeping."""
+        """Return copies of the ``most`` most valuable records of a layer."""
         if layer not in self._layers:
             return {}
         slots = self._settled(layer)
@@ -221,7 +221,7 @@ class ExpertCache:
         return {expert: slots.bank.copy_out(slots.present[expert]) for expert in present[:fit]}
 
     def clear(self) -> None:
-        """Forget every expert; the slots stay."""
+        """Drop all experts; the slots stay."""
         self.changes += 1
         self._memory.drain()
         for slots in self._layers.values():

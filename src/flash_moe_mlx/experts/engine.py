@@ -1,4 +1,4 @@
-"""StreamingEngine: what ``model.streaming`` is. Owns store, slots, budget, counters and lock of one model."""
+"""StreamingEngine: the object behind ``model.streaming``. Owns a model's store, slots, budget, counters and lock."""
 
 import gc
 import logging
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 class StreamingEngine:
     """Streams the routed experts of one model under a hard memory limit.
 
-    A context manager: leaving it closes the engine. One forward pass runs at a time; a second thread waits.
+    A context manager that closes the engine on exit. One forward pass runs at a time; other threads wait.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class StreamingEngine:
         """Allocate the slots; call after the dense weights are in memory.
 
         Args:
-            store: Reads experts as ``plan.reads`` says.
+            store: Store that reads experts as ``plan.reads`` says.
             plan: The memory plan.
             memory: Memory that experts are read into; None is `UnifiedMemory`.
             lossy: Options that change results, in words.
@@ -68,9 +68,9 @@ class StreamingEngine:
         self._reservations = Reservations(demand.costs, 1, demand.prefill_step_size, demand.max_context)
         self._budget = plan.budget
         self._closed = False
-        self.slow_decode = ""  # why single tokens are not decoded the quick way; set by the model
+        self.slow_decode = ""  # why single tokens are not decoded on the fast path; set by the model
         self.lock = threading.RLock()
-        # Before the slots, which are wired as they come.
+        # Created before the slots, so that they are wired as they are allocated.
         self._wired = WiredShare(plan.limit_bytes, self._budget.dense_bytes)
         self._memory: SlotMemory = UnifiedMemory(store) if memory is None else memory
         self._cache = ExpertCache(self._memory, demand.layouts, self._budget.num_slots)
@@ -88,10 +88,10 @@ class StreamingEngine:
         )
 
     def _divide(self, limit_bytes: int, room: Room) -> Budget:
-        held_bytes = sum(snapshots.max_bytes for snapshots in self._reservations.snapshots)
-        return self._plan.divide(limit_bytes, room, held_bytes)
+        reserved_bytes = sum(snapshots.max_bytes for snapshots in self._reservations.snapshots)
+        return self._plan.divide(limit_bytes, room, reserved_bytes)
 
-    # What the model's forward pass calls, in this order, with the lock held.
+    # Methods for the model's forward pass, in calling order, with the lock held.
 
     @contextmanager
     def forward_pass(
@@ -102,20 +102,20 @@ class StreamingEngine:
         routed_tokens: int | None = None,
         caches: Sequence[Any] = (),
     ) -> Iterator[None]:
-        """One forward pass of ``tokens`` new tokens per sequence, ending at ``length`` tokens of context.
+        """Run a forward pass of ``tokens`` new tokens per sequence, ending at ``length`` tokens of context.
 
-        Holds the lock, and makes room: a pass or a context larger than the reserved one takes its
-        memory from the expert slots.
+        Holds the lock and makes room: a pass or a context larger than the reserved one takes memory from the expert
+        slots.
 
         Args:
-            batch: Sequences.
+            batch: Number of sequences.
             tokens: New tokens per sequence.
-            length: Tokens of context at the end.
-            routed_tokens: Tokens of a padded batch that are no padding; None is all of them.
-            caches: The conversation's caches. Their states are counted in the limit while they live.
+            length: Tokens of context at the end of the pass.
+            routed_tokens: Tokens of a padded batch that are not padding; None means all.
+            caches: The conversation's caches. Their states count towards the limit while they live.
 
         Raises:
-            MemoryLimitError: If the limit can't hold it even with the fewest slots.
+            MemoryLimitError: If the pass does not fit into the limit even with the fewest slots.
             RequestError: If ``length`` exceeds max_context.
             StoreError: If the engine is closed, or this process was forked from the one that loaded it.
         """
@@ -167,14 +167,14 @@ class StreamingEngine:
             try:
                 budget = self._divide(self._limit_bytes, room or reservations.reserved)
             except MemoryLimitError:
-                gc.collect()  # caches of conversations that have ended may be part of a cycle
+                gc.collect()  # caches of finished conversations may be part of a reference cycle
                 room = reservations.needed(batch, tokens, length, caches)
                 budget = self._divide(self._limit_bytes, room)
             self._apply(budget, room)
         reservations.note(caches, batch, length)
 
     def _divide_anew(self, limit_bytes: int) -> tuple[Budget, Room]:
-        """A budget for what is needed now, whatever was reserved for passes that have ended."""
+        """Return a budget for current needs only, ignoring reservations of finished passes."""
         room = self._reservations.least()
         try:
             return self._divide(limit_bytes, room), room
@@ -186,9 +186,9 @@ class StreamingEngine:
     def _apply(self, budget: Budget, room: Room | None = None) -> None:
         self._reader.settle()
         self._reader.count_used()
-        # Nothing uses scratch now: experts that stay are copied by way of it.
+        # Scratch memory is unused now, so experts that stay are copied through it.
         spare = min(budget.scratch_bytes, self._applied.scratch_bytes)
-        # Known before it is done: what an interrupt cuts short, the next pass finishes.
+        # Recorded before resizing, so that the next pass can complete a resize that was interrupted.
         self._budget = budget
         if room is not None:
             self._reservations.reserve(room)
@@ -197,21 +197,21 @@ class StreamingEngine:
         logger.info("%d experts in slots (%s)", self._cache.total_slots, format_bytes(budget.slot_bytes))
 
     def executor(self, layer: int, activation: Activation | None = None) -> ExpertExecutor:
-        """Return what computes a layer's routed experts.
+        """Return the executor of a layer's routed experts.
 
         Args:
             layer: The layer's number.
-            activation: Between up and down projection, in place of SwiGLU.
+            activation: Activation between up and down projection, instead of SwiGLU.
         """
         local = LocalExperts(self._reader, layer, activation)
         return local if self._share is None else DistributedExperts(self._reader, layer, local, self._share)
 
     @property
     def is_recording(self) -> bool:
-        """Whether routers' choices are being written to a trace."""
+        """Whether the router's choices are being recorded in a trace."""
         return self._reader.is_recording
 
-    # What generation and snapshots call.
+    # Methods for generation and snapshots.
 
     def cancellable(self, cancelled: threading.Event) -> AbstractContextManager[None]:
         """End a forward pass of this thread early once ``cancelled`` is set, before the next group's reads.
@@ -219,12 +219,12 @@ class StreamingEngine:
         May be nested: any of the events ends the pass.
 
         Raises:
-            concurrent.futures.CancelledError: Out of the forward pass.
+            concurrent.futures.CancelledError: From the forward pass.
         """
         return self._reader.cancellable(cancelled)
 
     def add_snapshots(self, snapshots: Snapshots) -> None:
-        """Set ``snapshots.max_bytes`` aside, from the expert slots.
+        """Reserve ``snapshots.max_bytes``, taken from the expert slots.
 
         Raises:
             MemoryLimitError: If the limit can't spare them; nothing changes.
@@ -242,18 +242,18 @@ class StreamingEngine:
             self._apply(budget, room)
 
     def remove_snapshots(self, snapshots: Snapshots) -> None:
-        """Give the memory back to the expert slots. Does nothing where it has been given back."""
+        """Return the memory to the expert slots. Does nothing if it has been returned already."""
         if is_forked():
             return
         with self.lock:
             if self._reservations.remove_snapshots(snapshots) and not self._closed:
                 self._apply(*self._divide_anew(self._limit_bytes))
 
-    # What users call.
+    # Methods for users.
 
     @property
     def max_context(self) -> int:
-        """Tokens of context that the memory limit has room for."""
+        """Maximum number of context tokens that memory is reserved for."""
         return self._plan.demand.max_context
 
     @property
@@ -263,7 +263,7 @@ class StreamingEngine:
 
     @property
     def state_bytes(self) -> int:
-        """Bytes that the caches and states of one sequence of max_context tokens take."""
+        """Bytes of the caches and states of one sequence of max_context tokens."""
         return self._costs.state_bytes(1, self.max_context)
 
     @property
@@ -273,7 +273,7 @@ class StreamingEngine:
 
     @property
     def counters(self) -> Counters:
-        """Running totals since load; never reset, so that differences always hold."""
+        """Running totals since load. Never reset, so that differences are always valid."""
         return self._reader.counters
 
     def stats(self) -> StreamingStats:
@@ -301,14 +301,14 @@ class StreamingEngine:
         )
 
     def reset_stats(self) -> None:
-        """Set the counters and MLX's peak memory to zero. What is in memory stays."""
+        """Set the counters and MLX's peak memory to zero. Cached experts stay in memory."""
         check_process("model.streaming")
         with self.lock:
             self._counted_from = self._reader.counters.copy()
             mx.reset_peak_memory()
 
     def trace(self, path: str | Path) -> TraceRecorder:
-        """Record routing until the returned recorder is closed (it is a context manager) or the engine is.
+        """Record routing until the returned recorder (a context manager) or the engine is closed.
 
         Example:
             >>> with model.streaming.trace("routing.npz"):
@@ -355,7 +355,7 @@ class StreamingEngine:
             self._wired.resize(limit_bytes)
 
     def clear(self) -> None:
-        """Forget every expert in memory, so that the next ones are read again."""
+        """Drop all experts from memory, so that the next ones are read again."""
         check_process("model.streaming")
         with self.lock:
             self._reader.settle()
@@ -364,11 +364,11 @@ class StreamingEngine:
     def close(self) -> None:
         """Release files, threads and slots. The model can't be used afterwards. Later calls do nothing.
 
-        Does nothing in a process forked from the one that loaded the model: all is that one's.
+        Does nothing in a process forked from the one that loaded the model, which still owns everything.
         """
         if is_forked():
             return
-        with self.lock:  # every step may be taken again, so that what an interrupt cut short can be finished
+        with self.lock:  # every step can be repeated, so that a close that was interrupted can be completed
             self._closed = True
             if self._reader.recorder is not None:
                 self._reader.recorder.close()
@@ -383,7 +383,7 @@ class StreamingEngine:
                 snapshots.clear()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "StreamingEngine":
-        """A copied model shares the engine: one lock and one set of slots, and closing it closes both."""
+        """Return itself: a copied model shares its engine, with one lock and one set of slots."""
         return self
 
     def __enter__(self) -> "StreamingEngine":

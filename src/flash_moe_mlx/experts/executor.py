@@ -1,7 +1,7 @@
-"""The seam between a model and its routed experts: where they are computed, and in whose memory, lies behind it.
+"""The interface between a model and its routed experts; it hides where experts are computed, and in whose memory.
 
-A model hands over the router's choice, then the tokens, and gets outputs back. `local.py` streams experts into slots
-of this process. An executor that computes some of them elsewhere implements the same two protocols.
+A model passes the router's choice, then the tokens, and receives outputs. `local.py` streams experts into slots of
+this process. An executor that computes some of them elsewhere implements the same protocols.
 """
 
 from collections.abc import Sequence
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
     from ..ops.cpu.vectors import Pool, Vector
 
 ELSEWHERE = -1
-"""In place of an expert's id: another executor computes it, and here its output is zero."""
+"""Id that stands for an expert computed by another executor; its output here is zero."""
 
 
 class PendingExperts(Protocol):
-    """One layer's experts for the tokens of one forward pass; reads of the missing ones are under way."""
+    """One layer's experts for the tokens of one forward pass, while missing ones are being read."""
 
     def run(self, x: mx.array, norm: Norm | None = None) -> mx.array:
         """Compute each token's experts.
 
         Args:
             x: Tokens. Shape (T, H).
-            norm: Norm of x; None if the tokens are normalised already.
+            norm: Norm to apply to x; None if the tokens are already normalised.
 
         Returns:
             Per-expert outputs in the router's order. Shape (T, K, H), float32; zero for ids that are ``ELSEWHERE``.
@@ -48,18 +48,18 @@ class PendingExperts(Protocol):
         residual: mx.array,
         norm: Norm | None = None,
     ) -> mx.array:
-        """Compute ``ops.moe_combine`` of the experts' outputs, in one operation where all are at hand.
+        """Return ``ops.moe_combine`` of the experts' outputs, in one operation if all experts are available.
 
         Args:
             x: Tokens. Shape (T, H).
             weights: The router's weights. Shape (T, K).
             shared: The shared expert's output, shape (T, H), or its record.
-            shared_gate: Logits whose last column is that of its gate. Shape (T, any).
-            residual: Added to the sum. Shape (T, H).
-            norm: Norm of x; None if the tokens are normalised already.
+            shared_gate: Logits whose last column is the shared expert's gate. Shape (T, any).
+            residual: Residual added to the sum. Shape (T, H).
+            norm: Norm to apply to x; None if the tokens are already normalised.
 
         Returns:
-            Shape (T, H), in the dtype of ``residual``.
+            The combined output. Shape (T, H), in the dtype of ``residual``.
 
         Raises:
             StoreError: If a record can't be read.
@@ -68,7 +68,7 @@ class PendingExperts(Protocol):
 
 
 class ResidentExperts(Protocol):
-    """One layer's experts, all of them in slots.
+    """One layer's experts, all of them resident in slots.
 
     Attributes:
         slots: The layer's slots.
@@ -82,15 +82,15 @@ class ResidentExperts(Protocol):
     def table(self) -> mx.array: ...
 
     def is_current(self) -> bool:
-        """Tell whether these are the experts still, and nobody on the host needs to see ids."""
+        """Return whether these experts are still valid and no code on the host needs to see the ids."""
         ...
 
     def used(self, ids: mx.array) -> None:
-        """Note one token's choice, lazy ids of shape (1, K)."""
+        """Note one token's choice: lazy ids of shape (1, K)."""
         ...
 
     def reading(self, output: mx.array) -> None:
-        """Note that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
+        """Note that the lazy array ``output`` reads slots: they are not overwritten before it is evaluated."""
         ...
 
 
@@ -100,7 +100,7 @@ class TokenExperts(Protocol):
     Attributes:
         present: Operations on experts that are in memory when `begin` returns.
         missing: Operations on experts that `finish` waits for.
-        exchanges: Whether some outputs come from elsewhere: `exchange` must then be called once all operations have
+        exchanges: Whether some outputs come from elsewhere; if so, `exchange` must be called after all operations have
             run.
     """
 
@@ -113,14 +113,14 @@ class TokenExperts(Protocol):
     def missing(self) -> "ExpertOperations": ...
 
     def begin(self, ids: np.ndarray, weights: np.ndarray) -> bool:
-        """Start reading what is missing, and point ``present`` at the rest.
+        """Start reading the missing experts, and point ``present`` at the rest.
 
         Args:
             ids: The router's choice. Shape (K,), int64.
-            weights: Its weights. Shape (K,), float32.
+            weights: The weights of that choice. Shape (K,), float32.
 
         Returns:
-            Whether experts are missing: `finish` must be called, and ``missing`` run, before outputs are whole.
+            Whether experts are missing: then call `finish` and run ``missing`` before using the outputs.
 
         Raises:
             StoreError: If a record can't be read.
@@ -136,7 +136,7 @@ class TokenExperts(Protocol):
         ...
 
     def exchange(self) -> None:
-        """Complete the outputs once all operations have run. Called only if ``exchanges``."""
+        """Complete the outputs after all operations have run. Called only if ``exchanges`` is true."""
         ...
 
 
@@ -154,18 +154,18 @@ class ExpertExecutor(Protocol):
         """Start reading the experts that are missing.
 
         Args:
-            ids: The router's choice. Shape (T, K); `ELSEWHERE` marks ids that others compute.
-            weights: Its weights, for the trace. Shape (T, K); None if they are not known.
-            alongside: Lazy arrays to start computing once the ids are on their way to the host.
-            traced: Whether to note the choice in a trace that is being recorded.
+            ids: The router's choice. Shape (T, K); `ELSEWHERE` marks ids computed by other executors.
+            weights: The weights of that choice, for the trace. Shape (T, K); None if unknown.
+            alongside: Lazy arrays to start computing while the ids are being copied to the host.
+            traced: Whether to note the choice if a trace is being recorded.
 
         Raises:
-            StoreError: If a record can't be read, now or when the outputs are asked for.
+            StoreError: If a record can't be read, now or when the outputs are requested.
         """
         ...
 
     def resident(self) -> ResidentExperts | None:
-        """Return the layer's experts if all are in slots and nobody on the host needs to see ids; else None."""
+        """Return the layer's experts if all are in slots and no code on the host needs the ids; else None."""
         ...
 
     def token_experts(self, x: "Vector", y: np.ndarray, pool: "Pool") -> TokenExperts:
@@ -173,10 +173,10 @@ class ExpertExecutor(Protocol):
 
         Args:
             x: The token. Shape (H,).
-            y: Receives per-expert outputs. Shape (K, H), float32.
-            pool: Memory shared between layers.
+            y: Buffer for per-expert outputs. Shape (K, H), float32.
+            pool: Scratch memory shared between layers.
 
         Raises:
-            UnsupportedLayerError: If the records have what the operations don't know.
+            UnsupportedLayerError: If the operations do not support the format of the records.
         """
         ...

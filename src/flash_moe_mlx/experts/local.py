@@ -1,7 +1,7 @@
 """LocalExperts: a layer's routed experts, streamed into slots of this process and computed there.
 
-Results do not depend on what is in memory: an expert is always computed on all tokens that chose it in this forward
-pass, at once, whichever group brings it, and outputs are combined in the router's order.
+Results do not depend on which experts are in memory: an expert is always computed in one go on all tokens of the
+forward pass that chose it, whichever group it arrives in, and outputs are combined in the router's order.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
 
 
 class LocalExperts:
-    """ExpertExecutor of one layer over this process's slots. Holds no weights."""
+    """ExpertExecutor of one layer that uses this process's slots. Holds no weights."""
 
     def __init__(self, reader: ExpertReader, layer: int, activation: Activation | None = None):
         """Bind a layer.
 
         Args:
-            reader: Brings experts into slots.
+            reader: Reader that brings experts into slots.
             layer: The layer's number.
-            activation: Between up and down projection, in place of SwiGLU.
+            activation: Activation between up and down projection, instead of SwiGLU.
         """
         self._reader = reader
         self._layer = layer
@@ -51,9 +51,9 @@ class LocalExperts:
         alongside: Sequence[mx.array] = (),
         traced: bool = True,
     ) -> "LocalPending | LocalTokenPending":
-        """Start reading the experts that are missing: see `ExpertExecutor.begin`."""
+        """Start reading the missing experts: see `ExpertExecutor.begin`."""
         if isinstance(ids, mx.array):
-            # Two calls: the ids can then be waited for alone, while a GPU computes what comes alongside.
+            # Two calls, so that the host can wait for the ids alone while a GPU computes the alongside arrays.
             mx.async_eval(*(array for array in (ids, weights) if array is not None))
         if alongside:
             mx.async_eval(*alongside)
@@ -93,11 +93,11 @@ class LocalResident:
         self.table = table
 
     def is_current(self) -> bool:
-        """Tell whether nothing has changed: see `ResidentExperts.is_current`."""
+        """Return whether nothing has changed: see `ResidentExperts.is_current`."""
         return self._reader.cache.changes == self._changes and not self._reader.is_recording
 
     def used(self, ids: mx.array) -> None:
-        """Note one token's choice, lazy ids of shape (1, K)."""
+        """Note one token's choice: lazy ids of shape (1, K)."""
         self._reader.used(self._layer, ids)
 
     def reading(self, output: mx.array) -> None:
@@ -106,7 +106,7 @@ class LocalResident:
 
 
 class LocalPending:
-    """PendingExperts over groups of experts that arrive in slots."""
+    """PendingExperts whose experts arrive in slots group by group."""
 
     def __init__(
         self,
@@ -137,7 +137,7 @@ class LocalPending:
         residual: mx.array,
         norm: Norm | None = None,
     ) -> mx.array:
-        """Combine the experts' outputs; one operation where all experts are in one group. The bits are the same."""
+        """Combine the experts' outputs, in one operation if all experts are in one group. The bits are the same."""
         if len(self._ids) <= PAIRWISE_TOKENS and self._activation is None:
             first = list(islice(self._groups, 1))
             slots = _slot_table(first[0].slots, self._ids) if first else None
@@ -181,7 +181,7 @@ class LocalPending:
 
 
 class LocalTokenPending:
-    """PendingExperts of one token on a GPU: they are waited for, and computed all at once."""
+    """PendingExperts of one token on a GPU: waits for all experts and computes them in one operation."""
 
     def __init__(self, reader: ExpertReader, layer: int, experts: Sequence[int], fetch: TokenFetch):
         self._reader, self._fetch = reader, fetch
@@ -212,7 +212,7 @@ class LocalTokenPending:
 
 
 class LocalToken:
-    """TokenExperts over slots: one set of operations for experts in memory, one for those that were read."""
+    """TokenExperts over slots: one set of operations for cached experts, one for experts just read."""
 
     exchanges = False
     present: "RecordOperations"
@@ -263,16 +263,16 @@ class LocalToken:
         self.missing.set(*self._late)
 
     def exchange(self) -> None:
-        """Do nothing: all outputs are this process's."""
+        """Do nothing: this process computes all outputs."""
 
 
 def _distinct(ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the distinct ids that are computed here, ascending, and how often each occurs."""
+    """Return the distinct ids computed here, in ascending order, and how often each occurs."""
     experts, counts = np.unique(ids, return_counts=True)
     own = experts != ELSEWHERE
     return experts[own], counts[own]
 
 
 def _slot_table(slots: Mapping[int, int], ids: np.ndarray) -> np.ndarray:
-    """Return the slot of each id, -1 where it is not in the group."""
+    """Return the slot of each id, or -1 if the id is not in the group."""
     return np.array([[slots.get(e, -1) for e in row] for row in ids.tolist()], dtype=np.int64)

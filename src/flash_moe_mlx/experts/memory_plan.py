@@ -1,4 +1,4 @@
-"""MemoryPlan: how a memory limit is used, decided once by load and handed to all that hold memory. No MLX import."""
+"""MemoryPlan: the use of a memory limit, decided once by load and passed to all owners of memory. No MLX import."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -9,25 +9,25 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import RecordLayout
 from ..machine import usable_memory_bytes
 from ..storage.io_choice import Reads, choose_io, choose_threads
-from .budget import MAX_STAGING_RECORDS, Budget, HostBudget, LayerExperts, ModelCosts, divide, divide_host
+from .budget import MAX_STAGING_RECORDS, Budget, HostBudget, LayerExperts, ModelMemory, divide, divide_host
 from .reservations import Room
 
 
 @dataclass(frozen=True)
 class MemoryDemand:
-    """Everything of one model that takes memory, and how much of it there must be room for.
+    """Everything of one model that takes memory, and the sizes that memory must be reserved for.
 
     Attributes:
-        costs: Bytes of the model besides its expert slots.
+        costs: Bytes that the model needs in addition to its expert slots.
         layouts: Record layout of each layer with routed experts.
-        num_experts: Routed experts of each of these layers.
+        num_experts: Number of routed experts of each of these layers.
         num_experts_per_tok: K; each layer gets at least as many slots.
         prefill_step_size: Tokens of the largest forward pass that memory is set aside for.
         max_context: Tokens of the longest sequence.
         limit_name: Argument of load that bounds it.
     """
 
-    costs: ModelCosts
+    costs: ModelMemory
     layouts: Mapping[int, RecordLayout]
     num_experts: Mapping[int, int]
     num_experts_per_tok: int
@@ -39,7 +39,7 @@ class MemoryDemand:
     def of(
         cls,
         checkpoint: Checkpoint,
-        costs: ModelCosts,
+        costs: ModelMemory,
         num_experts_per_tok: int,
         streaming: StreamingConfig,
         num_experts: Mapping[int, int] | None = None,
@@ -63,17 +63,19 @@ class MemoryDemand:
             streaming.max_context,
         )
 
-    def divide(self, limit_bytes: int, io_buffer_bytes: int, room: Room | None = None, held_bytes: int = 0) -> Budget:
+    def divide(
+        self, limit_bytes: int, io_buffer_bytes: int, room: Room | None = None, reserved_bytes: int = 0
+    ) -> Budget:
         """Divide a limit.
 
         Args:
             limit_bytes: The limit.
-            io_buffer_bytes: Buffers of direct reads.
-            room: States and scratch to set aside; None is one pass of the largest size and one sequence.
-            held_bytes: Snapshots to set aside.
+            io_buffer_bytes: Size of the buffers for direct reads.
+            room: States and scratch to reserve; None is one pass of the largest size and one sequence.
+            reserved_bytes: Size of the snapshots to reserve memory for.
 
         Raises:
-            MemoryLimitError: If it can't hold; names the smallest limit that works.
+            MemoryLimitError: If the limit is too small; names the smallest limit that works.
         """
         return divide(
             limit_bytes,
@@ -87,14 +89,14 @@ class MemoryDemand:
             tokens=room.tokens if room else self.prefill_step_size,
             length=room.length if room else self.max_context,
             io_buffer_bytes=io_buffer_bytes,
-            held_bytes=held_bytes + (room.more_bytes if room else 0),
+            reserved_bytes=reserved_bytes + (room.more_bytes if room else 0),
             limit_name=self.limit_name,
         )
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """A memory limit, how it divides, and how experts are read within it.
+    """A memory limit, its division, and the way experts are read within it.
 
     Attributes:
         demand: The model's demand.
@@ -176,16 +178,16 @@ class MemoryPlan:
         Args:
             limit_bytes: The limit.
             demand: The model's demand.
-            checkpoint: Says which files hold the experts.
-            io: load's ``io``; "auto" is decided here.
-            probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
+            checkpoint: Checkpoint whose files hold the experts.
+            io: The ``io`` argument of load; "auto" is resolved here.
+            probe: Whether to find the number of I/O threads by briefly probing the files, if it isn't remembered.
 
         Raises:
-            MemoryLimitError: If the limit can't hold; names the smallest limit that works.
+            MemoryLimitError: If the limit is too small; names the smallest limit that works.
         """
         if io != "auto":
             return cls._with_reads(limit_bytes, demand, Reads(io, "as asked for"))
-        # Buffers of direct reads are a few megabytes: the choice is made as if there were none.
+        # Buffers of direct reads take only a few megabytes, so the choice ignores them.
         buffered = cls._with_reads(limit_bytes, demand, Reads("pread", ""))
         expert_bytes = sum(n * demand.layouts[layer].record_bytes for layer, n in demand.num_experts.items())
         files = checkpoint.expert_files
@@ -204,11 +206,11 @@ class MemoryPlan:
     def _with_reads(cls, limit_bytes: int, demand: MemoryDemand, reads: Reads) -> "MemoryPlan":
         return cls(demand, limit_bytes, reads, demand.divide(limit_bytes, reads.buffer_bytes))
 
-    def divide(self, limit_bytes: int, room: Room, held_bytes: int) -> Budget:
-        """Divide a limit by the plan's rules, for what passes and conversations need now.
+    def divide(self, limit_bytes: int, room: Room, reserved_bytes: int) -> Budget:
+        """Divide a limit by the plan's rules, for the current needs of passes and conversations.
 
         Raises:
-            MemoryLimitError: If it can't hold; names the smallest limit that works.
+            MemoryLimitError: If the limit is too small; names the smallest limit that works.
         """
         io_buffer_bytes = self.reads.buffer_bytes if self.host is None else 0  # those are in the other memory
-        return self.demand.divide(limit_bytes, io_buffer_bytes, room, held_bytes)
+        return self.demand.divide(limit_bytes, io_buffer_bytes, room, reserved_bytes)

@@ -1,7 +1,7 @@
-"""Which expert of a layer gives up its slot. Plain numpy: the engine and simulations run the same code.
+"""Eviction policies: which expert of a layer gives up its slot. Plain numpy: the engine and simulations share the code.
 
-A policy is told which experts are used, and keeps a score of every expert, in memory or not: layers have few
-hundred, so nothing has to be forgotten. The lowest score among those in memory goes first.
+A policy is told which experts are used, and keeps a score of every expert, in memory or not: a layer has a few hundred,
+so nothing has to be forgotten. The expert in memory with the lowest score is evicted first.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,57 +10,57 @@ from typing import Protocol
 import numpy as np
 
 HALF_LIFE = 32
-"""Tokens after which a use counts half. Measured: experiments 030 to 032."""
+"""Number of tokens after which a use counts half. Measured: experiments 030 to 032."""
 
 FRESH_WEIGHT = 0.25
-"""What a newcomer's score counts where hits are rare: enough for cycles of up to 2 ``HALF_LIFE`` tokens."""
+"""Factor on a newcomer's score where hits are rare: suits cycles of up to 2 ``HALF_LIFE`` tokens."""
 
 RARE = 1.3
-"""Hits are rare up to this many times the odds of a fixed choice of experts: in a cycle they come in bunches."""
+"""Below this multiple of a static cache's hit odds, the workload counts as cyclic. Absorbs bursts of hits."""
 
 HITS_HALF_LIFE = 4
-"""Half-lives of a use after which a hit counts half, so that a cycle's bunches even out."""
+"""Half-lives of a use after which a hit counts half, so that bursts of hits in a cycle average out."""
 
-_FIRST_EXPERTS = 64  # arrays grow with the largest number seen
+_FIRST_EXPERTS = 64  # initial size; arrays grow with the largest expert id seen
 _LARGEST_INCREMENT = 1e200
 
 
 class Policy(Protocol):
-    """What decides about the slots of one layer."""
+    """Decides which experts keep the slots of one layer."""
 
     def used(self, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1) -> None:
-        """A forward pass of ``tokens`` tokens asks for distinct experts; ``counts`` of them each (None: one)."""
+        """Note that a forward pass of ``tokens`` tokens uses experts, ``counts`` tokens each (None: one each)."""
         ...
 
     def entered(self, experts: Sequence[int], displaced: bool) -> None:
-        """Experts were given slots, those of others if ``displaced``, else free ones."""
+        """Note that experts were given slots: those of evicted experts if ``displaced``, else free ones."""
         ...
 
     def victims(self, count: int, wanted: Sequence[int]) -> list[int]:
-        """Experts in memory that leave it now: ``count`` of them, none that is wanted."""
+        """Choose ``count`` experts to evict now, none of them in ``wanted``."""
         ...
 
     def restore(self, present: Iterable[int]) -> None:
-        """These experts, and no others, are in memory."""
+        """Note that exactly these experts are in memory."""
         ...
 
     def scores(self, experts: Sequence[int]) -> list[float]:
-        """How much each is worth keeping, in the policy's own measure."""
+        """Return how much each expert is worth keeping, in the policy's own measure."""
         ...
 
 
 class _ByScore:
-    """The lowest score goes first. Subclasses keep ``_score``."""
+    """Policy that evicts the lowest score first. Subclasses maintain ``_score``."""
 
     def __init__(self) -> None:
         self._score = np.zeros(_FIRST_EXPERTS)
-        self._held = np.zeros(_FIRST_EXPERTS, bool)  # whether it is in memory
-        self._num_experts = 0  # as far as is known: the largest number seen tells
+        self._held = np.zeros(_FIRST_EXPERTS, bool)  # whether each expert is in memory
+        self._num_experts = 0  # lower bound: the largest id seen, plus one
 
     def _grow(self, experts: Sequence[int]) -> None:
         if (most := max(experts, default=0)) < self._num_experts:
             return
-        # An interrupt between two of these lines costs nothing: the next call takes them again.
+        # An interrupt between two of these lines is harmless: the next call executes them again.
         if most >= len(self._score):
             size = max(most + 1, 2 * len(self._score))
             self._held = np.pad(self._held, (0, size - len(self._held)))
@@ -93,7 +93,7 @@ class _ByScore:
 
 
 class LRU(_ByScore):
-    """Least recently used out first. Where a cycle of requests is longer than the slots it never hits."""
+    """Evicts the least recently used expert. It never hits on a cycle of requests longer than the slots."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,14 +106,14 @@ class LRU(_ByScore):
 
 
 class AgedLFU(_ByScore):
-    """Least frequently used out first, where a use counts half after ``half_life`` tokens.
+    """Evicts the least frequently used expert, where a use counts half after ``half_life`` tokens.
 
-    Uses of experts that are not in memory count too, so one that comes back has its history.
+    Uses of experts that are not in memory count too, so an expert that returns keeps its history.
 
-    Where experts come in a cycle longer than the slots, the one used longest ago is the one needed next, and nothing
+    Where experts are requested in a cycle longer than the slots, the one used longest ago is needed next, and nothing
     ever hits. So when hits are rarer than those of a fixed choice of experts would be, newcomers (experts that took
-    another's slot and were not asked for since) count ``fresh_weight`` of their score: they displace each other, and
-    the rest stay.
+    another's slot and were not requested since) count ``fresh_weight`` of their score: they displace each other, and
+    the others stay.
 
     Reference: Lee et al. 2001, "LRFU: a spectrum of policies", doi:10.1109/TC.2001.970573, for the ageing.
     """
@@ -122,10 +122,10 @@ class AgedLFU(_ByScore):
         super().__init__()
         self._half_life = half_life
         self._fresh_weight = fresh_weight
-        self._increment = 1.0  # grows instead of all scores shrinking
+        self._increment = 1.0  # grows, instead of shrinking all scores
         self._growth = 2 ** (1 / half_life)
         self._fresh: set[int] = set()
-        self._asked = self._missed = 0.0  # experts, aged
+        self._asked = self._missed = 0.0  # requested and missed experts, with ageing
 
     def used(self, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1) -> None:
         self._grow(experts)
@@ -134,7 +134,7 @@ class AgedLFU(_ByScore):
             self._increment *= self._growth
             self._score[experts] += self._increment
         else:
-            # As that many steps in each of which an expert is used counts / tokens times.
+            # Equivalent to ``tokens`` steps in each of which an expert is used counts / tokens times.
             aged = 2 ** -min(tokens / self._half_life, 16)
             self._increment /= aged
             weight = (1 - aged) / (1 - 1 / self._growth) / tokens
@@ -166,7 +166,7 @@ class AgedLFU(_ByScore):
         return score
 
     def _hits_are_rare(self, missing: int) -> bool:
-        """Whether a fixed choice would hit about as often, if all experts were equally likely."""
+        """Return whether a fixed choice would hit about as often, if all experts were equally likely."""
         missed, held = self._missed + missing, np.count_nonzero(self._held)
         return bool((self._asked - missed) * (self._num_experts - held) <= RARE * missed * held)
 
@@ -176,13 +176,13 @@ class AgedLFU(_ByScore):
 
 
 class Belady(_ByScore):
-    """Out goes what is needed again last: the bound that no policy without foresight reaches. For simulations.
+    """Evicts the expert needed latest: the bound that no policy without foresight can reach. For simulations.
 
     Reference: Belady 1966, doi:10.1147/sj.52.0078.
     """
 
     def __init__(self, requests: Sequence[Sequence[int]]):
-        """Args: the experts of every call of ``used`` to come, in order."""
+        """Take the experts of every future call of ``used``, in order."""
         super().__init__()
         later: dict[int, int] = {}
         self._next: list[list[int]] = []

@@ -1,4 +1,4 @@
-"""ExpertReader: brings a layer's experts into slots, in groups that fit, and knows when slots may be overwritten."""
+"""ExpertReader: brings a layer's experts into slots, in groups that fit, and tracks when slots may be overwritten."""
 
 import itertools
 import threading
@@ -20,12 +20,12 @@ from .slots import PlannedGroup, plan_groups
 from .trace import TraceRecorder
 
 RESIDENT_SHARE = 8
-"""A layer lacking up to this share of its experts is read whole, where the slots have room for it."""
+"""A layer is read whole if at most this share of its experts is missing and the slots have room for all."""
 
 TOKENS_REMEMBERED = 64
-"""Tokens whose experts policies are told of when slots change: an expert's use counts half after 32 tokens."""
+"""Number of recent tokens whose experts are reported to policies when slots change: a use counts half after 32."""
 
-_STARTED = -1  # in place of a thread's identifier: any thread may wait for it
+_STARTED = -1  # replaces a thread's identifier once any thread may wait for the array
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class ExpertGroup:
 
 
 class TokenFetch:
-    """One layer's experts for one token: some in memory, the others being read.
+    """One layer's experts for one token, while missing ones are being read.
 
     Attributes:
         misses: Experts that are being read.
@@ -55,11 +55,11 @@ class TokenFetch:
         self._counters = counters
 
     def slots_of(self, experts: Sequence[int]) -> list[int]:
-        """Return each expert's slot; a missing one's record is whole only after `wait`."""
+        """Return each expert's slot; a missing expert's record is complete only after `wait`."""
         return [self._fetch.slots[expert] for expert in experts]
 
     def addresses(self, experts: Sequence[int]) -> list[int]:
-        """Return where each expert's record begins in memory; a missing one is whole only after `wait`."""
+        """Return the address of each expert's record; a missing expert's record is complete only after `wait`."""
         base, size = self._bank.address, self._bank.layout.record_bytes
         return [base + self._fetch.slots[expert] * size for expert in experts]
 
@@ -102,11 +102,11 @@ class ExpertReader:
         return self._layouts[layer]
 
     def groups(self, layer: int, experts: np.ndarray, counts: np.ndarray, tokens: int) -> Iterator[ExpertGroup]:
-        """Bring experts of a layer into memory, in groups that the slots hold.
+        """Bring experts of a layer into memory, in groups that fit into the slots.
 
-        Reads of the first group are under way on return, and waited for when it is asked for; those of the next group
-        continue while the caller computes. Experts in memory come first, so that none that is wanted is evicted. The
-        caller must have evaluated what it computed from one group before it asks for the next.
+        On return the first group is being read; it is waited for when it is requested, while the next group is read
+        during the caller's computation. Cached experts come first, so that no wanted expert is evicted. The caller
+        must evaluate what it computes from one group before it requests the next.
 
         Args:
             layer: The layer.
@@ -126,8 +126,8 @@ class ExpertReader:
     def table(self, layer: int) -> mx.array | None:
         """Return the slot of each expert of a layer, shape (E,), uint32, if all experts are in slots; else None.
 
-        Where the slots have room for all experts and few are missing, those are read now.
-        None while a trace is recorded, which needs the ids on the host.
+        If the slots have room for all experts and few are missing, the missing ones are read now.
+        None while a trace is being recorded, because that needs the ids on the host.
 
         Raises:
             StoreError: If a record can't be read.
@@ -146,12 +146,12 @@ class ExpertReader:
         return self.cache.table(layer)
 
     def used(self, layer: int, ids: mx.array) -> None:
-        """Note the experts of one token that were found in slots without the host: ids of shape (1, K), lazy."""
+        """Note one token's experts that were found in slots without the host: lazy ids of shape (1, K)."""
         self.counters.hits += ids.size
         self._used.append((layer, ids))
 
     def count_used(self) -> None:
-        """Tell the policies which experts tokens used lately without the host."""
+        """Report to the policies which experts recent tokens used without the host."""
         while self._used:
             layer, ids = self._used.popleft()
             self.cache.used(layer, np.array(ids).reshape(-1).tolist())
@@ -159,7 +159,7 @@ class ExpertReader:
     def token(self, layer: int, experts: list[int]) -> TokenFetch:
         """Start bringing one token's distinct experts into memory, for CPU kernels.
 
-        The caller computes with them before it calls this again.
+        The caller must finish computing with them before it calls this again.
 
         Raises:
             StoreError: If a record can't be read.
@@ -178,7 +178,7 @@ class ExpertReader:
         May be nested: any of the events ends the pass.
 
         Raises:
-            concurrent.futures.CancelledError: Out of the forward pass.
+            concurrent.futures.CancelledError: From the forward pass.
         """
         before = getattr(self._local, "cancelled", ())
         self._local.cancelled = (*before, cancelled)
@@ -209,11 +209,11 @@ class ExpertReader:
             yield ExpertGroup(self.cache.bank(layer), current.slots)
 
     def reading(self, output: mx.array) -> None:
-        """Note that ``output``, not evaluated yet, reads slots: they are not overwritten before it is."""
+        """Note that the lazy array ``output`` reads slots: they are not overwritten before it is evaluated."""
         self._unread = (output, threading.get_ident())
 
     def start_unread(self) -> None:
-        """Start evaluating it on the thread whose stream it was built for; whoever overwrites slots waits for it."""
+        """Start evaluating the last such array on the thread whose stream built it; overwriting slots waits for it."""
         if self._unread is not None:
             output, _ = self._unread
             mx.async_eval(output)
@@ -223,14 +223,14 @@ class ExpertReader:
         """Wait for the last computation that reads slots."""
         if self._unread is not None:
             output, thread = self._unread
-            # One that an interrupt kept from being started can't be evaluated on any other thread: it is forgotten.
+            # If an interrupt kept it from being started, no other thread can evaluate it: forget it.
             if thread in (_STARTED, threading.get_ident()):
                 mx.eval(output)
             self._unread = None
 
     @property
     def is_recording(self) -> bool:
-        """Whether routers' choices are being written to a trace."""
+        """Whether the router's choices are being recorded in a trace."""
         return self.recorder is not None and not self.recorder.closed
 
     def record(self, layer: int, experts: np.ndarray, weights: mx.array | np.ndarray | None) -> None:

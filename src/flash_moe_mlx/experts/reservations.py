@@ -1,4 +1,4 @@
-"""Bytes that passes and conversations need of a memory limit, while they need them. Plain arithmetic: no MLX import."""
+"""Memory that passes and conversations need, for as long as they need it. Plain arithmetic: no MLX import."""
 
 import weakref
 from collections import deque
@@ -6,14 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from .budget import ModelCosts
+from .budget import ModelMemory
 
 RELEASE_PASSES = 32
-"""Forward passes that need less, after which memory goes back to the expert slots: what alternates stays reserved."""
+"""Number of smaller forward passes after which memory returns to the expert slots; alternating needs stay reserved."""
 
 
 class Snapshots(Protocol):
-    """Copies of states, whose bytes are counted in the memory limit."""
+    """Copies of states, counted in the memory limit."""
 
     max_bytes: int
 
@@ -22,14 +22,14 @@ class Snapshots(Protocol):
 
 @dataclass(frozen=True)
 class Room:
-    """Memory for states and scratch: those of one pass, and states of other conversations.
+    """Memory for states and scratch: those of one pass, and the states of other conversations.
 
     Attributes:
-        batch: Sequences of the pass.
+        batch: Number of sequences in the pass.
         tokens: New tokens per sequence.
-        length: Tokens of context at its end.
-        more_bytes: States beyond those of the pass.
-        nbytes: All of it.
+        length: Tokens of context at the end of the pass.
+        more_bytes: States other than those of the pass.
+        nbytes: Total bytes.
     """
 
     batch: int
@@ -46,23 +46,23 @@ class _Conversation(NamedTuple):
 
 
 class Reservations:
-    """Room that live conversations and passes take, with what load promised as the least.
+    """Memory taken by live conversations and passes; never less than load promised.
 
-    A conversation is its list of caches. It counts from its first pass until the first of these is collected: also
-    while nothing runs and only its caller holds it. Not thread-safe: the engine's lock is held around it, except that
-    a cache may be collected at any moment, on any thread.
+    A conversation is its list of caches. It counts from its first pass until the first cache is garbage-collected, even
+    while nothing runs and only its caller holds it. Not thread-safe: callers hold the engine's lock, but a cache may
+    be collected at any moment, on any thread.
     """
 
-    def __init__(self, costs: ModelCosts, batch: int, tokens: int, length: int):
-        """Begin with what load promised: one pass of this size, and states of this length."""
+    def __init__(self, costs: ModelMemory, batch: int, tokens: int, length: int):
+        """Start from load's promise: one pass of this size, and states of this length."""
         self._costs = costs
         self._promised = self._room(batch, tokens, length, 0)
         self._promised_states = costs.state_bytes(batch, length)
-        self._conversations: dict[int, _Conversation] = {}  # by the first cache's id
+        self._conversations: dict[int, _Conversation] = {}  # keyed by the id of the first cache
         self._collected: deque[tuple[int, weakref.ref[Any]]] = deque()
         self._total = 0
         self._snapshots: list[weakref.ref[Snapshots]] = []
-        self._recent = self._promised  # the largest need since `reserved` was last as large
+        self._recent = self._promised  # largest need since the whole of `reserved` was last needed
         self._passes = 0
         self.reserved = self._promised
 
@@ -73,13 +73,13 @@ class Reservations:
         return self._total
 
     def least(self) -> Room:
-        """Room that is needed while no pass is under way."""
+        """Room needed while no pass is running."""
         promised = self._promised
         more = max(0, self.state_bytes - self._promised_states)
         return self._room(promised.batch, promised.tokens, promised.length, more)
 
     def needed(self, batch: int, tokens: int, length: int, caches: Sequence[Any] = ()) -> Room:
-        """Room that a pass needs, besides the states of all other conversations."""
+        """Return the room that a pass needs, in addition to the states of all other conversations."""
         states = self._costs.state_bytes(batch, length)
         others = self.state_bytes - self._nbytes(caches)
         scratch = self._costs.scratch_bytes(batch, tokens, length)
@@ -93,9 +93,9 @@ class Reservations:
         return Room(promised.batch, promised.tokens, promised.length, needed - promised.nbytes, needed)
 
     def change(self, needed: Room) -> Room | None:
-        """Room to reserve instead of what is reserved, before a pass; None leaves it.
+        """Return the room to reserve instead of the current one before a pass, or None to leave it.
 
-        More is reserved at once, less only after `RELEASE_PASSES` passes that needed less.
+        A larger room is reserved at once, a smaller one only after `RELEASE_PASSES` passes that needed less.
         """
         if needed.nbytes > self.reserved.nbytes:
             return needed
@@ -115,7 +115,7 @@ class Reservations:
         self._restart()
 
     def note(self, caches: Sequence[Any], batch: int, length: int) -> None:
-        """Count a conversation's states from now on, of ``batch`` sequences of ``length`` tokens."""
+        """Count a conversation's states from now on: ``batch`` sequences of ``length`` tokens."""
         if not caches:
             return
         first, key = caches[0], id(caches[0])
@@ -136,14 +136,14 @@ class Reservations:
         self._snapshots.append(weakref.ref(snapshots))
 
     def remove_snapshots(self, snapshots: Snapshots) -> bool:
-        """Count them no longer. Returns whether they were counted."""
+        """Stop counting these snapshots. Returns whether they were counted."""
         kept = [reference for reference in self._snapshots if reference() is not snapshots]
         removed = len(kept) < len(self._snapshots)
         self._snapshots = kept
         return removed
 
     def forget_dropped(self) -> bool:
-        """Whether snapshots that were counted have been collected since the last call."""
+        """Return whether counted snapshots have been garbage-collected since the last call."""
         kept = [reference for reference in self._snapshots if reference() is not None]
         dropped = len(kept) < len(self._snapshots)
         self._snapshots = kept
@@ -151,7 +151,7 @@ class Reservations:
 
     @property
     def snapshots(self) -> list[Snapshots]:
-        """Those that are counted."""
+        """Snapshots that are counted."""
         return [snapshots for reference in self._snapshots if (snapshots := reference()) is not None]
 
     def _nbytes(self, caches: Sequence[Any]) -> int:
@@ -162,7 +162,7 @@ class Reservations:
         while self._collected:
             key, reference = self._collected.popleft()
             known = self._conversations.get(key)
-            if known is not None and known.cache is reference:  # another object may have its id by now
+            if known is not None and known.cache is reference:  # the id may belong to another object by now
                 del self._conversations[key]
                 self._total -= known.nbytes
 

@@ -1,4 +1,4 @@
-"""SlotTable: which expert of a layer is in which slot. Bookkeeping without memory; simulations use it too."""
+"""SlotTable: the slot of each expert of a layer. Bookkeeping without memory, shared with simulations."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -6,18 +6,18 @@ from typing import NamedTuple
 from .policies import Policy
 
 PAIRWISE_TOKENS = 8
-"""Up to this many tokens, each (token, expert) pair is computed on its own, in one call where all experts fit."""
+"""Up to this number of tokens, each (token, expert) pair is computed separately, in one call if all experts fit."""
 
 GROUP_EXPERTS = 32
-"""Experts of a prompt that are computed while the next ones are read: enough to keep threads and disk busy."""
+"""Experts of a prompt computed while the next ones are read: enough to keep threads and disk busy."""
 
 
 class PlannedGroup(NamedTuple):
-    """Experts that are brought in together.
+    """The experts of one group, and those of the previous group that must stay resident while it is read.
 
     Attributes:
-        experts: The experts.
-        keep: The group before, where the slots hold both: its experts stay while this one is read.
+        experts: Experts to bring in together.
+        keep: Experts of the previous group, if the slots hold both groups.
     """
 
     experts: list[int]
@@ -25,20 +25,20 @@ class PlannedGroup(NamedTuple):
 
 
 def plan_groups(ordered: Sequence[int], hits: int, num_slots: int, tokens: int) -> list[PlannedGroup]:
-    """Split experts into groups of which two neighbours fit the slots: one is computed while the next is read.
+    """Split experts into groups such that two neighbours fit the slots: one is computed while the next is read.
 
-    All are one group where that is possible and nothing would be gained.
+    Returns a single group if everything fits and splitting would gain nothing.
 
     Args:
         ordered: Distinct experts, as `SlotTable.order` returns them.
-        hits: Number of them, the first ones, that are in memory.
-        num_slots: S.
+        hits: Number of leading experts that are already in memory.
+        num_slots: Number of slots, S.
         tokens: Number of tokens in the forward pass.
     """
     fit = len(ordered) <= num_slots
     if fit and (tokens <= PAIRWISE_TOKENS or hits == len(ordered) or len(ordered) <= GROUP_EXPERTS):
         return [PlannedGroup(list(ordered), [])] if ordered else []
-    # Where some have to leave, larger groups would push out what decode wants: experiment 062.
+    # If experts must be evicted, larger groups would displace those that decode needs: experiment 062.
     size = GROUP_EXPERTS if fit else max(min(num_slots // 4, GROUP_EXPERTS), 1)
     present, missing = ordered[:hits], ordered[hits:]
     groups = [list(part[i : i + size]) for part in (present, missing) for i in range(0, len(part), size)]
@@ -47,14 +47,14 @@ def plan_groups(ordered: Sequence[int], hits: int, num_slots: int, tokens: int) 
 
 
 class SlotTable:
-    """Slots of one layer: experts in them, and slots that are free or being filled.
+    """Slots of one layer: occupied, free or being filled.
 
     Attributes:
-        num_slots: S.
-        present: Slot of each expert whose record is whole.
+        num_slots: Number of slots, S.
+        present: Slot of each expert whose record is complete.
         filling: Slot of each expert that is being read.
         free: Slots that hold nothing.
-        hits, misses: Experts asked for since the beginning, counted by `order`.
+        hits, misses: Total number of requested experts that were or were not present, counted by `order`.
     """
 
     def __init__(self, num_slots: int, policy: Policy):
@@ -69,18 +69,18 @@ class SlotTable:
     def order(
         self, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1
     ) -> tuple[list[int], int]:
-        """Count distinct experts as used, and say in which order to bring them in, where that takes several groups.
+        """Count distinct experts as used, and return the order in which to bring them in.
 
-        Those present come first, so that the first group evicts none that is wanted; then, where there are more than
-        slots, the others by how much they are worth keeping, the most at last.
+        Experts that are present come first, so that the first group evicts none that is wanted. If there are more
+        experts than slots, the rest follow, least valuable first.
 
         Args:
             experts: Distinct expert ids.
-            counts: Tokens that picked each; None is one each.
-            tokens: Of the forward pass.
+            counts: Number of tokens that picked each expert; None means one each.
+            tokens: Number of tokens in the forward pass.
 
         Returns:
-            The experts in order, and how many of them are present.
+            The ordered experts, and how many of them are present.
         """
         self._policy.used(experts, counts, tokens)
         hits = [e for e in experts if e in self.present]
@@ -93,11 +93,11 @@ class SlotTable:
         return hits + missing, len(hits)
 
     def claim(self, experts: Sequence[int], keep: Sequence[int] = ()) -> dict[int, int]:
-        """Slots of distinct experts; each absent one gets a free slot, or that of an expert which leaves.
+        """Return slots of distinct experts; each absent one gets a free slot or that of an evicted expert.
 
         Args:
             experts: The experts of one group.
-            keep: Experts that may not leave, since they are being computed: with the others, at most S.
+            keep: Experts that must not be evicted because they are in use; at most S together with ``experts``.
         """
         self.unsettled = True
         present, filling, free = self.present, self.filling, self.free
@@ -114,16 +114,16 @@ class SlotTable:
         return {e: present[e] if e in present else filling[e] for e in experts}
 
     def publish(self) -> None:
-        """Records that were being read are whole."""
+        """Mark the records that were being read as complete."""
         self.present.update(self.filling)
         self.filling.clear()
         self.unsettled = False
 
     def release(self) -> None:
-        """Give up slots whose records never arrived.
+        """Free slots whose records never arrived.
 
-        An interrupt may have come between any two steps of `claim` and `publish`, with a slot in no list or in two:
-        what holds an expert is what `present` says, and every other slot is free.
+        An interrupt may have left a slot in no list or in two, between any two steps of `claim` and `publish`. So
+        ``present`` alone decides which slots are occupied; all others are free.
         """
         self.filling.clear()
         held = set(self.present.values())
@@ -132,7 +132,7 @@ class SlotTable:
         self.unsettled = False
 
     def clear(self) -> None:
-        """Forget what is in memory."""
+        """Drop all experts."""
         self.unsettled = True
         self.present.clear()
         self.release()

@@ -1,7 +1,7 @@
-"""MLX streams for threads that come and go: a thread borrows one, and its end gives it back.
+"""MLX streams for short-lived threads: a thread borrows a stream, which is returned when the thread ends.
 
-MLX makes a stream for each thread that computes, with a thread of its own on the CPU, and keeps both until the process
-ends. So a generation on a new thread left an operating system's thread behind.
+MLX creates a stream for each thread that computes, on the CPU with an operating-system thread of its own, and keeps
+both until the process ends. Without borrowing, every generation on a new thread would leak a thread.
 """
 
 import threading
@@ -13,13 +13,13 @@ _local = threading.local()
 
 
 class _Loan:
-    """A stream that one thread has until it ends."""
+    """A stream that one thread owns until it ends."""
 
     def __init__(self) -> None:
         try:
             self.stream = _free.pop()
         except IndexError:
-            # Any thread may use it; that only one at a time does is what the loan is for.
+            # Any thread may use the stream; the loan ensures that only one does at a time.
             self.stream = mx.new_thread_unsafe_stream(mx.cpu)
 
     def __del__(self) -> None:
@@ -27,9 +27,9 @@ class _Loan:
 
 
 def borrow_stream() -> None:
-    """Make a lasting stream the default of this thread, for as long as it lives.
+    """Make a long-lived stream the default of this thread, for as long as the thread lives.
 
-    Does nothing on the main thread, the second time, or where a GPU computes. There are as many of these streams as
+    Does nothing on the main thread, on repeated calls, or if a GPU computes. There are as many of these streams as
     there were such threads at once.
     """
     if hasattr(_local, "loan") or threading.current_thread() is threading.main_thread():

@@ -1,10 +1,9 @@
 """Routing traces: which experts each token's router picked, recorded while a model runs.
 
-The file is a numpy ``.npz`` with ``experts`` (tokens, layers, K) unsigned, its largest value meaning
-"not recorded"; ``weights`` float16 of the same shape, NaN where mlx-lm's own model keeps them;
-``phase`` (tokens,) uint8, 0 prefill and 1 decode; ``passes`` (passes,) tokens of each forward pass;
-``layers`` (layers,) the model's layer numbers; ``num_experts``. `RoutingTrace.read` reads files without the last
-three as well.
+The file is a numpy ``.npz`` with ``experts`` (tokens, layers, K), unsigned, whose largest value means "not recorded";
+``weights``, float16 of the same shape, NaN for models of mlx-lm, which keep them to themselves; ``phase`` (tokens,),
+uint8, 0 for prefill and 1 for decode; ``passes`` (passes,), the tokens of each forward pass; ``layers`` (layers,), the
+model's layer numbers; and ``num_experts``. `RoutingTrace.read` also reads files without the last three.
 """
 
 import stat
@@ -29,14 +28,14 @@ _MAX_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class RoutingTrace:
-    """What routers picked, token by token.
+    """The router's choices, token by token.
 
     Attributes:
         experts: Ids, shape (tokens, layers, K), signed; NOT_RECORDED where unknown.
         phase: PREFILL or DECODE of each token. Shape (tokens,).
         layers: The model's layer numbers.
-        num_experts: E, of the layer that has most.
-        passes: Tokens of each forward pass, in order.
+        num_experts: Number of experts, E, of the largest layer.
+        passes: Number of tokens in each forward pass, in order.
     """
 
     experts: np.ndarray
@@ -47,12 +46,12 @@ class RoutingTrace:
 
     @classmethod
     def read(cls, path: str | Path) -> "RoutingTrace":
-        """Read a trace's file.
+        """Read a trace file.
 
-        Where it doesn't say which tokens went together, each run of prefill is one pass and each decoded token another.
+        If it doesn't say which tokens ran together, each run of prefill tokens is one pass, as is each decoded token.
 
         Raises:
-            RequestError: If it is no such file.
+            RequestError: If the file is not a trace.
         """
         arrays = _read_arrays(Path(path))
         if absent := {"experts", "phase"} - arrays.keys():
@@ -91,9 +90,9 @@ class RoutingTrace:
         return cls(experts, phase, tuple(layers.tolist()), int(num_experts), passes)
 
     def requests(self, column: int) -> Iterator[tuple[list[int], list[int], int, int]]:
-        """What each pass asks of the layer in a column: distinct experts, tokens that picked each, tokens, phase.
+        """Yield each pass's requests to the layer of a column: distinct experts, tokens per expert, tokens, phase.
 
-        Passes of which nothing was recorded there are left out.
+        Passes with nothing recorded for that layer are left out.
         """
         start = 0
         for count in self.passes.tolist():
@@ -106,10 +105,10 @@ class RoutingTrace:
 
 
 def _read_arrays(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a trace's file that are used. None is made before its size is known to be in the file.
+    """Return the arrays of a trace file that are used. None is allocated before its size is known to be in the file.
 
     Raises:
-        RequestError: If it is no file that numpy wrote, or too large.
+        RequestError: If numpy did not write the file, or it is too large.
     """
 
     def refuse(got: object) -> RequestError:
@@ -118,7 +117,7 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
         )
 
     with ForeignCode(lambda error: refuse(say(error))):
-        is_file = stat.S_ISREG(path.stat().st_mode)  # asked before opening: a pipe would be waited for
+        is_file = stat.S_ISREG(path.stat().st_mode)  # checked before opening, which would block on a pipe
     if not is_file:
         raise refuse("something that is no file")
     arrays = {}
@@ -150,7 +149,7 @@ def _passes_of(phase: np.ndarray) -> np.ndarray:
 
 
 class TraceRecorder:
-    """Collects routing decisions and writes them when closed. Use as a context manager."""
+    """Collects routing decisions and writes them on close. Use as a context manager."""
 
     def __init__(self, path: str | Path, layers: Sequence[int], num_experts: int):
         self.path = Path(path)
@@ -162,11 +161,11 @@ class TraceRecorder:
         self.closed = False
 
     def begin(self, tokens: int, phase: int) -> None:
-        """A forward pass of this many tokens starts."""
+        """Start a forward pass of ``tokens`` tokens."""
         self._passes.append((tokens, phase, {}))
 
     def record(self, layer: int, experts: np.ndarray, weights: np.ndarray) -> None:
-        """One layer's choice for the pass's next tokens: ids and weights of shape (tokens, K)."""
+        """Record one layer's choice for the pass's next tokens: ids and weights of shape (tokens, K)."""
         layers, scores = self._passes[-1][2], weights.astype(np.float16)
         if layer in layers:
             before = layers[layer]

@@ -1,7 +1,7 @@
 """Memory that macOS may neither compress nor swap out: MLX's wired limit, raised while any engine runs.
 
-MLX wires nothing by default. Slots and dense weights would be ordinary memory then, which a Mac compresses when other
-programs want some: the first token after a pause has to wait for all of it.
+MLX wires nothing by default. Slots and dense weights would then be ordinary memory, which macOS compresses under
+pressure: the first token after a pause would have to wait for all of it.
 """
 
 import threading
@@ -13,23 +13,23 @@ from .. import system
 from ..ops.backend import backend
 
 WIRING_SINCE = (15,)
-"""The macOS that has Metal's residency sets."""
+"""First macOS version with Metal's residency sets."""
 
-_lock = threading.RLock()  # a finalizer may run on a thread that holds it
-_shares: dict[int, int] = {}  # bytes, by the share's number
+_lock = threading.RLock()  # reentrant: a finalizer may run on the thread that holds it
+_shares: dict[int, int] = {}  # bytes by share number
 _numbers = iter(range(1 << 62))
-_other_bytes = 0  # of arrays that were there before the first share
+_other_bytes = 0  # arrays that existed before the first share
 _before: dict[str, int] = {}  # MLX's limits without any share
 
 
 class WiredShare:
-    """One engine's memory limit, as far as Metal is told of it: the sum of those alive, bounded by the working set.
+    """One engine's memory limit as reported to Metal: the sum of live shares, bounded by the working set.
 
-    Sets MLX's memory limit as well: Metal's command buffers hold what was freed until they end, and MLX waits for
-    them where it would exceed that limit. Both are what they were before once the last share is closed. Does nothing
-    on other backends; wires nothing before macOS 15.
+    Also sets MLX's memory limit: Metal's command buffers hold freed memory until they end, and MLX waits for them
+    rather than exceed that limit. Both limits are restored once the last share is closed. Does nothing on other
+    backends; wires nothing before macOS 15.
 
-    MLX asks that the wired limit is not changed while something is evaluated: the engine waits for its own work first.
+    MLX requires that the wired limit does not change during an evaluation: the engine first waits for its own work.
     """
 
     def __init__(self, nbytes: int, dense_bytes: int = 0):
@@ -37,7 +37,7 @@ class WiredShare:
 
         Args:
             nbytes: The engine's memory limit.
-            dense_bytes: Bytes of it that are in MLX's memory already.
+            dense_bytes: Bytes of it that MLX has already allocated.
         """
         global _other_bytes
         self._number = next(_numbers)
@@ -48,18 +48,18 @@ class WiredShare:
                     _other_bytes = max(mx.get_active_memory() - dense_bytes, 0)
                 _shares[self._number] = nbytes
                 _apply()
-        # An engine that nobody closed gives its share back when it is collected.
+        # An engine that nobody closed returns its share when it is garbage-collected.
         self._release = weakref.finalize(self, _give_back, self._number)
 
     def resize(self, nbytes: int) -> None:
-        """Change it to another memory limit."""
+        """Change the share to another memory limit."""
         with _lock:
             if self._number in _shares:
                 _shares[self._number] = nbytes
                 _apply()
 
     def close(self) -> None:
-        """Give it back. Later calls do nothing."""
+        """Return the share. Later calls do nothing."""
         self._release()
 
 
@@ -67,7 +67,7 @@ def _apply() -> None:
     wanted = sum(_shares.values())
     working_set = mx.device_info().get("max_recommended_working_set_size")
     if working_set and system.macos_version() >= WIRING_SINCE:
-        # More than the working set is an error.
+        # MLX raises an error for more than the working set.
         _before.setdefault("wired", mx.set_wired_limit(min(wanted, working_set)))
     wanted += _other_bytes
     highest = _before.setdefault("memory", mx.set_memory_limit(wanted))

@@ -33,7 +33,7 @@ from .mixers.attention import GatedAttention
 from .mixers.blocks import mix
 from .mixers.gated_delta import GatedDeltaNet
 from .moe_block import StreamingMoE
-from .spec import Family, convert, dense_bytes, load_bytes
+from .spec import ModelSpec, convert, dense_bytes, load_bytes
 
 if TYPE_CHECKING:
     from .cpu_decoder import CPUDecoder
@@ -381,7 +381,7 @@ def prepare_hybrid(
     dtype: mx.Dtype,
     build: Callable[[ModelConfig, QuantizationOf], HybridModel],
     canonical_name: Callable[[str], str],
-) -> Family:
+) -> ModelSpec:
     """What loading needs to know of a hybrid model. No weight is read.
 
     Args:
@@ -409,10 +409,10 @@ def prepare_hybrid(
     hub_layout = _has_hub_layout(checkpoint)
     weights = {own: _from_hub(own, stored[name]) if hub_layout else stored[name] for own, name in names.items()}
     weights = convert(weights, lambda name, value: _kept_dtype(name, value.dtype, dtype))
-    return Family(
+    return ModelSpec(
         model=build(config, quantization_of),
         weights=weights,
-        costs=HybridCosts(
+        costs=HybridMemory(
             dense_bytes=dense_bytes(weights),
             load_bytes=load_bytes(stored),
             config=config,
@@ -462,7 +462,7 @@ def _has_hub_layout(checkpoint: Checkpoint) -> bool:
 
 
 def _product_bytes(weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> int:
-    """Largest temporary of quantised products: ``HybridCosts.matvec_bytes``."""
+    """Largest temporary of quantised products: ``HybridMemory.matvec_bytes``."""
     if use_cpu_kernels() or use_kernels():
         layout = checkpoint.layout(checkpoint.moe_layers[0])
         # The vocabulary's matrix is multiplied with few rows only.

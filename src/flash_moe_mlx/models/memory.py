@@ -15,8 +15,8 @@ _MARGIN = 4 << 20  # small arrays, graph nodes, allocator rounding
 
 
 @dataclass(frozen=True)
-class HybridCosts:
-    """ModelCosts of Qwen3.5-MoE and Qwen3-Next.
+class HybridMemory:
+    """ModelMemory of Qwen3.5-MoE and Qwen3-Next.
 
     Attributes:
         dense_bytes: Weights kept in memory, in the dtypes that they are loaded as.

@@ -14,7 +14,7 @@ from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
 from .mixers import MIXERS
 from .mixers.gated_delta import GatedDeltaNet
-from .spec import Family
+from .spec import ModelSpec
 
 
 class FusedGatedDeltaNet(GatedDeltaNet):
@@ -67,6 +67,6 @@ class Model(HybridModel):
 
 def prepare(
     checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
-) -> Family:
+) -> ModelSpec:
     """See :func:`prepare_hybrid`."""
     return prepare_hybrid(checkpoint, stored, streaming, dtype, Model, lambda name: name)

@@ -7,9 +7,9 @@ import mlx.core as mx
 from ..config import StreamingConfig
 from ..formats.checkpoint import Checkpoint
 from . import qwen3_5_moe, qwen3_next, switch_glu
-from .spec import Family
+from .spec import ModelSpec
 
-Prepare = Callable[[Checkpoint, Mapping[str, mx.array], StreamingConfig, mx.Dtype], Family]
+Prepare = Callable[[Checkpoint, Mapping[str, mx.array], StreamingConfig, mx.Dtype], ModelSpec]
 
 _FAMILIES: dict[str, Prepare] = {
     "qwen3_5_moe": qwen3_5_moe.prepare,
@@ -18,9 +18,9 @@ _FAMILIES: dict[str, Prepare] = {
 }
 
 
-def prepare_family(
+def build_spec(
     checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
-) -> Family:
+) -> ModelSpec:
     """The definition that serves a checkpoint's model_type: our own, or mlx-lm's with its experts streamed.
 
     Args:

@@ -6,14 +6,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..experts.budget import ModelCosts
+from ..experts.budget import ModelMemory
 
 DtypeOf = Callable[[str, mx.array], mx.Dtype]
 """(parameter name, value as stored) to the dtype that it is kept in."""
 
 
 @dataclass(frozen=True)
-class Family:
+class ModelSpec:
     """A model of some type, found good from headers and config.json alone; no weight was read.
 
     Attributes:
@@ -26,7 +26,7 @@ class Family:
 
     model: Any
     weights: dict[str, mx.array]
-    costs: ModelCosts
+    costs: ModelMemory
     num_experts_per_tok: int
     lossy: tuple[str, ...] = ()
 

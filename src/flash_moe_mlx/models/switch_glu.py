@@ -40,7 +40,7 @@ from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
 from .checks import check_tokens, checked_later, clamped, locate, vocabulary_size
 from .model_arguments import check_arguments, find_classes, refuse, refuse_weights
-from .spec import Family, convert, load_bytes
+from .spec import ModelSpec, convert, load_bytes
 from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
@@ -189,7 +189,7 @@ def _row(embeddings: mx.array | None, place: int) -> mx.array | None:
 
 def prepare(
     checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
-) -> Family:
+) -> ModelSpec:
     """What loading needs to know of an mlx-lm model with streamed experts. No weight is read.
 
     Args:
@@ -238,7 +238,7 @@ def prepare(
     if k is not None and found != {k}:
         raise fixed_k
     note = f"num_experts_per_tok={k} where the model was trained with {trained}"
-    return Family(
+    return ModelSpec(
         model=model,
         weights=weights,
         costs=switch_glu_costs(checkpoint, weights, load_bytes(stored), caches, max(found)),

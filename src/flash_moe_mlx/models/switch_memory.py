@@ -42,8 +42,8 @@ class CacheGrowth:
 
 
 @dataclass(frozen=True)
-class SwitchGLUCosts:
-    """ModelCosts of a model whose attention is mlx-lm's.
+class SwitchGLUMemory:
+    """ModelMemory of a model whose attention is mlx-lm's.
 
     Attributes:
         dense_bytes: Weights kept in memory.
@@ -99,7 +99,7 @@ class SwitchGLUCosts:
 
 def switch_glu_costs(
     checkpoint: Checkpoint, weights: Mapping[str, mx.array], load_bytes: int, caches: Sequence[CacheGrowth], k: int
-) -> SwitchGLUCosts:
+) -> SwitchGLUMemory:
     """Costs of a model from what is known of it before a weight is read.
 
     Args:
@@ -114,7 +114,7 @@ def switch_glu_costs(
     vocab = max((rows for name, rows in matrices.items() if "embed" in name), default=0)
     # Latent attention adds its rotary scores as a mask, which no fused kernel makes.
     whole = backend() == "cpu" or checkpoint.setting("kv_lora_rank") is not None
-    return SwitchGLUCosts(
+    return SwitchGLUMemory(
         dense_bytes=dense_bytes(weights),
         load_bytes=load_bytes,
         caches=tuple(caches),

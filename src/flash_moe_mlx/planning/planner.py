@@ -14,7 +14,7 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.hub_headers import download_headers
 from ..formats.places import local_directory
 from ..machine import PROCESS_OVERHEAD_BYTES, usable_memory_bytes
-from ..models.spec import Family
+from ..models.spec import ModelSpec
 from ..runtime.loading import choose_limits, inspect_checkpoint, plan_memory
 from ..storage.disk_probe import probe_disk
 from .simulation import replay
@@ -71,7 +71,7 @@ class Planner:
     def __init__(
         self,
         checkpoint: Checkpoint,
-        family: Family,
+        spec: ModelSpec,
         config: StreamingConfig,
         speed: Speed,
         trace: RoutingTrace | None = None,
@@ -83,13 +83,13 @@ class Planner:
                 f"[plan] the trace must be of the model's {len(layers)} layers with experts, got {len(trace.layers)} "
                 "layers. Record one with this model."
             )
-        self._checkpoint, self._family, self._config = checkpoint, family, config
+        self._checkpoint, self._spec, self._config = checkpoint, spec, config
         self._trace = trace
-        self._work = TokenWork.of(checkpoint, family)
+        self._work = TokenWork.of(checkpoint, spec)
         self._made: dict[tuple[str, int], RoutingTrace] = {}
         self._hit_rates: dict[tuple[str, int, int], float] = {}
         self.speed = speed
-        self.k = family.num_experts_per_tok
+        self.k = spec.num_experts_per_tok
         self.record_bytes = {layer: checkpoint.layout(layer).record_bytes for layer in layers}
         self.payload_bytes = {layer: checkpoint.layout(layer).payload_bytes for layer in layers}
         self.num_experts = {layer: checkpoint.num_experts(layer) for layer in layers}
@@ -121,7 +121,7 @@ class Planner:
             gpu_memory_limit=gpu_memory_limit,
         )
         with _directory_of(path_or_repo, revision) as (directory, is_local):
-            checkpoint, family = inspect_checkpoint(directory, config)
+            checkpoint, spec = inspect_checkpoint(directory, config)
             if speed is None:
                 if disk_bytes_per_second is None and is_local:
                     record_bytes = min(checkpoint.layout(layer).payload_bytes for layer in checkpoint.moe_layers)
@@ -130,7 +130,7 @@ class Planner:
                 speed = measure_speed(disk_bytes_per_second)
             elif disk_bytes_per_second is not None:
                 speed = replace(speed, disk_bytes_per_second=disk_bytes_per_second)
-            return cls(checkpoint, family, config, speed, trace)
+            return cls(checkpoint, spec, config, speed, trace)
 
     @property
     def expert_bytes(self) -> int:
@@ -144,7 +144,7 @@ class Planner:
             MemoryLimitError: If it can't hold.
         """
         limits = limit_bytes, self.host_limit_bytes
-        return plan_memory(self._checkpoint, self._family, self._config, *limits, probe=False).budget
+        return plan_memory(self._checkpoint, self._spec, self._config, *limits, probe=False).budget
 
     def limits(self, count: int) -> list[int]:
         """Limits from the smallest to the largest that this machine holds, or to the one where all experts fit."""

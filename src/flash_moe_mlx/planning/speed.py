@@ -11,7 +11,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..formats.checkpoint import Checkpoint
-from ..models.spec import Family
+from ..models.spec import ModelSpec
 from ..ops.dequant_matvec import dequant_matvec
 from ..runtime.loading import load_model
 
@@ -64,20 +64,20 @@ class TokenWork:
     shared_bytes: int
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, family: Family) -> "TokenWork":
+    def of(cls, checkpoint: Checkpoint, spec: ModelSpec) -> "TokenWork":
         """From headers alone."""
-        names = {name for name in family.weights if "embed_tokens" in name}
+        names = {name for name in spec.weights if "embed_tokens" in name}
         # Of the embeddings one row is read, unless they are the output projection as well.
-        tied = not any("lm_head" in name for name in family.weights)
-        skipped = 0 if tied else sum(family.weights[name].nbytes for name in names)
+        tied = not any("lm_head" in name for name in spec.weights)
+        skipped = 0 if tied else sum(spec.weights[name].nbytes for name in names)
         experts = sum(
-            min(family.num_experts_per_tok, checkpoint.num_experts(layer)) * checkpoint.layout(layer).payload_bytes
+            min(spec.num_experts_per_tok, checkpoint.num_experts(layer)) * checkpoint.layout(layer).payload_bytes
             for layer in checkpoint.moe_layers
         )
-        states = 2 * family.costs.state_bytes(1, 1)
+        states = 2 * spec.costs.state_bytes(1, 1)
         layers = checkpoint.setting("num_hidden_layers") or len(checkpoint.moe_layers)
-        shared = sum(value.nbytes for name, value in family.weights.items() if ".shared_expert" in name)
-        return cls(layers, family.costs.dense_bytes - skipped + experts + states, experts, shared)
+        shared = sum(value.nbytes for name, value in spec.weights.items() if ".shared_expert" in name)
+        return cls(layers, spec.costs.dense_bytes - skipped + experts + states, experts, shared)
 
 
 def measure_speed(disk_bytes_per_second: float | None = None) -> Speed:

@@ -1,1 +1,1 @@
-"""Using a model: load, generate, prompt prefixes that are kept."""
+"""Using a model: loading, generation and reuse of prompt prefixes."""

@@ -1,4 +1,4 @@
-"""stream_generate_async(): stream_generate() for asyncio, on a thread of its own so that the event loop stays free."""
+"""stream_generate_async(): stream_generate() for asyncio, on its own thread so that the event loop stays free."""
 
 import asyncio
 import threading
@@ -19,11 +19,11 @@ async def stream_generate_async(
     max_tokens: int = 256,
     **kwargs: Any,
 ) -> AsyncGenerator[GenerationResponse, None]:
-    """Generate text without blocking the event loop, one response a token.
+    """Generate text without blocking the event loop, one response per token.
 
-    Each generation has a thread of its own, which computes the next token while the caller awaits it and not before.
-    Cancelling the task, or closing this generator, ends the forward pass under way before the next layer's reads and
-    waits for that: afterwards the model is idle and can be used again. The sampler, logits processors and progress
+    Each generation has its own thread, which computes the next token only while the caller awaits it. Cancelling the
+    task, or closing this generator, stops the current forward pass before the next layer's reads and waits for it to
+    stop: afterwards the model is idle and can be used again. The sampler, the logits processors and the progress
     callback run on that thread.
 
     Example:
@@ -31,21 +31,21 @@ async def stream_generate_async(
         ...     print(response.text, end="", flush=True)
 
     Args:
-        model: From :func:`flash_moe_mlx.load`.
-        tokenizer: From :func:`flash_moe_mlx.load`.
+        model: The model that :func:`flash_moe_mlx.load` returned.
+        tokenizer: The tokenizer that :func:`flash_moe_mlx.load` returned.
         prompt: Text, or token ids.
-        max_tokens: Most tokens to generate; -1 goes on to an end token or to max_context.
+        max_tokens: Maximum number of tokens to generate; -1 continues until an end token or max_context.
         **kwargs: Passed to :func:`stream_generate`.
 
     Yields:
-        As :func:`stream_generate`.
+        The responses of :func:`stream_generate`.
 
     Raises:
-        FlashMoEError: As :func:`stream_generate`.
+        FlashMoEError: For the reasons listed at :func:`stream_generate`.
     """
     check_process("generate")
     if isinstance(prompt, mx.array):
-        mx.eval(prompt)  # here: the thread below could not
+        mx.eval(prompt)  # evaluated here, because the generation thread could not
     cancelled = threading.Event()
     loop = asyncio.get_running_loop()
     executor = ThreadPoolExecutor(1, thread_name_prefix="flash-moe-generate")
@@ -62,7 +62,7 @@ async def stream_generate_async(
     def end() -> None:
         if responses is not None:
             responses.close()
-        # MLX can abort the process at its end where a thread is gone whose streams drew random numbers.
+        # MLX can abort the process at exit if a thread whose streams drew random numbers no longer exists.
         mx.clear_streams()
 
     try:
@@ -72,4 +72,4 @@ async def stream_generate_async(
         cancelled.set()
         ended = loop.run_in_executor(executor, end)
         executor.shutdown(wait=False)
-        await asyncio.shield(ended)  # a second cancellation leaves the rest to the thread
+        await asyncio.shield(ended)  # on a second cancellation, the thread finishes by itself

@@ -1,7 +1,7 @@
-"""generate() and stream_generate(): mlx_lm's signatures and fields, on a loop that suits eager streaming.
+"""generate() and stream_generate(): mlx_lm's signatures and fields, with a loop suited to eager streaming.
 
-mlx_lm computes token n+1 before it yields token n, which hides latency where evaluation is lazy. Reading a
-router's choice makes evaluation eager, so here a token is yielded before the next is computed.
+mlx_lm computes token n+1 before it yields token n, which hides latency where evaluation is lazy. Reading the router's
+choice on the host makes evaluation eager, so here a token is yielded before the next one is computed.
 """
 
 import logging
@@ -37,11 +37,11 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 @dataclass
 class GenerationResponse(MlxGenerationResponse):
-    """mlx_lm's response with the streaming figures of this generation so far.
+    """mlx_lm's response, extended by the streaming figures of this generation so far.
 
     Attributes:
         streaming: Hit rate, bytes read and I/O wait since the generation began.
-        cached_tokens: Tokens of the prompt that a prefix cache spared; the others were prefilled.
+        cached_tokens: Number of prompt tokens taken from a prefix cache; the others were prefilled.
     """
 
     streaming: GenerationStats = field(default_factory=GenerationStats)
@@ -67,37 +67,37 @@ def stream_generate(
     prefix_cache: PrefixCache | None = None,
     snapshot_at: Sequence[int] | None = None,
 ) -> Generator[GenerationResponse, None, None]:
-    """Generate text, one response a token. Arguments as :func:`mlx_lm.stream_generate`.
+    """Generate text, one response per token. Takes the arguments of :func:`mlx_lm.stream_generate`.
 
-    The iterator may be advanced from one thread and then from another, and so may the caches.
+    The iterator may be advanced from different threads in turn, and so may the caches.
 
     Args:
-        model: From :func:`flash_moe_mlx.load`.
-        tokenizer: From :func:`flash_moe_mlx.load`, or any transformers tokenizer.
+        model: The model that :func:`flash_moe_mlx.load` returned.
+        tokenizer: The tokenizer that :func:`flash_moe_mlx.load` returned, or any transformers tokenizer.
         prompt: Text, or token ids.
-        max_tokens: Most tokens to generate; -1 goes on to an end token or to max_context.
-        sampler: From log-probabilities (1, vocabulary) to a token id (1,); greedy by default.
+        max_tokens: Maximum number of tokens to generate; -1 continues until an end token or max_context.
+        sampler: Function from log-probabilities (1, vocabulary) to a token id (1,); greedy by default.
         logits_processors: Functions of (tokens so far, logits) that return logits.
-        max_kv_size: Accepted for mlx_lm's sake: its rotating cache is not used by models that make their own.
-        prompt_cache: Caches of an earlier part of the conversation; advanced in place. When generation ends, they
-            hold the prompt and every token yielded, as after mlx_lm's loop; closed early, all but the last.
-        prefill_step_size: Prompt tokens a forward pass. Bits depend on it, never on the memory limit.
+        max_kv_size: Accepted for compatibility with mlx_lm; ignored by models that create their own caches.
+        prompt_cache: Caches of the conversation so far, advanced in place. When generation ends they hold the prompt
+            and every yielded token, as in mlx_lm; if the iterator is closed early, all but the last token.
+        prefill_step_size: Prompt tokens per forward pass. The exact bits depend on it, but never on the memory limit.
         kv_bits: Quantise the KV cache to this many bits (lossy).
         kv_group_size: Group size of a quantised KV cache.
         quantized_kv_start: Tokens after which the KV cache is quantised.
         prompt_progress_callback: Called with (prompt tokens processed, prompt tokens).
-        input_embeddings: Used in place of the prompt's own embeddings. Shape (L, H).
-        prefix_cache: Goes on from the longest beginning of the prompt that it holds, and keeps new ones: at
-            ``snapshot_at``, and after the answer.
-        snapshot_at: Numbers of prompt tokens, as :func:`flash_moe_mlx.chat_prompt` finds them; None is the prompt's
-            end.
+        input_embeddings: Embeddings to use instead of the prompt's own. Shape (L, H).
+        prefix_cache: Prefix cache to resume from: the longest stored prefix of the prompt is reused, and new
+            snapshots are stored at ``snapshot_at`` and after the answer.
+        snapshot_at: Prompt positions to snapshot, as :func:`flash_moe_mlx.chat_prompt` returns them; None takes a
+            snapshot at the prompt's end.
 
     Yields:
         Responses with mlx_lm's fields and ``.streaming``.
 
     Raises:
-        RequestError: If the prompt is empty or longer than max_context, max_tokens is 0, or prefix_cache comes with
-            another model or with what it can't be used with.
+        RequestError: If the prompt is empty or longer than max_context, if max_tokens is 0, or if prefix_cache belongs
+            to another model or is combined with options that exclude it.
         MemoryLimitError: If the limit can't hold a forward pass of this size.
         StoreError: If an expert can't be read, or this process was forked from the one that loaded the model.
     """
@@ -118,7 +118,7 @@ def stream_generate(
             f"[input_embeddings] must have shape ({len(tokens) or 'L'}, H), got {input_embeddings.shape}. "
             "Pass one row a token of the prompt, or an empty prompt."
         )
-    mx.eval(tokens, input_embeddings)  # here: another thread, which may generate, could not
+    mx.eval(tokens, input_embeddings)  # evaluated here, because the thread that generates may be another one
     cached = 0
     if prefix_cache is not None:
         if prefix_cache.model is not model:
@@ -140,7 +140,7 @@ def stream_generate(
             f"[prompt] must leave the context at most max_context = {limit} tokens, got {context}. Shorten it, or "
             "load with a larger max_context."
         )
-    # The last token needs no place in the cache: it is not fed back.
+    # The last token needs no room in the cache: it is never fed back.
     room = limit - context + 1
     steps = _Steps(
         model,
@@ -171,17 +171,17 @@ def generate(
     verbose: bool = False,
     **kwargs: Any,
 ) -> str:
-    """Generate a complete answer. Arguments as :func:`mlx_lm.generate` and :func:`stream_generate`.
+    """Generate a complete answer. Takes the arguments of :func:`mlx_lm.generate` and :func:`stream_generate`.
 
     Args:
-        model: From :func:`flash_moe_mlx.load`.
-        tokenizer: From :func:`flash_moe_mlx.load`.
+        model: The model that :func:`flash_moe_mlx.load` returned.
+        tokenizer: The tokenizer that :func:`flash_moe_mlx.load` returned.
         prompt: Text, or token ids.
-        verbose: Print the text as it comes, then the figures.
+        verbose: Print the text as it is generated, then the figures.
         **kwargs: Passed to :func:`stream_generate`.
 
     Returns:
-        The text.
+        The generated text.
     """
     text, response = "", None
     for response in stream_generate(model, tokenizer, prompt, **kwargs):
@@ -207,13 +207,13 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], mod
         prompt = tokenizer.encode(prompt, add_special_tokens=special)
     try:
         ids = np.asarray(prompt)
-    except (ValueError, RuntimeError):  # rows of several lengths; a dtype that numpy doesn't have
+    except (ValueError, RuntimeError):  # rows of different lengths, or a dtype that numpy doesn't have
         ids = np.asarray(None)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         got = f"shape {ids.shape} of {ids.dtype}" if ids.ndim else type(prompt).__name__
         raise RequestError(f"[prompt] must be text or token ids of shape (L,), got {got}. Encode it first.")
     size = model.vocabulary_size
-    # MLX would read whatever lies beyond the embeddings.
+    # Out of range, MLX would read memory beyond the embeddings.
     if ids.size and (ids.min() < 0 or ids.max() >= size):
         raise RequestError(
             f"[prompt] token ids must be from 0 to {size - 1}, got {ids.min()} to {ids.max()}. "
@@ -224,7 +224,7 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], mod
 
 @dataclass
 class _Snapshots:
-    """What one generation asks of a prefix cache: tokens spared, and points still to be copied, ascending."""
+    """One generation's use of a prefix cache: tokens it saved, and points still to be snapshotted, ascending."""
 
     cache: PrefixCache
     cached: int
@@ -232,7 +232,7 @@ class _Snapshots:
 
 
 class _Step(NamedTuple):
-    """A token that is being computed: its id and log-probabilities, whether logits are finite, and what was fed."""
+    """A token being computed: its id, its log-probabilities, whether the logits are finite, and its input."""
 
     token: mx.array
     logprobs: mx.array
@@ -242,7 +242,7 @@ class _Step(NamedTuple):
 
 
 class _Steps:
-    """Forward passes of one generation: prompt chunks, then one token at a time."""
+    """Forward passes of one generation: the prompt in chunks, then one token at a time."""
 
     def __init__(
         self,
@@ -260,7 +260,7 @@ class _Steps:
         self._seen: mx.array | None = None
 
     def note(self, tokens: mx.array) -> None:
-        """Tokens that logits processors are to see."""
+        """Append tokens to the history that logits processors receive."""
         if self._processors and len(tokens):
             self._seen = tokens if self._seen is None else mx.concatenate([self._seen, tokens])
 
@@ -276,12 +276,12 @@ class _Steps:
 
     @property
     def run_ahead(self) -> bool:
-        """Whether the next token may be built while the last one is computed: where passes are lazy."""
+        """Whether the next token may be built while the current one is computed, which takes lazy passes."""
         return bool(getattr(self.model, "runs_ahead", False))
 
     @explain_refusals()
     def start(self, tokens: mx.array, embeddings: mx.array | None = None) -> "_Step":
-        """Feed tokens, and start to compute the next one."""
+        """Feed tokens and start computing the next one."""
         borrow_stream()
         logits = self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
             :, -1, :
@@ -291,17 +291,17 @@ class _Steps:
         for processor in self._processors:
             logits = processor(self._seen, logits)
         self._quantize_caches()
-        # In float32, whatever the activations are: samplers add up as many probabilities as the vocabulary has words.
+        # Always in float32: samplers sum as many probabilities as the vocabulary has entries.
         logits = logits.astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
         token, logprobs = self._sampler(logprobs), logprobs.squeeze(0)
-        # All that outlives the step: a lazy array could be evaluated by this thread alone.
+        # Start everything that outlives the step: only this thread could evaluate it later if it stayed lazy.
         mx.async_eval(token, logprobs, pending_states(self.caches), self._seen, finite)
         return _Step(token, logprobs, finite, tokens, embeddings)
 
     @explain_refusals()
     def finish(self, step: "_Step") -> tuple[mx.array, mx.array]:
-        """Wait for a step; returns the next token (1,) and its log-probabilities (vocabulary,), float32."""
+        """Wait for a step and return the next token (1,) and its log-probabilities (vocabulary,), float32."""
         mx.eval(step.token, step.logprobs, step.finite)
         if not self.run_ahead:
             mx.eval(pending_states(self.caches), self._seen)
@@ -335,7 +335,7 @@ def _stream(
         steps.note(prompt[:cached])
     progress(done, length)
     points = list(snapshots.points) if snapshots is not None else []
-    # The last prompt token goes alone, as in mlx_lm: the chunks before it need no logits.
+    # As in mlx_lm, the last prompt token is fed alone: the chunks before it need no logits.
     while length - done > 1:
         size = min(prefill_step_size, *(point - done for point in points[:1]), length - done - 1)
         steps.prefill(prompt[done : done + size], _part(embeddings, done, size))
@@ -361,7 +361,7 @@ def _stream(
         last = ended or count == max_tokens
         if last:
             detokenizer.finalize()
-            # A conversation goes on from the caller's caches: the last token belongs there, an end token too.
+            # The caller's caches continue the conversation, so they must hold the last token, even an end token.
             if following is not None:
                 fed.append(token_id)
             elif count < room_to_keep:

@@ -1,4 +1,4 @@
-"""load(): from a path or a repository to a model that streams its experts, under a memory limit from the first byte."""
+"""load(): turn a path or repository into a model that streams its experts, within a memory limit from the start."""
 
 import copy
 import logging
@@ -46,8 +46,8 @@ from ..machine import (
     usable_memory_bytes,
 )
 from ..models.foreign_dense import WORKSPACE, dequantised
-from ..models.registry import prepare_family
-from ..models.spec import Family
+from ..models.registry import build_spec
+from ..models.spec import ModelSpec
 from ..ops.backend import backend, use_cpu_kernels
 from ..ops.gpu import cuda_runtime
 from ..ops.gpu.cuda_slots import MappedMemory, PinnedMemory
@@ -150,7 +150,7 @@ def load_model(
     shard: bool | str | Path | None = None,
     rank_timeout: float = DEFAULT_TIMEOUT,
 ) -> Any:
-    """Load a model without its tokenizer. Arguments and errors as :func:`load`."""
+    """Load a model without its tokenizer. Takes the arguments of :func:`load` and raises the same errors."""
     streaming = StreamingConfig.from_arguments(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
     )
@@ -178,22 +178,22 @@ def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """A checkpoint whose headers, dimensions and budget were found good; no weight was read."""
+    """A checkpoint whose headers, dimensions and budget have been validated; no weights have been read."""
 
     checkpoint: Checkpoint
-    family: Family
+    spec: ModelSpec
     plan: MemoryPlan
     store: ExpertStore
     share: Share | None
 
     def load(self) -> Any:
-        model = self.family.model
-        # Freed buffers would pile up behind the limit's back while tensors are converted.
+        model = self.spec.model
+        # Otherwise freed buffers would accumulate beyond the limit while tensors are converted.
         with ExitStack() as undo, BufferCacheShare(_SMALL_BUFFER_CACHE):
             undo.callback(self.store.close)
             self._load_dense()
             memory = slot_memory(self.store, self.plan)
-            engine = StreamingEngine(self.store, self.plan, memory, self.family.lossy, self.share)
+            engine = StreamingEngine(self.store, self.plan, memory, self.spec.lossy, self.share)
             undo.pop_all()
         model.attach(engine)
         model.eval()
@@ -201,35 +201,35 @@ class _Prepared:
 
     def _load_dense(self) -> None:
         """Read and convert the dense tensors, one at a time. Expert tensors are never evaluated."""
-        weights = self.family.weights
+        weights = self.spec.weights
         for name in list(weights):
             value = weights.pop(name)
             with ForeignCode(partial(_unread, name)):
                 mx.eval(value)
-            self.family.model.load_weights([(name, value)], strict=False)
-        # What a module made for itself, such as rotary frequencies, is lazy still, and then this thread's alone.
-        for module in self.family.model.modules():
+            self.spec.model.load_weights([(name, value)], strict=False)
+        # Arrays that modules created, such as rotary frequencies, are still lazy and usable by this thread only.
+        for module in self.spec.model.modules():
             mx.eval([value for value in module.values() if isinstance(value, mx.array)])
-        if hasattr(self.family.model, "prepare_steps"):
-            self.family.model.prepare_steps()
+        if hasattr(self.spec.model, "prepare_steps"):
+            self.spec.model.prepare_steps()
 
 
-def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Checkpoint, Family]:
-    """What headers and config.json say of a checkpoint, checked. No weight is read.
+def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Checkpoint, ModelSpec]:
+    """Validate a checkpoint by its headers and config.json, and build its model. No weights are read.
 
     Raises:
         CheckpointError: If the files can't be used.
-        RequestError: If an argument of load's can't be had with this model.
+        RequestError: If this model does not support one of load's arguments.
     """
-    raise_file_limit()  # a lazy tensor holds its shard open, and the store opens it again
+    raise_file_limit()  # each lazy tensor keeps its shard open, and the store opens it again
     checkpoint = Checkpoint.open(directory)
     stored, replaced = dequantised(_lazy_dense(checkpoint))
-    family = prepare_family(checkpoint, stored, streaming, _activation_dtype(stored))
+    spec = build_spec(checkpoint, stored, streaming, _activation_dtype(stored))
     if replaced:
-        costs: Any = family.costs  # a dataclass, of one kind or another
-        family = replace(family, costs=replace(costs, load_bytes=WORKSPACE * costs.load_bytes))
-    _check_tensors(family, directory.name)
-    return checkpoint, family
+        costs: Any = spec.costs  # a dataclass, one of two kinds
+        spec = replace(spec, costs=replace(costs, load_bytes=WORKSPACE * costs.load_bytes))
+    _check_tensors(spec, directory.name)
+    return checkpoint, spec
 
 
 def has_own_memory() -> bool:
@@ -263,7 +263,7 @@ def _choose_limit(streaming: StreamingConfig) -> int:
     """Return the limit asked for, or a safe share of this machine.
 
     Raises:
-        MemoryLimitError: If none was asked for and this process may use too little to choose one.
+        MemoryLimitError: If no limit was requested and this process may use too little memory to choose one.
     """
     if streaming.memory_limit_bytes is not None:
         return streaming.memory_limit_bytes
@@ -288,7 +288,7 @@ def slot_memory(store: ExpertStore, plan: MemoryPlan) -> SlotMemory:
 
 def plan_memory(
     checkpoint: Checkpoint,
-    family: Family,
+    spec: ModelSpec,
     streaming: StreamingConfig,
     limit_bytes: int,
     host_limit_bytes: int | None = None,
@@ -296,11 +296,11 @@ def plan_memory(
     *,
     probe: bool = True,
 ) -> MemoryPlan:
-    """Plan where the bytes of a limit go, and how experts are read. No weight is read.
+    """Plan how a limit is divided and how experts are read. No weights are read.
 
     Args:
         checkpoint: The checkpoint.
-        family: Its model.
+        spec: Its model.
         streaming: load's arguments.
         limit_bytes: The limit on the memory that slots are in.
         host_limit_bytes: The limit on the host's, where that is another.
@@ -308,10 +308,10 @@ def plan_memory(
         probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
 
     Raises:
-        MemoryLimitError: If the limit can't hold; names the smallest limit that works.
+        MemoryLimitError: If the limit is too small; names the smallest limit that works.
     """
     own = None if share is None else share.counts()
-    demand = MemoryDemand.of(checkpoint, family.costs, family.num_experts_per_tok, streaming, own)
+    demand = MemoryDemand.of(checkpoint, spec.costs, spec.num_experts_per_tok, streaming, own)
     if host_limit_bytes is None:
         return MemoryPlan.make(limit_bytes, demand, checkpoint, streaming.io, probe=probe)
     return MemoryPlan.make_for_gpu(limit_bytes, host_limit_bytes, demand, checkpoint, streaming.io, probe=probe)
@@ -323,20 +323,20 @@ def limit_reason() -> str:
 
 
 def _device_memory() -> tuple[int | None, int | None]:
-    """Metal's recommended working set, and the memory of a GPU that has its own, where MLX tells them."""
+    """Return Metal's recommended working set and a discrete GPU's memory, where MLX reports them."""
     info = mx.device_info()
     working_set = info.get("max_recommended_working_set_size")
     return working_set, info.get("total_memory") if backend() == "cuda" and not has_own_memory() else None
 
 
-def _with_rounded_activations(family: Family, bits: int) -> Family:
-    if not (hasattr(family.model, "activation_bits") and use_cpu_kernels()):
+def _with_rounded_activations(spec: ModelSpec, bits: int) -> ModelSpec:
+    if not (hasattr(spec.model, "activation_bits") and use_cpu_kernels()):
         raise RequestError(
             f"[activation_bits] must be left out where the CPU kernels don't decode, got {bits}. They decode "
             'Qwen3.5-MoE and Qwen3-Next on the CPU, with numba: pip install "flash-moe-mlx[cpu]".'
         )
-    family.model.activation_bits = bits
-    return replace(family, lossy=(*family.lossy, f"{bits}-bit activations in decode"))
+    spec.model.activation_bits = bits
+    return replace(spec, lossy=(*spec.lossy, f"{bits}-bit activations in decode"))
 
 
 def _prepare(
@@ -348,26 +348,26 @@ def _prepare(
 ) -> _Prepared:
     begin_use()
     return_freed_buffers()
-    checkpoint, family = inspect_checkpoint(directory, streaming)
+    checkpoint, spec = inspect_checkpoint(directory, streaming)
     share = None if ranks is None else share_experts(ranks, checkpoint, streaming, shard)
     if streaming.activation_bits is not None:
-        family = _with_rounded_activations(family, streaming.activation_bits)
+        spec = _with_rounded_activations(spec, streaming.activation_bits)
     if verify == "full" and checkpoint.manifest:
         check_other_files(directory, checkpoint.manifest)
     limits = choose_limits(streaming)
     try:
-        plan = plan_memory(checkpoint, family, streaming, *limits, share)
+        plan = plan_memory(checkpoint, spec, streaming, *limits, share)
     except MemoryLimitError as error:
         if streaming.memory_limit_bytes is not None:
             raise
         message = f"{error} No limit was given: this one is {limit_reason()}."
         raise MemoryLimitError(message, error.smallest_limit_bytes) from None
     store = ExpertStore(checkpoint, io=plan.reads.io, num_threads=plan.reads.num_threads, verify=verify)
-    return _Prepared(checkpoint, family, plan, store, share)
+    return _Prepared(checkpoint, spec, plan, store, share)
 
 
 def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """The dense tensors by stored name, lazy: MLX reads headers here, and each tensor when it is evaluated."""
+    """Return the dense tensors by stored name, lazily: MLX reads headers now, and each tensor when evaluated."""
     stored: dict[str, mx.array] = {}
     for path in sorted({info.path for info in checkpoint.dense.values()}):
         with ForeignCode(partial(_unread, path.name)):
@@ -383,16 +383,16 @@ def _unread(what: str, error: BaseException) -> StoreError:
 
 
 def _activation_dtype(stored: Mapping[str, mx.array]) -> mx.Dtype:
-    """float32 on the CPU, where MLX accumulates bfloat16 in bfloat16; else the checkpoint's own."""
+    """Return float32 on the CPU, where MLX accumulates bfloat16 in bfloat16; else the checkpoint's dtype."""
     if backend() == "cpu":
         return mx.float32
     return next((value.dtype for name, value in stored.items() if name.endswith("norm.weight")), mx.float32)
 
 
-def _check_tensors(family: Family, where: str) -> None:
-    """Names and shapes of the dense weights against the model's; both are lazy."""
-    expected = {name: value.shape for name, value in tree_flatten(family.model.parameters())}
-    present = {name: value.shape for name, value in family.weights.items()}
+def _check_tensors(spec: ModelSpec, where: str) -> None:
+    """Compare names and shapes of the dense weights with the model's parameters; both are lazy."""
+    expected = {name: value.shape for name, value in tree_flatten(spec.model.parameters())}
+    present = {name: value.shape for name, value in spec.weights.items()}
     if missing := sorted(expected.keys() - present.keys()):
         raise MissingTensorError(
             f"[{where}] must have {missing[0]}, got {len(missing)} tensors absent. Download the checkpoint again."

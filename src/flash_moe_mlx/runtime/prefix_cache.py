@@ -1,10 +1,10 @@
-"""PrefixCache: a model's states at points of earlier prompts, to go on from instead of prefilling again.
+"""PrefixCache: a model's states at points of earlier prompts, which later prompts resume from instead of prefilling.
 
-A KV cache can be cut back to any earlier token, a recurrent state (GatedDeltaNet) can't. So states are copied at
-points that later prompts are likely to share, and a prompt goes on from the longest copy that it begins with.
+A KV cache can be cut back to any earlier token, but a recurrent state (GatedDeltaNet) can't. States are therefore
+copied at points that later prompts are likely to share, and a prompt resumes from the longest matching copy.
 
-mlx_lm's LRUPromptCache is not used: it keeps a dict for every token, which no limit counts, and leaves nothing to feed
-where a prompt is stored whole. Here are few and large entries, so a list of them is searched from end to end.
+mlx_lm's LRUPromptCache is not used: it keeps a dict per token, which no limit counts, and leaves nothing to feed when a
+prompt is stored whole. Here entries are few and large, so they are searched linearly.
 """
 
 import copy
@@ -26,15 +26,15 @@ from ..stats import format_bytes
 logger = logging.getLogger(__name__)
 
 MIN_SNAPSHOT_TOKENS = 16
-"""A shorter beginning is not worth a copy of the recurrent states, which are as large for one token as for many."""
+"""Shortest prefix worth storing: recurrent states are as large for one token as for many."""
 
 NEW_SNAPSHOTS = 3
-"""Most copies kept of one prompt's points: the first (a system prompt) and the last ones."""
+"""Maximum number of points copied per prompt: the first (a system prompt) and the last ones."""
 
 
 @dataclass(frozen=True, eq=False)
 class _Snapshot:
-    """Caches after ``tokens``; never advanced, only copied."""
+    """Caches after ``tokens``. They are copied, never advanced."""
 
     tokens: np.ndarray
     caches: list[Any]
@@ -42,16 +42,16 @@ class _Snapshot:
     trimmable: bool
 
     def usable(self, tokens: np.ndarray) -> int:
-        """How many of ``tokens`` need no prefill with this: all but one at most, which gives the logits."""
+        """Return how many of ``tokens`` need no prefill with this; the last token is always fed, to get logits."""
         common = common_prefix(self.tokens, tokens[:-1])
         return common if self.trimmable or common == len(self.tokens) else 0
 
 
 class PrefixCache:
-    """States at points of earlier prompts of one model, under a limit of bytes. Safe to use from several threads.
+    """States at points of one model's earlier prompts, within a limit of bytes. Safe to use from several threads.
 
-    Its bytes come out of the model's memory limit: expert slots shrink by them when it is made, and grow again when
-    it is closed. The least recently used copies go first. A context manager.
+    Its bytes come out of the model's memory limit: creating it shrinks the expert slots, and closing it lets them
+    grow again. The least recently used copies are evicted first. A context manager.
 
     Example:
         >>> with PrefixCache(model, "500MB") as cache:
@@ -59,16 +59,16 @@ class PrefixCache:
         ...     generate(model, tokenizer, tokens, prefix_cache=cache, snapshot_at=points)
 
     Attributes:
-        model: Whose states these are.
+        model: The model that the states belong to.
         max_bytes: The limit.
     """
 
     def __init__(self, model: Any, max_bytes: int | str):
-        """Set memory aside.
+        """Reserve the memory.
 
         Args:
-            model: From :func:`flash_moe_mlx.load`.
-            max_bytes: Bytes, or a text such as "500MB". A conversation keeps three copies or so.
+            model: The model that :func:`flash_moe_mlx.load` returned.
+            max_bytes: Bytes, or a text such as "500MB". A conversation keeps about three copies.
 
         Raises:
             MemoryLimitError: If the model's memory limit can't spare them; names the smallest that can.
@@ -83,41 +83,41 @@ class PrefixCache:
         model.streaming.add_snapshots(self)
 
     def __len__(self) -> int:
-        """Copies held."""
+        """Return the number of copies held."""
         return len(self._snapshots)
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the copies held."""
+        """Total bytes of the copies held."""
         return sum(snapshot.nbytes for snapshot in self._snapshots)
 
     def fetch(self, tokens: Sequence[int]) -> tuple[list[Any], int]:
-        """Caches to go on from, the caller's own, and how many of ``tokens`` they hold: 0 where nothing fits.
+        """Return caches to resume from, owned by the caller, and how many of ``tokens`` they hold (0 if none match).
 
         Raises:
-            StoreError: If it is closed.
+            StoreError: If the prefix cache is closed.
         """
         wanted = np.asarray(tokens, np.uint32)
         with self._lock:
             self._check_open()
             usable = [(snapshot.usable(wanted), snapshot) for snapshot in self._snapshots]
             shared = sorted((pair for pair in usable if pair[0]), key=lambda pair: -pair[0])
-            # All that this prompt begins with are in use; of them the shortest, most likely shared, stays longest.
+            # Mark every matching prefix as used, the shortest last: it is the likeliest to be shared, so it stays.
             recent = [snapshot for _, snapshot in shared]
             self._snapshots = [s for s in self._snapshots if s not in recent] + recent
         if not shared:
             return make_prompt_cache(self.model), 0
         count, best = shared[0]
-        caches = copy.deepcopy(best.caches)  # shares buffers, which MLX copies before the first write
+        caches = copy.deepcopy(best.caches)  # shares buffers; MLX copies them before the first write
         if count < len(best.tokens):
             trim_prompt_cache(caches, len(best.tokens) - count)
         return caches, count
 
     def store(self, tokens: Sequence[int], caches: Sequence[Any]) -> bool:
-        """Keep a copy of caches that hold exactly ``tokens``.
+        """Store a copy of caches that hold exactly ``tokens``.
 
         Returns:
-            Whether it was kept: not if it is too short to be worth it, or larger than ``max_bytes``.
+            Whether the copy was stored: False if it is too short to be worth it, or larger than ``max_bytes``.
         """
         held = np.array(tokens, np.uint32)
         if len(held) < MIN_SNAPSHOT_TOKENS:
@@ -138,15 +138,15 @@ class PrefixCache:
             while sum(s.nbytes for s in kept) + nbytes > self.max_bytes:
                 del kept[0]
             self._snapshots = kept
-            mx.eval(states)  # only now: what was evicted is gone
+            mx.eval(states)  # evaluated only after evicted copies are freed
             self._snapshots = [*kept, snapshot]
         logger.debug("snapshot of %d tokens, %s", len(held), format_bytes(nbytes))
         return True
 
     def points(self, snapshot_at: Sequence[int] | None, reused: int, length: int) -> list[int]:
-        """Where a prompt of ``length`` tokens is to be copied, of the points asked for; None asks for its end.
+        """Return where to copy a prompt of ``length`` tokens, chosen from ``snapshot_at``; None stands for its end.
 
-        One that comes soon after another, or after what is reused, is left out: each costs a forward pass of its own.
+        Points shortly after another one, or after the reused prefix, are left out: each costs its own forward pass.
         """
         points: list[int] = []
         for p in sorted([length - 1] if snapshot_at is None else snapshot_at):
@@ -155,12 +155,12 @@ class PrefixCache:
         return points if len(points) <= NEW_SNAPSHOTS else [points[0], *points[1 - NEW_SNAPSHOTS :]]
 
     def clear(self) -> None:
-        """Forget every copy. The memory stays set aside."""
+        """Drop all copies. The memory stays reserved."""
         with self._lock:
             self._snapshots = []
 
     def close(self) -> None:
-        """Forget every copy and give the memory back to the expert slots. Later calls do nothing."""
+        """Drop all copies and return the memory to the expert slots. Later calls do nothing."""
         with self._lock:
             self._closed = True
             self._snapshots = []
@@ -178,23 +178,23 @@ class PrefixCache:
 
 
 def common_prefix(a: np.ndarray, b: np.ndarray) -> int:
-    """Return how many tokens two sequences begin with in common."""
+    """Return the length of the longest common prefix of two sequences."""
     size = min(len(a), len(b))
     differing = np.flatnonzero(a[:size] != b[:size])
     return int(differing[0]) if len(differing) else size
 
 
 def _covers(snapshot: _Snapshot, tokens: np.ndarray) -> bool:
-    """Whether it serves as one of ``tokens`` would: it is of these, or can be cut back to them."""
+    """Return whether a snapshot makes one of ``tokens`` redundant: it is equal, or can be cut back to them."""
     begins = common_prefix(snapshot.tokens, tokens) == len(tokens)
     return begins and (snapshot.trimmable or len(snapshot.tokens) == len(tokens))
 
 
 def _compact(cache: Any) -> Any:
-    """A copy of a cache, lazily, in buffers of its own that are no larger than what they hold."""
+    """Copy a cache, lazily, into buffers no larger than its contents."""
     result = copy.deepcopy(cache)
     if isinstance(result, KVCache) and result.keys is not None:
-        # It grows by 256 tokens at a time.
+        # A KV cache grows in steps of 256 tokens.
         result.keys, result.values = result.keys[..., : result.offset, :], result.values[..., : result.offset, :]
     result.state = tree_map(lambda value: mx.contiguous(value) if isinstance(value, mx.array) else value, result.state)
     return result

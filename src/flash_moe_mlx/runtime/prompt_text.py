@@ -1,8 +1,8 @@
-"""Text of prompts: refused before it is tokenised where it is no text, or can't fit into the context.
+"""Early checks on prompt text: refuse what is not text or can't fit into the context, before tokenising it.
 
-Tokenising takes some 360 bytes and 3 microseconds per character, so a prompt far longer than the context would cost in
-proportion to what somebody sent. No token stands for more characters than the vocabulary's longest has, so a text's
-length says how many tokens it has at least.
+Tokenising takes about 360 bytes and 3 microseconds per character, so a prompt far longer than the context would cost in
+proportion to what the client sent. No token covers more characters than the vocabulary's longest one, so a text's
+length gives a lower bound on its number of tokens.
 """
 
 import re
@@ -15,23 +15,23 @@ from ..errors import RequestError
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 _USUAL_CHARACTERS = 8
-"""Characters per token that no ordinary text exceeds. Where a text has more, its tokens are counted piece by piece."""
+"""Characters per token that no ordinary text exceeds. Texts above it are tokenised and counted in pieces."""
 
 _PIECE = 1 << 15
-_SLACK = 1 << 16  # characters: what a context of few tokens may still be given
+_SLACK = 1 << 16  # characters always allowed, so that a small context does not refuse ordinary text
 
 _longest: "WeakKeyDictionary[Any, int]" = WeakKeyDictionary()
 
 
 class PromptTooLongError(RequestError):
-    """A prompt that the context has no room for."""
+    """A prompt that does not fit into the context."""
 
 
 def check_text(text: Any, where: str = "prompt") -> None:
-    """Check that a value is text that can be encoded.
+    """Check that a value is a text that can be encoded.
 
     Raises:
-        RequestError: If it is no text, or holds half of a surrogate pair: bytes that were not UTF-8.
+        RequestError: If it is not text, or holds an unpaired surrogate, as from bytes that were not UTF-8.
     """
     if not isinstance(text, str):
         raise RequestError(f"[{where}] must be text, got {type(text).__name__}. Pass a str.")
@@ -43,12 +43,12 @@ def check_text(text: Any, where: str = "prompt") -> None:
 
 
 def check_length(tokenizer: Any, text: str, max_tokens: int) -> None:
-    """Check that a text may have at most ``max_tokens`` tokens, in memory and time that follow ``max_tokens``.
+    """Check that a text may have at most ``max_tokens`` tokens, in time and memory proportional to ``max_tokens``.
 
-    A text that passes may still have more: it is long enough to be tokenised and counted.
+    A text that passes may still have more tokens, but it is short enough to be tokenised and counted.
 
     Raises:
-        PromptTooLongError: If it has more for certain.
+        PromptTooLongError: If it certainly has more tokens.
     """
     longest = longest_token(tokenizer)
     too_long = len(text) > max_tokens * longest
@@ -64,11 +64,11 @@ def check_length(tokenizer: Any, text: str, max_tokens: int) -> None:
 def check_conversation(tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Any, max_tokens: int) -> None:
     """Check that a conversation may fit into ``max_tokens``, before a template makes several copies of it.
 
-    Templates show contents whole but for white space at their ends, calls and tools in about their own size, and
-    thinking of earlier turns often not at all.
+    Templates reproduce contents whole except for surrounding white space, and calls and tools at about their own
+    size; they often leave out the thinking of earlier turns.
 
     Raises:
-        PromptTooLongError: If it has more for certain.
+        PromptTooLongError: If it certainly has more tokens.
     """
     room = max_tokens * longest_token(tokenizer)
     contents = sum(len(message["content"].strip()) for message in messages)
@@ -83,7 +83,7 @@ def check_conversation(tokenizer: Any, messages: Sequence[dict[str, Any]], tools
 
 
 def _characters(value: Any) -> int:
-    """Return the number of characters of all texts in a value, and one for each other thing in it."""
+    """Count the characters of all texts in a value, and one for each other item in it."""
     total, left = 0, [value]
     while left:
         item = left.pop()
@@ -105,7 +105,7 @@ def longest_token(tokenizer: Any) -> int:
 
 
 def _counts_beyond(count: Callable[[str], int], text: str, max_tokens: int, margin: int) -> bool:
-    """Return whether a text's pieces have more tokens than ``max_tokens``, whatever was cut at their ends."""
+    """Return whether a text's pieces exceed ``max_tokens``, allowing for tokens split at their ends."""
     total = 0
     for start in range(0, len(text), _PIECE):
         total += max(0, count(text[start : start + _PIECE]) - margin)

@@ -1,6 +1,6 @@
-"""A checkpoint's tokenizer: its files are checked, then read by mlx-lm, whose exceptions become typed errors.
+"""A checkpoint's tokenizer: checks its files, lets mlx-lm read them, and turns mlx-lm's exceptions into typed errors.
 
-Tables are made that are as long as the highest token id, so ids are bounded before anybody reads the files.
+Loading builds tables as long as the highest token id, so ids are bounded before the files are read.
 """
 
 import re
@@ -16,7 +16,7 @@ from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import brief, check_depth, load_json, read_bytes
 
 MAX_TOKEN_ID = 1 << 22
-"""Sixteen times the largest vocabulary known."""
+"""Upper bound on token ids: sixteen times the largest known vocabulary."""
 
 _JSON_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
@@ -33,26 +33,26 @@ def load_checked_tokenizer(
     *,
     trust_remote_code: bool = False,
 ) -> TokenizerWrapper:
-    """Load a directory's tokenizer.
+    """Load the tokenizer of a directory.
 
     Args:
-        directory: The checkpoint's.
+        directory: The checkpoint's directory.
         eos: Ids that end an answer, in addition to the tokenizer's own.
-        extra: Passed to the tokenizer.
+        extra: Options passed to the tokenizer.
         trust_remote_code: Whether Python files of the directory may be run.
 
     Raises:
-        CheckpointError: If the files are no tokenizer that transformers can load.
+        CheckpointError: If the files are not a tokenizer that transformers can load.
     """
-    # Said either way: without it transformers asks on the terminal.
+    # Passed explicitly: if it is missing, transformers asks on the terminal.
     settings = {"trust_remote_code": trust_remote_code, **(extra or {})}
     code = _code_of(check_tokenizer_files(directory))
     with ForeignCode(lambda error: _refusal(directory, error, code if not settings["trust_remote_code"] else None)):
         tokenizer = load_tokenizer(directory, settings, eos_token_ids=[eos] if isinstance(eos, int) else eos)
         vocabulary, special = tokenizer.vocab_size, len(tokenizer.all_special_tokens)
-        # Broken rules of normalisation, splitting and decoding show on use.
+        # Broken normalisation, splitting and decoding rules only fail when they are used.
         tokenizer.decode(tokenizer.encode("a b"))
-    # Without files transformers makes one up that knows its special tokens and nothing else.
+    # Without files, transformers makes up a tokenizer that knows only its special tokens.
     if vocabulary <= special:
         raise CheckpointError(
             f"[{directory.name}] must hold a tokenizer with a vocabulary, got {vocabulary} tokens. "
@@ -62,10 +62,10 @@ def load_checked_tokenizer(
 
 
 def check_tokenizer_files(directory: Path) -> dict[str, Mapping[str, Any]]:
-    """Check a directory's tokenizer files as far as they decide how much memory they take; return their values by name.
+    """Check the tokenizer files of a directory for everything that decides their memory use; return values by name.
 
     Raises:
-        CheckpointError: If one is not an object of JSON in bounds, or gives a token an id that is out of them.
+        CheckpointError: If one is not a JSON object within bounds, or assigns a token id that is out of range.
     """
     values: dict[str, Mapping[str, Any]] = {}
     for name in _JSON_FILES:
@@ -89,13 +89,13 @@ def check_tokenizer_files(directory: Path) -> dict[str, Mapping[str, Any]]:
 
 
 def _code_of(values: Mapping[str, Mapping[str, Any]]) -> str | None:
-    """The Python class that a tokenizer's files name as their own; None where they name none."""
+    """Return the Python class that a tokenizer's files name as their own, or None."""
     named = values.get("tokenizer_config.json", {}).get("auto_map")
     return brief(named.get("AutoTokenizer")) if isinstance(named, dict) and "AutoTokenizer" in named else None
 
 
 def _ids(name: str, value: Mapping[str, Any]) -> Iterator[Any]:
-    """Every token id that a file states."""
+    """Yield every token id that a file states."""
     if name == "tokenizer.json":
         model = value.get("model")
         vocabulary = model.get("vocab") if isinstance(model, dict) else None
