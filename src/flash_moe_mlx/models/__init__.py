@@ -1,1 +1,1 @@
-"""Model definitions, one file a model type."""
+"""Model definitions, one file per model type."""

@@ -1,7 +1,7 @@
-"""Caches of one sequence, as mlx_lm's, that the CPU's decode step advances in place; and what mlx_lm's don't all tell.
+"""Single-sequence caches compatible with mlx_lm's that CPU decode updates in place, plus queries for all caches.
 
-MLX arrays don't change, so copies of a cache share their buffers. A state of 2 MB a layer is too much to write anew
-for each token, though: these caches know whether anybody else may hold their arrays, and copy them then, once.
+MLX arrays are immutable, so copies of a cache share their buffers. Rewriting a state of 2 MB per layer for each token
+would be too slow, so these caches track whether anyone else may hold their arrays, and copy them once in that case.
 """
 
 from collections.abc import Sequence
@@ -14,13 +14,13 @@ from mlx_lm.models.cache import QuantizedKVCache
 
 
 class _OwnArrays:
-    """Arrays that may be written in place unless somebody has seen them since they were copied."""
+    """Arrays that may be written in place unless they were exposed since they were last copied."""
 
     _exposed = True
     state: Any
 
     def pending(self) -> Any:
-        """What may not have been evaluated yet."""
+        """Arrays that may not have been evaluated yet."""
         return self.state if self._exposed else ()
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles share the arrays
@@ -29,9 +29,9 @@ class _OwnArrays:
 
 
 class ArraysCache(_OwnArrays, mlx_caches.ArraysCache):
-    """mlx_lm's ArraysCache of one sequence's convolution window and recurrent state.
+    """mlx_lm's ArraysCache for one sequence's convolution window and recurrent state.
 
-    It has its name, too: mlx_lm saves caches under their classes' names.
+    Keeps mlx_lm's class name on purpose: mlx_lm serialises caches by class name.
     """
 
     @property
@@ -45,10 +45,10 @@ class ArraysCache(_OwnArrays, mlx_caches.ArraysCache):
         self._arrays = arrays
 
     def own(self) -> list[mx.array] | None:
-        """The arrays as float32, to be written in place; None while there are none. Seen by others, they are copied."""
+        """Return the arrays as float32, writable in place, copying exposed ones first; None if there are none yet."""
         if self._arrays[0] is None or self.left_padding is not None or self.lengths is not None:
             return None
-        if self._exposed:  # arrays that are not have been copied, as float32
+        if self._exposed:  # arrays that were not exposed have already been copied to float32
             self._arrays = [_copy(array) for array in self._arrays]
             self._exposed = False
         return self._arrays
@@ -58,7 +58,7 @@ class ArraysCache(_OwnArrays, mlx_caches.ArraysCache):
 
 
 class KVCache(_OwnArrays, mlx_caches.KVCache):
-    """mlx_lm's KVCache, under its name."""
+    """mlx_lm's KVCache; keeps its class name on purpose, because mlx_lm serialises caches by class name."""
 
     @property
     def keys(self) -> mx.array | None:
@@ -81,9 +81,9 @@ class KVCache(_OwnArrays, mlx_caches.KVCache):
         self._values = array
 
     def own(self) -> tuple[mx.array, mx.array] | None:
-        """Keys and values with room for one token more, to be written in place; None while there are none.
+        """Return keys and values with room for one more token, writable in place; None if there are none yet.
 
-        Shape (1, Hkv, room, D) each, float32. Seen by others, or full, they are copied first.
+        Each has shape (1, Hkv, room, D), float32. Exposed or full arrays are copied first.
         """
         if self._keys is None or self._values is None:
             return None
@@ -99,8 +99,8 @@ class KVCache(_OwnArrays, mlx_caches.KVCache):
 
 
 def _copy(array: mx.array, used: int | None = None, room: int | None = None) -> mx.array:
-    """As float32 in memory of its own; ``used`` rows of axis 2, and zeros up to ``room`` of them, if given."""
-    # Another dtype is that of a model which was cast while the conversation went on.
+    """Copy an array to float32 memory: ``used`` rows of axis 2, then zeros up to ``room`` rows, if given."""
+    # The dtype differs if the model was cast during the conversation.
     source = np.asarray(array if array.dtype == mx.float32 else array.astype(mx.float32))
     if used is None or room is None:
         return mx.array(source)
@@ -111,20 +111,20 @@ def _copy(array: mx.array, used: int | None = None, room: int | None = None) -> 
 
 
 def pending_states(caches: Sequence[Any]) -> list[Any]:
-    """Arrays of caches that may not have been evaluated yet."""
+    """Return the caches' arrays that may not have been evaluated yet."""
     return [cache.pending() if isinstance(cache, _OwnArrays) else cache.state for cache in caches]
 
 
 def context_length(caches: Sequence[Any]) -> int:
-    """Tokens that a model's caches hold, padding included; caches of recurrent state don't count."""
-    # A quantised cache says 0 when asked for its size.
+    """Return the number of tokens that a model's caches hold, padding included; recurrent states don't count."""
+    # A quantised cache reports a size of 0.
     return max((c.offset if isinstance(c, QuantizedKVCache) else c.size() for c in caches), default=0)
 
 
 def unpadded_rows(caches: Sequence[Any], tokens: int) -> mx.array | None:
-    """Which of the next (B, ``tokens``) positions, flattened, hold tokens and no padding; None where all do.
+    """Return which of the next (B, ``tokens``) positions, flattened, hold tokens, not padding; None if all do.
 
-    Only caches of recurrent state tell: a batch's KV caches don't know where its right padding begins.
+    Only caches of recurrent state know: a batch's KV caches don't know where its right padding begins.
     """
     mask = next((c.make_mask(tokens) for c in caches if isinstance(c, mlx_caches.ArraysCache)), None)
     if mask is None:

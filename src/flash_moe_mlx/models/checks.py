@@ -1,4 +1,4 @@
-"""Checks of a forward pass: token ids that the embeddings have, and finite numbers."""
+"""Checks of a forward pass: token ids within the vocabulary, and finite numbers."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -14,17 +14,17 @@ from ..ops.backend import backend
 from ..ops.finite import is_finite, non_finite
 
 PASSES_AHEAD = 2
-"""Lazy passes that may be under way before the first of them is checked."""
+"""Number of lazy passes that may be running before the first of them is checked."""
 
 _INTEGERS = {mx.uint8, mx.uint16, mx.uint32, mx.uint64, mx.int8, mx.int16, mx.int32, mx.int64}
 
 
 def vocabulary_size(model: nn.Module, arguments: Any) -> int:
-    """Return how many token ids a model has embeddings for.
+    """Return the number of token ids that a model has embeddings for.
 
     Args:
         model: An mlx-lm model.
-        arguments: The model's arguments, where most models name the size.
+        arguments: The model's arguments, which state the size for most models.
     """
     nested = getattr(arguments, "text_config", None) or {}
     named = getattr(arguments, "vocab_size", None) or (
@@ -36,7 +36,7 @@ def vocabulary_size(model: nn.Module, arguments: Any) -> int:
 
 
 def check_tokens(tokens: mx.array, vocabulary: int) -> None:
-    """Check token ids before they index the embeddings: MLX would read whatever lies outside the table.
+    """Check token ids before they index the embeddings: out of range, MLX would read memory outside the table.
 
     Cost: under 2 microseconds for one token in memory. Lazy ids are evaluated.
 
@@ -59,19 +59,19 @@ def check_tokens(tokens: mx.array, vocabulary: int) -> None:
 
 
 def checked_later(tokens: mx.array) -> bool:
-    """Tell whether ids are checked after the pass: in decode on a GPU, to look at them first would be a wait."""
+    """Return whether ids are checked after the pass: in decode on a GPU, checking them first would cause a wait."""
     return isinstance(tokens, mx.array) and tokens.ndim == 2 and tokens.shape[1] == 1 and backend() != "cpu"
 
 
 def clamped(tokens: mx.array, vocabulary: int) -> mx.array:
-    """Return ids that can be looked up whatever ``tokens`` holds; lazy."""
+    """Return ids that are safe to look up, whatever ``tokens`` holds; lazy."""
     if tokens.dtype not in _INTEGERS:
         check_tokens(tokens, vocabulary)
     return mx.minimum(tokens.astype(mx.uint32), vocabulary - 1)
 
 
 def check_sampled(token: mx.array, vocabulary: int) -> None:
-    """Check what a sampler returned, once it is in memory.
+    """Check the result of a sampler, once it is in memory.
 
     Raises:
         RequestError: If it is not one token id from 0 to ``vocabulary`` - 1.
@@ -85,31 +85,31 @@ def check_sampled(token: mx.array, vocabulary: int) -> None:
 
 
 def lazily_finite(logits: mx.array) -> mx.array | None:
-    """Tell whether logits are finite, evaluated with whatever comes next; None on a CPU, where the model has looked."""
+    """Return whether logits are finite, lazily; None on a CPU, where the model has already checked."""
     return None if backend() == "cpu" else mx.isfinite(logits).all()
 
 
 class DeferredChecks:
-    """Checks of lazy passes: of their token ids and logits, two passes later, when looking is no wait."""
+    """Deferred checks of lazy passes: token ids and logits are checked two passes later, without waiting."""
 
     def __init__(self) -> None:
         self._waiting: deque[tuple[mx.array, mx.array | None, int]] = deque()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "DeferredChecks":
-        """Start anew: a copied model has run nothing."""
+        """Return fresh checks: a copied model has run nothing."""
         return DeferredChecks()
 
     def add(self, tokens: mx.array | None, logits: mx.array, vocabulary: int) -> None:
         """Note a pass, and check the one before the last.
 
         Args:
-            tokens: Ids that were not checked. Shape (1, 1); None if they were.
-            logits: Shape (1, 1, vocabulary), lazy.
-            vocabulary: Number of token ids that the embeddings have.
+            tokens: Ids that were not checked before the pass. Shape (1, 1); None if they were.
+            logits: The logits. Shape (1, 1, vocabulary), lazy.
+            vocabulary: Number of token ids that have embeddings.
 
         Raises:
             NonFiniteError: If that pass's logits were not finite.
-            RequestError: If its token id was not of the vocabulary.
+            RequestError: If its token id was outside the vocabulary.
         """
         good = mx.isfinite(logits).all()
         if tokens is not None:
@@ -126,11 +126,11 @@ class DeferredChecks:
 
 
 EMBEDDINGS = -1
-"""In place of a layer's index: what the first layer is given."""
+"""Stands for a layer's index: the input of the first layer."""
 
 
 class _Watched:
-    """A decoder layer that notes whether its output is finite; in all else the layer itself."""
+    """A decoder layer that notes whether its output is finite, and otherwise behaves as the layer itself."""
 
     def __init__(self, layer: Any, index: int, bad: list[int]):
         self._layer, self._index, self._bad = layer, index, bad
@@ -150,7 +150,7 @@ class _Watched:
 
 @contextmanager
 def watched(layers: list[Any]) -> Iterator[list[int]]:
-    """Within it, the list that is yielded gets the index of the first layer whose output is not finite."""
+    """Watch layers within the context; the yielded list receives the index of the first with a non-finite output."""
     bad: list[int] = []
     original = list(layers)
     layers[:] = [_Watched(layer, index, bad) for index, layer in enumerate(original)]
@@ -164,10 +164,10 @@ def locate(run: Callable[[], Any], layers: list[Any], token: int, found: NonFini
     """Run a pass again with every layer watched, to name the one where NaN or infinity began.
 
     Args:
-        run: The pass, from empty caches.
+        run: The pass, starting from empty caches.
         layers: The list of the model's layers.
-        token: Index of the token that is run.
-        found: What is known already: returned if this pass is finite.
+        token: Index of the token that the pass runs.
+        found: The error known already, returned if this pass is finite.
     """
     with watched(layers) as bad:
         try:

@@ -1,7 +1,7 @@
-"""One token through a hybrid model on the CPU, as programs: MLX is asked for nothing between embedding and logits.
+"""CPU decoding of one token of a hybrid model, as compiled programs that run without MLX from embedding to logits.
 
-MLX's lazy evaluation hands over to another thread and back at every result that Python needs, some sixteen times a
-layer. Here a layer is one call of compiled code, from the experts of one layer to the router's choice of the next.
+MLX's lazy evaluation switches to another thread and back for every result that Python needs, about sixteen times per
+layer. Here a layer is one call of compiled code, from its experts to the router's choice of the next layer.
 """
 
 from collections.abc import Sequence
@@ -29,21 +29,21 @@ from .moe_block import StreamingMoE
 
 @dataclass
 class _Layer:
-    """One layer: what leads to the router's choice, and what follows it.
+    """One layer's operations and programs, before and after the router's choice.
 
     Attributes:
-        mixer: Its token mixer.
+        mixer: The layer's token mixer.
         begin: Operations up to the router's choice.
-        shared: The shared expert.
-        experts: The routed experts.
-        combine: Adds up experts, shared expert and residual.
+        shared: Operations of the shared expert.
+        experts: Operations of the routed experts.
+        combine: Sum of experts, shared expert and residual.
         mixed: The mixer's output.
-        outputs: Arrays to look into when something is not finite, by name.
-        whole: Shared expert, experts in memory and combine, then the next layer's begin.
-        early: The first part of it, while other experts are being read.
-        late: Experts that were read and combine, then the next layer's begin.
-        arrived: Experts that were read, where outputs must be exchanged before they are combined.
-        rest: Combine and the next layer's begin.
+        outputs: Named arrays to inspect if something is not finite.
+        whole: Program of shared expert, cached experts and combine, then the next layer's begin.
+        early: First part of it, which runs while missing experts are being read.
+        late: Program of experts just read and combine, then the next layer's begin.
+        arrived: Program of experts just read alone, for outputs that must be exchanged before combine.
+        rest: Program of combine and the next layer's begin.
     """
 
     mixer: TokenMixer
@@ -60,7 +60,7 @@ class _Layer:
     rest: Program = field(init=False)
 
     def build(self, following: list[Operation]) -> None:
-        """Build the programs that run once the experts are chosen."""
+        """Build the programs that run after the experts have been chosen."""
         first = self.experts.present.stages(self.shared)
         second = self.experts.missing.stages()
         last = [self.combine, *following]
@@ -68,7 +68,7 @@ class _Layer:
         self.arrived, self.rest = Program(second), Program(last)
 
     def run(self, ids: np.ndarray, weights: np.ndarray) -> None:
-        """Compute the experts that were chosen, and whatever follows up to the next choice."""
+        """Compute the chosen experts, and everything that follows up to the next choice."""
         experts = self.experts
         missing = experts.begin(ids, weights)
         first = self.early if missing or experts.exchanges else self.whole
@@ -84,13 +84,13 @@ class _Layer:
             self.rest.run()
 
     def set_last_tasks(self, operation: Operation, tasks: int) -> None:
-        """Change how many tasks an operation of what follows has."""
+        """Change the number of tasks of an operation that follows the choice."""
         for program in (self.whole, self.late, self.rest):
             program.set_tasks(operation, tasks)
 
 
 class CPUDecoder:
-    """Decodes single tokens of one hybrid model. Not thread-safe: called with the engine's lock held."""
+    """Decodes single tokens of one hybrid model. Not thread-safe: callers hold the engine's lock."""
 
     def __init__(self, model: Any, max_context: int):
         """Build the programs.
@@ -100,7 +100,7 @@ class CPUDecoder:
             max_context: Maximum length of a sequence, in tokens.
 
         Raises:
-            UnsupportedLayerError: If the model has what programs don't know.
+            UnsupportedLayerError: If programs do not support a part of the model.
         """
         config, text = model.config, model.text_model
         self._pool = Pool(int8=model.activation_bits == 8)
@@ -119,24 +119,25 @@ class CPUDecoder:
             layer.build(following)
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
-        """A copied model makes its own: programs hold addresses."""
+        """Return None: programs hold addresses, so a copied model builds its own."""
 
     def fits(self) -> bool:
-        """Whether the model's modules and arrays are those that the programs were built on."""
+        """Return whether the model still has the modules and arrays that the programs were built on."""
         return all(owner.get(name) is value for owner, name, value in self._held)
 
     def step(self, hidden: mx.array, caches: Sequence[Any], room: Sequence[Any], *, logits: bool) -> mx.array | None:
-        """Logits (1, 1, vocabulary) of one embedded token (1, 1, H), if asked for; the caches are advanced.
+        """Run one embedded token (1, 1, H), advance the caches, and return logits (1, 1, vocabulary) if requested.
 
         Args:
-            hidden: float32.
-            caches: One a layer.
-            room: What each one's ``own`` returned.
+            hidden: The embedded token, float32.
+            caches: One cache per layer.
+            room: The result of each cache's ``own``.
+            logits: Whether to compute logits.
             logits: Whether to compute them.
 
-        Raises:
-            NonFiniteError: If the router's choice or the logits are not finite; as with StoreError, the caches are
-                then of no more use.
+            NonFiniteError: If the router's choice or the logits are not finite; the caches are then unusable, as they
+                are after a StoreError.
+            RequestError: If a cache does not belong to this model.
             RequestError: If a cache is not of this model.
             StoreError: If an expert can't be read.
         """
@@ -160,10 +161,10 @@ class CPUDecoder:
         return mx.array(self._logits)[None, None]
 
     def _located(self, number: int, embedded: mx.array) -> NonFiniteError:
-        """Find out what made a router's logits, or the model's, not finite: what they came from is still in memory.
+        """Find out why a router's logits, or the model's, are not finite, from inputs that are still in memory.
 
         Args:
-            number: The router's layer; the number of layers for the model's logits.
+            number: Index of the router's layer; the number of layers stands for the model's logits.
             embedded: The token.
         """
         for where, array in self._layers[number - 1].outputs.items() if number else ():
@@ -209,7 +210,7 @@ class CPUDecoder:
 
 
 def _held(model: Any) -> list[tuple[dict[str, Any], str, Any]]:
-    """Every module and array of the model, and where it was found."""
+    """Return every module and array of the model, with its location."""
     found: list[tuple[dict[str, Any], str, Any]] = []
 
     def walk(module: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Operations of a decode step on the CPU from a model's modules: products, norms, the shared expert."""
+"""Operations of a CPU decode step, built from a model's modules: products, norms, the shared expert."""
 
 from typing import Any
 
@@ -50,12 +50,12 @@ def _stored_format(linear: Linear, size: int) -> Format:
 
 
 def normed(norm: nn.RMSNorm, x: np.ndarray, added: Any, y: Vector) -> Operation:
-    """Build ``x += added``, unless that is 0, then ``y = norm(x)``."""
+    """Build ``x += added`` (skipped if ``added`` is 0), then ``y = norm(x)``."""
     return Operation(tasks.norm, 1, x, added, vector_of(norm.weight, x.size), x.size, float(norm.eps), y.data)
 
 
 def vector_of(weight: mx.array, size: int) -> np.ndarray:
-    """Return a weight of ``size`` numbers as contiguous float32, whatever it is stored as."""
+    """Return a weight of ``size`` numbers as contiguous float32, whatever its stored dtype."""
     if weight.size != size:
         raise UnsupportedLayerError(f"a weight of shape {weight.shape} in place of {size} values")
     return floats(weight)

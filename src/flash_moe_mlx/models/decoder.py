@@ -1,4 +1,4 @@
-"""The decoder that Qwen3.5-MoE and Qwen3-Next share: layers of mixer and MoE, caches, logits, the hub's layout."""
+"""The decoder shared by Qwen3.5-MoE and Qwen3-Next: layers of mixer and MoE, caches, logits and the hub's layout."""
 
 import logging
 from collections.abc import Callable, Mapping
@@ -27,7 +27,7 @@ from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .checks import DeferredChecks, check_tokens, checked_later, clamped, locate
 from .gpu_token import ResidentDecoder, layer_choice
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
-from .memory import HybridCosts
+from .memory import HybridMemory
 from .mixers import MIXERS
 from .mixers.attention import GatedAttention
 from .mixers.blocks import mix
@@ -49,9 +49,9 @@ _SHIFTED_NORMS = (
 )
 
 STEPPED_TOKENS = 2
-"""Up to this many new tokens of one sequence are decoded one by one on the CPU.
+"""Maximum number of new tokens of one sequence that the CPU decodes one by one.
 
-That is quicker than a chunk up to about eight, but of more than two a small cache might read an expert twice.
+Stepping beats a chunk up to about eight tokens, but beyond two a small cache may have to read an expert twice.
 """
 
 Mixers = Mapping[str, Callable[[ModelConfig, str, QuantizationOf], GatedAttention | GatedDeltaNet]]
@@ -59,7 +59,7 @@ Mixers = Mapping[str, Callable[[ModelConfig, str, QuantizationOf], GatedAttentio
 
 
 class DecoderLayer(nn.Module):
-    """``h = x + mixer(norm(x))``, then ``h + moe(norm(h))``, or a dense SwiGLU where the layer has no experts."""
+    """``h = x + mixer(norm(x))``, then ``h + moe(norm(h))``, or a dense SwiGLU if the layer has no experts."""
 
     def __init__(self, config: ModelConfig, index: int, path: str, quantization_of: QuantizationOf, mixers: Mixers):
         super().__init__()
@@ -90,7 +90,7 @@ class DecoderLayer(nn.Module):
         return mixer
 
     def mix(self, x: mx.array, cache: Any) -> mx.array:
-        """``h``; the cache is advanced."""
+        """Return ``h`` and advance the cache."""
         h = gpu_step.mix(self.mixer, self.input_layernorm, x, cache)
         return mix(self.mixer, self.input_layernorm, x, cache) if h is None else h
 
@@ -109,7 +109,7 @@ class DecoderLayer(nn.Module):
 
 
 class TextModel(nn.Module):
-    """Embeddings, decoder layers and the last norm."""
+    """Embeddings, decoder layers and the final norm."""
 
     def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf, mixers: Mixers):
         super().__init__()
@@ -126,24 +126,24 @@ class TextModel(nn.Module):
         return hidden
 
     def advance(self, hidden: mx.array, cache: list[Any], rows: mx.array | None = None) -> None:
-        """As a call, for the caches' sake alone: what follows the last mixer is left out."""
+        """Advance the caches like a call, but skip everything after the last mixer."""
         for layer, layer_cache in zip(self.layers[:-1], cache[:-1], strict=True):
             hidden = layer(hidden, layer_cache, rows)
-        # No router looks at what the last mixer is given, and caches may be kept.
+        # No router sees the input of the last mixer, and the caches may be kept.
         if not is_finite(hidden if rows is None else hidden.reshape(-1, hidden.shape[-1])[rows]):
             raise non_finite(len(self.layers) - 2, "the output")
         self.layers[-1].mix(hidden, cache[-1])
 
 
 class HybridModel(nn.Module):
-    """A model whose routed experts are streamed by ``model.streaming``. Subclasses say where its parts are.
+    """A model whose routed experts are streamed by ``model.streaming``. Subclasses locate its parts.
 
     Accepted by ``mlx_lm.generate``, ``mlx_lm.stream_generate`` and ``make_prompt_cache``.
 
     Attributes:
         streaming: The running engine; set by ``attach``.
-        runs_ahead: Whether the last pass was lazy: the next token may be built while it runs.
-        activation_bits: 8 rounds what one or two tokens are multiplied with on the CPU; None is exact.
+        runs_ahead: Whether the last pass was lazy, so that the next token may be built while it runs.
+        activation_bits: 8 rounds activations of one or two tokens to 8 bits on the CPU; None is exact.
     """
 
     streaming: StreamingEngine
@@ -155,18 +155,18 @@ class HybridModel(nn.Module):
         self.config = config
         self.model_type = config.model_type
         self._cpu_decoder: CPUDecoder | None = None
-        self._has_other_layers = False  # than CPUDecoder knows
+        self._has_other_layers = False  # whether there are layers that CPUDecoder does not support
         self._resident_decoder: ResidentDecoder | None = None
         self._deferred = DeferredChecks()
 
     @property
     def dtype(self) -> mx.Dtype:
-        """Of activations: ``set_dtype`` changes it, as in mlx-lm's models."""
+        """Dtype of activations; ``set_dtype`` changes it, as in mlx-lm's models."""
         return self.text_model.norm.weight.dtype
 
     @property
     def vocabulary_size(self) -> int:
-        """Token ids that the embeddings have."""
+        """Number of token ids that have embeddings."""
         return self.text_model.embed_tokens.weight.shape[0]
 
     @property
@@ -178,12 +178,12 @@ class HybridModel(nn.Module):
         raise NotImplementedError
 
     def prepare_steps(self) -> None:
-        """Lay matrices out as single tokens read them on a GPU, once all weights are there."""
+        """Arrange matrices for single tokens on a GPU, once all weights are loaded."""
         if use_kernels():
             gpu_step.prepare(self.layers)
 
     def attach(self, engine: StreamingEngine) -> None:
-        """Make ``engine`` the source of every layer's routed experts."""
+        """Use ``engine`` as the source of every layer's routed experts."""
         self.streaming = engine
         for index, layer in enumerate(self.layers):
             if isinstance(layer.mlp, StreamingMoE):
@@ -194,7 +194,7 @@ class HybridModel(nn.Module):
         return self.text_model.layers
 
     def _decoder(self) -> "CPUDecoder | None":
-        """What runs single tokens on the CPU; None on a GPU, without numba, or where it does not know the model."""
+        """Return the CPU decoder of single tokens; None on a GPU, without numba, or if it doesn't support the model."""
         if not use_cpu_kernels() or self.dtype != mx.float32 or self._has_other_layers:
             return None
         from ..ops.cpu.expert_program import UnsupportedLayerError
@@ -212,7 +212,7 @@ class HybridModel(nn.Module):
         return self._cpu_decoder
 
     def make_cache(self) -> list[Any]:
-        """Empty caches of one sequence, one a layer: mlx_lm's ArraysCache or KVCache."""
+        """Return empty caches of one sequence, one per layer: mlx_lm's ArraysCache or KVCache."""
         return [layer.mixer.make_cache() for layer in self.layers]
 
     def __call__(
@@ -222,29 +222,29 @@ class HybridModel(nn.Module):
         input_embeddings: mx.array | None = None,
         logits_to_keep: int | None = None,
     ) -> mx.array:
-        """Logits of the next token at each position.
+        """Return the logits of the next token at each position.
 
         Args:
             inputs: Token ids. Shape (B, L).
-            cache: One cache a layer, advanced by L; None starts from an empty context.
-            input_embeddings: Used in place of the tokens' own. Shape (B, L, H).
-            logits_to_keep: Only this many last positions; None keeps all L. With 0 only the caches are advanced: the
-                last layer's experts are asked for only while a trace is recorded.
+            cache: One cache per layer, advanced by L; None starts from an empty context.
+            input_embeddings: Embeddings to use instead of the tokens' own. Shape (B, L, H).
+            logits_to_keep: Number of last positions to return logits for; None returns all L. With 0 only the caches
+                are advanced, and the last layer's experts are computed only while a trace is being recorded.
 
         Returns:
-            Shape (B, L or logits_to_keep, vocabulary). With None and more than 8 positions in all they are lazy:
-            a prompt's logits that nobody evaluates cost neither time nor memory. MLX's product, which computes
-            them then, is slow on a CPU: ask for them with ``logits_to_keep=L``. The limit counts one position a
-            sequence; what is returned beyond that is the caller's.
+            Logits of shape (B, L or logits_to_keep, vocabulary). With None and more than 8 positions in total they are
+            lazy: a prompt's logits that nobody evaluates cost neither time nor memory. If they are evaluated, MLX's
+            product computes them, which is slow on a CPU; pass ``logits_to_keep=L`` instead. The memory limit counts
+            one position per sequence; the caller accounts for the others.
 
         Raises:
-            MemoryLimitError: If the limit can't hold a pass of this size.
-            NonFiniteError: If NaN or infinity is computed, in which case the caches are of no more use. Logits are
-                looked at on a CPU, lazy ones only where they are one a sequence.
-            RequestError: If the context exceeds max_context, or token ids are not of the vocabulary.
+            MemoryLimitError: If a pass of this size does not fit into the limit.
+            NonFiniteError: If NaN or infinity is computed; the caches are then unusable. Logits are checked on a CPU,
+                lazy ones only if there is one per sequence.
+            RequestError: If the context exceeds max_context, or a token id is outside the vocabulary.
             StoreError: If an expert can't be read.
 
-        On a GPU with all experts in slots a single token is lazy, and what is wrong with it is raised up to two
+        On a GPU with all experts in slots, a single token is lazy, and its errors are raised up to two
         tokens later.
         """
         check_process("model")
@@ -299,11 +299,11 @@ class HybridModel(nn.Module):
         return logits
 
     def diagnose(self, inputs: mx.array, input_embeddings: mx.array | None = None) -> NonFiniteError:
-        """Find out where a pass stopped to compute finite numbers, by its last token alone.
+        """Find out where a pass stopped computing finite numbers, by running its last token alone.
 
         Args:
             inputs: Token ids. Shape (B, L).
-            input_embeddings: As for a call.
+            input_embeddings: Embeddings that the pass used instead of the tokens' own. Shape (B, L, H).
         """
         embedded = input_embeddings
         if embedded is None:
@@ -313,14 +313,14 @@ class HybridModel(nn.Module):
             return self._located(embedded, 0, non_finite(None, "the logits"))
 
     def _located(self, embedded: mx.array, token: int, found: NonFiniteError) -> NonFiniteError:
-        """Run one token of (B, L, H), counted through, alone; ``found`` if that is finite."""
+        """Run one token, an index into (B x L), alone; return its error, or ``found`` if it is finite."""
         alone = embedded.reshape(-1, embedded.shape[-1])[token][None, None]
         if not is_finite(alone):
             return non_finite(None, "the embedding", token)
         return locate(lambda: self.text_model(alone, self.make_cache()), self.text_model.layers, token, found)
 
     def _check_routers(self, embedded: mx.array, rows: mx.array | None) -> None:
-        """Check what routers on a GPU left unchecked. NaN stays in the residual: if the last is fine, all are."""
+        """Check what routers left unchecked on a GPU. NaN stays in the residual: if the last is fine, all are."""
         routed = [layer.mlp for layer in self.layers if isinstance(layer.mlp, StreamingMoE)]
         unchecked = [(r.layer, r.unchecked) for r in routed if r.unchecked is not None]
         for r in routed:
@@ -346,7 +346,7 @@ class HybridModel(nn.Module):
             raise self._located(embedded, sequence * tokens + place, found)
 
     def _resident(self, hidden: mx.array, cache: list[Any]) -> mx.array | None:
-        """Run one token lazily where a GPU has all experts in slots; None where it must go another way."""
+        """Run one token lazily if a GPU has all experts in slots; return None if it must take another path."""
         if not use_kernels():
             return None
         if self._resident_decoder is None:
@@ -354,7 +354,7 @@ class HybridModel(nn.Module):
         return self._resident_decoder(hidden.astype(self.dtype), cache)
 
     def _stepped(self, hidden: mx.array, cache: list[Any], kept: int) -> mx.array | None:
-        """Logits of the last ``kept`` tokens, one token at a time; None where the decoder can't go on from here."""
+        """Return logits of the last ``kept`` tokens, run one at a time; None if the decoder can't continue here."""
         decoder = self._decoder()
         if decoder is None:
             return None
@@ -363,7 +363,7 @@ class HybridModel(nn.Module):
         for token in range(tokens):
             room = [c.own() if isinstance(c, ArraysCache | KVCache) else None for c in cache]
             if any(arrays is None for arrays in room):
-                return None  # so before the first token, or never
+                return None  # happens before the first token, or never
             step = decoder.step(hidden[:, token : token + 1], cache, room, logits=token >= tokens - kept)
             logits += [] if step is None else [step]
         if len(logits) == 1:
@@ -382,19 +382,19 @@ def prepare_hybrid(
     build: Callable[[ModelConfig, QuantizationOf], HybridModel],
     canonical_name: Callable[[str], str],
 ) -> ModelSpec:
-    """What loading needs to know of a hybrid model. No weight is read.
+    """Build the spec of a hybrid model. No weights are read.
 
     Args:
-        checkpoint: Opened.
-        stored: The checkpoint's dense tensors, lazy, by stored name.
-        streaming: load's arguments.
-        dtype: Of activations.
-        build: Makes the model without weights.
-        canonical_name: The model's own name of a stored dense tensor.
+        checkpoint: The opened checkpoint.
+        stored: The checkpoint's dense tensors by stored name, lazy.
+        streaming: The arguments of load.
+        dtype: Dtype of activations.
+        build: Function that builds the model without weights.
+        canonical_name: Function from a stored dense tensor's name to the model's name for it.
 
     Raises:
         CheckpointError: If config.json does not describe such a model.
-        RequestError: If num_experts_per_tok is more than there are experts.
+        RequestError: If num_experts_per_tok exceeds the number of experts.
     """
     checkpoint.require_layers("num_hidden_layers", checkpoint.setting("num_hidden_layers") or 0)
     config, lossy = _with_experts_per_tok(ModelConfig.from_dict(checkpoint.config), streaming.num_experts_per_tok)
@@ -454,7 +454,7 @@ def _with_experts_per_tok(config: ModelConfig, k: int | None) -> tuple[ModelConf
 
 
 def _has_hub_layout(checkpoint: Checkpoint) -> bool:
-    """Whether dense tensors are as the hub stores them; mlx_lm tells by the convolution's layout too."""
+    """Return whether dense tensors have the hub's layout; like mlx_lm, this also tests the convolution's layout."""
     for name, info in checkpoint.dense.items():
         if name.endswith("conv1d.weight"):
             return info.shape[-1] != 1
@@ -462,10 +462,10 @@ def _has_hub_layout(checkpoint: Checkpoint) -> bool:
 
 
 def _product_bytes(weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> int:
-    """Largest temporary of quantised products: ``HybridMemory.matvec_bytes``."""
+    """Return the largest temporary of quantised products: ``HybridMemory.matvec_bytes``."""
     if use_cpu_kernels() or use_kernels():
         layout = checkpoint.layout(checkpoint.moe_layers[0])
-        # The vocabulary's matrix is multiplied with few rows only.
+        # The vocabulary's matrix is only multiplied with a few rows.
         layers = (value for name, value in weights.items() if "layers." in name and value.dtype == mx.uint32)
         words = max((value.size for value in layers), default=0)
         largest = 16 * words * mx.float32.size  # a word holds up to 16 weights
@@ -475,7 +475,7 @@ def _product_bytes(weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> i
 
 
 def _largest_projection(checkpoint: Checkpoint) -> int:
-    """Bytes of the largest expert projection, dequantised to float32, with its source in between."""
+    """Return the bytes of the largest expert projection, dequantised to float32, plus its source."""
     largest = 0
     for layer in checkpoint.moe_layers:
         layout = checkpoint.layout(layer)

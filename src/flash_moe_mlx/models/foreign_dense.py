@@ -1,7 +1,7 @@
-"""Dense matrices that other tools quantised in ways that MLX's layers don't read, dequantised as they are loaded.
+"""Dense matrices that other tools quantised in formats unknown to MLX's layers, dequantised while loading.
 
-Block FP8 (``weight_scale_inv``) and NVFP4 (``weight_scale_2``, ``weight_global_scale``) become bfloat16, as mlx-lm does
-where its models know the form. It takes two and four times their size in memory; experts are streamed as they are.
+Block FP8 (``weight_scale_inv``) and NVFP4 (``weight_scale_2``, ``weight_global_scale``) become bfloat16, as in mlx-lm,
+where its models know the format. This takes two and four times their size in memory; experts are streamed unchanged.
 """
 
 from collections.abc import Mapping
@@ -12,14 +12,14 @@ from ..formats.expert_layout import Quantization
 from ..ops.quantized import dequantize
 
 WORKSPACE = 8
-"""Bytes that dequantising takes for each byte of the result: float32 weights, scales, products, and what is read."""
+"""Bytes that dequantising takes per byte of the result: float32 weights, scales, products, and the input."""
 
 _NVFP4_FACTORS = ("weight_scale_2", "weight_global_scale")
 _UNREAD = ("input_scale", "input_global_scale")
 
 
 def dequantised(stored: Mapping[str, mx.array]) -> tuple[dict[str, mx.array], bool]:
-    """Replace what other tools quantised by lazy bfloat16 weights.
+    """Replace tensors that other tools quantised by lazy bfloat16 weights.
 
     Args:
         stored: Dense tensors by stored name, lazy.

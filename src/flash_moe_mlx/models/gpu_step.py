@@ -1,9 +1,8 @@
-"""One token of a decoder layer on a GPU, in few launches: what stands between the layers' modules and the kernels.
+"""One token of a decoder layer on a GPU, in few launches: the link between the layers' modules and the kernels.
 
-Seven launches for a GatedDeltaNet layer, ten for one of full attention: see docs/kernels.md. Nothing here is
-evaluated, and nothing waits for the host: with all experts in slots the ids stay on the GPU (`gpu_token.py`).
-Where a matrix is not quantised, a cache is padded, or a layer is not known, steps are None and the modules run as
-they do for a prompt.
+A GatedDeltaNet layer takes seven launches, a full-attention layer ten: see docs/kernels.md. Nothing is evaluated here
+and nothing waits for the host: with all experts in slots, the ids stay on the GPU (`gpu_token.py`). If a matrix is not
+quantised, a cache is padded or a layer is unknown, the step is None and the modules run as they do for a prompt.
 """
 
 from itertools import pairwise
@@ -31,7 +30,7 @@ from .mixers.gated_delta import GatedDeltaNet
 
 
 def norm_of(norm: nn.RMSNorm) -> Norm:
-    """A module's norm, as the kernels take it."""
+    """Return a module's norm in the form that kernels take."""
     return Norm(norm.weight, norm.eps)
 
 
@@ -43,7 +42,7 @@ class DeltaStep:
 
         Args:
             mixer: A mixer all of whose matrices the kernels know.
-            columns: Where the joined projections hold what.
+            columns: Layout of the joined projections' columns.
         """
         self._mixer = mixer
         self._columns = columns
@@ -51,14 +50,14 @@ class DeltaStep:
 
     @property
     def weights(self) -> tuple[mx.array, ...]:
-        """The arrays that the step reads."""
+        """Return the arrays that the step reads."""
         mixer = self._mixer
         own = (mixer.conv1d.weight, mixer.A_log, mixer.dt_bias, mixer.norm.weight, mixer.out_proj.scales)
         return (*self.projections.weights, *own)
 
     @classmethod
     def of(cls, mixer: GatedDeltaNet) -> "DeltaStep | None":
-        """The step of a mixer; None where the kernels don't know its matrices or heads."""
+        """Return the step of a mixer, or None if the kernels don't support its matrices or heads."""
         linears = mixer.projections()
         config = mixer.config
         heads = has_step_kernel(config.linear_key_head_dim, config.linear_value_head_dim)
@@ -68,7 +67,7 @@ class DeltaStep:
         return None if columns is None else cls(mixer, columns)
 
     def __call__(self, x: mx.array, norm: Norm, cache: Any) -> mx.array | None:
-        """``x + mixer(norm(x))`` over (B, 1, H), the cache advanced; None where it isn't fit for it."""
+        """Return ``x + mixer(norm(x))`` over (B, 1, H) and advance the cache, or None if the cache is unsuitable."""
         if cache.lengths is not None or create_ssm_mask(x, cache) is not None:
             return None
         mixer, config, rows = self._mixer, self._mixer.config, x.reshape(-1, x.shape[-1])
@@ -95,7 +94,7 @@ class DeltaStep:
 
 
 def columns_of(mixer: GatedDeltaNet) -> Columns | None:
-    """Where a mixer's projections, side by side, hold what; None where the kernel can't say it in steps."""
+    """Return the layout of a mixer's joined projections, or None if the kernel can't express it in steps."""
     starts = np.cumsum([0, *(linear.weight.shape[0] for linear in mixer.projections())]).tolist()
     positions = [mx.arange(start, end)[None, None] for start, end in pairwise(starts)]
     qkv, z, b, a = (np.array(part).reshape(-1) for part in mixer.split(*positions))
@@ -118,7 +117,7 @@ def columns_of(mixer: GatedDeltaNet) -> Columns | None:
 
 
 class AttentionStep:
-    """One token of a full-attention layer, in six launches: two of them write the cache, one is MLX's attention."""
+    """One token of a full-attention layer, in six launches: two write the cache, one is MLX's attention."""
 
     def __init__(self, mixer: GatedAttention):
         """Join the mixer's projections.
@@ -134,12 +133,12 @@ class AttentionStep:
 
     @property
     def weights(self) -> tuple[mx.array, ...]:
-        """The arrays that a traced part of the layer reads: none, since attention is built for each token."""
+        """Return the arrays that a traced part of the layer reads: none, as attention is built for each token."""
         return ()
 
     @classmethod
     def of(cls, mixer: GatedAttention) -> "AttentionStep | None":
-        """The step of a mixer; None where the kernels don't know its matrices or its rotary embedding."""
+        """Return the step of a mixer, or None if the kernels don't support its matrices or rotary embedding."""
         known = fit((mixer.q_proj, mixer.k_proj, mixer.v_proj)) and fit([mixer.o_proj])
         rope = mixer.rope
         plain = type(rope) is nn.RoPE and not rope.traditional and rope.scale == 1.0 and rope.base is not None
@@ -147,7 +146,7 @@ class AttentionStep:
         return cls(mixer) if known and plain and even else None
 
     def __call__(self, x: mx.array, norm: Norm, cache: Any) -> mx.array | None:
-        """``x + mixer(norm(x))`` over (1, 1, H), the cache advanced; None where it isn't fit for it."""
+        """Return ``x + mixer(norm(x))`` over (1, 1, H) and advance the cache, or None if the cache is unsuitable."""
         if len(x) != 1 or not isinstance(cache.offset, int):
             return None
         mixer, rows, size = self._mixer, x.reshape(1, -1), self._size
@@ -163,7 +162,7 @@ class AttentionStep:
 
 
 class MoEStep:
-    """The sparse MoE block of a few tokens: two launches to the experts' ids, two more to the layer's output."""
+    """The sparse MoE block for a few tokens: two launches for the experts' ids, two more for the layer's output."""
 
     def __init__(self, block: Any):
         """Join the router with the shared expert's gate, and pack the shared expert.
@@ -178,12 +177,12 @@ class MoEStep:
 
     @property
     def weights(self) -> tuple[mx.array, ...]:
-        """The arrays that the step reads."""
+        """Return the arrays that the step reads."""
         return (*self.router.weights, self.shared.bank.array)
 
     @classmethod
     def of(cls, block: Any) -> "MoEStep | None":
-        """The step of a StreamingMoE; None where the kernels don't know one of its matrices."""
+        """Return the step of a StreamingMoE, or None if the kernels don't support one of its matrices."""
         expert = block.shared_expert
         known = (
             fit((block.gate, block.shared_expert_gate))
@@ -200,7 +199,7 @@ class MoEStep:
         Args:
             h: Hidden states before the block's norm. Shape (T, H).
             norm: The block's norm.
-            slot_table: Slot of each expert of the layer, shape (E,), uint32; None leaves ids in place of slots.
+            slot_table: Slot of each expert of the layer, shape (E,), uint32; None returns ids instead of slots.
 
         Returns:
             Ids (T, K), weights (T, K), slots (T, K), and logits whose last column is the shared expert's gate.
@@ -213,12 +212,12 @@ class MoEStep:
     def finish(
         self, h: mx.array, norm: Norm, bank: ExpertRecords, slots: mx.array, weights: mx.array, logits: mx.array
     ) -> mx.array:
-        """``h + moe(norm(h))`` where all experts are in slots. Arguments as ``route`` takes and gives them."""
+        """Return ``h + moe(norm(h))`` when all experts are in slots, from the arguments and results of ``route``."""
         return expert_ffn_combine(h, bank, slots, weights, self.shared.bank, logits, h, norm)
 
 
 def mixer_step(mixer: Any) -> DeltaStep | AttentionStep | None:
-    """The step of a mixer, made on its first use and kept with it; None where there is none."""
+    """Return the step of a mixer, created on first use and stored with it; None if there is none."""
     if "_gpu_step" not in vars(mixer):
         of = DeltaStep.of if isinstance(mixer, GatedDeltaNet) else AttentionStep.of
         mixer._gpu_step = of(mixer)
@@ -227,7 +226,7 @@ def mixer_step(mixer: Any) -> DeltaStep | AttentionStep | None:
 
 
 def moe_step(block: Any) -> MoEStep | None:
-    """The step of a StreamingMoE, made on its first use and kept with it; None where there is none."""
+    """Return the step of a StreamingMoE, created on first use and stored with it; None if there is none."""
     if "_gpu_step" not in vars(block):
         block._gpu_step = MoEStep.of(block)
     step: MoEStep | None = block._gpu_step
@@ -235,7 +234,7 @@ def moe_step(block: Any) -> MoEStep | None:
 
 
 def prepare(layers: Any) -> None:
-    """Join the projections of all layers, one layer at a time, so that no step has to: call it before slots exist."""
+    """Join the projections of all layers, one layer at a time, so that no step has to. Call before allocating slots."""
     for layer in layers:
         for step in (mixer_step(layer.mixer), _moe_step_of(layer)):
             if isinstance(step, MoEStep):
@@ -253,7 +252,7 @@ def _moe_step_of(layer: Any) -> MoEStep | None:
 
 
 def mix(mixer: Any, norm: nn.RMSNorm, x: mx.array, cache: Any) -> mx.array | None:
-    """``x + mixer(norm(x))`` of one token per sequence, the cache advanced; None where it takes the modules."""
+    """Return ``x + mixer(norm(x))`` for one token per sequence and advance the cache; None if the modules must run."""
     if x.shape[1] != 1 or len(x) > MAX_ROWS or not use_kernels():
         return None
     step = mixer_step(mixer)

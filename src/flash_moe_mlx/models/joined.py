@@ -1,7 +1,7 @@
-"""Matrices that read the same hidden state, laid one behind the other so that one launch multiplies them all.
+"""Matrices that read the same hidden state, joined row-wise so that one launch multiplies all of them.
 
-The joined matrix takes the place of the separate ones: their modules keep views of it, so a prompt, which multiplies
-them one by one, reads the same bytes, and no byte is held twice.
+The joined matrix replaces the separate ones: their modules keep views of it, so a prompt, which multiplies them one by
+one, reads the same bytes, and no byte is stored twice.
 """
 
 from collections.abc import Sequence
@@ -32,9 +32,9 @@ def _by_format(linears: Sequence[Linear]) -> list[list[Linear]]:
 
 
 def fit(linears: Sequence[Linear]) -> bool:
-    """Tell whether the kernels multiply these modules' matrices, joined where they are of one format.
+    """Return whether the kernels multiply these modules' matrices, joined if they share a format.
 
-    They must be affine-quantised, without a bias, and no few elements, which Metal would pass in another way.
+    They must be affine-quantised and have no bias, and must not be so small that Metal passes them in another way.
     """
     return all(map(_has_matrix, linears)) and all(
         sum(linear.scales.size for linear in group) >= MIN_DEVICE_ELEMENTS for group in _by_format(linears)
@@ -42,24 +42,24 @@ def fit(linears: Sequence[Linear]) -> bool:
 
 
 def matrix_of(linear: Linear) -> Matrix:
-    """The matrix of a module that ``fit`` accepts."""
+    """Return the matrix of a module that ``fit`` accepts."""
     assert linear.quantization is not None
     return Matrix(linear.weight, linear.scales, linear.biases, linear.quantization.bits, linear.quantization.group_size)
 
 
 def _changed(linears: Sequence[Linear], seen: Sequence[mx.array]) -> bool:
-    """Tell whether a module was given other scales than those seen last."""
+    """Return whether a module's scales have been replaced since ``seen``."""
     return any(linear["scales"] is not scales for linear, scales in zip(linears, seen, strict=True))
 
 
 class JoinedLinears:
-    """Modules of one format as one matrix, their rows in turn."""
+    """Modules of one format joined into one matrix, one after the other."""
 
     def __init__(self, linears: Sequence[Linear]):
         """Join the modules' matrices; nothing is evaluated yet.
 
         Args:
-            linears: Modules that ``fit`` accepts, of one format.
+            linears: Modules of one format that ``fit`` accepts.
         """
         self._linears = tuple(linears)
         self._joined: Matrix | None = None
@@ -67,7 +67,7 @@ class JoinedLinears:
 
     @property
     def matrix(self) -> Matrix:
-        """The joined matrix. Joins again what was given other weights or another dtype since."""
+        """Return the joined matrix, rebuilding it if weights or dtype have been replaced since."""
         joined = self._joined
         if joined is None or _changed(self._linears, self._seen):
             joined = self._joined = self._join()
@@ -97,7 +97,7 @@ class JoinedLinears:
 
 
 class Projections:
-    """All projections of one hidden state: as many products as there are formats next to each other."""
+    """All projections of one hidden state, with one product per run of equal formats."""
 
     def __init__(self, linears: Sequence[Linear]):
         """Join the modules' matrices.
@@ -109,23 +109,23 @@ class Projections:
 
     @property
     def weights(self) -> tuple[mx.array, ...]:
-        """The joined matrices' scales, which change with the matrices."""
+        """Return the joined matrices' scales, which change whenever the matrices do."""
         return tuple(group.matrix.scales for group in self.groups)
 
     def __call__(self, x: mx.array, norm: Norm, dtype: mx.Dtype | None = None) -> mx.array:
-        """Results side by side: x (T, H) to (T, P)."""
+        """Return the results concatenated: x (T, H) to (T, P)."""
         results = [norm_matvec(x, norm, group.matrix, dtype) for group in self.groups]
         return results[0] if len(results) == 1 else mx.concatenate(results, axis=-1)
 
 
 class SharedRecord:
-    """A shared expert as one record, which its modules keep views of."""
+    """A shared expert as one record that its modules keep views of."""
 
     def __init__(self, shared: SwiGLU):
         """Pack the expert's matrices.
 
         Args:
-            shared: An expert whose three modules ``fit`` accepts, each on its own.
+            shared: A shared expert whose three modules ``fit`` accepts individually.
         """
         self._linears: list[Linear] = [shared[projection] for projection in PROJECTIONS]
         self._seen: tuple[mx.array, ...] = ()
@@ -133,7 +133,7 @@ class SharedRecord:
 
     @property
     def bank(self) -> ExpertRecords:
-        """The record. Packs again where the modules were given other weights or another dtype since."""
+        """Return the record, packing it again if weights or dtype have been replaced since."""
         if self._bank is None or _changed(self._linears, self._seen):
             self._bank = self._pack(self._linears)
             self._seen = tuple(linear["scales"] for linear in self._linears)
@@ -158,7 +158,7 @@ class SharedRecord:
             filled = stored.offset + stored.nbytes
         if layout.record_bytes > filled:
             pieces.append(mx.zeros((layout.record_bytes - filled,), mx.uint8))
-        # Made by the GPU, so that the bytes are where a kernel's output is.
+        # Built on the GPU, so that the bytes live where a kernel's output does.
         array = mx.concatenate(pieces).view(mx.uint32).reshape(1, -1)
         mx.eval(array)
         for projection, linear in zip(PROJECTIONS, linears, strict=True):

@@ -1,4 +1,4 @@
-"""Layers that hold a checkpoint's tensors under its own names, quantised or not, and pick the right op."""
+"""Layers that hold a checkpoint's tensors under its own names, quantised or not, and choose the right operation."""
 
 from collections.abc import Callable
 
@@ -11,11 +11,11 @@ from ..ops.quantized import Parts, dequantize, lazy_product, product
 from ..ops.slot_memory import MLX_DTYPES
 
 QuantizationOf = Callable[[str], Quantization | None]
-"""Quantisation of the module at a path; None where it is stored unquantised."""
+"""Function from a module's path to its quantisation; None for modules stored unquantised."""
 
 
 class Linear(nn.Module):
-    """``y = x W^T + b``. W is (out, in), quantised or not; the tensors are filled in by load_weights."""
+    """``y = x W^T + b``, with W of shape (out, in), quantised or not; load_weights fills in the tensors."""
 
     def __init__(self, input_dims: int, output_dims: int, quantization: Quantization | None, bias: bool = False):
         super().__init__()
@@ -31,12 +31,12 @@ class Linear(nn.Module):
 
     @property
     def parts(self) -> Parts:
-        """The weight and the other parts of its quantisation, by name."""
+        """Return the weight and the other parts of its quantisation, by name."""
         names = ("weight",) if self.quantization is None else self.quantization.scheme.parts
         return {name: self[name] for name in names}
 
     def __call__(self, x: mx.array) -> mx.array:
-        """Shapes (..., in) to (..., out), in the dtype of x."""
+        """Map (..., in) to (..., out), in the dtype of x."""
         if self.quantization is None:
             y = dense_matmul(x, self.weight)
         else:
@@ -45,7 +45,7 @@ class Linear(nn.Module):
         return y + self.bias if "bias" in self else y
 
     def deferred(self, x: mx.array) -> mx.array:
-        """As a call, but nothing is computed until somebody evaluates it: the CPU's own kernels would run at once."""
+        """Return the same product, lazily: in a plain call, CPU kernels would compute immediately."""
         if self.quantization is None:
             y = (x @ self.weight.T).astype(x.dtype)
         else:
@@ -54,16 +54,16 @@ class Linear(nn.Module):
 
 
 class Embedding(Linear):
-    """Token embeddings, quantised or not. Called on hidden states, it is the tied output projection."""
+    """Token embeddings, quantised or not. When called on hidden states, it is the tied output projection."""
 
     def __init__(self, vocab_size: int, hidden_size: int, quantization: Quantization | None):
         super().__init__(hidden_size, vocab_size, quantization)
 
     def embed(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
-        """Embeddings of token ids: shapes (...) to (..., H), in ``dtype``."""
+        """Return the embeddings of token ids: (...) to (..., H), in ``dtype``."""
         if self.quantization is None:
             return self.weight[tokens].astype(dtype)
-        # Scales first into dtype: dequantised in bfloat16, the embedding itself would be rounded.
+        # Convert the scales first: dequantising in bfloat16 would round the embedding itself.
         return dequantize(
             {name: part[tokens] if part.ndim else part for name, part in self.parts.items()}, self.quantization, dtype
         )

@@ -1,7 +1,7 @@
-"""Bytes that a hybrid model (GatedDeltaNet and attention) needs beside its expert slots, from its dimensions.
+"""Memory of a hybrid model (GatedDeltaNet and attention) in addition to its expert slots, from its dimensions.
 
-Scratch is an upper bound on MLX's activations in one forward pass, checked against measured peaks by
-tests/runtime/test_memory.py: each term names the arrays that are alive together.
+Scratch is an upper bound on MLX's activations in one forward pass, which tests/runtime/test_memory.py checks against
+measured peaks: each term names the arrays that are alive at the same time.
 """
 
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ class HybridMemory:
     """ModelMemory of Qwen3.5-MoE and Qwen3-Next.
 
     Attributes:
-        dense_bytes: Weights kept in memory, in the dtypes that they are loaded as.
-        load_bytes: Most that loading one tensor needs for a moment beyond them.
-        config: Dimensions.
-        activation_bytes: Bytes of one activation value: 4 on the CPU, 2 for bfloat16.
-        matvec_bytes: Largest temporary of a dense product: scales and biases in float32, where the reference runs; on
-            CUDA dequantised tiles.
-        kept_bytes: Freed buffers of products that are kept: on CUDA, where to allocate them anew takes longer than to
-            compute them.
+        dense_bytes: Weights kept in memory, in the dtypes they are loaded as.
+        load_bytes: Maximum that loading one tensor needs temporarily beyond them.
+        config: The model's dimensions.
+        activation_bytes: Size of one activation value: 4 on the CPU, 2 for bfloat16.
+        matvec_bytes: Largest temporary of a dense product: scales and biases in float32 for the reference, dequantised
+            tiles on CUDA.
+        kept_bytes: Freed buffers of products that are kept, on CUDA, where allocating them anew takes longer than
+            computing them.
         expert_bytes: Largest temporary of one expert's product: its dequantised projection.
         holds_scores: Whether attention writes scores to memory; the CPU kernel does not.
     """

@@ -1,7 +1,7 @@
-"""mlx-lm's own arguments of a model, from config.json: what may be asked of them, and whose fault it is if they fail.
+"""Validation of mlx-lm's model arguments from config.json, and attribution of failures to the file or to mlx-lm.
 
-mlx-lm checks nothing. Its dataclasses say which fields a model reads, and of which type: that tells a damaged file from
-a model that this mlx-lm doesn't know well enough.
+mlx-lm validates nothing. Its dataclasses state which fields a model reads and their types, which tells a damaged file
+from a model that this version of mlx-lm doesn't support well enough.
 """
 
 import dataclasses
@@ -35,21 +35,21 @@ def find_classes(checkpoint: Checkpoint, config: dict[str, Any], trust_remote_co
     """Return the classes of a model and of its arguments: mlx-lm's, or those of the checkpoint's own file.
 
     Args:
-        checkpoint: Opened.
-        config: Its config.json.
+        checkpoint: The opened checkpoint.
+        config: The contents of its config.json.
         trust_remote_code: Whether the file that ``model_file`` names may be run.
 
     Raises:
-        UnsupportedModelError: If mlx-lm doesn't know the model type, or the file may not or can't be run.
-        CorruptError: If ``model_file`` is no file's name.
-        MissingTensorError: If there is no such file.
+        UnsupportedModelError: If mlx-lm doesn't know the model type, or the file must not or can't be run.
+        CorruptError: If ``model_file`` is not the name of a file.
+        MissingTensorError: If the file does not exist.
     """
     if (name := config.get("model_file")) is not None:
         return _own_classes(checkpoint.directory, name, trust_remote_code)
     try:
-        # mlx-lm keeps its table of model types behind this name only; the minor version is pinned.
+        # mlx-lm exposes its table of model types under this name only; the minor version is pinned.
         return _get_classes(config)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # AttributeError: a module that is no model
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # AttributeError: the module is not a model
         raise UnsupportedModelError(
             f"[config.json] model_type must be one that mlx-lm knows, got {brief(config.get('model_type'))}. "
             "Check for a newer mlx-lm."
@@ -80,21 +80,21 @@ def _own_classes(directory: Path, name: Any, trust_remote_code: bool) -> tuple[A
     with ForeignCode(failed):
         spec = importlib.util.spec_from_file_location(module_name, path)
         module = importlib.util.module_from_spec(spec)  # type: ignore[arg-type]
-        sys.modules[module_name] = module  # where dataclasses look types up
+        sys.modules[module_name] = module  # dataclasses look types up there
         spec.loader.exec_module(module)  # type: ignore[union-attr]
         return module.Model, module.ModelArgs
 
 
 def check_arguments(checkpoint: Checkpoint, config: Mapping[str, Any], args_class: Any) -> None:
-    """Refuse integers from which mlx-lm would make more than any checkpoint's tensors could fill.
+    """Refuse integers that would make mlx-lm build more than any checkpoint's tensors could fill.
 
     Args:
-        checkpoint: Opened.
-        config: Its config.json.
-        args_class: mlx-lm's dataclass for the model.
+        checkpoint: The opened checkpoint.
+        config: The contents of its config.json.
+        args_class: The dataclass of the model's arguments in mlx-lm.
 
     Raises:
-        MissingTensorError: If more layers are asked for than are stored.
+        MissingTensorError: If config.json asks for more layers than are stored.
         CorruptError: If another integer that the model reads isn't whole, or doesn't fit an array's dimension.
     """
     text = config.get("text_config")
@@ -121,7 +121,7 @@ def _check_integer(checkpoint: Checkpoint, name: str, value: Any, expected: Any)
 
 
 def refuse(config: Mapping[str, Any], args_class: Any, error: BaseException) -> CheckpointError:
-    """The error for a model that mlx-lm couldn't make from a config."""
+    """Return the error for a model that mlx-lm couldn't build from a config."""
     model_type = config.get("model_type")
     if wrong := _wrong_type(config, args_class):
         return CorruptError(f"[config.json] must describe a {model_type} model, got {wrong}. Restore the file.")
@@ -136,7 +136,7 @@ def refuse(config: Mapping[str, Any], args_class: Any, error: BaseException) -> 
 
 
 def refuse_weights(checkpoint: Checkpoint, error: BaseException) -> CheckpointError:
-    """The error for tensors that mlx-lm's model couldn't rename or quantise."""
+    """Return the error for tensors that mlx-lm's model couldn't rename or quantise."""
     if isinstance(error, KeyError):
         return MissingTensorError(
             f"[{checkpoint.directory.name}] must have all tensors that mlx-lm's {checkpoint.config.get('model_type')} "
@@ -149,7 +149,7 @@ def refuse_weights(checkpoint: Checkpoint, error: BaseException) -> CheckpointEr
 
 
 def _types(args_class: Any) -> dict[str, Any]:
-    """Types of the fields that a model reads, where they can be resolved."""
+    """Return the types of the fields that a model reads, where they can be resolved."""
     if not dataclasses.is_dataclass(args_class):
         return {}
     try:
@@ -159,13 +159,13 @@ def _types(args_class: Any) -> dict[str, Any]:
 
 
 def _absent(config: Mapping[str, Any], args_class: Any) -> list[str]:
-    """Fields without a default that the config lacks."""
+    """Return the fields without a default that the config lacks."""
     parameters = inspect.signature(args_class).parameters.values()
     return [p.name for p in parameters if p.default is p.empty and p.name not in config]
 
 
 def _wrong_type(config: Mapping[str, Any], args_class: Any) -> str | None:
-    """The first field whose value isn't of the type that mlx-lm states, with its value."""
+    """Describe the first field whose value isn't of the type that mlx-lm states, or return None."""
     for name, expected in _types(args_class).items():
         if config.get(name) is not None and not _fits(config[name], expected):
             return f"{name} = {brief(config[name])}"
@@ -176,7 +176,7 @@ def _fits(value: Any, expected: Any) -> bool:
     origin, arguments = typing.get_origin(expected), typing.get_args(expected)
     if origin in (typing.Union, types.UnionType):
         return any(_fits(value, argument) for argument in arguments)
-    if expected in (int, float):  # numbers of either kind are written for both
+    if expected in (int, float):  # configs write either kind of number for both
         return type(value) in (int, float)
     if expected is type(None):
         return value is None

@@ -1,4 +1,4 @@
-"""StreamingMoE: route, compute the chosen experts through the executor, combine. Knows nothing of files or slots."""
+"""StreamingMoE: routes, computes the chosen experts through the executor, and combines. Knows no files or slots."""
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -11,25 +11,25 @@ from .gpu_step import moe_step, norm_of
 
 
 def route(logits: mx.array, k: int, normalise: bool) -> tuple[mx.array, mx.array]:
-    """Softmax over all experts, then the K most probable, most probable first.
+    """Choose the K most probable experts by a softmax over all of them, most probable first.
 
-    Of equally probable experts those of the higher index are chosen, as mlx-lm's models do, and come first.
+    Among equally probable experts, those of higher index are chosen, and come first, as in mlx-lm's model.
 
     Args:
-        logits: Shape (T, E).
-        k: Experts a token.
-        normalise: Divide the K weights by their sum.
+        logits: The router's logits. Shape (T, E).
+        k: Number of experts per token.
+        normalise: Whether to divide the K weights by their sum.
 
     Returns:
         Ids (T, K) uint32 and weights (T, K) float32.
     """
     probabilities = mx.softmax(logits.astype(mx.float32), axis=-1, precise=True)
     if backend() == "cpu":
-        # Sorting all experts takes three times as long there. The chosen ones' order decides between equals below.
+        # Sorting all experts takes three times as long there. Ties are broken by the order of the chosen ones below.
         chosen = mx.sort(mx.argpartition(probabilities, kth=-k, axis=-1)[:, -k:], axis=-1)
         order = mx.argsort(mx.take_along_axis(probabilities, chosen, axis=-1), axis=-1)
         ids = mx.take_along_axis(chosen, order, axis=-1)[:, ::-1]
-    else:  # where MLX's argpartition is a sort
+    else:  # backends where MLX's argpartition is a sort
         ids = mx.argsort(probabilities, axis=-1)[:, : -k - 1 : -1]
     weights = mx.take_along_axis(probabilities, ids, axis=-1)
     return ids, weights / weights.sum(axis=-1, keepdims=True) if normalise else weights
@@ -41,9 +41,9 @@ class StreamingMoE(nn.Module):
     ``sum_k w_k expert_k(x) + sigmoid(g(x)) shared(x) + residual``. Reference: Qwen3.5-MoE in transformers.
 
     Attributes:
-        routed: Computes the layer's routed experts; set when an engine is attached to the model.
+        routed: Executor of the layer's routed experts; set when an engine is attached to the model.
         layer: Index of the layer.
-        unchecked: The router's weights of a step on a GPU, where looking at them at once would be a wait; else None.
+        unchecked: The router's weights of a GPU step, which are checked later to avoid a wait; else None.
     """
 
     routed: ExpertExecutor
@@ -67,13 +67,13 @@ class StreamingMoE(nn.Module):
         self.norm_topk_prob = norm_topk_prob
 
     def __call__(self, x: mx.array, residual: mx.array, rows: mx.array | None = None) -> mx.array:
-        """Shapes (B, L, H) in and out, in the dtype of ``residual``.
+        """Map (B, L, H) to (B, L, H), in the dtype of ``residual``.
 
         Args:
             x: Normalised hidden states.
-            residual: What the block's output is added to.
-            rows: Which of the B x L positions hold tokens; the others are padding, read no experts and stay as
-                they are. None: all.
+            residual: Tensor that the block's output is added to.
+            rows: Indices of the B x L positions that hold tokens; the others are padding, read no experts and stay
+                unchanged. None means all positions hold tokens.
 
         Raises:
             NonFiniteError: If the router's weights are not finite.
@@ -86,18 +86,18 @@ class StreamingMoE(nn.Module):
         flat = x.reshape(-1, x.shape[-1])
         ids, weights = route(self.gate(flat), self.num_experts_per_tok, self.norm_topk_prob)
         self._check(weights)
-        # A GPU computes the shared expert while Python looks at the ids. CPU kernels compute at once: they are called
-        # when the reads are under way.
+        # A GPU computes the shared expert while Python looks at the ids. CPU kernels compute immediately, so they are
+        # called after the reads have started.
         shared = () if use_cpu_kernels() else self._shared(flat)
         pending = self.routed.begin(ids, weights, alongside=shared)
         y = pending.combined(flat, weights, *(shared or self._shared(flat)), residual.reshape(flat.shape))
         return y.reshape(residual.shape)
 
     def step(self, h: mx.array, norm: nn.RMSNorm) -> mx.array | None:
-        """``h + self(norm(h))`` of a few tokens on a GPU, in few launches; None where the block has no such step.
+        """Return ``h + self(norm(h))`` for a few tokens on a GPU, in few launches; None if the block has no step.
 
         Args:
-            h: Hidden states, none of them padding. Shape (B, L, H).
+            h: Hidden states without padding. Shape (B, L, H).
             norm: The block's norm.
 
         Raises:
@@ -112,12 +112,12 @@ class StreamingMoE(nn.Module):
         return self.finish(flat, ids, weights, logits, norm).reshape(h.shape)
 
     def finish(self, h: mx.array, ids: mx.array, weights: mx.array, logits: mx.array, norm: nn.RMSNorm) -> mx.array:
-        """Compute ``h + self(norm(h))`` on a GPU, once the router has chosen.
+        """Compute ``h + self(norm(h))`` on a GPU, after the router has chosen.
 
         Args:
             h: Hidden states. Shape (T, H).
             ids: Chosen experts. Shape (T, K).
-            weights: Their weights. Shape (T, K).
+            weights: The router's weights of these experts. Shape (T, K).
             logits: Logits whose last column is the shared expert's gate.
             norm: The block's norm.
 

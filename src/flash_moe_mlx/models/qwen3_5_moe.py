@@ -1,4 +1,4 @@
-"""Qwen3.5-MoE: three GatedDeltaNet layers to one full attention, each followed by a streamed sparse MoE.
+"""Qwen3.5-MoE: three GatedDeltaNet layers per full-attention layer, each followed by a streamed sparse MoE.
 
 Module and weight names are those of MLX checkpoints (``language_model.model.layers...``). Reference:
 transformers' ``Qwen3_5MoeForCausalLM``; shapes and caches follow mlx_lm's ``qwen3_5_moe``.
@@ -20,7 +20,7 @@ from .spec import ModelSpec
 
 
 class SplitGatedDeltaNet(GatedDeltaNet):
-    """GatedDeltaNet with one projection each for qkv, z, b and a."""
+    """GatedDeltaNet with separate projections for qkv, z, b and a."""
 
     def __init__(self, config: ModelConfig, path: str, quantization_of: QuantizationOf):
         super().__init__(config, path, quantization_of)
@@ -51,7 +51,7 @@ class LanguageModel(nn.Module):
 
 
 class Model(HybridModel):
-    """Qwen3.5-MoE, its text model under ``language_model``; vision and multi-token-prediction tensors are skipped."""
+    """Qwen3.5-MoE, with its text model under ``language_model``; skips vision and multi-token-prediction tensors."""
 
     def __init__(self, config: ModelConfig, quantization_of: QuantizationOf):
         super().__init__(config)
@@ -69,5 +69,5 @@ class Model(HybridModel):
 def prepare(
     checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
 ) -> ModelSpec:
-    """See :func:`prepare_hybrid`."""
+    """Build the spec of a Qwen3.5-MoE checkpoint: see :func:`prepare_hybrid`."""
     return prepare_hybrid(checkpoint, stored, streaming, dtype, Model, mlx_name)

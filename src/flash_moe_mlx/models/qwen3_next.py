@@ -1,4 +1,4 @@
-"""Qwen3-Next: as Qwen3.5-MoE, with the GatedDeltaNet projections fused by key head.
+"""Qwen3-Next: like Qwen3.5-MoE, but with the GatedDeltaNet projections fused by key head.
 
 Module and weight names are those of MLX checkpoints (``model.layers...``). Reference: mlx_lm's ``qwen3_next`` and
 transformers' ``Qwen3NextForCausalLM``.
@@ -47,7 +47,7 @@ class FusedGatedDeltaNet(GatedDeltaNet):
 
 
 class Model(HybridModel):
-    """Qwen3-Next, its text model under ``model``; multi-token-prediction tensors are skipped."""
+    """Qwen3-Next, with its text model under ``model``; skips multi-token-prediction tensors."""
 
     def __init__(self, config: ModelConfig, quantization_of: QuantizationOf):
         super().__init__(config)
@@ -68,5 +68,5 @@ class Model(HybridModel):
 def prepare(
     checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
 ) -> ModelSpec:
-    """See :func:`prepare_hybrid`."""
+    """Build the spec of a Qwen3-Next checkpoint: see :func:`prepare_hybrid`."""
     return prepare_hybrid(checkpoint, stored, streaming, dtype, Model, lambda name: name)

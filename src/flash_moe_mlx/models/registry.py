@@ -1,4 +1,4 @@
-"""Which definition serves a model type."""
+"""The model definition for each model type."""
 
 from collections.abc import Callable, Mapping
 
@@ -21,19 +21,19 @@ _FAMILIES: dict[str, Prepare] = {
 def build_spec(
     checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
 ) -> ModelSpec:
-    """The definition that serves a checkpoint's model_type: our own, or mlx-lm's with its experts streamed.
+    """Build the spec by the definition for a checkpoint's model_type: our own, or mlx-lm's with streamed experts.
 
     Args:
-        checkpoint: Opened.
-        stored: Its dense tensors, lazy, by stored name.
-        streaming: load's arguments.
-        dtype: Of activations.
+        checkpoint: The opened checkpoint.
+        stored: The checkpoint's dense tensors by stored name, lazy.
+        streaming: The arguments of load.
+        dtype: Dtype of activations.
 
     Raises:
-        CheckpointError: If the files don't describe such a model, or nobody knows the model type.
-        RequestError: If num_experts_per_tok can't be had.
+        CheckpointError: If the files don't describe such a model, or no definition knows the model type.
+        RequestError: If the model does not support num_experts_per_tok.
     """
     model_type = str(checkpoint.config.get("model_type"))
-    has_file = checkpoint.config.get("model_file") is not None  # which goes before any definition
+    has_file = checkpoint.config.get("model_file") is not None  # takes precedence over any definition
     prepare = switch_glu.prepare if has_file else _FAMILIES.get(model_type, switch_glu.prepare)
     return prepare(checkpoint, stored, streaming, dtype)

@@ -1,4 +1,4 @@
-"""What loading needs to know of a model: its module without weights, the weights it will be given, its costs."""
+"""ModelSpec: the input of loading, that is a module without weights, the weights to load, and its memory."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ import mlx.core as mx
 from ..experts.budget import ModelMemory
 
 DtypeOf = Callable[[str, mx.array], mx.Dtype]
-"""(parameter name, value as stored) to the dtype that it is kept in."""
+"""Function from (parameter name, value as stored) to the dtype it is kept in."""
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model of some type, found good from headers and config.json alone; no weight was read.
+    """A model validated from headers and config.json only; no weights have been read.
 
     Attributes:
-        model: The module, its parameters lazy; has ``attach(engine)``.
-        weights: Dense weights by parameter name, lazy, in the dtypes that they are kept in.
-        costs: Bytes beside the expert slots.
-        num_experts_per_tok: K.
-        lossy: What was asked for that changes results.
+        model: The module, with lazy parameters; has ``attach(engine)``.
+        weights: Dense weights by parameter name, lazy, in the dtypes they are kept in.
+        costs: Memory needed in addition to the expert slots.
+        num_experts_per_tok: Number of experts per token, K.
+        lossy: Descriptions of requested options that change results.
     """
 
     model: Any
@@ -32,15 +32,15 @@ class ModelSpec:
 
 
 def convert(weights: Mapping[str, mx.array], dtype_of: DtypeOf) -> dict[str, mx.array]:
-    """The same weights, lazily in the dtypes that they are to be kept in."""
+    """Convert weights, lazily, to the dtypes they are kept in."""
     return {name: value.astype(dtype_of(name, value)) for name, value in weights.items()}
 
 
 def dense_bytes(weights: Mapping[str, mx.array]) -> int:
-    """Bytes of the dense weights as they are kept."""
+    """Return the bytes of the dense weights as they are kept."""
     return sum(value.nbytes for value in weights.values())
 
 
 def load_bytes(stored: Mapping[str, mx.array]) -> int:
-    """Most that converting one tensor needs beside the result: the largest as stored."""
+    """Return the maximum that converting one tensor needs besides its result: the largest tensor as stored."""
     return max((value.nbytes for value in stored.values()), default=0)

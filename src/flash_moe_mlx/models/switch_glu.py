@@ -1,7 +1,7 @@
-"""Any mlx-lm model whose experts are a SwitchGLU: mlx-lm's own model, with that module streaming its experts.
+"""Streaming for any mlx-lm model whose experts are a SwitchGLU: mlx-lm's own model with that module replaced.
 
-Routers, shared experts, scoring and caches stay mlx-lm's. There is no line per model here: layers are found by
-type, K and the size of the caches by a dry run, in which nothing is evaluated.
+Routers, shared experts, scoring and caches remain mlx-lm's. Nothing here is specific to a model: layers are found by
+type, and K and the cache sizes by a dry run in which nothing is evaluated.
 """
 
 import re
@@ -46,11 +46,11 @@ from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
 _PARTS = {SwitchGLU: {"gate_proj", "up_proj", "down_proj", "activation"}, SwitchMLP: {"fc1", "fc2", "activation"}}
-"""mlx-lm's modules of routed experts that are replaced, and what they consist of."""
+"""Modules of routed experts in mlx-lm that are replaced, with their parts."""
 
 
 class WithoutGate(nn.Module):
-    """Activation of SwitchMLP's experts, which have no gate: mlx-lm's own, on the up projection alone."""
+    """Activation of SwitchMLP's experts, which have no gate: mlx-lm's own, applied to the up projection alone."""
 
     def __init__(self, activation: Callable[[mx.array], mx.array]):
         super().__init__()
@@ -61,9 +61,9 @@ class WithoutGate(nn.Module):
 
 
 class StreamingSwitchGLU(nn.Module):
-    """In place of mlx-lm's SwitchGLU or SwitchMLP.
+    """Replacement of mlx-lm's SwitchGLU or SwitchMLP.
 
-    Before an engine is attached it returns zeros and notes K: the dry run.
+    Until an engine is attached, it returns zeros and notes K; the dry run uses this.
     """
 
     routed: ExpertExecutor | None
@@ -79,7 +79,7 @@ class StreamingSwitchGLU(nn.Module):
         )
 
     def __call__(self, x: mx.array, indices: mx.array) -> mx.array:
-        """Outputs of each token's experts: x (..., H) and indices (..., K) to (..., K, H), in the dtype of x."""
+        """Return each token's expert outputs: x (..., H) and indices (..., K) to (..., K, H), in the dtype of x."""
         shape = (*indices.shape, x.shape[-1])
         if self.routed is None:
             if x.shape[:-1] != indices.shape[:-1]:
@@ -92,24 +92,24 @@ class StreamingSwitchGLU(nn.Module):
         if self.checked and not is_finite(x):
             row = first_bad_row(x.reshape(-1, x.shape[-1]))
             raise non_finite(self.layer, "what the experts are given", row)
-        # The weights stay in mlx-lm's block: a trace says that they are not known.
+        # mlx-lm's block keeps the weights to itself, so the trace marks them as unknown.
         pending = self.routed.begin(indices.reshape(-1, indices.shape[-1]))
         return pending.run(x.reshape(-1, x.shape[-1])).astype(x.dtype).reshape(shape)
 
 
 class StreamingModel:
-    """Mixed into mlx-lm's model class: runs each forward pass under the engine.
+    """Mixin for mlx-lm's model class that runs each forward pass under the engine.
 
     Attributes:
         streaming: The running engine; set by ``attach``.
-        vocabulary_size: Token ids that the embeddings have; set by ``attach``.
+        vocabulary_size: Number of token ids that have embeddings; set by ``attach``.
     """
 
     streaming: StreamingEngine
     vocabulary_size: int
 
     def attach(self, engine: StreamingEngine) -> None:
-        """Make ``engine`` the source of every layer's routed experts."""
+        """Use ``engine`` as the source of every layer's routed experts."""
         self.streaming = engine
         self.vocabulary_size = vocabulary_size(self, getattr(self, "args", None))  # type: ignore[arg-type]
         for module in self._switches():
@@ -128,7 +128,7 @@ class StreamingModel:
         input_embeddings: mx.array | None = None,
         logits_to_keep: int | None = None,
     ) -> mx.array:
-        """Logits, shape (B, L or logits_to_keep, vocabulary); see :class:`HybridModel`."""
+        """Return logits, shape (B, L or logits_to_keep, vocabulary); see :class:`HybridModel`."""
         check_process("model")
         borrow_stream()
         cache = make_prompt_cache(self) if cache is None else cache
@@ -155,12 +155,12 @@ class StreamingModel:
         return logits
 
     def diagnose(self, inputs: mx.array, input_embeddings: mx.array | None = None) -> NonFiniteError:
-        """As :meth:`HybridModel.diagnose`."""
+        """Locate the first non-finite numbers of a pass: see :meth:`HybridModel.diagnose`."""
         with self.streaming.forward_pass(1, 1, 1):
             return self._located(inputs[:1, -1:], _row(input_embeddings, -1), non_finite(None, "the logits"))
 
     def _located(self, inputs: mx.array, embeddings: mx.array | None, found: NonFiniteError) -> NonFiniteError:
-        """Run one token alone; ``found`` if that is finite."""
+        """Run one token alone and return its error, or ``found`` if it is finite."""
         extra = {} if embeddings is None else {"input_embeddings": embeddings}
         cache = make_prompt_cache(self)
         lists = (m.get("layers") for m in self.modules())  # type: ignore[attr-defined]
@@ -190,18 +190,18 @@ def _row(embeddings: mx.array | None, place: int) -> mx.array | None:
 def prepare(
     checkpoint: Checkpoint, stored: Mapping[str, mx.array], streaming: StreamingConfig, dtype: mx.Dtype
 ) -> ModelSpec:
-    """What loading needs to know of an mlx-lm model with streamed experts. No weight is read.
+    """Build the spec of an mlx-lm model with streamed experts. No weights are read.
 
     Args:
-        checkpoint: Opened.
-        stored: Its dense tensors, lazy, by stored name.
-        streaming: load's arguments.
-        dtype: Of activations where the CPU computes; a GPU keeps the checkpoint's own dtypes.
+        checkpoint: The opened checkpoint.
+        stored: The checkpoint's dense tensors by stored name, lazy.
+        streaming: The arguments of load.
+        dtype: Dtype of activations on the CPU; a GPU keeps the checkpoint's own dtypes.
 
     Raises:
         UnsupportedModelError: If mlx-lm does not know the model type, or its experts are not a SwitchGLU.
         CorruptError: If config.json does not describe the checkpoint.
-        RequestError: If num_experts_per_tok can't be had.
+        RequestError: If this model does not support num_experts_per_tok.
     """
     k = streaming.num_experts_per_tok
     most = max(checkpoint.num_experts(layer) for layer in checkpoint.moe_layers)
@@ -222,7 +222,7 @@ def prepare(
     weights = {**stored, **experts}
     with ForeignCode(lambda error: refuse_weights(checkpoint, error)):
         weights = dict(model.sanitize(weights)) if hasattr(model, "sanitize") else weights
-        # Of the experts', what sanitize doesn't know is read here all the same: scales in other tools' names.
+        # Expert tensors that sanitize doesn't know, such as other tools' scales, are also read here.
         own = tuple(f"{path}." for path in swapped)
         weights = {name: v for name, v in weights.items() if not name.startswith(own) and name not in experts}
         _quantize(model, weights, checkpoint)
@@ -248,7 +248,7 @@ def prepare(
 
 
 def _with_experts_per_tok(config: Mapping[str, Any], k: int | None) -> tuple[dict[str, Any], Any]:
-    """The config with K put in, under whichever name the model has for it; and the model's own."""
+    """Return the config with K set, under the model's own name for it, and the model's original K."""
     config = {key: dict(value) if key == "text_config" else value for key, value in config.items()}
     text = config.get("text_config", config)
     name = next((name for name in _K_NAMES if name in text), None)
@@ -259,7 +259,7 @@ def _with_experts_per_tok(config: Mapping[str, Any], k: int | None) -> tuple[dic
 
 
 def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:
-    """The routed experts' tensors, never evaluated: what mlx-lm's sanitize does can depend on their names."""
+    """Return the routed experts' tensors, never evaluated: mlx-lm's sanitize may depend on their names."""
     if checkpoint.manifest:
         return {
             f"{layer.module}.{part.name}": mx.zeros((layer.num_experts, *part.shape), MLX_DTYPES[part.dtype])
@@ -274,7 +274,7 @@ def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:
 
 
 def _build(config: dict[str, Any], checkpoint: Checkpoint, trust_remote_code: bool) -> Any:
-    """mlx-lm's model for a config, its class extended by StreamingModel, parameters lazy."""
+    """Return mlx-lm's model for a config, with its class extended by StreamingModel and lazy parameters."""
     model_class, args_class = find_classes(checkpoint, config, trust_remote_code)
     check_arguments(checkpoint, config, args_class)
     with ForeignCode(lambda error: refuse(config, args_class, error)):
@@ -283,7 +283,7 @@ def _build(config: dict[str, Any], checkpoint: Checkpoint, trust_remote_code: bo
 
 
 def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwitchGLU]:
-    """Put a StreamingSwitchGLU in the place of every SwitchGLU and SwitchMLP; the new ones by path."""
+    """Replace every SwitchGLU and SwitchMLP by a StreamingSwitchGLU, and return the new modules by path."""
     where = f"{checkpoint.config.get('model_type')}"
     swapped: dict[int, StreamingSwitchGLU] = {}
     paths: dict[str, StreamingSwitchGLU] = {}
@@ -320,7 +320,7 @@ def _swap_experts(model: Any, checkpoint: Checkpoint) -> dict[str, StreamingSwit
 
 
 def _quantize(model: Any, weights: Mapping[str, mx.array], checkpoint: Checkpoint) -> None:
-    """Give quantised modules to every path that has scales, as mlx-lm's own loading does."""
+    """Replace every module that has scales by its quantised form, as mlx-lm's own loading does."""
 
     def predicate(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if not hasattr(module, "to_quantized") or f"{path}.scales" not in weights:
@@ -337,9 +337,9 @@ def _quantize(model: Any, weights: Mapping[str, mx.array], checkpoint: Checkpoin
 
 
 def _cache_growth(model: Any, dtype: mx.Dtype, where: str) -> list[CacheGrowth]:
-    """How each cache of one sequence grows, from dry runs: nothing is evaluated."""
+    """Return how each cache of one sequence grows, from dry runs in which nothing is evaluated."""
     runs = []
-    for tokens in (2, 2 + CACHE_STEP):  # of one token, a rotating cache would allocate ahead
+    for tokens in (2, 2 + CACHE_STEP):  # for a single token, a rotating cache would allocate ahead
         with ForeignCode(lambda error: _refuse_run(where, error)):
             caches = make_prompt_cache(model)
             super(StreamingModel, model).__call__(mx.zeros((1, tokens), mx.int32), cache=caches)

@@ -1,7 +1,7 @@
-"""Bytes that an mlx-lm model with streamed experts needs beside its slots: known by its parameters and caches alone.
+"""Memory of an mlx-lm model with streamed experts in addition to its slots, from its parameters and caches alone.
 
-Scratch is a generous estimate, checked against measured peaks by tests/test_switch_glu.py. mlx-lm's attention is not
-cut into blocks, so where no fused kernel runs, all scores of a pass count.
+Scratch is a generous estimate, which tests/test_switch_glu.py checks against measured peaks. mlx-lm's attention is not
+split into blocks, so without a fused kernel all scores of a pass count.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ from ..ops.expert_batch import grouped_rows
 from .spec import dense_bytes
 
 CACHE_STEP = 256
-"""Tokens by which mlx_lm's caches grow."""
+"""Number of tokens by which mlx_lm's caches grow."""
 
 _FLOAT32 = 4
 _MARGIN = 32 << 20
@@ -24,12 +24,12 @@ _MARGIN = 32 << 20
 
 @dataclass(frozen=True)
 class CacheGrowth:
-    """One cache of one sequence.
+    """Growth of one cache of one sequence.
 
     Attributes:
-        fixed_bytes: What does not grow.
-        step_bytes: Growth every 256 tokens.
-        most_tokens: Where it stops growing between passes; None where it doesn't.
+        fixed_bytes: Size of the part that does not grow.
+        step_bytes: Growth per 256 tokens.
+        most_tokens: Length at which it stops growing between passes; None if it never does.
     """
 
     fixed_bytes: int
@@ -47,15 +47,15 @@ class SwitchGLUMemory:
 
     Attributes:
         dense_bytes: Weights kept in memory.
-        load_bytes: Most that loading one tensor needs beyond them.
-        caches: Of one sequence.
-        hidden_size: H of the experts.
-        widest: Most outputs of a dense projection.
-        expert_width: I.
-        vocab_size: Outputs of the last projection.
-        num_experts: E.
-        num_experts_per_tok: K.
-        score_heads: Heads whose scores are held whole; 0 where a fused kernel computes attention.
+        load_bytes: Maximum that loading one tensor needs beyond them.
+        caches: Growth of each cache of one sequence.
+        hidden_size: Width of the experts' input, H.
+        widest: Maximum number of outputs of a dense projection.
+        expert_width: Intermediate width of an expert, I.
+        vocab_size: Number of outputs of the last projection.
+        num_experts: Number of experts, E.
+        num_experts_per_tok: Number of experts per token, K.
+        score_heads: Number of heads whose scores are stored whole; 0 if a fused kernel computes attention.
     """
 
     dense_bytes: int
@@ -84,14 +84,14 @@ class SwitchGLUMemory:
         pairs = min(rows * self.num_experts_per_tok, grouped_rows() + rows)
         lazy = pairs * (3 * self.expert_width + 3 * self.hidden_size)
         expert = 2 * self.expert_width * self.hidden_size
-        products = 2 * self.kept_bytes  # in use, and kept
+        products = 2 * self.kept_bytes  # those in use and those kept
         scores = 3 * batch * self.score_heads * tokens * length
         logits = 4 * batch * self.vocab_size
         values = max(routed + lazy + expert, scores) + routing + dense + logits
         return _FLOAT32 * values + batch * self._pass_bytes(tokens, length) + products + _MARGIN
 
     def _pass_bytes(self, tokens: int, length: int) -> int:
-        """Caches during a pass: one is copied as it grows, and those with a window hold the pass beside it."""
+        """Return the bytes of caches during a pass: a growing one is copied, and a windowed one also holds the pass."""
         copied = max((cache.state_bytes(length) - cache.fixed_bytes for cache in self.caches), default=0)
         steps = -(-tokens // CACHE_STEP)
         return 2 * copied + steps * sum(cache.step_bytes for cache in self.caches if cache.most_tokens is not None)
@@ -100,19 +100,19 @@ class SwitchGLUMemory:
 def switch_glu_costs(
     checkpoint: Checkpoint, weights: Mapping[str, mx.array], load_bytes: int, caches: Sequence[CacheGrowth], k: int
 ) -> SwitchGLUMemory:
-    """Costs of a model from what is known of it before a weight is read.
+    """Return the memory of a model, computed before any weights are read.
 
     Args:
-        checkpoint: Opened.
-        weights: Dense weights as they will be kept, lazy.
-        load_bytes: Most that loading one tensor needs.
-        caches: Of one sequence.
-        k: Experts a token.
+        checkpoint: The opened checkpoint.
+        weights: Dense weights in the dtypes they will be kept in, lazy.
+        load_bytes: Maximum that loading one tensor needs.
+        caches: Growth of each cache of one sequence.
+        k: Number of experts per token.
     """
     layout = checkpoint.layout(checkpoint.moe_layers[0])
     matrices = {name: v.shape[0] for name, v in weights.items() if v.ndim == 2}
     vocab = max((rows for name, rows in matrices.items() if "embed" in name), default=0)
-    # Latent attention adds its rotary scores as a mask, which no fused kernel makes.
+    # Latent attention adds its rotary scores as a mask, which no fused kernel supports.
     whole = backend() == "cpu" or checkpoint.setting("kv_lora_rank") is not None
     return SwitchGLUMemory(
         dense_bytes=dense_bytes(weights),

@@ -1,4 +1,4 @@
-"""Gated full attention: a KV cache, grouped heads, an output gated by a second half of q_proj."""
+"""Gated full attention: a KV cache, grouped heads, and an output gated by the second half of q_proj."""
 
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 
 
 class GatedAttention(nn.Module):
-    """Full attention whose output is gated by ``sigmoid`` of a second half of q_proj.
+    """Full attention whose output is gated by the sigmoid of the second half of q_proj.
 
-    Queries and keys are RMS-normalised per head; rotary embedding covers part of each head.
+    Queries and keys are RMS-normalised per head; the rotary embedding covers part of each head.
     """
 
     weight_name = "self_attn"
@@ -59,7 +59,7 @@ class GatedAttention(nn.Module):
             )
 
     def __call__(self, x: mx.array, cache: Any) -> mx.array:
-        """Shapes (B, L, H) in and out; the cache is advanced by L."""
+        """Map (B, L, H) to (B, L, H) and advance the cache by L."""
         batch, length, _ = x.shape
         mask = create_attention_mask(x, cache)
         queries, gate = mx.split(self.q_proj(x).reshape(batch, length, self.num_heads, -1), 2, axis=-1)
@@ -89,11 +89,11 @@ class GatedAttention(nn.Module):
         """Return an upper bound on the activations of one block.
 
         Args:
-            config: Dimensions.
-            batch: Sequences.
+            config: The model's dimensions.
+            batch: Number of sequences.
             tokens: New tokens per sequence.
-            length: Tokens of context at the end.
-            activation_bytes: Bytes of one activation value.
+            length: Tokens of context at the end of the pass.
+            activation_bytes: Size of one activation value.
             holds_scores: Whether attention writes scores to memory.
         """
         block = min(tokens, mixer_block())
@@ -101,7 +101,7 @@ class GatedAttention(nn.Module):
         projections = batch * block * (8 * width + 4 * config.hidden_size) * activation_bytes
         row = batch * config.num_attention_heads * length * FLOAT32_BYTES
         scores = 3 * row * min(max(MAX_SCORE_BYTES // row, MIN_QUERY_BLOCK), block) if holds_scores else 0
-        # A growing cache is copied, and the product over grouped heads repeats keys or values.
+        # A growing cache is copied, and the product over grouped heads repeats the keys or values.
         keys = 2 * batch * length * config.num_key_value_heads * config.head_dim * activation_bytes
         return projections + scores + 3 * keys
 
@@ -110,12 +110,12 @@ class GatedAttention(nn.Module):
 
         Args:
             x: The normalised hidden state. Shape (H,).
-            y: Output. Shape (H,), float32.
-            pool: Memory shared between layers.
+            y: Output buffer. Shape (H,), float32.
+            pool: Scratch memory shared between layers.
             max_context: Maximum length of a sequence, in tokens.
 
         Raises:
-            UnsupportedLayerError: If the layer has what the operations don't know.
+            UnsupportedLayerError: If the operations do not support the layer.
         """
         return _TokenAttention(self, x, y, pool, max_context)
 
@@ -128,7 +128,7 @@ def _refuse_rope(rope: Mapping[str, Any], error: BaseException) -> CorruptError:
 
 
 class _Rotation:
-    """Cosines and sines of one position, as the model's own rotary embedding makes them."""
+    """Cosines and sines of one position, taken from the model's own rotary embedding."""
 
     def __init__(self, rope: nn.Module, half: int):
         from ...ops.cpu.arrays import empty
@@ -138,7 +138,7 @@ class _Rotation:
         self._position = -1
 
     def turn(self, position: int) -> None:
-        """Compute those of a position, unless they are there."""
+        """Compute those of a position, unless they are already there."""
         from ...ops.cpu.arrays import floats
 
         if position != self._position:
@@ -149,7 +149,7 @@ class _Rotation:
 
 
 class _TokenAttention:
-    """TokenMixer of GatedAttention."""
+    """TokenMixer of a GatedAttention."""
 
     def __init__(self, mixer: GatedAttention, x: "Vector", y: np.ndarray, pool: "Pool", max_context: int):
         from ...ops.cpu import decode_tasks as tasks
@@ -159,7 +159,7 @@ class _TokenAttention:
         heads, kv_heads, dim = mixer.num_heads, mixer.num_kv_heads, mixer.q_norm.weight.shape[0]
         self._kv_heads, self._dim = kv_heads, dim
         half = mixer.rotary_dim // 2
-        # Layers of one shape turn alike.
+        # Layers of the same shape share their rotation.
         self._rotation = pool.get(("rotation", half), lambda: _Rotation(mixer.rope, half))
         splits = -(-max_context // tasks.SPLIT)
         partial = pool.floats("partial", splits * heads, dim + 2)
@@ -200,7 +200,7 @@ class _TokenAttention:
         self.operations = [*inputs, self._place, self._attend, self._join, *out.permutes, output]
 
     def set(self, arrays: Sequence[mx.array], position: int) -> None:
-        """Point the operations at keys and values: see `TokenMixer.set`."""
+        """Point the operations at the keys and values: see `TokenMixer.set`."""
         from ...ops.cpu.arrays import address, view
 
         keys, values = (view(array, np.float32) for array in arrays)

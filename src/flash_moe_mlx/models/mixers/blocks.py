@@ -1,4 +1,4 @@
-"""What mixers share: blocks of a long prompt, units of byte counts, and the protocol of a CPU decode step."""
+"""Shared code of the mixers: blocks of a long prompt, units of byte counts, and the protocol of a CPU decode step."""
 
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol
@@ -16,10 +16,10 @@ CPU_BLOCK, GPU_BLOCK = 256, 1024
 
 
 def mixer_block() -> int:
-    """Return how many tokens a mixer takes at a time.
+    """Return the number of tokens that a mixer processes at a time.
 
-    A constant of the backend: it bounds the scratch of a long prompt (attention scores, projections) without making
-    bits depend on the memory limit, and a GPU needs more tokens than a CPU to be busy.
+    It is a constant of the backend: it bounds the scratch memory of a long prompt (attention scores, projections)
+    without making bits depend on the memory limit, and a GPU needs more tokens than a CPU to be busy.
     """
     return CPU_BLOCK if backend() == "cpu" else GPU_BLOCK
 
@@ -27,14 +27,14 @@ def mixer_block() -> int:
 FLOAT32_BYTES = 4
 
 KV_STEP = 256
-"""Tokens by which mlx_lm's KVCache grows."""
+"""Number of tokens by which mlx_lm's KVCache grows."""
 
 
 class TokenMixer(Protocol):
-    """A mixer of one token as operations of a CPU program, built once per layer.
+    """One token of a mixer as operations of a CPU program, built once per layer.
 
     Attributes:
-        operations: From the normalised hidden state to the mixer's output.
+        operations: Operations from the normalised hidden state to the mixer's output.
     """
 
     operations: "list[Operation]"
@@ -44,10 +44,10 @@ class TokenMixer(Protocol):
 
         Args:
             arrays: The cache's arrays, with room for one more token.
-            position: Tokens before this one.
+            position: Number of tokens before this one.
 
         Raises:
-            RequestError: If the arrays are not those of this mixer's cache.
+            RequestError: If the arrays do not belong to a cache of this mixer.
         """
         ...
 

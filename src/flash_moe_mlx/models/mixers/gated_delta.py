@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class RMSNormGated(nn.Module):
-    """``rms_norm(x) * silu(gate)``, product and SiLU in float32."""
+    """``rms_norm(x) * silu(gate)``, with product and SiLU in float32."""
 
     def __init__(self, dims: int, eps: float):
         super().__init__()
@@ -34,7 +34,7 @@ class RMSNormGated(nn.Module):
 
 
 class DepthwiseConv(nn.Module):
-    """Holder of a causal depthwise convolution's weight, shape (channels, kernel, 1)."""
+    """Holder of the weight of a causal depthwise convolution, shape (channels, kernel, 1)."""
 
     def __init__(self, channels: int, kernel_size: int):
         super().__init__()
@@ -44,7 +44,7 @@ class DepthwiseConv(nn.Module):
 class GatedDeltaNet(nn.Module):
     """Linear attention by the gated delta rule, behind a short causal convolution.
 
-    Subclasses say how a token's projections are stored. Reference: Yang et al. 2024, arXiv:2412.06464.
+    Subclasses define how the projections are stored. Reference: Yang et al. 2024, arXiv:2412.06464.
     """
 
     weight_name = "linear_attn"
@@ -59,15 +59,15 @@ class GatedDeltaNet(nn.Module):
         self.out_proj = Linear(config.linear_value_dim, config.hidden_size, quantization_of(f"{path}.out_proj"))
 
     def projections(self) -> tuple[Linear, ...]:
-        """The stored projections of (B, L, H)."""
+        """Return the stored projections, to be applied to (B, L, H)."""
         raise NotImplementedError
 
     def split(self, *projected: mx.array) -> tuple[mx.array, ...]:
-        """Their results as qkv (B, L, C), z (B, L, Hv * Dv), b and a (B, L, Hv)."""
+        """Split the projections' results into qkv (B, L, C), z (B, L, Hv * Dv), b and a (B, L, Hv)."""
         raise NotImplementedError
 
     def __call__(self, x: mx.array, cache: Any) -> mx.array:
-        """Shapes (B, L, H) in and out; the cache is advanced by L."""
+        """Map (B, L, H) to (B, L, H) and advance the cache by L."""
         config, (batch, length, _) = self.config, x.shape
         mask = create_ssm_mask(x, cache)
         qkv, z, b, a = self.split(*(projection(x) for projection in self.projections()))
@@ -106,13 +106,13 @@ class GatedDeltaNet(nn.Module):
     def scratch_bytes(
         config: ModelConfig, batch: int, tokens: int, length: int, activation_bytes: int, *, holds_scores: bool
     ) -> int:
-        """Return an upper bound on the activations of one block; arguments as `GatedAttention.scratch_bytes`."""
+        """Return an upper bound on the activations of one block; see `GatedAttention.scratch_bytes`."""
         block = min(tokens, mixer_block())
         channels = 8 * config.linear_conv_dim + 8 * config.linear_value_dim + 4 * config.hidden_size
         return batch * (block * channels * FLOAT32_BYTES + 6 * _state_values(config) * FLOAT32_BYTES)
 
     def token_mixer(self, x: "Vector", y: np.ndarray, pool: "Pool", max_context: int) -> TokenMixer:
-        """Build the CPU program of one token; arguments as `GatedAttention.token_mixer`."""
+        """Build the CPU program of one token; see `GatedAttention.token_mixer`."""
         return _TokenDelta(self, x, y, pool)
 
 
@@ -121,7 +121,7 @@ def _state_values(config: ModelConfig) -> int:
 
 
 class _TokenDelta:
-    """TokenMixer of GatedDeltaNet."""
+    """TokenMixer of a GatedDeltaNet."""
 
     def __init__(self, mixer: GatedDeltaNet, x: "Vector", y: np.ndarray, pool: "Pool"):
         from ...ops.cpu import decode_tasks as tasks
@@ -164,7 +164,7 @@ class _TokenDelta:
         self.operations = [*inputs, self._convolve, self._delta, *out.permutes, output]
 
     def set(self, arrays: Sequence[mx.array], position: int) -> None:
-        """Point the operations at window and state: see `TokenMixer.set`."""
+        """Point the operations at the window and the state: see `TokenMixer.set`."""
         from ...ops.cpu.arrays import address, view
 
         window, state = (view(array, np.float32) for array in arrays)
@@ -182,7 +182,7 @@ def _projections(mixer: GatedDeltaNet, x: "Vector", parts: Sequence[np.ndarray],
 
     linears = mixer.projections()
     outputs = [pool.floats(f"projected {i}", linear.weight.shape[0]) for i, linear in enumerate(linears)]
-    # Where each value lies, by splitting positions in place of values.
+    # Find where each value lies by splitting positions instead of values.
     starts = np.cumsum([0, *(output.size for output in outputs)])
     positions = [mx.arange(start, end)[None, None] for start, end in itertools.pairwise(starts.tolist())]
     gathers = []
