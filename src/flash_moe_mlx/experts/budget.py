@@ -72,19 +72,19 @@ class Budget:
 
 
 MAX_STAGING_RECORDS = 64
-"""Two groups of a prompt's experts: more pinned buffers than these would lie idle."""
+"""Maximum number of pinned staging buffers: two groups of a prompt's experts; more would lie idle."""
 
 
 @dataclass(frozen=True)
 class HostBudget:
-    """The host's memory, where a GPU with memory of its own holds the rest of the model.
+    """Division of the host's memory when a GPU's own memory holds the rest of the model.
 
     Attributes:
         limit_bytes: The limit.
-        mapped_bytes: Experts' files, mapped and pinned; 0 where there is no room for all of them.
-        staging_records: Pinned buffers of one record each, where they aren't.
-        staging_bytes: Bytes of these buffers.
-        buffer_bytes: Buffers of direct reads.
+        mapped_bytes: Size of the experts' files, mapped and pinned; 0 if there is no room for all of them.
+        staging_records: Number of pinned buffers, of one record each, if the files are not mapped.
+        staging_bytes: Total size of these buffers.
+        buffer_bytes: Size of the buffers for direct reads.
     """
 
     limit_bytes: int
@@ -95,7 +95,7 @@ class HostBudget:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all this."""
+        """Total bytes."""
         return self.mapped_bytes + self.staging_bytes + self.buffer_bytes
 
 
@@ -108,12 +108,12 @@ def divide_host(
         limit_bytes: The limit.
         file_bytes: Size of all files that hold experts; 0 if they are not to be mapped.
         record_bytes: Bytes of the largest record.
-        load_bytes: Bytes that loading needs for a moment.
-        io_buffer_bytes: Buffers of direct reads.
-        min_records: Smallest number of staging buffers: the experts of one token.
+        load_bytes: Bytes that loading needs temporarily.
+        io_buffer_bytes: Size of the buffers for direct reads.
+        min_records: Minimum number of staging buffers: the experts of one token.
 
     Raises:
-        MemoryLimitError: If it can't hold; names the smallest limit that works.
+        MemoryLimitError: If the limit is too small; names the smallest limit that works.
     """
     if file_bytes and file_bytes + load_bytes <= limit_bytes:
         return HostBudget(limit_bytes, file_bytes, 0, 0, 0)
@@ -161,8 +161,8 @@ def divide(
         tokens: New tokens per sequence in the largest forward pass.
         length: Length of the longest sequence.
         io_buffer_bytes: The engine's own I/O buffers.
-        reserved_bytes: To set aside beside all this: state snapshots, and the states of further sequences.
-        limit_name: The argument that the limit is given as, for errors.
+        reserved_bytes: Memory to reserve in addition: state snapshots, and the states of further sequences.
+        limit_name: Name of the argument that sets the limit, for errors.
 
     Raises:
         MemoryLimitError: If the limit is too small; names the smallest limit that works.

@@ -54,9 +54,9 @@ class StreamingEngine:
         Args:
             store: Store that reads experts as ``plan.reads`` says.
             plan: The memory plan.
-            memory: Memory that experts are read into; None is `UnifiedMemory`.
-            lossy: Options that change results, in words.
-            share: Which experts are this process's, where others compute the rest; ``plan`` counts these alone.
+            memory: Kind of memory that experts are read into; None is `UnifiedMemory`.
+            lossy: Descriptions of the options that change results.
+            share: This process's experts, if other processes compute the rest; ``plan`` counts only these.
         """
         demand = plan.demand
         self._store = store
@@ -149,10 +149,10 @@ class StreamingEngine:
         self._make_room(batch, tokens, length, caches)
 
     def _abandon_pass(self, error: BaseException | None) -> None:
-        # All ranks find numbers that are not finite alike; after anything else they are out of step.
+        # All ranks find the same non-finite numbers; after any other error they are out of step.
         if self._share is not None and not isinstance(error, NonFiniteError):
             self._share.ranks.fail(f"ended a pass: {type(error).__name__} {error}")
-        self._memory.drain()  # reads of what would have come next
+        self._memory.drain()  # cancel reads for experts that would have come next
 
     def _check_open(self) -> None:
         if self._closed:
@@ -258,7 +258,7 @@ class StreamingEngine:
 
     @property
     def limit_bytes(self) -> int:
-        """Limit on the memory that weights, states and slots are in."""
+        """Limit on the memory that holds weights, states and slots."""
         return self._limit_bytes
 
     @property
@@ -268,7 +268,7 @@ class StreamingEngine:
 
     @property
     def peak_memory_bytes(self) -> int:
-        """MLX's peak, and the engine's own buffers where they are in the same memory."""
+        """MLX's peak memory, plus the engine's own buffers if they are in the same memory."""
         return mx.get_peak_memory() + (self._store.buffer_bytes if self._plan.host is None else 0)
 
     @property
@@ -277,7 +277,7 @@ class StreamingEngine:
         return self._reader.counters
 
     def stats(self) -> StreamingStats:
-        """Counters and memory at this moment."""
+        """Return counters and memory use at this moment."""
         counters, budget, host = self._reader.counters.since(self._counted_from), self._budget, self._plan.host
         return StreamingStats(
             tokens=counters.tokens,
@@ -328,15 +328,15 @@ class StreamingEngine:
             return self._reader.recorder
 
     def resize(self, memory_limit: int | str | None = None, *, gpu_memory_limit: int | str | None = None) -> None:
-        """Change the limit on the memory that slots are in, of the running model. Waits for a forward pass under way.
+        """Change the limit on the memory that holds the slots. Waits for the current forward pass to end.
 
         Args:
-            memory_limit: The limit, where there is one memory.
-            gpu_memory_limit: The limit, where a GPU has its own; the host's can't be changed.
+            memory_limit: The new limit, if there is a single memory.
+            gpu_memory_limit: The new limit, if a GPU has its own memory; the host's can't be changed.
 
         Raises:
-            MemoryLimitError: If it can't hold; names the smallest limit that works, and nothing changes.
-            RequestError: If it is not a size, or the other limit is the one to change.
+            MemoryLimitError: If the limit is too small; names the smallest limit that works, and nothing changes.
+            RequestError: If the limit is not a size, or the other limit is the one to change.
             StoreError: If the engine is closed.
         """
         check_process("model.streaming")

@@ -230,12 +230,12 @@ class LocalToken:
         self._late: tuple[list[int], list[int]] = ([], [])
 
     def begin(self, ids: np.ndarray, weights: np.ndarray, traced: np.ndarray | None = None) -> bool:
-        """Start reading what is missing: see `TokenExperts.begin`.
+        """Start reading the missing experts: see `TokenExperts.begin`.
 
         Args:
-            ids: As there.
-            weights: As there.
-            traced: Noted in a trace in place of ids. Shape (K,).
+            ids: The router's choice. Shape (K,), int64.
+            weights: The weights of that choice. Shape (K,), float32.
+            traced: Ids to note in a trace instead of ``ids``. Shape (K,).
         """
         experts = ids.tolist()
         ranks: Sequence[int] = range(len(experts))

@@ -22,9 +22,9 @@ class MemoryDemand:
         layouts: Record layout of each layer with routed experts.
         num_experts: Number of routed experts of each of these layers.
         num_experts_per_tok: K; each layer gets at least as many slots.
-        prefill_step_size: Tokens of the largest forward pass that memory is set aside for.
-        max_context: Tokens of the longest sequence.
-        limit_name: Argument of load that bounds it.
+        prefill_step_size: Number of tokens in the largest forward pass that memory is reserved for.
+        max_context: Length of the longest sequence, in tokens.
+        limit_name: Argument of load that sets the limit.
     """
 
     costs: ModelMemory
@@ -44,14 +44,14 @@ class MemoryDemand:
         streaming: StreamingConfig,
         num_experts: Mapping[int, int] | None = None,
     ) -> "MemoryDemand":
-        """Collect it from a checkpoint's headers, a model's costs and load's arguments.
+        """Collect the demand from a checkpoint's headers, a model's memory and load's arguments.
 
         Args:
             checkpoint: The checkpoint.
-            costs: Bytes of the model besides its expert slots.
-            num_experts_per_tok: K.
-            streaming: load's arguments.
-            num_experts: Experts of each layer that are to be read here; None is all of them.
+            costs: Memory that the model needs in addition to its expert slots.
+            num_experts_per_tok: Number of experts per token, K.
+            streaming: The arguments of load.
+            num_experts: Number of experts per layer to read in this process; None means all of them.
         """
         layers = checkpoint.moe_layers
         return cls(
@@ -101,10 +101,10 @@ class MemoryPlan:
     Attributes:
         demand: The model's demand.
         limit_bytes: The limit.
-        reads: How experts are read.
-        budget: Where the bytes go once the model is loaded.
-        host: The host's memory, where ``limit_bytes`` and ``budget`` are those of a GPU's own; None where kernels read
-            the host's.
+        reads: The way experts are read.
+        budget: Division of the limit once the model is loaded.
+        host: Division of the host's memory, if ``limit_bytes`` and ``budget`` concern a GPU's own memory; None if
+            kernels read the host's.
     """
 
     demand: MemoryDemand
@@ -124,18 +124,18 @@ class MemoryPlan:
         *,
         probe: bool = True,
     ) -> "MemoryPlan":
-        """Divide two limits: a GPU's own memory, and the host's, which experts come from.
+        """Divide two limits: on a GPU's own memory, and on the host's, which experts come from.
 
         Args:
             gpu_limit_bytes: The limit on the GPU's memory: weights, slots, caches, states and scratch.
-            host_limit_bytes: The limit on the host's: mapped and pinned files, or buffers.
+            host_limit_bytes: The limit on the host's memory: mapped and pinned files, or buffers.
             demand: The model's demand.
-            checkpoint: Says which files hold the experts.
-            io: load's ``io``; with "auto" files are mapped and pinned where the host's memory has room for them.
-            probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
+            checkpoint: Checkpoint whose files hold the experts.
+            io: The ``io`` argument of load; with "auto", files are mapped and pinned if they fit into host memory.
+            probe: Whether to find the number of I/O threads by briefly probing the files, if it isn't remembered.
 
         Raises:
-            MemoryLimitError: If one can't hold; names the argument, and the smallest limit that works.
+            MemoryLimitError: If one limit is too small; names the argument and the smallest limit that works.
         """
         demand = replace(demand, limit_name="gpu_memory_limit")
         budget = demand.divide(gpu_limit_bytes, 0)
@@ -212,5 +212,7 @@ class MemoryPlan:
         Raises:
             MemoryLimitError: If the limit is too small; names the smallest limit that works.
         """
-        io_buffer_bytes = self.reads.buffer_bytes if self.host is None else 0  # those are in the other memory
+        io_buffer_bytes = (
+            self.reads.buffer_bytes if self.host is None else 0
+        )  # with a host budget, they are in the other memory
         return self.demand.divide(limit_bytes, io_buffer_bytes, room, reserved_bytes)

@@ -85,35 +85,35 @@ def load(
 
     Args:
         path_or_repo: Local directory, or a repository on the Hugging Face hub.
-        memory_limit: Bytes, or a text such as "8GB" or "8GiB": bounds dense weights, expert slots, KV cache
-            at ``max_context`` and scratch. None takes a safe share of this machine. Where a GPU has memory of its
-            own (CUDA), it bounds the host's: files or buffers that are pinned, and buffers of reads.
-        gpu_memory_limit: Bounds a GPU's own memory: dense weights, expert slots, KV cache and scratch. None takes a
-            safe share of it. Refused on Apple's chips and CPUs, which have one memory.
-        max_context: Tokens of prompt and answer that there must be room for.
-        num_experts_per_tok: Overrides the router's K. Fewer than the model's own is faster and lossy.
-        io: How expert bytes are read: "mmap" or "pread" through the page cache, "direct" past it, or "auto", which
-            chooses by how much of the experts it could hold; ``model.streaming.stats()`` tells what and why.
-        activation_bits: 8 rounds what one or two tokens are multiplied with to 8 bits a group, as llama.cpp does, on
-            the CPU: faster and lossy (logits change by 1 to 2 %). None is exact.
-        verify: Of a packed checkpoint: "full" compares every record that is read with its checksum, and all other
-            files before they are loaded; "sample" one record in 16; False none. Stock checkpoints have no checksums.
+        memory_limit: Bytes, or a text such as "8GB" or "8GiB". Bounds dense weights, expert slots, the KV cache at
+            ``max_context`` and scratch memory. None takes a safe share of this machine's memory. If a GPU has its own
+            memory (CUDA), this bounds the host's: pinned files or buffers, and I/O buffers.
+        gpu_memory_limit: Limit on a GPU's own memory: dense weights, expert slots, KV cache and scratch. None takes a
+            safe share of it. Refused on Apple's chips and CPUs, which have a single memory.
+        max_context: Maximum number of tokens, prompt and answer together, that memory is reserved for.
+        num_experts_per_tok: Override for the router's K. Fewer experts than the model's own K is faster and lossy.
+        io: How to read experts: "mmap" or "pread" through the page cache, "direct" past it, or "auto", which chooses
+            by how many of the experts the page cache could hold. ``model.streaming.stats()`` reports the choice.
+        activation_bits: 8 rounds activations to 8 bits per group in CPU passes of one or two tokens, as llama.cpp
+            does: faster and lossy (logits change by 1 to 2 %). None is exact.
+        verify: Checksum policy for packed checkpoints: "full" checks every record that is read, and all other files
+            before they are loaded; "sample" checks one record in 16; False none. Stock checkpoints have no checksums.
         revision: Branch, tag or commit of the repository.
-        tokenizer_config: Passed to the tokenizer.
-        return_config: Return config.json's contents too.
-        trust_remote_code: Run Python files that come with the checkpoint: its tokenizer's, and the model's own where
-            config.json names a ``model_file``. Only for checkpoints whose code you have read or trust.
-        shard: Whether the ranks that ``mlx.launch`` started share the experts. None: where there are several, by the
-            experts' numbers. A path: as that plan file says. False: each loads the whole model for itself.
-        rank_timeout: Seconds that a rank waits for another before it gives up.
+        tokenizer_config: Options passed to the tokenizer.
+        return_config: Whether to return the contents of config.json too.
+        trust_remote_code: Whether to run Python files that come with the checkpoint: its tokenizer's, and the model's
+            own where config.json names a ``model_file``. Only for checkpoints whose code you have read or trust.
+        shard: How the ranks that ``mlx.launch`` started share the experts. None divides them by number if there are
+            several ranks; a path names a plan file; False makes each rank load the whole model.
+        rank_timeout: Seconds that a rank waits for another one before it gives up.
 
     Returns:
         (model, tokenizer), or (model, tokenizer, config).
 
     Raises:
         CheckpointError: If the files can't be used; subclasses say why.
-        DistributedError: If ranks are not alike, or one fails or doesn't come in time.
-        MemoryLimitError: If the limit can't hold; raised before weights are read, names the smallest that works.
+        DistributedError: If the ranks differ, or one fails or doesn't arrive in time.
+        MemoryLimitError: If the limit is too small. Raised before weights are read; names the smallest that works.
         RequestError: If an argument is not usable.
     """
     streaming = StreamingConfig.from_arguments(
@@ -129,7 +129,7 @@ def load(
                 prepared.checkpoint.directory, eos, tokenizer_config, trust_remote_code=trust_remote_code
             )
             if eos is not None:
-                config["eos_token_id"] = eos  # as mlx_lm's load_config
+                config["eos_token_id"] = eos  # as in mlx_lm's load_config
             undo.pop_all()
         model = prepared.load()
     return (model, tokenizer, config) if return_config else (model, tokenizer)
@@ -233,21 +233,21 @@ def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Che
 
 
 def has_own_memory() -> bool:
-    """Tell whether slots are in a GPU's own memory, which has a limit of its own: on CUDA, with cuda-bindings."""
+    """Return whether slots are in a GPU's own memory, with its own limit: on CUDA, with cuda-bindings."""
     return backend() == "cuda" and cuda_runtime.is_available()
 
 
 def default_gpu_memory_limit_bytes() -> int | None:
-    """Return a safe share of a GPU's own memory; None where there is one memory."""
+    """Return a safe share of a GPU's own memory, or None if there is a single memory."""
     return int(mx.device_info()["total_memory"] * SAFE_SHARE) if has_own_memory() else None
 
 
 def choose_limits(streaming: StreamingConfig) -> tuple[int, int | None]:
-    """Return the limit on the memory that slots are in, and that on the host's where they are in a GPU's own.
+    """Return the limit on the memory that holds the slots, and the host's limit if that is a GPU's own memory.
 
     Raises:
-        MemoryLimitError: If none was asked for and this process may use too little to choose one.
-        RequestError: If a limit was asked for on a memory that isn't there.
+        MemoryLimitError: If no limit was requested and this process may use too little memory to choose one.
+        RequestError: If a limit was requested for a memory that doesn't exist.
     """
     if has_own_memory():
         return streaming.gpu_memory_limit_bytes or default_gpu_memory_limit_bytes() or 0, _choose_limit(streaming)
@@ -277,7 +277,7 @@ def _choose_limit(streaming: StreamingConfig) -> int:
 
 
 def slot_memory(store: ExpertStore, plan: MemoryPlan) -> SlotMemory:
-    """Make the memory that experts are read into, as planned."""
+    """Create the memory that experts are read into, as planned."""
     if plan.host is None:
         return UnifiedMemory(store)
     runtime = cuda_runtime.BoundRuntime()
@@ -302,9 +302,9 @@ def plan_memory(
         checkpoint: The checkpoint.
         spec: Its model.
         streaming: load's arguments.
-        limit_bytes: The limit on the memory that slots are in.
-        host_limit_bytes: The limit on the host's, where that is another.
-        share: This rank's experts, where ranks share them.
+        limit_bytes: The limit on the memory that holds the slots.
+        host_limit_bytes: The limit on the host's memory, if that is a different one.
+        share: This rank's experts, if ranks share them.
         probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
 
     Raises:
@@ -318,7 +318,7 @@ def plan_memory(
 
 
 def limit_reason() -> str:
-    """Say in words where the limit comes from that `choose_limits` takes without being told one."""
+    """Return a phrase that says where the limit comes from that `choose_limits` takes by default."""
     return explain_default_memory_limit(*_device_memory())
 
 
