@@ -93,6 +93,15 @@ class RecordPart:
         return tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
 
     @property
+    def rows_apart(self) -> int:
+        """Stored rows from one row to the next; 0 where rows aren't contiguous."""
+        if self.strides is None:
+            return 1
+        width = self.shape[1] if len(self.shape) == 2 else 1
+        contiguous = len(self.shape) == 1 or (self.strides[1] == 1 and self.strides[0] % width == 0)
+        return self.strides[0] // width if contiguous else 0
+
+    @property
     def span_bytes(self) -> int:
         """Bytes from the first element's to the end of the last one's."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.element_strides, strict=True))

@@ -22,6 +22,7 @@ from ..ops.backend import backend, use_cpu_kernels, use_kernels
 from ..ops.dequant_matmul import dequantizes, product_scratch_bytes
 from ..ops.dequant_matvec import MAX_ROWS
 from ..ops.finite import first_bad_row, is_finite, non_finite
+from ..ops.quantized import has_kernels, reference_bytes
 from . import gpu_step
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .checks import DeferredChecks, check_tokens, checked_later, clamped, locate
@@ -479,6 +480,8 @@ def _largest_projection(checkpoint: Checkpoint) -> int:
     largest = 0
     for layer in checkpoint.moe_layers:
         layout = checkpoint.layout(layer)
+        if not has_kernels(layout, "cpu"):
+            largest = max(largest, 2 * reference_bytes(layout))
         for part in layout.parts:
             quantization = layout.quantization(part.projection)
             packed = 32 // quantization.bits if quantization and part.dtype == "U32" else 1

@@ -13,6 +13,7 @@ from ..formats.checkpoint import Checkpoint
 from ..ops.backend import backend
 from ..ops.dequant_matmul import product_scratch_bytes
 from ..ops.expert_batch import grouped_rows
+from ..ops.quantized import reference_bytes
 from .spec import dense_bytes
 
 CACHE_STEP = 256
@@ -56,6 +57,7 @@ class SwitchGLUMemory:
         num_experts: Number of experts, E.
         num_experts_per_tok: Number of experts per token, K.
         score_heads: Number of heads whose scores are stored whole; 0 if a fused kernel computes attention.
+        reference_bytes: Scratch of experts that MLX's operations compute; 0 where kernels do.
     """
 
     dense_bytes: int
@@ -68,6 +70,7 @@ class SwitchGLUMemory:
     num_experts: int
     num_experts_per_tok: int
     score_heads: int
+    reference_bytes: int
 
     @property
     def kept_bytes(self) -> int:
@@ -88,7 +91,8 @@ class SwitchGLUMemory:
         scores = 3 * batch * self.score_heads * tokens * length
         logits = 4 * batch * self.vocab_size
         values = max(routed + lazy + expert, scores) + routing + dense + logits
-        return _FLOAT32 * values + batch * self._pass_bytes(tokens, length) + products + _MARGIN
+        passing = batch * self._pass_bytes(tokens, length)
+        return _FLOAT32 * values + passing + products + 2 * self.reference_bytes + _MARGIN  # in use, and being made
 
     def _pass_bytes(self, tokens: int, length: int) -> int:
         """Return the bytes of caches during a pass: a growing one is copied, and a windowed one also holds the pass."""
@@ -125,4 +129,5 @@ def switch_glu_costs(
         num_experts=max(checkpoint.num_experts(layer) for layer in checkpoint.moe_layers),
         num_experts_per_tok=k,
         score_heads=(checkpoint.setting("num_attention_heads") or 1) if whole else 0,
+        reference_bytes=max(reference_bytes(checkpoint.layout(layer)) for layer in checkpoint.moe_layers),
     )

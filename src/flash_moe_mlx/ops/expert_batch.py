@@ -6,9 +6,9 @@ import mlx.core as mx
 import numpy as np
 
 from .backend import use_cpu_kernels, use_kernels
-from .dequant_matmul import experts_at_once
+from .dequant_matmul import GROUP_BYTES, experts_at_once
 from .numerics import Activation, swiglu
-from .quantized import has_kernels, lazy_product, sorted_product
+from .quantized import GATHERED_BYTES, has_kernels, lazy_product, pair_bytes, sorted_product
 from .slot_memory import ExpertRecords
 
 CPU_ROWS, GPU_ROWS = 512, 8192
@@ -77,14 +77,14 @@ def expert_ffn_grouped(
         return y
     if use_kernels():
         return _grouped_products(y, x, bank, slots, pairs, k, activation)
-    rows = 0
+    rows, weight_bytes = 0, 0
     for slot, own in zip(slots, pairs, strict=True):
         y[mx.array(own)] = expert_ffn_batch(x[mx.array(own // k)], bank, slot, activation)
-        # A lazy graph over the whole group would hold all its experts' activations at once.
-        rows += len(own)
-        if rows >= CPU_ROWS:
+        # A lazy graph over the whole group would hold all its experts' activations and weights at once.
+        rows, weight_bytes = rows + len(own), weight_bytes + pair_bytes(bank.layout)
+        if rows >= CPU_ROWS or weight_bytes >= GATHERED_BYTES:
             mx.eval(y)
-            rows = 0
+            rows, weight_bytes = 0, 0
     mx.eval(y)
     return y
 
@@ -103,6 +103,8 @@ def _grouped_products(
     Which experts share a call changes no bits: a row's product is its own.
     """
     at_once = experts_at_once(bank.layout.hidden_size, bank.layout.intermediate_size)
+    # What is dequantised by several operations takes more than its float32 weights.
+    at_once = max(1, min(at_once, GROUP_BYTES // pair_bytes(bank.layout)))
     for first, last in _runs([len(own) for own in pairs], at_once, grouped_rows()):
         chosen, own = mx.array(slots[first:last], mx.uint32), pairs[first:last]
         index = mx.array(np.repeat(np.arange(len(own), dtype=np.uint32), [len(each) for each in own]))

@@ -13,7 +13,7 @@ from .gpu.geometry import Geometry, choose_geometry, load_width
 from .gpu.kernel_source import Constants, Kernel
 from .norm import Norm
 from .numerics import Activation, swiglu
-from .quantized import gathered_product, has_kernels
+from .quantized import come_one_by_one, gathered_product, has_kernels
 from .slot_memory import MLX_DTYPES, ExpertRecords
 
 WORD_BYTES = 4
@@ -324,4 +324,13 @@ def expert_ffn(
 
         return experts.expert_ffn(x, bank, slots, activation)
     # Not "or": an nn.Module without parameters is an empty dict, hence false.
-    return expert_ffn_reference(x, bank, slots, swiglu if activation is None else activation)
+    chosen = swiglu if activation is None else activation
+    if not come_one_by_one(bank.layout, slots.size):
+        return expert_ffn_reference(x, bank, slots, chosen)
+    tokens, k = slots.shape
+    outputs = []
+    for token in range(tokens):
+        for rank in range(k):
+            outputs.append(expert_ffn_reference(x[token : token + 1], bank, slots[token, rank].reshape(1, 1), chosen))
+            mx.eval(outputs[-1])
+    return mx.concatenate(outputs, axis=1).reshape(tokens, k, -1)

@@ -11,8 +11,13 @@ import mlx.core as mx
 from ..formats.expert_layout import PROJECTIONS, Quantization, RecordLayout
 from ..formats.schemes import AFFINE
 from .backend import use_cpu_kernels, use_kernels
-from .dequant_matmul import dequant_matmul, dequantizes
+from .dequant_matmul import TILE_BYTES, dequant_matmul, dequantizes
 from .dequant_matvec import dequant_matvec, dequant_matvec_reference
+
+GATHERED_BYTES = 64 << 20
+"""Memory of experts that MLX's operations compute at once: beyond it they come one by one, to the same bits."""
+
+_MANY_PAIRS = 64  # more experts than that are seldom waiting at once where they are small
 
 Parts = Mapping[str, mx.array]
 """A quantised matrix, or a stack of them: "weight" and the other parts of its mode."""
@@ -20,12 +25,48 @@ Parts = Mapping[str, mx.array]
 
 def has_kernels(layout: RecordLayout, backend: str) -> bool:
     """Tell whether our kernels of a backend, "cpu" or "gpu", take a record's layout and quantised projections."""
-    if backend == "cpu":
-        from .cpu import experts
-
-        return experts.reads(layout)
     known = all(q is None or backend in q.scheme.kernels for _, q in layout.quantizations)
+    if backend == "cpu":
+        return known and all(_steps_over_rows(layout, *own) for own in layout.quantizations)
     return known and not layout.has_views and layout.projections == PROJECTIONS
+
+
+def _steps_over_rows(layout: RecordLayout, projection: str, quantization: Quantization | None) -> bool:
+    """Tell whether the CPU's kernels read a projection's rows where they lie: in order, or every other one of codes."""
+    apart = {part.rows_apart for part in layout.parts if part.projection == projection}
+    return apart == {1} or (apart == {2} and quantization is not None and quantization.scheme.coded)
+
+
+def pair_bytes(layout: RecordLayout) -> int:
+    """Return the most that MLX's operations hold to compute one expert on a few rows, besides its record.
+
+    Two projections are alive at once: their parts, gathered, and what is made of them.
+    """
+    each = max(_bytes_per_weight(quantization) for _, quantization in layout.quantizations)
+    return 2 * layout.hidden_size * layout.intermediate_size * each
+
+
+def come_one_by_one(layout: RecordLayout, pairs: int) -> bool:
+    """Tell whether so many pairs of a token and an expert are computed one after the other, to bound their scratch.
+
+    A GPU's graph stays lazy, unless weights are dequantised by several operations.
+    """
+    lazily = use_kernels() and all(q is None or _multiplies(q) for _, q in layout.quantizations)
+    return not lazily and pairs * pair_bytes(layout) > GATHERED_BYTES
+
+
+def reference_bytes(layout: RecordLayout) -> int:
+    """Return the scratch of experts that MLX's operations compute; 0 where kernels take the layout."""
+    if (use_cpu_kernels() and has_kernels(layout, "cpu")) or (use_kernels() and has_kernels(layout, "gpu")):
+        return 0
+    return max(min(GATHERED_BYTES, _MANY_PAIRS * pair_bytes(layout)), pair_bytes(layout))
+
+
+def _bytes_per_weight(quantization: Quantization | None) -> int:
+    if quantization is None:
+        return 8  # as stored, and float32
+    # Dequantised: codes, scales and products in float32, rounded once, and float32 again.
+    return 2 if _multiplies(quantization) else 24
 
 
 def dequantize(parts: Parts, quantization: Quantization, dtype: mx.Dtype = mx.float32) -> mx.array:
@@ -93,9 +134,30 @@ def product_reference(x: mx.array, parts: Parts, quantization: Quantization) -> 
         sizes = {"bits": quantization.bits, "group_size": quantization.group_size}
         return dequant_matvec_reference(x, own["weight"], own["scales"], own["biases"], **sizes)
     if not _multiplies(quantization) or dequantizes():
-        return (rows @ dequantize(parts, quantization).T).astype(x.dtype)
+        return _tiled_product(rows, parts, quantization).astype(x.dtype)
     y = mx.quantized_matmul(rows, own["weight"], own["scales"], own.get("biases"), **mlx_arguments(quantization))
     return _times_factors(y, parts, quantization).reshape(y.shape).astype(x.dtype)
+
+
+def _tiled_product(x: mx.array, parts: Parts, quantization: Quantization) -> mx.array:
+    """Multiply float32 rows with the matrix, dequantised some of its rows at a time where they are many."""
+    outputs, block = parts["weight"].shape[0], quantization.scheme.block_rows
+    tile = max(1, TILE_BYTES // (x.shape[-1] * mx.float32.size * block)) * block
+    if outputs <= tile:
+        return x @ dequantize(parts, quantization).T
+    results = []
+    for first in range(0, outputs, tile):
+        own = {
+            name: part
+            if part.ndim == 0
+            else part[first : first + tile]
+            if name == "weight" or block == 1
+            else part[first // block : -(-(first + tile) // block)]
+            for name, part in parts.items()
+        }
+        results.append(x @ dequantize(own, quantization).T)
+        mx.eval(results[-1])
+    return mx.concatenate(results, axis=-1)
 
 
 def product(x: mx.array, parts: Parts, quantization: Quantization) -> mx.array:

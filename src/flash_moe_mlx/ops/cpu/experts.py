@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import mlx.core as mx
 import numpy as np
 
-from ...formats.expert_layout import Quantization, RecordLayout, RecordPart
+from ...formats.expert_layout import Quantization, RecordLayout
 from ..numerics import Activation
 from ..slot_memory import ExpertRecords
 from .arrays import RECORD_KINDS, Output, address, empty, float_at, floats, view
@@ -33,27 +33,6 @@ def bank_addresses(bank: ExpertRecords, slots: np.ndarray) -> dict[str, np.ndarr
     return part_addresses(bank.layout, base + slots.astype(np.int64) * bank.layout.record_bytes)
 
 
-def reads(layout: RecordLayout) -> bool:
-    """Tell whether these kernels read records of a layout: of modes that they know, with rows that are contiguous."""
-    for projection, quantization in layout.quantizations:
-        parts = [part for part in layout.parts if part.projection == projection]
-        if quantization is not None and "cpu" not in quantization.scheme.kernels:
-            return False
-        apart = {_rows_apart(part) for part in parts}
-        if apart != {1} and not (quantization and quantization.scheme.coded and apart == {2}):
-            return False
-    return True
-
-
-def _rows_apart(part: RecordPart) -> int:
-    """Stored rows from one row of a part to the next; 0 where rows aren't contiguous."""
-    if part.strides is None:
-        return 1
-    width = part.shape[1] if len(part.shape) == 2 else 1
-    whole = len(part.shape) == 1 or (part.strides[1] == 1 and part.strides[0] % width == 0)
-    return part.strides[0] // width if whole else 0
-
-
 def matrices(layout: RecordLayout, projection: str, addresses: Mapping[str, np.ndarray]) -> Matrices:
     """One projection of P experts. ``addresses`` has their memory alive."""
     quantization = layout.quantization(projection)
@@ -61,7 +40,7 @@ def matrices(layout: RecordLayout, projection: str, addresses: Mapping[str, np.n
     bias = layout.by_name.get(f"{projection}.bias")
     own = {part.part: part for part in layout.quantized_parts(projection)}
     stored = own.get("scales", weight)
-    form = format_of(quantization, stored.dtype, _rows_apart(weight))
+    form = format_of(quantization, stored.dtype, weight.rows_apart)
     places = {name: addresses[part.name] for name, part in own.items()}
     return Matrices(
         form,
