@@ -48,3 +48,12 @@ def test_runs_keep_to_their_bounds():
     runs = list(expert_batch._runs([3, 3, 3, 9, 1, 1, 1, 1], 3, 6))
     assert runs == [(0, 2), (2, 3), (3, 4), (4, 7), (7, 8)]
     assert list(expert_batch._runs([], 3, 6)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["f32", "bf16"])
+def test_a_gpu_computes_what_the_kernel_for_single_tokens_does(dtype: mx.Dtype):
+    bank, dense = oracle.make_bank(HIDDEN, WIDTH, EXPERTS, [4] * 3, [32] * 3)
+    x = mx.array(RNG.normal(size=(TOKENS, HIDDEN)).astype(np.float32)).astype(dtype)
+    expected = oracle.expert_ffn_oracle(x, dense, mx.array(IDS))
+    oracle.assert_close("grouped", expected, mx.array(grouped(x, bank)), 2e-3 if dtype == mx.float32 else 1e-2)

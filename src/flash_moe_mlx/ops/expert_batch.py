@@ -109,7 +109,7 @@ def _grouped_products(
         chosen, own = mx.array(slots[first:last], mx.uint32), pairs[first:last]
         index = mx.array(np.repeat(np.arange(len(own), dtype=np.uint32), [len(each) for each in own]))
         rows = np.concatenate(own)
-        each = x[mx.array(rows // k)][:, None]
+        each = x[mx.array(rows // k)].reshape(len(rows), 1, -1)
         up = _sorted_product(each, bank, "up_proj", chosen, index)
         gate = _sorted_product(each, bank, "gate_proj", chosen, index) if bank.layout.has_gate else up
         # Not "or": an nn.Module without parameters is an empty dict, hence false.

@@ -207,6 +207,8 @@ def sorted_product(x: mx.array, parts: Parts, quantization: Quantization | None,
     Returns:
         Shape (R, 1, out), dtype of x. Sums are float32.
     """
+    # Reshaped, not expanded: MLX's grouped product on CUDA takes the stride of the axis of one for that of the rows.
+    x = x.reshape(len(x), -1).reshape(len(x), 1, -1)
     if quantization is None or not _multiplies(quantization) or dequantizes():
         # In float32, then rounded once: in bfloat16 the product with the scale would be rounded as well.
         dense = parts["weight"] if quantization is None else dequantize(parts, quantization)

@@ -7,6 +7,7 @@ room for all of them (`MappedMemory`), or by way of a few pinned buffers that re
 
 import ctypes
 import queue
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
@@ -144,6 +145,9 @@ class MappedMemory(CudaMemory):
         self._checked: set[tuple[int, int]] = set()
         self._held: list[bytearray] = []  # records compared with their checksums, while they are copied from here
         self.host_bytes = 0
+        # A model that is dropped without being closed must not leave its addresses pinned.
+        self._unpin = weakref.finalize(self, _unpin, runtime, self._addresses, self._files)
+        self._unpin.atexit = False
         with ExitStack() as undo:
             undo.callback(self.close)
             for path in source.checkpoint.expert_files:
@@ -198,12 +202,15 @@ class MappedMemory(CudaMemory):
     def close(self) -> None:
         """Unpin and unmap the files."""
         super().close()
-        while self._addresses:
-            _, address = self._addresses.popitem()
-            self.runtime.unregister(address)
-        while self._files:
-            self._files.popitem()[1].close()
+        _unpin(self.runtime, self._addresses, self._files)
         self.host_bytes = 0
+
+
+def _unpin(runtime: CudaRuntime, addresses: dict[Path, int], files: dict[Path, ReadOnlyFile]) -> None:
+    while addresses:
+        runtime.unregister(addresses.popitem()[1])
+    while files:
+        files.popitem()[1].close()
 
 
 class _Staged:
