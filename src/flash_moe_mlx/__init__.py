@@ -1,12 +1,12 @@
-"""Run Mixture-of-Experts language models larger than memory on MLX: experts are streamed from SSD.
+"""Run Mixture-of-Experts language models larger than memory on MLX by streaming experts from the SSD.
 
 from flash_moe_mlx import load, generate
 
 model, tokenizer = load("path/to/checkpoint", memory_limit="8GB")
 print(generate(model, tokenizer, "Explain mixture-of-experts in one line.", max_tokens=100))
 
-Importing the package is cheap: a name's module (and with it mlx, mlx_lm and transformers) is imported on
-the name's first use.
+Importing the package is cheap: modules (and with them mlx, mlx_lm and transformers) are imported when one of
+their names is first used.
 """
 
 import logging
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 system.lift_command_buffer_size()  # before MLX's first use
-logging.getLogger(__name__).addHandler(logging.NullHandler())  # messages are the application's to show
+logging.getLogger(__name__).addHandler(logging.NullHandler())  # the application decides what to do with log messages
 
 __all__ = [
     "load",

@@ -1,4 +1,4 @@
-"""What a model is (ModelConfig, from config.json) and how it is to be run (StreamingConfig, from load's arguments)."""
+"""Model dimensions (ModelConfig, from config.json) and run settings (StreamingConfig, from load's arguments)."""
 
 import re
 from collections.abc import Mapping
@@ -13,21 +13,21 @@ from .formats.safetensors_header import brief, some
 READ_MODES = ("mmap", "pread", "direct")
 IO_MODES = ("auto", *READ_MODES)
 DEFAULT_PREFILL_STEP_SIZE = 2048
-"""Tokens of prompt per forward pass where the caller names none: mlx_lm's own default."""
+"""Default number of prompt tokens per forward pass, as in mlx_lm."""
 
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 def parse_size(size: int | str, name: str = "memory_limit") -> int:
-    """Bytes of a size given as a number or as text: ``8_000_000_000``, "8GB" (10^9) or "8GiB" (2^30).
+    """Return the number of bytes of a size given as a number or text: ``8_000_000_000``, "8GB" (10^9) or "8GiB" (2^30).
 
     Args:
         size: The size.
         name: The argument that it is given as, for errors.
 
     Raises:
-        RequestError: If it is not a positive size.
+        RequestError: If the size is not positive.
     """
     if isinstance(size, int) and not isinstance(size, bool):
         nbytes = size
@@ -43,10 +43,10 @@ def parse_size(size: int | str, name: str = "memory_limit") -> int:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Dimensions of a Qwen3.5-MoE or Qwen3-Next text model, in config.json's own words.
+    """Dimensions of a Qwen3.5-MoE or Qwen3-Next text model, named as in config.json.
 
     ``layer_types`` names each layer's mixer, "linear_attention" (GatedDeltaNet) or "full_attention";
-    ``dense_layers`` are those without experts, of width ``intermediate_size``.
+    ``dense_layers`` lists the layers without experts, whose width is ``intermediate_size``.
     """
 
     model_type: str
@@ -81,7 +81,7 @@ class ModelConfig:
 
         Raises:
             CorruptError: If a dimension is missing or is not a positive number.
-            UnsupportedModelError: If the activation or a layer's type is unknown.
+            UnsupportedModelError: If the activation or a layer type is unknown.
         """
         text = {**config, **config["text_config"]} if isinstance(config.get("text_config"), Mapping) else config
         values = read_fields(text, HYBRID_FIELDS)
@@ -164,36 +164,36 @@ class ModelConfig:
                 )
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ModelConfig":
-        return self  # nothing in it changes, and rope_parameters can't be copied
+        return self  # immutable, and rope_parameters can't be copied
 
     @property
     def linear_key_dim(self) -> int:
-        """Width of all GatedDeltaNet keys of a token."""
+        """Total width of the GatedDeltaNet keys per token."""
         return self.linear_num_key_heads * self.linear_key_head_dim
 
     @property
     def linear_value_dim(self) -> int:
-        """Width of all GatedDeltaNet values of a token."""
+        """Total width of the GatedDeltaNet values per token."""
         return self.linear_num_value_heads * self.linear_value_head_dim
 
     @property
     def linear_conv_dim(self) -> int:
-        """Channels of the causal convolution: queries, keys and values."""
+        """Number of channels of the causal convolution: queries, keys and values."""
         return 2 * self.linear_key_dim + self.linear_value_dim
 
 
 @dataclass(frozen=True)
 class StreamingConfig:
-    """How a model is to be run: load's arguments, checked.
+    """Validated arguments of load.
 
     Attributes:
-        memory_limit_bytes: The hard bound; None leaves the choice to the machine.
-        max_context: Tokens of KV cache and prompt that the bound must leave room for.
-        num_experts_per_tok: Overrides the router's K; fewer than the model's own is lossy.
+        memory_limit_bytes: Maximum memory; None chooses a default for this machine.
+        max_context: Context length to reserve memory for, in tokens.
+        num_experts_per_tok: Override of the router's K; fewer than the model's own is lossy.
         io: How expert bytes are read: "auto", "mmap", "pread" or "direct".
-        prefill_step_size: Tokens a forward pass that scratch memory is set aside for.
-        activation_bits: 8 rounds what one or two tokens are multiplied with (lossy); None is exact.
-        trust_remote_code: Whether Python files of the checkpoint may be run.
+        prefill_step_size: Tokens per forward pass to reserve scratch memory for.
+        activation_bits: 8 quantises activations in CPU decode to 8 bits (lossy); None is exact.
+        trust_remote_code: Whether the checkpoint's Python files may be run.
         gpu_memory_limit_bytes: The hard bound on a GPU's own memory; None leaves the choice to the GPU.
     """
 
@@ -217,10 +217,10 @@ class StreamingConfig:
         trust_remote_code: bool = False,
         gpu_memory_limit: int | str | None = None,
     ) -> "StreamingConfig":
-        """Check load's arguments.
+        """Validate load's arguments.
 
         Raises:
-            RequestError: If one is not usable, saying which and why.
+            RequestError: If an argument is invalid; the message says which and why.
         """
         if not isinstance(max_context, int) or isinstance(max_context, bool) or max_context < 1:
             raise RequestError(f"[max_context] must be a positive number of tokens, got {max_context!r}. Try 8192.")

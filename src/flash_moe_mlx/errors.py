@@ -1,4 +1,4 @@
-"""The exception tree. Every error a user can meet says where, what must hold, what was found and what to do.
+"""The exception tree. Every error says where it happened, what was expected, what was found and what to do.
 
     FlashMoEError
     +-- CheckpointError            the files can't be used as a checkpoint
@@ -9,7 +9,7 @@
     +-- StoreError                 reading experts failed
     |   +-- ShortReadError         a file ended before the record did
     |   +-- ChecksumError          a record's bytes are not those that were packed (also a CorruptError)
-    +-- PackError                  packing stopped; what was done is kept, and running it again goes on
+    +-- PackError                  packing stopped; what was done is kept, and running it again resumes
     |   +-- DiskFullError          the disk has too little room for the result
     +-- ShapeError                 an array's shape breaks a kernel's contract
     +-- NonFiniteError             the model computed NaN or infinity
@@ -21,7 +21,7 @@ Messages follow ``[where] what must hold, got what. What to do.``
 
 
 class FlashMoEError(Exception):
-    """Base of every error this library raises on purpose."""
+    """Base class of every error this library raises on purpose."""
 
 
 class CheckpointError(FlashMoEError):
@@ -41,10 +41,10 @@ class UnsupportedModelError(CheckpointError):
 
 
 class MemoryLimitError(FlashMoEError):
-    """The memory limit is too small for what was asked.
+    """The memory limit is too small for the request.
 
     Attributes:
-        smallest_limit_bytes: The smallest limit that works, or None where it is not known.
+        smallest_limit_bytes: The smallest limit that works, or None if unknown.
     """
 
     def __init__(self, message: str, smallest_limit_bytes: int | None = None):
@@ -61,18 +61,18 @@ class ShortReadError(StoreError):
 
 
 class ChecksumError(StoreError, CorruptError):
-    """A record was read whole, twice, and its bytes are not those that were packed."""
+    """A record was read completely, twice, and doesn't match its checksum."""
 
 
 class PackError(FlashMoEError):
-    """Packing stopped. What was done is kept: the same call goes on where this one stopped."""
+    """Packing stopped. Finished work is kept: repeat the same call to resume."""
 
 
 class DiskFullError(PackError):
-    """The disk has too little room.
+    """The disk has too little free space.
 
     Attributes:
-        missing_bytes: How much more must be free.
+        missing_bytes: Additional bytes that must be free.
     """
 
     def __init__(self, message: str, missing_bytes: int):
@@ -88,8 +88,8 @@ class NonFiniteError(FlashMoEError):
     """The model computed NaN or infinity.
 
     Attributes:
-        layer: Index of the layer where it began; None if it began outside the layers or could not be found.
-        token: Index of the first token concerned among those of the forward pass, if it is known.
+        layer: Index of the first layer concerned; None if outside the layers or unknown.
+        token: Index of the first token concerned in the forward pass, if known.
     """
 
     def __init__(self, message: str, layer: int | None = None, token: int | None = None):
@@ -103,4 +103,4 @@ class DistributedError(FlashMoEError):
 
 
 class RequestError(FlashMoEError, ValueError):
-    """An argument of a call is not usable."""
+    """An argument of a call is invalid."""

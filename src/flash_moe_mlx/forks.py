@@ -1,4 +1,4 @@
-"""Refuses work in a process forked from one that computed: MLX's threads are not in it, and it would wait for ever."""
+"""Refuses work in a process forked after MLX was used: MLX's threads don't survive the fork, so it would hang."""
 
 import os
 import sys
@@ -10,12 +10,12 @@ from .errors import StoreError
 _PROBE_SECONDS = 2.0
 _PF_FORKNOEXEC = 0x40  # linux/sched.h
 
-_in_use = False  # this process, or one that it was forked from, has loaded a model
+_in_use = False  # this process, or one it was forked from, has loaded a model
 _forked = False  # after that
 
 
 def _was_forked() -> bool:
-    """Whether Linux says that this process is a fork that has run no other program since."""
+    """Return whether Linux reports this process as a fork that hasn't exec'd since."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -23,15 +23,15 @@ def _was_forked() -> bool:
     return bool(int(fields[6]) & _PF_FORKNOEXEC)
 
 
-# Forked from a process that had imported MLX, and may have computed with it. This module may come later than the fork.
+# Forked from a process that had imported MLX and may have used it; this module may be imported after the fork.
 _doubtful = "mlx.core" in sys.modules and _was_forked()
 
 
 def check_process(where: str) -> None:
-    """Raise in a process that was forked after a model was loaded.
+    """Raise an error in a process that was forked after a model was loaded.
 
     Args:
-        where: Named in the message: "load" or "model.streaming".
+        where: Origin named in the message: "load" or "model.streaming".
 
     Raises:
         StoreError: If this process can't compute.
@@ -44,15 +44,15 @@ def check_process(where: str) -> None:
 
 
 def is_forked() -> bool:
-    """Whether this process was forked after a model was loaded."""
+    """Return whether this process was forked after a model was loaded."""
     return _forked
 
 
 def begin_use() -> None:
-    """Note that this process computes. Called by ``load`` before MLX is asked for anything.
+    """Record that this process uses MLX. Called by ``load`` before the first use of MLX.
 
     Raises:
-        StoreError: If this process was forked from one that had computed.
+        StoreError: If this process was forked from one that had used MLX.
     """
     global _in_use, _forked, _doubtful
     check_process("load")
@@ -64,7 +64,7 @@ def begin_use() -> None:
 
 
 def _computes() -> bool:
-    """Whether MLX still answers on this thread's stream."""
+    """Return whether MLX still responds on this thread's stream."""
     import mlx.core as mx
 
     stream = mx.default_stream(mx.default_device())

@@ -1,4 +1,4 @@
-"""How much memory this process may use: physical memory, cgroup limits, Metal's recommended working set."""
+"""Memory and cores available to this process: physical memory, cgroup limits, Metal's recommended working set."""
 
 import os
 from pathlib import Path
@@ -8,25 +8,25 @@ from .system import installed_memory_bytes
 
 CGROUP_ROOT = Path("/sys/fs/cgroup")
 PROCESS_OVERHEAD_BYTES = 600_000_000
-"""Interpreter, libraries and tokenizer: they come on top of ``memory_limit`` (DESIGN, promise 2)."""
+"""Memory of the interpreter, libraries and tokenizer, which ``memory_limit`` doesn't include (docs/quickstart.md)."""
 
 SAFE_SHARE = 0.7
-"""Of the memory that may be used; the rest is for the page cache and for other programs."""
+"""Default share of the usable memory; the rest is left to the page cache and other programs."""
 
 LITTLE_SHARE = 0.5
-"""Of the memory beyond the interpreter's, where that is most of what may be used."""
+"""Default share of the memory left by the interpreter, on machines where the interpreter takes most of it."""
 
 WORKING_SET_SHARE = 0.9
-"""Of Metal's recommended working set, which has the system's share taken off already."""
+"""Default share of Metal's recommended working set, which already excludes the system's share."""
 
 
 def physical_memory_bytes() -> int:
-    """Installed memory of this machine in bytes."""
+    """Return the installed memory of this machine in bytes."""
     return installed_memory_bytes()
 
 
 def cgroup_limit_bytes(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> int | None:
-    """The smallest memory limit of this process's control group and its parents (v1 and v2), or None."""
+    """Return the smallest memory limit of this process's control group and its parents (v1 and v2), or None."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -56,18 +56,18 @@ def _read_limit(path: Path) -> list[int]:
 
 
 def usable_memory_bytes() -> int:
-    """Memory of this machine, or of this process's control group where that is less."""
+    """Return the memory of this machine, or of this process's control group if that is smaller."""
     return min(size for size in (physical_memory_bytes(), cgroup_limit_bytes()) if size is not None)
 
 
 def default_memory_limit_bytes(
     recommended_working_set_bytes: int | None = None, gpu_memory_bytes: int | None = None
 ) -> int:
-    """Return a safe share of what this process may use, where the caller names no limit; 0 where nothing is left.
+    """Return the default memory limit, a safe share of the usable memory; 0 if nothing is left.
 
     Args:
-        recommended_working_set_bytes: Metal's figure for this GPU, where there is one.
-        gpu_memory_bytes: Memory of a GPU that has its own.
+        recommended_working_set_bytes: Metal's recommended working set for this GPU, if any.
+        gpu_memory_bytes: Dedicated memory of the GPU, if it has any.
     """
     return _default_limit(recommended_working_set_bytes, gpu_memory_bytes)[0]
 
@@ -75,7 +75,7 @@ def default_memory_limit_bytes(
 def explain_default_memory_limit(
     recommended_working_set_bytes: int | None = None, gpu_memory_bytes: int | None = None
 ) -> str:
-    """Say in words where `default_memory_limit_bytes` comes from."""
+    """Explain in words how `default_memory_limit_bytes` was computed."""
     return _default_limit(recommended_working_set_bytes, gpu_memory_bytes)[1]
 
 
@@ -96,14 +96,14 @@ def _default_limit(working_set: int | None, gpu_memory: int | None) -> tuple[int
             f"{LITTLE_SHARE:.0%} of what {format_bytes(usable)} of memory have beyond {overhead} for the interpreter "
             "and its libraries"
         )
-    # The interpreter lies in the host's memory, so nothing is taken off a GPU's own for it.
+    # The interpreter uses host memory, so nothing is subtracted for it from a GPU's dedicated memory.
     if gpu_memory and int(gpu_memory * SAFE_SHARE) < limit:
         limit, reason = int(gpu_memory * SAFE_SHARE), f"{SAFE_SHARE:.0%} of {format_bytes(gpu_memory)} of GPU memory"
     return max(limit, 0), reason
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1

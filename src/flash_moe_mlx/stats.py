@@ -1,4 +1,4 @@
-"""Counters of the streaming engine and what they render to. Plain data: no MLX import."""
+"""Counters of the streaming engine and their text and HTML forms. Plain data: no MLX import."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -7,7 +7,7 @@ from html import escape
 
 @dataclass
 class Counters:
-    """What the engine counts while it runs. Monotonic; differences of two copies describe the time between."""
+    """Monotonic counters of a running engine. The difference of two copies describes the time between them."""
 
     tokens: int = 0
     hits: int = 0
@@ -19,25 +19,25 @@ class Counters:
         return Counters(*(getattr(self, f.name) for f in fields(self)))
 
     def since(self, earlier: "Counters") -> "Counters":
-        """Counts from ``earlier`` to now."""
+        """Return the difference between these counters and ``earlier``."""
         return Counters(*(getattr(self, f.name) - getattr(earlier, f.name) for f in fields(self)))
 
     @property
     def hit_rate(self) -> float:
-        """Share of the experts asked for that were in memory, 0 to 1; 0 before any was asked for."""
+        """Share of requested experts that were in memory, 0 to 1; 0 before the first request."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0
 
 
 @dataclass(frozen=True)
 class GenerationStats:
-    """Streaming figures of one generation so far, as each response carries them.
+    """Streaming statistics of one generation so far, attached to each response.
 
     Attributes:
-        hit_rate: Share of the experts asked for that were in memory, 0 to 1.
+        hit_rate: Share of requested experts that were in memory, 0 to 1.
         bytes_read: Expert bytes read from storage (page cache included).
-        read_seconds: Time that the model waited for them.
-        hits: Experts found in memory, counted once a layer and forward pass.
+        read_seconds: Time the model waited for reads, in seconds.
+        hits: Experts found in memory, counted once per layer and forward pass.
         misses: Experts that had to be read.
     """
 
@@ -53,10 +53,10 @@ class GenerationStats:
 
 
 class NamedRows:
-    """What prints as a short table of ``rows()``, and as HTML in a notebook."""
+    """Base class that prints ``rows()`` as a short table, and as HTML in a notebook."""
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, value) pairs in the order in which they are shown."""
+        """Return (name, value) pairs in display order."""
         raise NotImplementedError
 
     def __str__(self) -> str:
@@ -69,23 +69,23 @@ class NamedRows:
 
 @dataclass(frozen=True)
 class StreamingStats(NamedRows):
-    """A running engine at one moment. Prints as a short table, and as HTML in a notebook.
+    """A snapshot of a running engine. Prints as a short table, and as HTML in a notebook.
 
     Attributes:
-        tokens: Tokens that went through the model, prompt included.
-        hits, misses, hit_rate: Experts asked for, once a layer and forward pass.
+        tokens: Tokens processed by the model, including prompts.
+        hits, misses, hit_rate: Requested experts, counted once per layer and forward pass.
         bytes_read: Expert bytes read from storage (page cache included).
-        read_seconds: Time that the model waited for them.
-        memory_limit_bytes: The hard bound.
-        peak_memory_bytes: MLX's peak and the engine's own buffers.
+        read_seconds: Time the model waited for reads, in seconds.
+        memory_limit_bytes: The memory limit.
+        peak_memory_bytes: MLX's peak memory plus the engine's own buffers.
         dense_bytes: Weights kept in memory.
         slot_bytes: Memory of the expert slots.
-        num_slots: Expert slots, all layers together.
-        num_experts: Experts of the checkpoint, all layers together.
+        num_slots: Total number of expert slots in all layers.
+        num_experts: Total number of experts in all layers.
         io: How expert bytes are read.
-        lossy: What was asked for that changes results; empty by default.
-        io_reason: Why ``io`` is what it is.
-        slow_decode: Why single tokens are decoded through MLX, several times slower; empty where they are not.
+        lossy: Requested settings that change results; empty by default.
+        io_reason: The reason for the choice of ``io``.
+        slow_decode: The reason why single tokens are decoded through MLX, several times slower; empty if they are not.
         gpu_memory_limit_bytes: The hard bound on the GPU's own memory, which then holds weights and slots; None where
             there is one memory.
         host_bytes: Host memory that experts come from, pinned for the GPU; 0 where there is one memory.
@@ -111,7 +111,7 @@ class StreamingStats(NamedRows):
     host_bytes: int = 0
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, value) pairs in the order in which they are shown."""
+        """Return (name, value) pairs in display order."""
         limit_bytes = self.gpu_memory_limit_bytes or self.memory_limit_bytes
         peak = "peak memory" if self.gpu_memory_limit_bytes is None else "peak GPU memory"
         rows = [
@@ -131,14 +131,14 @@ class StreamingStats(NamedRows):
 
 
 def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
-    """Rows of text as an HTML table; the first cell of each is its name."""
+    """Return rows of text as an HTML table; the first cell of each row is its name."""
     lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)] if head else []
     lines += [f"<th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) for row in rows]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
 def format_bytes(nbytes: float) -> str:
-    """A size for people, in powers of ten: "1.77 MB"."""
+    """Return a human-readable size in powers of ten, such as "1.77 MB"."""
     for unit in ("B", "kB", "MB", "GB"):
         if abs(nbytes) < 1000:
             return f"{nbytes:.0f} B" if unit == "B" else f"{nbytes:.2f} {unit}"

@@ -1,6 +1,6 @@
-"""Calls that macOS and Linux name or do differently: the only module that asks which of the two it runs on.
+"""System calls that differ between macOS and Linux: the only module that checks which of the two it runs on.
 
-Everything here is small enough to be run with stand-ins: tests take the macOS branches on Linux.
+Each function is small enough to test with stand-ins: tests run the macOS branches on Linux.
 """
 
 import ctypes
@@ -17,13 +17,13 @@ from functools import cache
 from typing import Any
 
 BLOCK_BYTES = 4096
-"""Offsets, lengths and addresses of direct reads are multiples of this: disks with 512-byte blocks take it too."""
+"""Alignment of offsets, lengths and addresses of direct reads; also valid for disks with 512-byte blocks."""
 
 OPEN_FILES = 4096
-"""Descriptors that a process may need: a large checkpoint has some hundred shards, and each is open twice."""
+"""File descriptors that a process may need: a large checkpoint has a few hundred shards, each opened twice."""
 
 MAX_MB_PER_BUFFER = "1000"
-"""What MLX_MAX_MB_PER_BUFFER is set to: a decoded layer of a 397B model has some 300 Mi elements of inputs."""
+"""Value for MLX_MAX_MB_PER_BUFFER: one decoded layer of a 397B model has about 300 Mi elements of inputs."""
 
 MMAP_THRESHOLD_BYTES = 8 << 20
 """Allocations from this size on have pages of their own, which go back to the system when they are freed.
@@ -32,27 +32,27 @@ With 1 MiB a prompt took ten times the page faults and 10 % longer (experiments/
 """
 
 TRIM_THRESHOLD_BYTES = 16 << 20
-"""Free bytes at the end of the heap that are kept for the next allocation."""
+"""Free bytes kept at the end of the heap for the next allocation."""
 
 ARENAS = 2
-"""Heaps that threads share: the main thread's, and one for all that begin after ``load``."""
+"""Number of heaps that threads share: the main thread's, and one for all threads started after ``load``."""
 
 TRIM_SECONDS = 5.0
-"""Time between two searches of the heap for free pages; one takes about 0.6 ms for 140 MB."""
+"""Minimum time between two trims of the heap; one takes about 0.6 ms for 140 MB."""
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 _next_trim = 0.0
-_MS_INVALIDATE = 2  # both systems' value
-_QOS_USER_INITIATED = 0x19  # sys/qos.h: work that somebody waits for
+_MS_INVALIDATE = 2  # the same value on both systems
+_QOS_USER_INITIATED = 0x19  # sys/qos.h: work that a user is waiting for
 
 
 def is_macos() -> bool:
-    """Tell whether this is macOS."""
+    """Return whether this is macOS."""
     return sys.platform == "darwin"
 
 
 def macos_version() -> tuple[int, ...]:
-    """Return macOS's version, such as (15, 1); empty elsewhere."""
+    """Return the macOS version, such as (15, 1); empty on other systems."""
     import platform
 
     return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit()) if is_macos() else ()
@@ -75,7 +75,7 @@ def _libc() -> Any:
 
 @cache
 def return_freed_buffers() -> bool:
-    """Bound the freed memory that this process's heap keeps. Called by ``load``; later calls do nothing.
+    """Limit how much freed memory this process's heap keeps. Called by ``load``; later calls do nothing.
 
     MLX takes a CPU's arrays from malloc. glibc raises its threshold for separate pages to the largest buffer that was
     freed, up to 32 MB, and from then on keeps such buffers in its arenas, up to eight for each core: generations on
@@ -83,7 +83,7 @@ def return_freed_buffers() -> bool:
     is smaller. Both hold for the whole process, so that threads share two locks where they allocate much at once.
 
     Returns:
-        Whether the C library is glibc; others are left as they are.
+        Whether the C library is glibc; with others nothing is changed.
     """
     if not hasattr(_libc(), "gnu_get_libc_version"):
         return False
@@ -93,10 +93,10 @@ def return_freed_buffers() -> bool:
 
 
 def trim_heap() -> None:
-    """Give free pages between allocations back too, where the heap is bounded. Called before a prompt's chunk.
+    """Return free pages between allocations to the system, if the heap is limited. Called before each prompt chunk.
 
-    Small buffers of many sizes leave holes, and their number grows for hours. Does nothing within `TRIM_SECONDS` of the
-    last time.
+    Small buffers of many sizes leave holes, whose number grows for hours. Does nothing within `TRIM_SECONDS` of the
+    previous trim.
     """
     global _next_trim
     if time.monotonic() < _next_trim:
@@ -109,7 +109,7 @@ def trim_heap() -> None:
 def installed_memory_bytes() -> int:
     """Return the memory of this machine in bytes.
 
-    Pythons built with an old macOS SDK don't know the name of the figure; MLX does there.
+    Python builds with an old macOS SDK lack this sysconf name; MLX reports the size there.
     """
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -120,12 +120,12 @@ def installed_memory_bytes() -> int:
 
 
 def lift_command_buffer_size() -> None:
-    """Have MLX end a GPU's command buffers by their number of operations, and not at each layer's expert slots.
+    """Let MLX end a GPU's command buffers by their number of operations instead of at each layer's expert slots.
 
     MLX ends one once its inputs exceed 40 to 50 Mi elements, and counts a layer's slots whole although a kernel reads K
     records of them: four to five command buffers per layer on Metal, and as many CUDA graphs. A prompt's large
-    intermediate arrays still end theirs. MLX reads the variable once, when it first uses the GPU; one that the user has
-    set stays.
+    intermediate arrays still end theirs. MLX reads the variable once, when it first uses the GPU; a value set by the
+    user is kept.
     """
     os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", MAX_MB_PER_BUFFER)
 
@@ -134,12 +134,12 @@ def lift_command_buffer_size() -> None:
 
 
 def open_direct(path: str | os.PathLike[str], flags: int) -> int:
-    """Open a file whose reads and writes go past the page cache: O_DIRECT, or F_NOCACHE on macOS.
+    """Open a file for reads and writes that bypass the page cache: O_DIRECT, or F_NOCACHE on macOS.
 
     F_NOCACHE still copies pages that are in memory: see `drop_pages`.
 
     Raises:
-        OSError: As ``os.open``; with EINVAL where the file system has no direct reads.
+        OSError: As for ``os.open``; with EINVAL if the file system doesn't support direct I/O.
     """
     opened = os.open(path, flags | getattr(os, "O_DIRECT", 0))
     try:
@@ -151,43 +151,43 @@ def open_direct(path: str | os.PathLike[str], flags: int) -> int:
 
 
 def avoid_page_cache(fd: int) -> None:
-    """Let what is read or written from now on leave no pages in memory, where an open file can be told so (macOS)."""
+    """Keep later reads and writes of an open file out of the page cache, where the system supports it (macOS)."""
     if hasattr(fcntl, "F_NOCACHE"):
         fcntl.fcntl(fd, fcntl.F_NOCACHE, 1)
 
 
 def direct_write_alignment() -> int:
-    """Return what offset, length and address of a direct write are multiples of."""
-    # XNU's cluster_write takes the direct path where the offset is at a page's beginning: 16 KiB on Apple silicon.
+    """Return the alignment of offset, length and address that direct writes need."""
+    # XNU's cluster_write takes the direct path only if the offset is page-aligned: 16 KiB on Apple silicon.
     return mmap.PAGESIZE if is_macos() else BLOCK_BYTES
 
 
 def preadv(fd: int, buffers: Sequence[memoryview], offset: int) -> int:
-    """Read at a position into one buffer after the other. Returns bytes read, which may be fewer than asked for."""
+    """Read at a position into one buffer after another. Returns the bytes read, which may be fewer than asked."""
     if hasattr(os, "preadv"):
         return os.preadv(fd, buffers, offset)
-    data = os.pread(fd, len(buffers[0]), offset)  # Pythons built for a macOS older than 11
+    data = os.pread(fd, len(buffers[0]), offset)  # Python builds for macOS before 11
     buffers[0][: len(data)] = data
     return len(data)
 
 
 def can_drop_pages() -> bool:
-    """Tell whether `drop_pages` does anything here."""
+    """Return whether `drop_pages` works on this system."""
     return hasattr(os, "posix_fadvise") or is_macos()
 
 
 def drop_pages(fd: int, offset: int = 0, nbytes: int | None = None) -> bool:
-    """Ask the system to forget what it has of a file's range in memory, so that the next read is the disk's.
+    """Ask the system to drop a file range from the page cache, so that the next read comes from the disk.
 
-    Pages that were written and have not reached the disk stay: `full_sync` first.
+    Dirty pages stay; call `full_sync` first.
 
     Args:
         fd: An open file.
         offset: First byte of the range.
-        nbytes: Bytes of the range; None is all that follow.
+        nbytes: Length of the range; None for the rest of the file.
 
     Returns:
-        Whether the system took the request.
+        Whether the system accepted the request.
     """
     size = os.fstat(fd).st_size
     end = size if nbytes is None else min(offset + nbytes, size)
@@ -196,7 +196,7 @@ def drop_pages(fd: int, offset: int = 0, nbytes: int | None = None) -> bool:
         return True
     if not is_macos() or end <= offset:
         return False
-    # Not the mmap module: CPython begins a map with F_FULLFSYNC on macOS, milliseconds each.
+    # Not the mmap module: on macOS, CPython issues F_FULLFSYNC for each new map, which takes milliseconds.
     begin = offset - offset % mmap.PAGESIZE
     libc = _libc()
     address = libc.mmap(None, end - begin, mmap.PROT_READ, mmap.MAP_SHARED, fd, begin)
@@ -209,7 +209,7 @@ def drop_pages(fd: int, offset: int = 0, nbytes: int | None = None) -> bool:
 
 
 def full_sync(fd: int) -> None:
-    """Wait until a file's bytes have reached the disk, and not only its cache where the system tells them apart."""
+    """Wait until a file's bytes have reached the disk, not just its cache if the system distinguishes them."""
     command = getattr(fcntl, "F_FULLFSYNC", None)  # macOS
     if command is None:
         os.fsync(fd)
@@ -219,21 +219,21 @@ def full_sync(fd: int) -> None:
     except OSError as error:
         if error.errno not in (errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EINVAL):
             raise
-        os.fsync(fd)  # SMB, NFS and some exFAT disks have nothing stronger
+        os.fsync(fd)  # SMB, NFS and some exFAT disks offer nothing stronger
 
 
 def raise_file_limit(wanted: int = OPEN_FILES) -> int:
-    """Let this process open more files at once, as far as the system allows; macOS's shells start with 256.
+    """Raise this process's limit of open files as far as the system allows; macOS shells start with 256.
 
     Returns:
-        The limit now.
+        The new limit.
     """
     import resource
 
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     limit = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
     if soft != resource.RLIM_INFINITY and soft < limit:
-        with suppress(OSError, ValueError):  # macOS bounds it a second time, by kern.maxfilesperproc
+        with suppress(OSError, ValueError):  # macOS has a second limit, kern.maxfilesperproc
             resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
             return limit
     return soft
@@ -243,16 +243,16 @@ def raise_file_limit(wanted: int = OPEN_FILES) -> int:
 
 
 def expect_waiters() -> None:
-    """Tell the scheduler that somebody waits for this thread: on macOS it gets performance cores and unthrottled I/O.
+    """Tell the scheduler that a user is waiting for this thread; on macOS it gets performance cores and full I/O speed.
 
-    A process that was put in the background as a whole (``taskpolicy -b``, launchd's Background) stays there.
+    A process that runs in the background as a whole (``taskpolicy -b``, launchd's Background) stays there.
     """
     if is_macos():
         _libc().pthread_set_qos_class_self_np(_QOS_USER_INITIATED, 0)
 
 
 def kill_group(leader: int) -> None:
-    """End a process group by its leader's number. One that has ended already is none to end."""
-    # macOS answers EPERM and not ESRCH for a group of which only zombies are left.
+    """Kill a process group by its leader's pid. Does nothing if the group has already ended."""
+    # macOS returns EPERM instead of ESRCH for a group that has only zombies left.
     with suppress(ProcessLookupError, PermissionError):
         os.killpg(leader, signal.SIGKILL)

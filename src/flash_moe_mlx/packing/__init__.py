@@ -1,9 +1,9 @@
-"""Packing: from any checkpoint to one whose every expert is one aligned record, safely and in bounded memory.
+"""Packing: rewrites any checkpoint so that each expert is one aligned record, crash-safely and in bounded memory.
 
-Non-goals: other containers than safetensors, other quantisations than MLX's affine, and in-place conversion.
+Non-goals: containers other than safetensors, quantisations other than MLX's affine, and in-place conversion.
 
-Tasks (tasks.py, dense.py) are planned from headers alone (plan.py), run on threads in any order (run.py) and noted
-in a journal once their bytes have reached the disk; the destination (workspace.py) holds nothing outside its work
+Tasks (tasks.py, dense.py) are planned from headers only (plan.py), run on threads in any order (run.py) and recorded
+in a journal once their bytes have reached the disk. The destination (workspace.py) contains nothing outside its work
 folder until the last step.
 """
 
@@ -47,35 +47,35 @@ def pack(
     restart: bool = False,
     progress: bool | Report = True,
 ) -> Path:
-    """Make a packed checkpoint: each expert one aligned read, with a checksum.
+    """Write a packed checkpoint, which stores each expert as one aligned, checksummed read.
 
-    It may be ended at any moment and called again: it goes on where it stopped, and the result is the same bytes.
+    Safe to interrupt at any point: call it again to resume. The result has the same bytes.
 
     Args:
         source: A checkpoint's directory (Hugging Face or MLX), or a repository on the hub.
-        destination: Directory of the result; empty, or begun by an earlier call.
-        bits: Of the experts' weights: 2, 3, 4, 5, 6 or 8; None leaves them as they are. Weights that are of these
-            bits and this group size already are copied; others are quantised, which loses precision.
-        group_size: Weights that share a scale: 32, 64 or 128.
-        down_bits: Of down_proj, in place of ``bits``.
-        layer_bits: Bits by layer, in place of both.
+        destination: Output directory: empty, or left by an interrupted call.
+        bits: Bits per expert weight: 2, 3, 4, 5, 6 or 8; None keeps the weights unchanged. Weights that already have
+            these bits and this group size are copied; others are quantised, which loses precision.
+        group_size: Number of weights that share a scale: 32, 64 or 128.
+        down_bits: Bits for down_proj, overriding ``bits``.
+        layer_bits: Bits by layer, overriding both.
         dense: "keep" the other tensors as they are, "quantize" them as mlx_lm.convert does, or "auto": quantise what
             is not quantised yet, where ``bits`` is given.
-        from_hub: Download from the hub shard by shard, each deleted before the next one comes.
+        from_hub: Download one shard at a time from the hub and delete it before the next.
         revision: Branch, tag or commit of the repository.
-        restart: Throw away what an earlier call with other arguments has begun.
-        progress: Whether to show a bar where stderr is a terminal; or a function of `Progress`.
+        restart: Discard the output of an earlier call and start over.
+        progress: Whether to show a progress bar if stderr is a terminal; or a function that takes a `Progress`.
 
     Returns:
         The destination.
 
     Raises:
-        CheckpointError: If the source can't be used; subclasses say why.
-        DiskFullError: If there is too little room; says how much is missing.
-        PackError: If it can't go on: another packer, another source, a disk or network that fails.
-        RequestError: If an argument is not usable.
+        CheckpointError: If the source is unusable; subclasses say why.
+        DiskFullError: If there is too little disk space; says how much is missing.
+        PackError: If packing can't continue: another packer, another source, a disk or network failure.
+        RequestError: If an argument is invalid.
 
-    Cost: memory is bounded by about 1 GB, whatever the model; disk by the result, and with ``from_hub`` two shards.
+    Cost: about 1 GB of memory for any model; disk space for the result, plus two shards with ``from_hub``.
     """
     settings = PackSettings(bits, group_size, down_bits, dict(layer_bits or {}), dense)
     target = Path(os.path.expanduser(destination))
@@ -86,11 +86,11 @@ def pack(
 
 @dataclass(frozen=True)
 class Packing:
-    """A packing that is ready to run: destination locked, source's headers read.
+    """A packing that is ready to run: the destination is locked and the source's headers are read.
 
     Attributes:
-        plan: What will be done.
-        is_finished: Whether the destination holds the result already.
+        plan: The plan to carry out.
+        is_finished: Whether the destination already contains the result.
     """
 
     source: Source
@@ -99,7 +99,7 @@ class Packing:
     is_finished: bool
 
     def run(self, progress: bool | Report) -> None:
-        """Do what is not done. Raises as `pack`."""
+        """Run the remaining tasks. Raises as `pack`."""
         if self.is_finished:
             self.workspace.clean()
             return
@@ -114,7 +114,7 @@ class Packing:
             journal.close()
 
     def estimate(self) -> Estimate:
-        """What it will take. What the destination did not hold before, it doesn't hold afterwards."""
+        """Estimate sizes, disk space and time, without leaving anything new in the destination."""
         try:
             return estimate(self.plan, self.source, self.workspace, self._remaining_bytes())
         finally:
@@ -153,7 +153,7 @@ def prepare(
     revision: str | None = None,
     restart: bool = False,
 ) -> Iterator[Packing]:
-    """Lock a destination, read the source's headers and plan. Arguments and errors as `pack`."""
+    """Lock a destination, read the source's headers and plan. Takes the arguments and raises the errors of `pack`."""
     directory = None if from_hub else local_directory(source, "pack")
     if directory is not None and (
         directory.resolve() == destination.resolve() or directory.resolve() in destination.resolve().parents
@@ -191,7 +191,7 @@ def _is_finished(source: Source, plan: PackPlan, workspace: Workspace) -> bool:
 
 
 def _small_files(directory: Path) -> dict[str, bytes]:
-    """Tokenizer, templates and others that belong to a model, by name."""
+    """Return the contents of the tokenizer, templates and other small files of a model, by name."""
     found = {}
     for path in sorted(directory.iterdir()):
         patterns = [pattern for pattern in DEFAULT_ALLOW_PATTERNS if not pattern.endswith(".safetensors")]

@@ -1,19 +1,19 @@
-"""CRC-32 of what was written in pieces, from the CRC-32 of each: nothing is read back."""
+"""Combines the CRC-32s of pieces into the CRC-32 of the whole, without reading the data again."""
 
 import zlib
 from collections.abc import Iterable
 from functools import cache
 
-_POLYNOMIAL = 0xEDB88320  # zlib's, bits reversed
+_POLYNOMIAL = 0xEDB88320  # zlib's polynomial, bits reversed
 
 
 def combine(first: int, second: int, second_bytes: int) -> int:
-    """The CRC-32 of two byte strings joined, from that of each."""
+    """Return the CRC-32 of two concatenated byte strings from their CRC-32s."""
     return _multiply(_power_of_x(8 * second_bytes), first) ^ second
 
 
 def combine_segments(segments: Iterable[tuple[int, int, int]], nbytes: int) -> int:
-    """The CRC-32 of ``nbytes`` bytes made of segments (offset, length, CRC-32), ascending, with zeros between."""
+    """Return the CRC-32 of ``nbytes`` bytes with ascending segments (offset, length, CRC-32) and zeros in between."""
     result = position = 0
     for offset, length, checksum in segments:
         result = combine(result, zeros(offset - position), offset - position)
@@ -24,7 +24,7 @@ def combine_segments(segments: Iterable[tuple[int, int, int]], nbytes: int) -> i
 
 @cache
 def zeros(nbytes: int) -> int:
-    """The CRC-32 of that many zeros."""
+    """Return the CRC-32 of ``nbytes`` zero bytes."""
     result = 0
     block = bytes(min(nbytes, 1 << 16))
     while nbytes > 0:
@@ -34,7 +34,7 @@ def zeros(nbytes: int) -> int:
 
 
 def _multiply(a: int, b: int) -> int:
-    """Product of two polynomials over GF(2), modulo CRC-32's; the highest power is in the lowest bit."""
+    """Multiply two polynomials over GF(2), modulo CRC-32's; the highest power is in the lowest bit."""
     result = 0
     for bit in range(31, -1, -1):
         if a >> bit & 1:
@@ -45,7 +45,7 @@ def _multiply(a: int, b: int) -> int:
 
 @cache
 def _power_of_x(exponent: int) -> int:
-    """x to a power, modulo CRC-32's polynomial."""
+    """Return x to a power, modulo CRC-32's polynomial."""
     result, base = 1 << 31, 1 << 30  # 1, and x
     while exponent:
         if exponent & 1:

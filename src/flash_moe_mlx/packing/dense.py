@@ -23,12 +23,12 @@ from .settings import Conversion
 from .tasks import Segment, SourceFiles, TaskResult, Write
 
 CHUNK_BYTES = 32 << 20
-"""Bytes that one task reads, about."""
+"""Approximate number of bytes that one task reads."""
 
 
 @dataclass(frozen=True)
 class OutputTensor:
-    """A tensor of an output file; ``offset`` from the file's start."""
+    """A tensor of an output file; ``offset`` is relative to the file's start."""
 
     name: str
     dtype: str
@@ -42,7 +42,7 @@ class OutputTensor:
 
 @dataclass(frozen=True)
 class DenseFile:
-    """An output file of dense tensors: an ordinary safetensors file whose header is known beforehand."""
+    """An output file of dense tensors: an ordinary safetensors file whose header is known in advance."""
 
     name: str
     header: bytes
@@ -56,7 +56,7 @@ class DenseFile:
     def plan(
         cls, name: str, tensors: Sequence[tuple[str, str, tuple[int, ...]]], metadata: Mapping[str, str]
     ) -> "DenseFile":
-        """Lay out tensors (name, dtype, shape) one behind the other."""
+        """Lay out tensors (name, dtype, shape) one after another."""
         header: dict[str, Any] = {"__metadata__": dict(metadata)}
         offset = 0
         for tensor, dtype, shape in tensors:
@@ -75,7 +75,7 @@ class DenseFile:
 
 @dataclass(frozen=True)
 class CopyTask:
-    """Source bytes (path, offset, length), in this order, as one run of an output file."""
+    """A task that copies source bytes (path, offset, length), in order, to one contiguous range of an output file."""
 
     pieces: tuple[tuple[Path, int, int], ...]
     offset: int
@@ -101,7 +101,7 @@ class CopyTask:
 
 @dataclass(frozen=True)
 class RowsTask:
-    """Rows ``first`` to ``last`` (exclusive) of one tensor, quantised."""
+    """A task that quantises rows ``first`` to ``last`` (exclusive) of one tensor."""
 
     source: TensorInfo
     first: int
@@ -136,7 +136,7 @@ class RowsTask:
 
 
 def copy_tasks(file: DenseFile, sources: Mapping[str, TensorInfo]) -> Iterator[CopyTask]:
-    """Tasks that copy tensors (``sources``, by output name) into a file: small ones together, large ones apart."""
+    """Return tasks that copy tensors (``sources``, by output name) into a file; small tensors share a task."""
     pieces: list[tuple[Path, int, int]] = []
     start = size = 0
     for tensor in file.tensors:
@@ -160,7 +160,7 @@ def copy_tasks(file: DenseFile, sources: Mapping[str, TensorInfo]) -> Iterator[C
 
 
 def row_tasks(file: DenseFile, source: TensorInfo, module: str, target: Quantization, dtype: str) -> Iterator[RowsTask]:
-    """Tasks that quantise one tensor into ``module``'s parts."""
+    """Return tasks that quantise one tensor into ``module``'s parts."""
     by_name = {tensor.name: tensor for tensor in file.tensors}
     targets = tuple(by_name[f"{module}.{part}"] for part in target.scheme.parts)
     rows = prod(source.shape[:-1])

@@ -15,12 +15,12 @@ class Estimate(NamedRows):
     """Sizes and room. Prints as a short table, and as HTML in a notebook.
 
     Attributes:
-        source_bytes: Of the source's tensors.
-        result_bytes: Of the result.
-        remaining_bytes: Of the result that is not written yet.
-        needed_bytes: That must be free on the destination's disk to begin: the rest of the result, and shards.
-        free_bytes: That are free.
-        lossy: What changes weights, in words.
+        source_bytes: Total size of the source's tensors.
+        result_bytes: Size of the result.
+        remaining_bytes: Bytes of the result that are not written yet.
+        needed_bytes: Free disk space that the destination needs to start: the rest of the result, and shards.
+        free_bytes: Free disk space.
+        lossy: Settings that change weights, in words.
     """
 
     source_bytes: int
@@ -31,7 +31,7 @@ class Estimate(NamedRows):
     lossy: tuple[str, ...]
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, value) pairs in the order in which they are shown."""
+        """Return (name, value) pairs in display order."""
         short = self.needed_bytes - self.free_bytes
         rows = [
             ("source", format_bytes(self.source_bytes)),
@@ -43,7 +43,7 @@ class Estimate(NamedRows):
         return rows + [("lossy", choice) for choice in self.lossy]
 
     def to_json(self) -> dict[str, Any]:
-        """As ``flash-moe pack --dry-run --json`` prints it."""
+        """Return the value that ``flash-moe pack --dry-run --json`` prints."""
         return vars(self) | {"lossy": list(self.lossy)}
 
 

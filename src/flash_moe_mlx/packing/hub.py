@@ -1,8 +1,8 @@
-"""A repository on the hub, whose shards come one at a time and are deleted once they are packed.
+"""A hub repository whose shards are downloaded one at a time and deleted once they are packed.
 
-Each shard is first a stand-in: its true header, and nothing behind it but a hole of the true length, which takes no
-room. So everything that is planned from headers is planned as for a directory. `fetch` puts the shard in its place,
-`release` a stand-in again, with the few tensors that are still needed.
+Each shard starts as a stand-in: its real header followed by a hole of the real length, which takes no disk space. So
+planning from headers works as for a directory. `fetch` replaces the stand-in by the shard; `release` replaces the shard
+by a stand-in again, with the few tensors that are still needed.
 """
 
 import hashlib
@@ -40,20 +40,20 @@ class HubSource:
     """One commit of a repository.
 
     Attributes:
-        folder: Where files lie while they are needed.
-        checkpoint: Opened on the stand-ins.
+        folder: Folder of the files while they are needed.
+        checkpoint: The checkpoint, opened on the stand-ins.
     """
 
     by_shard = True
     samples: str | None = None
 
     def __init__(self, name: str, revision: str | None, folder: Path):
-        """Ask the hub for the commit, fetch small files, and the shards' headers.
+        """Resolve the commit, and download the small files and the shards' headers.
 
-        A packing that was begun goes on with its own commit, wherever the branch points now.
+        A resumed packing keeps its original commit, wherever the branch points now.
 
         Raises:
-            CheckpointError: If the hub has no such model, or its files can't be used.
+            CheckpointError: If the hub has no such model, or its files are unusable.
             PackError: If the hub can't be reached.
         """
         self.name = name
@@ -90,17 +90,17 @@ class HubSource:
         return {"repository": self.name, "revision": self.revision, **{n: str(s) for n, s in self._sizes.items()}}
 
     def check_unchanged(self) -> None:
-        """A commit doesn't change."""
+        """Do nothing: a commit doesn't change."""
 
     def is_kept(self, path: Path) -> bool:
-        """Whether a shard was released, and what had to be kept of it is here."""
+        """Return whether a shard was released and its retained tensors are here."""
         return (self._state / f"{path.name}.kept").exists()
 
     def fetch(self, path: Path) -> None:
-        """Download a shard and put it in the place of its stand-in.
+        """Download a shard and replace its stand-in by it.
 
         Raises:
-            PackError: If it can't be had, or is another than the hub announced, twice.
+            PackError: If the download fails, or twice differs from what the hub announced.
         """
         here = self._state / f"{path.name}.here"
         if here.exists() and self._problem(path, path) is None:
@@ -125,14 +125,14 @@ class HubSource:
         )
 
     def release(self, path: Path, keep: tuple[TensorInfo, ...]) -> None:
-        # In this order: after a crash a stand-in may be taken for nothing else.
+        # This order matters: after a crash, a stand-in must not be mistaken for a shard.
         (self._state / f"{path.name}.here").unlink(missing_ok=True)
         sync_folder(self._state)
         self._make_stand_in(path.name, header_bytes(path), keep)
         (self._state / f"{path.name}.kept").touch()
 
     def _problem(self, candidate: Path, stand_in: Path) -> str | None:
-        """What is wrong with a downloaded shard."""
+        """Return a description of what is wrong with a downloaded shard, if anything."""
         size = candidate.stat().st_size
         if size != self._sizes[stand_in.name]:
             return f"{size} bytes where {self._sizes[stand_in.name]} were announced"
@@ -159,7 +159,7 @@ class HubSource:
                         file.write(shard.read(min(_COPY_BYTES, info.nbytes - begin)))
             file.truncate(self._sizes[name])
             file.flush()
-            full_sync(file.fileno())  # it holds the only copy of the dense bytes
+            full_sync(file.fileno())  # it contains the only copy of the dense bytes
         os.replace(temporary, path)
         sync_folder(self.folder)
 
@@ -176,7 +176,7 @@ class HubSource:
         return [name for name in names if name.startswith("model")] or names
 
     def _header(self, name: str) -> bytes:
-        """A shard's header, by a request for its first bytes."""
+        """Return a shard's header by requesting its first bytes."""
         with self._asking(name):
             header, _ = read_header(hf_hub_url(self.name, name, revision=self.revision))
         length = int.from_bytes(header[:8], "little")

@@ -1,7 +1,7 @@
-"""Which tasks are finished: one line each, written after their bytes have reached the disk.
+"""A journal of finished tasks: one line each, written after their bytes have reached the disk.
 
-A line is the CRC-32 of its text, a blank, and JSON. The first says of which packing it is. Whatever a crash leaves
-behind the last whole line is cut off, and those tasks are done again.
+A line is the CRC-32 of its text, a space, and JSON. The first line identifies the packing. Anything after the last
+complete line, as a crash may leave it, is cut off, and those tasks are repeated.
 """
 
 import json
@@ -20,15 +20,15 @@ class Journal:
     """An open journal.
 
     Attributes:
-        identity: What the packing is of; equal to that of the first line.
-        results: Of finished tasks, by number. What `append` has noted is the caller's to add.
+        identity: Identity of the packing; must equal that of the first line.
+        results: Results of finished tasks, by number. The caller adds those passed to `append`.
     """
 
     def __init__(self, path: Path, identity: Mapping[str, Any]):
-        """Open or begin a journal.
+        """Open or create a journal.
 
         Raises:
-            PackError: If it is of another packing: other settings, or a source that has changed.
+            PackError: If the journal belongs to another packing: other settings, or a source that has changed.
         """
         self.identity = identity
         self.results: dict[int, TaskResult] = {}
@@ -44,14 +44,14 @@ class Journal:
             self._write(_line(identity))
 
     def append(self, results: Mapping[int, TaskResult]) -> None:
-        """Note finished tasks. Their bytes must have reached the disk before."""
+        """Record finished tasks, whose bytes must already have reached the disk."""
         self._write(b"".join(_line(_to_json(number, result)) for number, result in results.items()))
 
     def close(self) -> None:
         self._file.close()
 
     def _read(self) -> int:
-        """Read what is whole. Returns where it ends."""
+        """Read the complete lines. Returns the offset of their end."""
         self._file.seek(0)
         end = 0
         for number, line in enumerate(self._file.read().splitlines(keepends=True)):
@@ -94,7 +94,7 @@ def _line(value: Any) -> bytes:
 
 
 def _parse(line: bytes) -> Any:
-    """A line's value; None if it is not whole."""
+    """Return a line's value, or None if it is incomplete."""
     if not line.endswith(b"\n") or line[8:9] != b" " or line[:8] != f"{zlib.crc32(line[9:-1]):08x}".encode():
         return None
     return json.loads(line[9:-1])

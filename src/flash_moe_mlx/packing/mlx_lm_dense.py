@@ -1,7 +1,7 @@
-"""What mlx_lm.convert makes of a checkpoint's dense tensors: names, dtypes, and which modules it quantises, and how.
+"""Predicts how mlx_lm.convert converts a checkpoint's dense tensors: names, dtypes and quantisation.
 
-All by mlx-lm's own model class: its ``sanitize``, ``quant_predicate`` and ``cast_predicate``. Nothing is evaluated
-here but what `evaluate` is asked for.
+Uses mlx-lm's own model class with its ``sanitize``, ``quant_predicate`` and ``cast_predicate``. Only `evaluate`
+evaluates arrays.
 """
 
 import copy
@@ -31,11 +31,11 @@ class DenseParameter:
     """One dense parameter of mlx-lm's model.
 
     Attributes:
-        name: In the model.
-        source: The stored tensor that it is, byte for byte but for a cast; None where sanitize computes it.
-        shape: Before it is quantised.
-        dtype: As it is kept, or before it is quantised; safetensors' name.
-        quantization: Of its module, or None.
+        name: Name in the model.
+        source: The stored tensor with the same bytes, except for a cast; None if sanitize computes the parameter.
+        shape: Shape before quantisation.
+        dtype: The result's dtype (before quantisation, if quantised), as safetensors names it.
+        quantization: Quantisation of its module, or None.
     """
 
     name: str
@@ -49,14 +49,14 @@ class MlxLmDense:
     """mlx-lm's view of a checkpoint's dense tensors.
 
     Attributes:
-        parameters: Dense parameters, in the order of the model's.
-        config: config.json as mlx_lm.convert leaves it, experts' own bits not yet in it.
+        parameters: Dense parameters, in the model's order.
+        config: config.json as mlx_lm.convert writes it, without the experts' own bits.
         unmatched: Stored tensors that `evaluate` may read.
         expert_paths: Path of each layer's experts in mlx-lm's model.
     """
 
     def __init__(self, checkpoint: Checkpoint, quantization: Quantization | None):
-        """Raises UnsupportedModelError or CorruptError where mlx-lm doesn't know the model.
+        """Build mlx-lm's model lazily. Raises UnsupportedModelError or CorruptError if mlx-lm doesn't know it.
 
         Args:
             checkpoint: The source.
@@ -112,7 +112,7 @@ class MlxLmDense:
         self.config: dict[str, Any] = dict(sorted(config.items()))
 
     def evaluate(self, parameters: Iterable[DenseParameter]) -> Iterator[tuple[Bytes, ...]]:
-        """Bytes of parameters that sanitize computes, one after the other: of a tensor, or of weight, scales, biases.
+        """Yield the bytes of parameters that sanitize computes: of the tensor, or of weight, scales and biases.
 
         The checkpoint's files are read again: what they hold now counts.
         """
@@ -142,7 +142,7 @@ class MlxLmDense:
             return dict(self._model.sanitize(weights)) if hasattr(self._model, "sanitize") else weights
 
     def _dtype(self, name: str, value: mx.array) -> str:
-        """As mlx_lm.convert casts: to config.json's dtype, but for what the model excepts."""
+        """Return the dtype that mlx_lm.convert casts to: config.json's, with the model's exceptions."""
         cast = cast_dtype(self._checkpoint.config)
         keeps = getattr(self._model, "cast_predicate", lambda _: True)
         if cast is None or not keeps(name) or not mx.issubdtype(value.dtype, mx.floating):
@@ -152,7 +152,7 @@ class MlxLmDense:
     def _quantization(
         self, path: str, module: Any, default: Quantization, section: dict[str, Any]
     ) -> Quantization | None:
-        """As mlx_lm's quantize_model decides."""
+        """Return the quantisation that mlx_lm's quantize_model chooses."""
         if not hasattr(module, "to_quantized") or module.weight.shape[-1] % default.group_size:
             return None
         predicate = getattr(self._model, "quant_predicate", None)
@@ -166,7 +166,7 @@ class MlxLmDense:
 
 
 def cast_dtype(config: Mapping[str, Any]) -> str | None:
-    """The dtype that mlx_lm.convert casts floats to, by safetensors' name; None where it casts none."""
+    """Return the dtype that mlx_lm.convert casts floats to, as safetensors names it; None if it casts none."""
     dtype = config.get("torch_dtype")
     text = config.get("text_config")
     if dtype is None and isinstance(text, Mapping):
@@ -175,18 +175,18 @@ def cast_dtype(config: Mapping[str, Any]) -> str | None:
 
 
 def is_known(config: Mapping[str, Any]) -> bool:
-    """Whether mlx-lm has the model type, and the checkpoint brings no definition of its own."""
+    """Return whether mlx-lm has the model type and the checkpoint has no model file of its own."""
     if config.get("model_file") is not None:
         return False
     try:
         _get_classes(_known_config(config))
-    except (ValueError, KeyError, AttributeError):  # AttributeError: a module of mlx-lm's that is no model
+    except (ValueError, KeyError, AttributeError):  # AttributeError: an mlx-lm module that is not a model
         return False
     return True
 
 
 def _known_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of config.json, under the model type that mlx-lm knows: transformers saves a text model as another."""
+    """Return a copy of config.json with mlx-lm's model type; transformers saves text models under another type."""
     known = copy.deepcopy(dict(config))
     if known.get("model_type") == "qwen3_5_moe_text":
         known["model_type"] = "qwen3_5_moe"

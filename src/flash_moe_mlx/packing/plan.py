@@ -1,4 +1,4 @@
-"""From a checkpoint's headers and what was asked for to everything that packing will do: files, tasks, config.json."""
+"""Plans a packing from a checkpoint's headers and the settings: files, tasks and config.json."""
 
 import copy
 from collections.abc import Iterator, Mapping
@@ -20,30 +20,30 @@ from .settings import Conversion, PackSettings, target_layout
 from .tasks import ExpertTask, Item, Task, merge_runs
 
 _OWN_FAMILIES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
-"""Model types whose dense tensors this library reads in the hub's form too."""
+"""Model types whose dense tensors this library can also read in the hub's form."""
 
 
 @dataclass(frozen=True)
 class LatePart:
-    """A parameter that mlx-lm computes once all source shards were seen, and where it goes."""
+    """A parameter that mlx-lm computes once all source shards have been read, and its place in the output."""
 
     parameter: DenseParameter
-    offsets: tuple[int, ...]  # in the file: of its one tensor, or of weight, scales and biases
+    offsets: tuple[int, ...]  # in the file: offsets of its single tensor, or of weight, scales and biases
     sizes: tuple[int, ...]
     output: str
 
 
 @dataclass(frozen=True)
 class PackPlan:
-    """Everything that packing will do. The same headers and settings give the same plan.
+    """The complete plan of a packing. The same headers and settings give the same plan.
 
     Attributes:
-        layers: The result's layers, checksums not yet known (all 0).
-        lossy: What changes weights, in words; empty if nothing does.
+        layers: The result's layers, with checksums still 0.
+        lossy: Settings that change weights, in words; empty if none do.
         dense_files: The result's files of dense tensors.
-        tasks: In the order of the source's shards where possible; each once.
-        late: What is made after all tasks.
-        dense: mlx-lm's view; None where dense tensors are copied.
+        tasks: All tasks, in the order of the source's shards where possible.
+        late: Parameters computed after all tasks.
+        dense: mlx-lm's view of the dense tensors; None if they are copied.
         config: The result's config.json.
     """
 
@@ -59,7 +59,7 @@ class PackPlan:
 
     @property
     def result_bytes(self) -> int:
-        """Size of the result's expert and dense files."""
+        """Total size of the result's expert and dense files."""
         return sum(self.file_sizes.values())
 
     @property
@@ -68,7 +68,7 @@ class PackPlan:
         return sizes | {file.name: file.nbytes for file in self.dense_files}
 
     def record_task(self, layer: int, expert: int) -> ExpertTask:
-        """A task that makes one whole record, for comparison."""
+        """Return a task that produces one whole record, for comparison."""
         packed = next(p for p in self.layers if p.layer == layer)
         layout, conversions = target_layout(
             layer, self.checkpoint.layout(layer), self.settings, cast_dtype(self.checkpoint.config)
@@ -81,12 +81,12 @@ def make_plan(checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool)
     """Plan a packing. Reads no tensor data.
 
     Args:
-        checkpoint: The source.
-        settings: What was asked for.
-        by_shard: Whether shards come one at a time, so that records are made in parts.
+        checkpoint: The source checkpoint.
+        settings: Packing settings.
+        by_shard: Whether shards arrive one at a time, so that records are written in parts.
 
     Raises:
-        UnsupportedModelError: If the dense tensors can't be carried over.
+        UnsupportedModelError: If the dense tensors can't be converted.
     """
     cast = cast_dtype(checkpoint.config)
     layers: list[PackedLayer] = []
@@ -127,7 +127,7 @@ def _mlx_lm_dense(checkpoint: Checkpoint, settings: PackSettings, *, quantise: b
 
 
 def module_path(checkpoint: Checkpoint, layer: int) -> str:
-    """Path of a layer's stacked experts in mlx-lm's naming."""
+    """Return the path of a layer's stacked experts in mlx-lm's naming."""
     if checkpoint.manifest:
         return checkpoint.manifest.layers[layer].module
     name = checkpoint.parts(layer)[0].infos[0].name
@@ -159,7 +159,7 @@ def _expert_tasks(
     step = max(1, CHUNK_BYTES // max(source_bytes, packed.stride))
 
     def split(expert: int) -> tuple[tuple[int, ...], ...]:
-        """Items that may be made together: all of them, or those that need the same shards."""
+        """Group the items that can be processed together: all of them, or those that need the same shards."""
         if not by_shard:
             return (tuple(range(len(items))),)
         groups: dict[frozenset[Path], list[int]] = {}
@@ -238,7 +238,7 @@ def _converted_dense(
 
 
 def _stored_as(parameter: DenseParameter) -> list[tuple[str, str, tuple[int, ...]]]:
-    """(name, dtype, shape) of the tensors that a parameter becomes."""
+    """Return (name, dtype, shape) of the tensors that a parameter becomes."""
     quantization = parameter.quantization
     if quantization is None:
         return [(parameter.name, parameter.dtype, parameter.shape)]
@@ -261,7 +261,7 @@ def _wants_quantised(checkpoint: Checkpoint, settings: PackSettings) -> bool:
 
 
 def _state_expert_bits(config: dict[str, Any], layers: list[PackedLayer], settings: PackSettings) -> None:
-    """Put into config.json's quantization what differs from its default, under mlx-lm's paths."""
+    """Add deviations from the default quantisation to config.json, under mlx-lm's paths."""
     chosen = {
         f"{packed.module}.{projection}": quantization and quantization.stated
         for packed in layers

@@ -1,4 +1,4 @@
-"""What a packing says of itself while it runs: a bar on a terminal, or a function of the caller's."""
+"""Progress reports of a packing or check: a bar on a terminal, or the caller's function."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Progress:
-    """A moment of a packing or a check.
+    """Progress of a packing or a check at one moment.
 
     Attributes:
-        step: What is being done, such as "download model-00003-of-00094.safetensors".
-        done_bytes: Of the result.
-        total_bytes: Of the result.
+        step: Current step, such as "download model-00003-of-00094.safetensors".
+        done_bytes: Bytes of the result that are done.
+        total_bytes: Total bytes of the result.
     """
 
     step: str
@@ -26,7 +26,7 @@ Report = Callable[[Progress], None]
 
 @contextmanager
 def reporting(progress: bool | Report, title: str) -> Iterator[Report]:
-    """The function to report to: the caller's own, a bar on stderr if that is a terminal, or nothing."""
+    """Yield the function to report to: the caller's, one that draws a bar if stderr is a terminal, or a no-op."""
     if callable(progress):
         yield progress
     elif progress and sys.stderr.isatty():
@@ -49,7 +49,7 @@ def _bar(title: str) -> Iterator[Report]:
         start: int | None = None
 
         def report(moment: Progress) -> None:
-            # What an earlier run has done counts neither in the rate nor in the time left.
+            # Work done by an earlier run counts neither in the rate nor in the remaining time.
             nonlocal start
             start = moment.done_bytes if start is None else start
             bar.update(
@@ -63,5 +63,5 @@ def _bar(title: str) -> Iterator[Report]:
 
 
 def _shown(step: str) -> str:
-    """Return a step, which may hold a file's name out of an index, without what a terminal would obey."""
+    """Return a step without terminal control characters; it may contain a file name from an untrusted index."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in step)

@@ -1,7 +1,7 @@
 """Quantises rows of weights with MLX's own operation, so that the bytes are mlx_lm.convert's.
 
-MLX's operation is single-threaded on the CPU: each worker thread has a stream of its own, and two of them keep two
-cores busy.
+MLX's operation is single-threaded on the CPU, so each worker thread has its own stream; two threads keep two cores
+busy.
 """
 
 import threading
@@ -25,7 +25,7 @@ _streams = threading.local()
 
 @dataclass
 class ErrorSums:
-    """What quantisation changed, as sums that add up over tasks."""
+    """Sums from which the quantisation error is computed; they add up over tasks."""
 
     count: int = 0
     squared: float = 0.0
@@ -39,7 +39,7 @@ class ErrorSums:
         self.largest = max(self.largest, other.largest)
 
     def to_json(self) -> dict[str, float]:
-        """rmse, largest absolute error, and rmse relative to the weights' root mean square."""
+        """Return the RMSE, the largest absolute error, and the RMSE relative to the weights' root mean square."""
         return {
             "rmse": (self.squared / self.count) ** 0.5 if self.count else 0.0,
             "max": self.largest,
@@ -54,13 +54,13 @@ def quantise(
     """Quantise whole rows.
 
     Args:
-        rows: How many.
-        parts: (dtype, bytes) by "weight", and by the other parts of the source's quantisation.
-        conversion: From what to what.
-        measure: Whether to compare with the weights before, which takes longer than quantising them.
+        rows: Number of rows.
+        parts: (dtype, bytes) of "weight" and of the other parts of the source's quantisation, by name.
+        conversion: Source and target quantisation.
+        measure: Whether to measure the error, which takes longer than the quantisation itself.
 
     Returns:
-        Bytes by the parts of the target's quantisation; and the error, if asked for.
+        The bytes of the target's parts, by name; and the error, if measured.
     """
     with mx.stream(_stream()):
         arrays = {
@@ -81,7 +81,7 @@ def quantise(
 
 
 def to_bytes(value: mx.array) -> Bytes:
-    """An evaluated array's bytes, without a copy."""
+    """Return an evaluated array's bytes, without a copy."""
     return np.frombuffer(memoryview(value).cast("B"), np.uint8) if value.size else np.empty(0, np.uint8)
 
 

@@ -1,4 +1,4 @@
-"""Runs a plan's tasks on threads, notes in the journal what has reached the disk, and puts the result together."""
+"""Runs a plan's tasks on threads, records in the journal what has reached the disk, and assembles the result."""
 
 import json
 import time
@@ -26,19 +26,19 @@ from .tasks import SourceFiles, Task, TaskResult
 from .workspace import RESERVE_BYTES, Workspace
 
 _COMMIT_BYTES = 256 << 20
-"""What is written between two entries of the journal: less waits for the disk more often, more is lost by a crash."""
+"""Bytes written between journal entries: fewer means waiting for the disk more often, more means losing more work."""
 
 _COMMIT_SECONDS = 10.0
 
 _UNCOMMITTED_BYTES = 4 * _COMMIT_BYTES
-"""What may be written ahead of the disk before everything waits for it."""
+"""Maximum bytes written ahead of the disk before all tasks wait for it."""
 _BUFFER_CACHE_BYTES = 128 << 20
 _THREADS = min(2 * available_cores(), 8)
-"""Each waits for the disk about half of its time, and holds up to about 100 MB."""
+"""Number of worker threads. Each waits for the disk about half of the time and uses up to about 100 MB."""
 
 
 class Runner:
-    """One run of a plan: begun anew, or gone on with."""
+    """One run of a plan, from the start or resumed."""
 
     def __init__(self, plan: PackPlan, source: Source, workspace: Workspace, journal: Journal, report: Report):
         self._plan, self._source, self._workspace, self._journal = plan, source, workspace, journal
@@ -58,18 +58,18 @@ class Runner:
 
     @property
     def remaining_bytes(self) -> int:
-        """Bytes that are still to be written."""
+        """Number of bytes still to write."""
         return self._total - self._done_bytes
 
     def run(self) -> None:
-        """Do all tasks that are not done.
+        """Run all unfinished tasks.
 
         Raises:
-            PackError: If something can't be written or read; what is done is noted.
+            PackError: If a read or write fails; finished tasks are recorded.
             CorruptError: If a source file is truncated.
         """
         made = self._workspace.create(self._plan.file_sizes)
-        for number in [n for n in self._journal.results if self._output(n) in made]:  # somebody removed the file
+        for number in [n for n in self._journal.results if self._output(n) in made]:  # the file was removed
             del self._journal.results[number]
             self._done_bytes -= self._size(number)
         with (
@@ -94,7 +94,7 @@ class Runner:
                 self._files.close()
 
     def _run_tasks(self, pool: ThreadPoolExecutor) -> None:
-        """Shard by shard: fetch it, do every task for which all shards are here, let go of those not needed again."""
+        """For each shard: fetch it, run every task whose shards are all here, and release shards no longer needed."""
         open_tasks = [n for n in range(len(self._plan.tasks)) if n not in self._journal.results]
         needs = {number: self._plan.tasks[number].needs for number in open_tasks}
         users: dict[Path, int] = {}
@@ -121,7 +121,7 @@ class Runner:
             for number in ready:
                 for path in needs.pop(number):
                     users[path] -= 1
-            # The journal comes first: what is deleted can't be read again.
+            # Write the journal first: deleted data can't be read again.
             self._commit()
             for path in [path for path in here if users[path] == 0]:
                 self._files.close(path)
@@ -142,16 +142,16 @@ class Runner:
             while running:
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    result = future.result()  # raises what the task raised
+                    result = future.result()  # re-raises the task's exception
                     self._note(running.pop(future), result)
                     submit()
                 self._tell()
                 if self._is_commit_due():
                     self._begin_commit()
-                    # Somebody else may be filling the disk: better now than when it is full.
+                    # Another program may be filling the disk: stop before it is full.
                     self._workspace.need(self.remaining_bytes)
         finally:
-            # No thread may write once this has returned, whatever it was that ended it.
+            # No thread may write after this has returned, for whatever reason.
             for future in running:
                 future.cancel()
             wait(running)
@@ -179,7 +179,7 @@ class Runner:
         return all(first + i in self._journal.results for i in range(len(self._plan.late)))
 
     def _run_late(self) -> None:
-        """What mlx-lm's sanitize computes, on this thread: MLX's lazy arrays belong to the thread that made them."""
+        """Write the parameters that sanitize computes, on this thread, to which their lazy arrays belong."""
         if self._plan.dense is None or self._is_late_done():
             return
         first = len(self._plan.tasks)
@@ -191,7 +191,7 @@ class Runner:
             self._note(number, TaskResult(tuple(zlib.crc32(data.data) for data in made), {}))
             self._tell()
 
-    # --- what is done ---
+    # --- recording finished tasks ---
 
     def _note(self, number: int, result: TaskResult) -> None:
         self._unsynced[number] = result
@@ -204,7 +204,7 @@ class Runner:
         return self._unsynced_bytes >= _COMMIT_BYTES or time.monotonic() - self._last_commit > _COMMIT_SECONDS
 
     def _begin_commit(self) -> None:
-        """Note finished tasks once their bytes have reached the disk; others go on meanwhile."""
+        """Record finished tasks once their bytes have reached the disk, while other tasks continue."""
         self._end_commit()
         batch = dict(sorted(self._unsynced.items()))
         self._unsynced.clear()
@@ -229,14 +229,14 @@ class Runner:
             raise
 
     def _commit(self) -> None:
-        """Wait until everything that is finished is noted."""
+        """Wait until all finished tasks are recorded."""
         self._end_commit()
         if self._unsynced:
             self._begin_commit()
             self._end_commit()
 
     def _commit_rest(self) -> None:
-        """Note what can be noted; after a failed fsync nothing: the system may have dropped bytes, and says it once."""
+        """Record what can be recorded; nothing after a failed fsync, as the system reports lost bytes only once."""
         with suppress(OSError):
             if not self._disk_failed:
                 self._commit()
@@ -255,10 +255,10 @@ class Runner:
     # --- the result ---
 
     def finish(self, small_files: Mapping[str, bytes]) -> None:
-        """Write headers, small files and the manifest, and put everything into its place.
+        """Write headers, small files and the manifest, and move everything into place.
 
         Args:
-            small_files: Tokenizer and others that are copied, by name.
+            small_files: Contents of the tokenizer and other copied files, by name.
         """
         segments = self._segments()
         layers = [self._sealed(layer, segments[layer.file_name]) for layer in self._plan.layers]
@@ -291,7 +291,7 @@ class Runner:
             raise self._workspace.failure(error, RESERVE_BYTES) from error
 
     def _segments(self) -> dict[str, list[tuple[int, int, int]]]:
-        """(offset, length, CRC-32) of everything written, ascending, by output file."""
+        """Return (offset, length, CRC-32) of all written data by output file, ascending."""
         found: dict[str, list[tuple[int, int, int]]] = {name: [] for name in self._plan.file_sizes}
         for number, task in enumerate(self._plan.tasks):
             for segment, checksum in zip(task.segments, self._journal.results[number].checksums, strict=True):
@@ -334,7 +334,7 @@ class Runner:
 
     def _errors(self) -> dict[str, Any]:
         sums: dict[str, ErrorSums] = {}
-        for number in range(len(self._plan.tasks)):  # in one order, so that the sums are the same bits in every run
+        for number in range(len(self._plan.tasks)):  # in a fixed order, so that the sums are bit-identical in every run
             for projection, error in self._journal.results[number].errors.items():
                 sums.setdefault(projection, ErrorSums()).add(error)
         return {projection: sums[projection].to_json() for projection in sorted(sums)}

@@ -1,4 +1,4 @@
-"""What is asked of a packing, and what it makes of each projection of each layer."""
+"""Settings of a packing, and the resulting conversion of each projection of each layer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -16,13 +16,13 @@ MLX_LM_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
 
 @dataclass(frozen=True)
 class PackSettings:
-    """What was asked for; checked.
+    """Validated settings.
 
     Attributes:
-        bits: Of the experts' weights; None leaves them as they are.
-        group_size: Weights that share a scale.
-        down_bits: Of down_proj, in place of ``bits``.
-        layer_bits: Of all three projections of the layers named, in place of both.
+        bits: Bits per expert weight; None keeps the weights unchanged.
+        group_size: Number of weights that share a scale.
+        down_bits: Bits for down_proj, overriding ``bits``.
+        layer_bits: Bits for all three projections by layer, overriding both.
         dense: "keep" the dense tensors as they are, "quantize" them as mlx_lm.convert does, or "auto": quantise what
             is not, where ``bits`` is given.
     """
@@ -47,7 +47,7 @@ class PackSettings:
             raise RequestError('[dense] "quantize" needs bits, got none. Give bits, or dense="keep".')
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest and the journal have it."""
+        """Return the settings as stored in the manifest and the journal."""
         return {
             "bits": self.bits,
             "group_size": self.group_size,
@@ -58,7 +58,7 @@ class PackSettings:
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> "PackSettings":
-        """Raises RequestError for what `to_json` doesn't write."""
+        """Parse the output of `to_json`. Raises RequestError for anything else."""
         try:
             layer_bits = {int(layer): bits for layer, bits in value["layer_bits"].items()}
             return cls(value["bits"], value["group_size"], value["down_bits"], layer_bits, value["dense"])
@@ -66,9 +66,9 @@ class PackSettings:
             raise RequestError(f"[conversion] must be what pack wrote, got {value!r:.200}. Pack it again.") from error
 
     def quantization(self, layer: int, projection: str, source: Quantization | None, width: int) -> Quantization | None:
-        """What a projection of a layer is to be: as asked, or as it is.
+        """Return the target quantisation of a projection: the requested one, or its present one.
 
-        As mlx_lm does, a projection whose width the group size doesn't divide is left as it is.
+        As in mlx_lm, a projection whose width is not a multiple of the group size is left unchanged.
         """
         bits = self.bits
         if projection == "down_proj" and self.down_bits is not None:
@@ -81,12 +81,12 @@ class PackSettings:
 
 @dataclass(frozen=True)
 class Conversion:
-    """How one projection's weights become others.
+    """Conversion of one projection's weights.
 
     Attributes:
-        source: Their quantisation now; None if they are floats.
-        target: What it becomes.
-        dtype: Of floats on the way, as safetensors names it: scales and biases are of it.
+        source: Present quantisation; None for floats.
+        target: Target quantisation.
+        dtype: dtype of intermediate floats, scales and biases, as safetensors names it.
     """
 
     source: Quantization | None
@@ -97,13 +97,13 @@ class Conversion:
 def target_layout(
     layer: int, source: RecordLayout, settings: PackSettings, cast: str | None
 ) -> tuple[RecordLayout, dict[str, Conversion]]:
-    """The packed record of a layer's experts, and the projections that are not copied as they are.
+    """Return the packed record of a layer's experts, and the projections that need conversion.
 
     Args:
         layer: Number of the layer.
-        source: The record as it is.
-        settings: What was asked for.
-        cast: dtype that config.json names for floats, or None.
+        source: Layout of the source's record.
+        settings: Packing settings.
+        cast: dtype for floats from config.json, or None.
     """
     specs = {(part.projection, part.part): (part.dtype, part.shape) for part in source.parts}
     quantizations = dict(source.quantizations)
@@ -124,7 +124,7 @@ def target_layout(
 
 
 def _float_dtype(source: RecordLayout, projection: str) -> str | None:
-    """dtype of the scales of a quantised projection, where they are floats."""
+    """Return the dtype of a quantised projection's scales, if they are floats."""
     quantization = source.quantization(projection)
     if quantization is None or quantization.scheme.block_rows > 1:
         return None
@@ -133,5 +133,5 @@ def _float_dtype(source: RecordLayout, projection: str) -> str | None:
 
 
 def unpacked_width(weight: RecordPart, quantization: Quantization | None) -> int:
-    """Inputs of a projection, from its weight's stored shape."""
+    """Return the number of inputs of a projection from its weight's stored shape."""
     return quantization.scheme.width(weight.shape[1], quantization.bits) if quantization else weight.shape[1]

@@ -1,4 +1,4 @@
-"""Where a packing reads from: a directory, or (hub.py) a repository whose shards come one at a time."""
+"""Sources of a packing: a directory, or (hub.py) a repository whose shards arrive one at a time."""
 
 import hashlib
 import os
@@ -15,15 +15,15 @@ _SAMPLE_BYTES = 4096
 
 
 class Source(Protocol):
-    """A checkpoint's files, of which some may not be here yet.
+    """A source checkpoint, some of whose files may not be here yet.
 
     Attributes:
-        checkpoint: Opened; its shards' headers are right even where their data isn't here yet.
-        by_shard: Whether shards come one at a time.
-        name: For the manifest: a directory's or a repository's.
+        checkpoint: The opened checkpoint; its shards' headers are correct even if their data isn't here yet.
+        by_shard: Whether shards arrive one at a time.
+        name: Name of the directory or repository, for the manifest.
         revision: The commit, or None.
-        samples: A hash of samples of its files, or None where the revision says which they are.
-        held_bytes: What its shards take on the destination's disk while they are here, at most.
+        samples: Hash of samples of its files, or None if the revision identifies them.
+        held_bytes: Maximum size of its shards on the destination's disk.
     """
 
     checkpoint: Checkpoint
@@ -34,7 +34,7 @@ class Source(Protocol):
     held_bytes: int
 
     def identity(self) -> dict[str, Any]:
-        """What tells this source from another, or from itself changed."""
+        """Return values that distinguish this source from others and from changed versions of itself."""
         ...
 
     def fetch(self, path: Path) -> None:
@@ -42,20 +42,20 @@ class Source(Protocol):
         ...
 
     def release(self, path: Path, keep: tuple[TensorInfo, ...]) -> None:
-        """A shard's data is not needed any more, but for these tensors."""
+        """Release a shard's data, except for these tensors."""
         ...
 
     def is_kept(self, path: Path) -> bool:
-        """Whether a shard was released already, and what was to be kept of it can be read."""
+        """Return whether a shard was already released and its retained tensors are readable."""
         ...
 
     def check_unchanged(self) -> None:
-        """Raises PackError if a file has changed since the packing was begun."""
+        """Raise PackError if a file has changed since the packing started."""
         ...
 
 
 class LocalSource:
-    """A checkpoint's directory."""
+    """A local checkpoint directory."""
 
     by_shard = False
     held_bytes = 0
@@ -64,7 +64,7 @@ class LocalSource:
         self.checkpoint = Checkpoint.open(directory)
         self.name = directory.resolve().name
         self.revision: str | None = None
-        # A hub's cache: models--org--name/snapshots/<commit>.
+        # The hub cache's layout: models--org--name/snapshots/<commit>.
         parts = directory.absolute().parts
         if len(parts) >= 3 and parts[-2] == "snapshots" and re.fullmatch(r"[0-9a-f]{40}", parts[-1]):
             self.revision = parts[-1]
@@ -77,10 +77,10 @@ class LocalSource:
         return self._identity
 
     def fetch(self, path: Path) -> None:
-        """It is here."""
+        """Do nothing: the file is local."""
 
     def release(self, path: Path, keep: tuple[TensorInfo, ...]) -> None:
-        """It stays."""
+        """Do nothing: the file stays."""
 
     def is_kept(self, path: Path) -> bool:
         return True
@@ -101,9 +101,9 @@ class LocalSource:
 
 
 def fingerprint(path: Path) -> str:
-    """A file's length, time of change, and a hash of its first megabyte and of samples all over it.
+    """Return a file's length, modification time, and a hash of its first megabyte and of samples throughout.
 
-    Another file in its place is noticed, whatever its time says, unless it differs between the samples only.
+    Detects a replaced file, whatever its modification time, unless it differs only between the samples.
     """
     digest = hashlib.sha256()
     try:
@@ -119,7 +119,7 @@ def fingerprint(path: Path) -> str:
 
 
 def header_bytes(path: Path) -> bytes:
-    """A safetensors file's bytes before its data."""
+    """Return a safetensors file's bytes before its data."""
     with path.open("rb") as file:
         start = file.read(8)
         return start + file.read(int.from_bytes(start, "little"))

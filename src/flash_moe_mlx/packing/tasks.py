@@ -1,6 +1,6 @@
-"""The work of a packing, as tasks that may run in any order: each reads from source files and writes one output file.
+"""Tasks of a packing, which may run in any order. Each reads source files and writes to one output file.
 
-A task is small (tens of megabytes), always gives the same bytes, and is done again if it was not finished.
+A task is small (tens of megabytes), always produces the same bytes, and is repeated if it was not finished.
 """
 
 import mmap
@@ -22,15 +22,15 @@ from ..system import preadv, raise_file_limit
 from .quantiser import Bytes, ErrorSums, quantise
 from .settings import Conversion
 
-_MAX_BUFFERS = 512  # of one vectored read; systems take 1024
+_MAX_BUFFERS = 512  # buffers per vectored read; systems accept 1024
 
 ERROR_INTERVAL = 8
-"""Of how many experts the quantisation's error is measured on one."""
+"""The quantisation error is measured on one expert in this many."""
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Bytes of an output file that a task makes. The file's other bytes are its header, and zeros."""
+    """A byte range of an output file written by a task. The file's other bytes are its header and zeros."""
 
     offset: int
     nbytes: int
@@ -38,14 +38,14 @@ class Segment:
 
 @dataclass(frozen=True)
 class TaskResult:
-    """What a task leaves for the journal: the CRC-32 of each segment, and errors by projection."""
+    """A task's entry for the journal: the CRC-32 of each segment, and errors by projection."""
 
     checksums: tuple[int, ...]
     errors: Mapping[str, ErrorSums]
 
 
 class Task(Protocol):
-    """One piece of work."""
+    """One unit of work."""
 
     @property
     def output(self) -> str:
@@ -59,30 +59,30 @@ class Task(Protocol):
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """What it writes."""
+        """Byte ranges that the task writes."""
         ...
 
     def run(self, source: "SourceFiles", write: "Write") -> TaskResult:
-        """Read, convert and write; on a worker thread."""
+        """Read, convert and write. Runs on a worker thread."""
         ...
 
 
 Write = Callable[[memoryview, int], None]
-"""Writes bytes at an offset of the task's output file."""
+"""Function that writes bytes at an offset of the task's output file."""
 
 
 class SourceFiles:
-    """Source files, opened once each; safe to use from several threads."""
+    """Source files, each opened once. Safe to use from several threads."""
 
     def __init__(self) -> None:
         raise_file_limit()
         self._files: dict[Path, ReadOnlyFile] = {}
 
     def read(self, path: Path, buffers: Sequence[Bytes], offset: int) -> None:
-        """Read consecutive bytes of a file into one buffer after the other.
+        """Read consecutive bytes of a file into one buffer after another.
 
         Raises:
-            CorruptError: If the file ends before.
+            CorruptError: If the file ends early.
             PackError: If it can't be read.
         """
         for first in range(0, len(buffers), _MAX_BUFFERS):
@@ -112,7 +112,9 @@ class SourceFiles:
         return total
 
     def _open(self, path: Path) -> ReadOnlyFile:
-        if path not in self._files:  # two threads may both open it: the loser's is closed when it is collected
+        if (
+            path not in self._files
+        ):  # two threads may both open it: the loser's descriptor is closed on garbage collection
             self._files.setdefault(path, ReadOnlyFile(path, direct=False))
         return self._files[path]
 
@@ -125,12 +127,12 @@ class SourceFiles:
 
 @dataclass(frozen=True)
 class Item:
-    """What is made at once of an expert: one part copied, or one projection's parts quantised.
+    """The smallest unit of an expert that a task writes: one copied part, or one projection's quantised parts.
 
     Attributes:
-        sources: The parts read, by name: "weight", and its quantisation's others where it is requantised.
-        targets: The parts made, in the packed record.
-        conversion: None where bytes stay as they are.
+        sources: Parts to read, by name: "weight", plus its quantisation's other parts when requantising.
+        targets: Parts to write, in the packed record.
+        conversion: Conversion of the weights; None to copy the bytes.
     """
 
     sources: Mapping[str, Part]
@@ -143,15 +145,15 @@ class Item:
 
 @dataclass(frozen=True)
 class ExpertTask:
-    """Experts ``first`` to ``last`` (exclusive) of a layer: whole records, or some items of them.
+    """A task for experts ``first`` to ``last`` (exclusive) of a layer: whole records, or some items of them.
 
     Attributes:
         layer: Number of the layer.
-        items: What to make.
-        runs: (begin, end) inside a record of what the items fill, without gaps of more than alignment.
-        whole: Whether that is everything: then whole records are written at once, padding included.
-        stride: Bytes from record to record.
-        data_offset: Of the first record in the output file.
+        items: Items to write.
+        runs: (begin, end) of the contiguous ranges of a record that the items fill, ignoring alignment gaps.
+        whole: Whether the items are complete, so that whole records are written at once, including padding.
+        stride: Bytes from one record to the next.
+        data_offset: Offset of the first record in the output file.
     """
 
     layer: int
@@ -170,7 +172,7 @@ class ExpertTask:
 
     @property
     def segments(self) -> tuple[Segment, ...]:
-        """A run of a record each, expert by expert."""
+        """Return one segment per run of each record, expert by expert."""
         return tuple(
             Segment(self.data_offset + expert * self.stride + begin, end - begin)
             for expert in range(self.first, self.last)
@@ -190,7 +192,7 @@ class ExpertTask:
         return TaskResult(checksums, errors)
 
     def make(self, source: SourceFiles) -> tuple[Bytes, dict[str, ErrorSums]]:
-        """Records of shape (last - first, stride); what no item fills is zero. This thread's next call reuses them."""
+        """Return records of shape (last - first, stride), zero-filled. This thread's next call reuses their memory."""
         records = _zeros((self.last - self.first, self.stride))
         errors: dict[str, ErrorSums] = {}
         for item in self.items:
@@ -225,7 +227,7 @@ class ExpertTask:
                 errors.setdefault(item.targets[0].projection, ErrorSums()).add(error)
 
     def _read(self, source: SourceFiles, part: Part, targets: Bytes) -> None:
-        """Read one part of every expert into the rows of ``targets``; what is contiguous in the file at once."""
+        """Read one part of every expert into the rows of ``targets``; contiguous file ranges in one call."""
         if part.view is not None:
             self._gather(source, part, part.view, targets)
             return
@@ -242,7 +244,7 @@ class ExpertTask:
             source.read(begin[0], pending, begin[1])
 
     def _gather(self, source: SourceFiles, part: Part, view: View, targets: Bytes) -> None:
-        """Read one part of every expert, and lay its elements row by row where they lie otherwise in the file."""
+        """Read one part of every expert and rearrange its elements row by row if the file stores them differently."""
         size = DTYPE_BYTES[part.dtype]
         block: Bytes = np.empty(view.nbytes, np.uint8)
         for number, expert in enumerate(range(self.first, self.last)):
@@ -261,7 +263,7 @@ _scratch = threading.local()
 
 
 def _zeros(shape: tuple[int, int]) -> Bytes:
-    """Zeros that start on a page, in memory that this thread's next call reuses: fresh pages cost more."""
+    """Return page-aligned zeros, in memory that this thread's next call reuses, since fresh pages cost more."""
     nbytes = shape[0] * shape[1]
     if len(getattr(_scratch, "pages", b"")) < nbytes:
         _scratch.pages = mmap.mmap(-1, nbytes)
@@ -275,7 +277,7 @@ def _nbytes(part: Part) -> int:
 
 
 def merge_runs(targets: Sequence[RecordPart], layout_parts: Sequence[RecordPart]) -> tuple[tuple[int, int], ...]:
-    """(begin, end) of neighbouring parts: alignment between two of them belongs to the run."""
+    """Merge neighbouring parts into runs (begin, end), including the alignment gaps between them."""
     chosen = {target.name for target in targets}
     runs: list[tuple[int, int]] = []
     previous = False

@@ -1,6 +1,6 @@
-"""verify(): is a checkpoint what its headers, its config.json and, if it is packed, its manifest say?
+"""verify(): checks a checkpoint against its headers, config.json and, if packed, its manifest.
 
-A stock checkpoint has no checksums: of it only structure is checked. Of a packed one every file's bytes can be.
+A stock checkpoint has no checksums, so only its structure is checked. For a packed one, every byte can be checked.
 """
 
 import zlib
@@ -17,7 +17,7 @@ from ..formats.packed_format import MANIFEST_NAME, Manifest, PackedLayer
 from ..stats import NamedRows, format_bytes
 
 SAMPLED_RECORDS = 4
-"""Records of each layer that are read where not all are: the first, the last and what lies between evenly."""
+"""Records per layer in a sample: the first, the last, and evenly spaced ones in between."""
 
 _COMPARED_RECORDS = 2
 _CHUNK_BYTES = 8 << 20
@@ -26,12 +26,12 @@ _THREADS = 4
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong.
+    """A problem found by a check.
 
     Attributes:
-        file: Name in the checkpoint.
-        message: What, and what to do.
-        layer, expert, offset: Where, as far as that makes sense.
+        file: File name in the checkpoint.
+        message: Description, and what to do.
+        layer, expert, offset: Location, where applicable.
     """
 
     file: str
@@ -43,18 +43,18 @@ class Problem:
 
 @dataclass(frozen=True)
 class Report(NamedRows):
-    """What a check found. Prints as a short table, and as HTML in a notebook; true if nothing is wrong.
+    """Result of a check. Prints as a short table, and as HTML in a notebook; true if there are no problems.
 
     Attributes:
-        path: The checkpoint.
-        format: "packed", "mlx", "hf-fused", "hf-per-expert", or "" where it could not be opened.
-        full: Whether all of its bytes were compared with checksums.
-        records: Records compared with their checksums.
-        all_records: Records that the checkpoint has.
-        files: Other files compared with their checksums.
-        compared: Records compared with the source's.
-        bytes_read: Bytes read for it.
-        problems: What is wrong.
+        path: The checkpoint's directory.
+        format: "packed", "mlx", "hf-fused", "hf-per-expert", or "" if it could not be opened.
+        full: Whether all bytes were compared with checksums.
+        records: Number of records compared with their checksums.
+        all_records: Number of records in the checkpoint.
+        files: Number of other files compared with their checksums.
+        compared: Number of records compared with the source's.
+        bytes_read: Bytes read by the check.
+        problems: Problems found.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class Report(NamedRows):
         return self.ok
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, value) pairs in the order in which they are shown."""
+        """Return (name, value) pairs in display order."""
         checked = f"{self.records:,} of {self.all_records:,} match their checksums"
         if self.format != "packed":
             checked = f"{self.all_records:,}, structure only: this format has no checksums"
@@ -92,7 +92,7 @@ class Report(NamedRows):
         return rows + [("problem", problem.message) for problem in self.problems[:20]]
 
     def to_json(self) -> dict[str, Any]:
-        """As ``flash-moe verify --json`` prints it."""
+        """Return the value that ``flash-moe verify --json`` prints."""
         return {
             "path": str(self.path), "format": self.format, "ok": self.ok, "full": self.full,
             "records": self.records, "all_records": self.all_records, "files": self.files,
@@ -108,22 +108,22 @@ def verify(
     against: str | Path | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Report:
-    """Check a checkpoint's structure, and a packed one's bytes.
+    """Check a checkpoint's structure and, if it is packed, its bytes.
 
-    Headers, ranges and shapes are checked against each other and config.json. Of a packed checkpoint, small files
-    and a sample of the records are compared with their checksums; ``full`` compares everything.
+    Checks headers, ranges and shapes against each other and config.json. For a packed checkpoint, also compares
+    small files and a sample of the records with their checksums; ``full`` compares everything.
 
     Args:
         path: A checkpoint's directory.
         full: Read every byte.
-        against: Its source: some records are made again from it and must be the same bytes.
-        progress: Called with bytes checked so far, and in all.
+        against: The source checkpoint: some records are packed again from it and must have the same bytes.
+        progress: Function called with the bytes checked so far and the total.
 
     Returns:
-        What was found. Faults of the files are in the report, they are not raised.
+        The report. Problems of the files are reported, not raised.
 
     Raises:
-        RequestError: If ``against`` can't be used.
+        RequestError: If ``against`` is unusable.
     """
     directory = Path(path).expanduser()
     try:
@@ -160,11 +160,11 @@ def verify(
 
 
 def check_other_files(directory: Path, manifest: Manifest) -> None:
-    """Compare all files but the experts' with their checksums.
+    """Compare all files except the experts' with their checksums.
 
     Raises:
-        CorruptError: If one is not what was packed.
-        MissingTensorError: If one is absent.
+        CorruptError: If a file doesn't match its checksum.
+        MissingTensorError: If a file is missing.
     """
     jobs = list(_file_jobs(directory, manifest, full=True))
     with ThreadPoolExecutor(_THREADS, thread_name_prefix="flash-moe-verify") as pool:
@@ -176,7 +176,7 @@ def check_other_files(directory: Path, manifest: Manifest) -> None:
 
 @dataclass(frozen=True)
 class _Job:
-    """Bytes to compare with a checksum: ``zeros`` more must follow them, of a record."""
+    """A byte range to compare with a checksum; for a record, ``zeros`` zero bytes must follow it."""
 
     path: Path
     name: str
@@ -208,7 +208,7 @@ class _Job:
             if self.whole_file and size != self.nbytes:
                 return f"must have {self.nbytes} bytes, got {size}"
             file.seek(self.offset)
-            # What is in memory may be better than what is on the disk.
+            # The page cache may hide damage on the disk.
             system.avoid_page_cache(file.fileno())
             system.drop_pages(file.fileno(), self.offset, self.nbytes)
             while done < self.nbytes:
@@ -247,7 +247,7 @@ def _sample(layer: PackedLayer, count: int) -> list[int]:
 
 
 def _compare(checkpoint: Checkpoint, source: Path) -> tuple[int, list[Problem]]:
-    """Make some records again from the source. Returns how many are the same, and what is wrong with others."""
+    """Pack some records again from the source. Returns the number of equal ones and problems of the others."""
     from .plan import make_plan
     from .settings import PackSettings
     from .tasks import SourceFiles
@@ -280,6 +280,6 @@ def _compare(checkpoint: Checkpoint, source: Path) -> tuple[int, list[Problem]]:
 
 
 def _file_of(error: CheckpointError) -> str:
-    """The file that a message opens with."""
+    """Return the file name at the start of an error message."""
     text = str(error)
     return text[1:].split("]")[0].split(" ")[0] if text.startswith("[") else MANIFEST_NAME

@@ -1,7 +1,7 @@
-"""The destination of a packing: the folder of unfinished files inside it, its lock, free space, and the last step.
+"""The destination of a packing: its work folder, its lock, its free disk space, and the final step.
 
-Until the end everything lies in `WORK_FOLDER`, so that the destination holds a whole checkpoint or none. Files are
-renamed into their places one by one, the manifest last.
+All files stay in `WORK_FOLDER` until the end, so that the destination contains either a whole checkpoint or none. Then
+they are moved into place one by one, the manifest last.
 """
 
 import errno
@@ -23,26 +23,26 @@ from ..stats import format_bytes
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 
 RESERVE_BYTES = 16 << 20
-"""Set aside beside the result's files: journal, manifest, tokenizer, and the file system's own."""
+"""Disk space reserved besides the result's files: journal, manifest, tokenizer, file system overhead."""
 
 
 class Workspace:
-    """A destination, locked for one packing."""
+    """A destination directory, locked for one packing."""
 
     def __init__(self, destination: Path):
         self.destination = destination
         self.folder = destination / WORK_FOLDER
-        self._files: dict[tuple[str, bool], int] = {}  # by name, and whether past the page cache
+        self._files: dict[tuple[str, bool], int] = {}  # by name and whether opened for direct I/O
         self._write_locks: dict[str, threading.Lock] = {}
         self._lock: int | None = None
         self._is_made = self._is_new = False
 
     def claim(self, *, restart: bool) -> None:
-        """Make the destination if need be, and lock it.
+        """Create the destination if necessary, and lock it.
 
         Raises:
-            PackError: If another packer holds it, or it can't be written.
-            RequestError: If it holds something else.
+            PackError: If another packer holds the lock, or the directory isn't writable.
+            RequestError: If it contains other files.
         """
         try:
             self._is_made = not self.destination.exists()
@@ -76,12 +76,12 @@ class Workspace:
         return self.destination / MANIFEST_NAME
 
     def path_of(self, name: str) -> Path:
-        """Where an output file lies now: unfinished, or in its place."""
+        """Return the current path of an output file, unfinished or in its final place."""
         unfinished, finished = self.folder / name, self.destination / name
         return finished if finished.exists() and not unfinished.exists() else unfinished
 
     def create(self, sizes: Mapping[str, int]) -> set[str]:
-        """Make the output files that are not there, of zeros that take no room yet. Returns their names."""
+        """Create missing output files as sparse files of zeros. Returns their names."""
         made = set()
         for name, nbytes in sizes.items():
             path = self.path_of(name)
@@ -96,12 +96,12 @@ class Workspace:
         return made
 
     def write(self, name: str, data: memoryview, offset: int) -> None:
-        """Write at a position of an output file; safe on several threads. Aligned bytes go past the page cache."""
+        """Write at an offset of an output file; thread-safe. Aligned writes bypass the page cache."""
         view = data.cast("B")
         address = np.frombuffer(view, np.uint8).ctypes.data if view.nbytes else 0
         aligned = view.nbytes > 0 and not (address | offset | view.nbytes) % system.direct_write_alignment()
         file = self._open(name, direct=aligned)
-        # The system lets one thread at a time write to a file, and burns the processor of those that wait.
+        # The kernel lets one thread at a time write to a file, and the waiting threads would spin.
         with self._write_locks.setdefault(name, threading.Lock()):
             while view:
                 written = os.pwrite(file, view, offset)
@@ -116,14 +116,14 @@ class Workspace:
             except OSError as error:
                 if not direct or error.errno != errno.EINVAL:
                     raise
-                opened = os.open(self.path_of(name), flags)  # a file system without direct writes
+                opened = os.open(self.path_of(name), flags)  # the file system lacks direct writes
             file = self._files.setdefault((name, direct), opened)
             if file != opened:
                 os.close(opened)
         return file
 
     def sync(self, names: Iterable[str]) -> None:
-        """Wait until what was written to these files has reached the disk."""
+        """Wait until all data written to these files has reached the disk."""
         for name in names:
             for direct in (False, True):
                 if (name, direct) in self._files:
@@ -135,7 +135,7 @@ class Workspace:
         self._files.clear()
 
     def put(self, name: str, data: bytes) -> None:
-        """Write a small output file whole, and wait until it has reached the disk."""
+        """Write a small output file, and wait until it has reached the disk."""
         path = self.folder / name
         with path.open("wb") as file:
             file.write(data)
@@ -143,7 +143,7 @@ class Workspace:
             system.full_sync(file.fileno())
 
     def publish(self, names: list[str], manifest: bytes) -> None:
-        """Move the finished files into their places, the manifest last, and remove the work folder."""
+        """Move the finished files into place, the manifest last, and remove the work folder."""
         self.close_files()
         (self.destination / EXPERTS_FOLDER).mkdir(exist_ok=True)
         for name in names:
@@ -157,25 +157,25 @@ class Workspace:
         shutil.rmtree(self.folder)
 
     def forget_if_new(self) -> None:
-        """Leave a destination that was not begun before as it was."""
+        """Remove the work folder of a destination that was new, leaving it as it was before."""
         if self._is_new:
             shutil.rmtree(self.folder, ignore_errors=True)
-            with suppress(OSError):  # it holds something, or was there before: then it stays
+            with suppress(OSError):  # not empty, or it existed before: keep it
                 if self._is_made:
                     self.destination.rmdir()
 
     def clean(self) -> None:
-        """Remove the work folder of a result that is in its place."""
+        """Remove the work folder of a finished result."""
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def need(self, nbytes: int) -> None:
-        """Raises DiskFullError where fewer bytes are free."""
+        """Raise DiskFullError if fewer bytes are free."""
         free = shutil.disk_usage(self.destination).free
         if free < nbytes:
             raise _disk_full(self.destination, nbytes, free)
 
     def failure(self, error: OSError, remaining_bytes: int) -> PackError:
-        """The error to raise for what the system said while something was written."""
+        """Return the typed error for an OSError raised while writing."""
         if error.errno in _FULL:
             there = next(path for path in (self.destination, *self.destination.absolute().parents) if path.exists())
             return _disk_full(self.destination, remaining_bytes, shutil.disk_usage(there).free)
@@ -184,15 +184,15 @@ class Workspace:
         )
 
     def close(self) -> None:
-        """Close the files and give the lock back."""
+        """Close the files and release the lock."""
         self.close_files()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
 
     def _clear(self) -> None:
-        """Remove what an earlier packing left: its work folder, and the weights of its result."""
-        self.manifest_path.unlink(missing_ok=True)  # first: without it nobody takes the rest for a checkpoint
+        """Remove an earlier packing's work folder and the weights of its result."""
+        self.manifest_path.unlink(missing_ok=True)  # first: without it, the rest isn't a checkpoint
         for folder in (self.folder, self.destination / EXPERTS_FOLDER):
             shutil.rmtree(folder, ignore_errors=True)
         for path in self.destination.glob("model*.safetensors*"):
@@ -201,7 +201,7 @@ class Workspace:
 
 @contextmanager
 def locked(destination: Path, *, restart: bool) -> Iterator[Workspace]:
-    """A workspace that is claimed, and closed at the end. Raises as `Workspace.claim`."""
+    """Yield a claimed workspace and close it at the end. Raises as `Workspace.claim`."""
     workspace = Workspace(destination)
     try:
         workspace.claim(restart=restart)
@@ -211,7 +211,7 @@ def locked(destination: Path, *, restart: bool) -> Iterator[Workspace]:
 
 
 def sync_folder(path: Path) -> None:
-    """Wait until a folder's names have reached the disk."""
+    """Wait until a folder's entries have reached the disk."""
     fd = os.open(path, os.O_RDONLY)
     try:
         os.fsync(fd)

@@ -1,1 +1,1 @@
-"""Reading: files, I/O threads, the store that reads expert records into memory, the disk probe."""
+"""Storage: files, I/O threads, the store that reads expert records into memory, and the disk probe."""

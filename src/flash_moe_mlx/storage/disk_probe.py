@@ -1,4 +1,4 @@
-"""How fast a disk gives records at random places of files, past the page cache where the system allows it."""
+"""Measures how fast a disk reads records at random offsets, bypassing the page cache where the system allows it."""
 
 import mmap
 import random
@@ -14,19 +14,19 @@ from ..errors import RequestError, StoreError
 from .file_io import DIRECT_ALIGNMENT, ReadOnlyFile, read_aligned, read_fully
 
 FASTEST_DISK = 20e9
-"""Bytes per second above which a rate is taken for the page cache's, where that can't be bypassed for certain."""
+"""Bytes per second above which a rate is attributed to the page cache, where that can't be reliably bypassed."""
 
 
 @dataclass(frozen=True)
 class DiskProbe:
-    """What a probe measured.
+    """Result of a disk probe.
 
     Attributes:
-        record_bytes: Bytes of each read.
-        num_reads: Reads, all threads together.
-        seconds: Time that they took.
-        num_threads: Threads that read at once.
-        direct: Whether the page cache was bypassed; without, the rate may be that of memory.
+        record_bytes: Size of each read in bytes.
+        num_reads: Number of reads by all threads.
+        seconds: Duration of the probe.
+        num_threads: Number of reading threads.
+        direct: Whether the page cache was bypassed; if not, the rate may be that of memory.
     """
 
     record_bytes: int
@@ -37,24 +37,24 @@ class DiskProbe:
 
     @property
     def bytes_per_second(self) -> float:
-        """The rate."""
+        """Read rate in bytes per second."""
         return self.num_reads * self.record_bytes / self.seconds
 
     @property
     def is_plausible(self) -> bool:
-        """Whether the rate can be a disk's.
+        """Whether the rate is plausible for a disk.
 
-        macOS's F_NOCACHE hands out pages that are in memory already; without direct reads every system does.
+        macOS's F_NOCACHE returns pages that are already in memory; without direct reads, every system does.
         """
         bypassed = self.direct and not system.is_macos()
         return bypassed or self.bytes_per_second <= FASTEST_DISK
 
 
 def probe_disk(paths: Sequence[Path], record_bytes: int, *, seconds: float = 1.0, num_threads: int = 8) -> DiskProbe:
-    """Read records at random places of files for a while.
+    """Read records at random offsets of files for a while and measure the rate.
 
     Raises:
-        RequestError: If no file is as large as a record.
+        RequestError: If every file is smaller than a record.
         StoreError: If a file can't be read.
     """
     large = [path for path in paths if path.stat().st_size >= record_bytes]
@@ -62,7 +62,7 @@ def probe_disk(paths: Sequence[Path], record_bytes: int, *, seconds: float = 1.0
         raise RequestError(f"[disk probe] a file must have {record_bytes} bytes, got none that large. Name another.")
     try:
         return _probe(large, record_bytes, seconds, num_threads, direct=True)
-    except StoreError:  # a file system without direct reads: tmpfs, some network shares
+    except StoreError:  # the file system lacks direct reads: tmpfs, some network shares
         return _probe(large, record_bytes, seconds, num_threads, direct=False)
 
 

@@ -1,4 +1,4 @@
-"""One file that is only read: opened once, read at positions, mapped where asked for, past the page cache if need be.
+"""A read-only file: opened once, read at offsets, mapped on demand, optionally bypassing the page cache.
 
 Functions here block; `store.py` runs them on its I/O threads.
 """
@@ -20,14 +20,14 @@ DIRECT_ALIGNMENT = system.BLOCK_BYTES
 
 
 class ReadOnlyFile:
-    """One file, opened once, and its map where one is asked for."""
+    """A read-only file, opened once and memory-mapped on demand."""
 
     def __init__(self, path: Path, *, direct: bool):
         self.path = path
         flags = os.O_RDONLY | os.O_CLOEXEC
         open_file = system.open_direct if direct else os.open
         try:
-            # An object that closes the descriptor even where its owner is dropped without close().
+            # This object closes the descriptor even if its owner is dropped without close().
             self._file = io.FileIO(path, opener=lambda name, _: open_file(name, flags))
         except OSError as error:
             if direct and error.errno == errno.EINVAL:
@@ -44,31 +44,31 @@ class ReadOnlyFile:
         return os.fstat(self.fd).st_size
 
     def map(self) -> memoryview:
-        """The whole file, read-only. Nothing is read until it is touched."""
+        """Return a read-only map of the whole file. Pages are read when they are accessed."""
         with self._lock:
             if self._view is None:
                 try:
                     self._map = mmap.mmap(self.fd, 0, access=mmap.ACCESS_READ)
-                except (OSError, ValueError) as error:  # ValueError: an empty file
+                except (OSError, ValueError) as error:  # ValueError: the file is empty
                     raise StoreError(f'[store] {self.path} must be mappable, got {error}. Use io="pread".') from error
                 self._view = memoryview(self._map)
             return self._view
 
     def read_ahead(self, offset: int, nbytes: int) -> None:
-        """Ask the system for the pages of a range, without waiting for them."""
+        """Ask the system to prefetch the pages of a range, without waiting for them."""
         view = self.map()
         begin = offset - offset % mmap.PAGESIZE
         if self._map is not None and offset + nbytes <= len(view):
             self._map.madvise(mmap.MADV_WILLNEED, begin, offset + nbytes - begin)
 
     def copy(self, target: memoryview, offset: int) -> int:
-        """Copy out of the map; returns the bytes that the file still has, copying none if they are too few."""
-        # A file that shrank since it was mapped would end the process (SIGBUS), so its size is asked right before.
+        """Copy from the map. Returns the bytes that the file still has; copies nothing if they are too few."""
+        # Accessing a file that shrank after it was mapped kills the process (SIGBUS), so check its size right before.
         view = self.map()
         available = max(0, min(self.size(), len(view)) - offset)
         if available < len(target):
             return available
-        # numpy's copy lets other threads run meanwhile; a memoryview's own assignment doesn't.
+        # numpy's copy releases the GIL; a memoryview assignment doesn't.
         np.copyto(np.frombuffer(target, np.uint8), np.frombuffer(view[offset : offset + len(target)], np.uint8))
         return len(target)
 
@@ -76,14 +76,14 @@ class ReadOnlyFile:
         with self._lock:
             self._file.close()
             if self._view is not None and self._map is not None:
-                with suppress(BufferError):  # views are still out: the last of them unmaps
+                with suppress(BufferError):  # views still exist: the last one unmaps
                     self._view.release()
                     self._map.close()
                 self._view = self._map = None
 
 
 def read_fully(fd: int, target: memoryview, offset: int) -> int:
-    """Positioned reads until ``target`` is full or the file ends. Returns bytes read."""
+    """Read at an offset until ``target`` is full or the file ends. Returns the number of bytes read."""
     done = 0
     while done < len(target):
         try:
@@ -97,7 +97,7 @@ def read_fully(fd: int, target: memoryview, offset: int) -> int:
 
 
 def read_from_disk(path: Path, target: memoryview, offset: int) -> int:
-    """As `read_fully`, by name; the system is asked to drop what it has of the range in memory before."""
+    """Read a named file like `read_fully`, after asking the system to drop the range from the page cache."""
     with path.open("rb", buffering=0) as file:
         system.avoid_page_cache(file.fileno())
         system.drop_pages(file.fileno(), offset, len(target))
@@ -105,15 +105,15 @@ def read_from_disk(path: Path, target: memoryview, offset: int) -> int:
 
 
 def read_aligned(fd: int, buffer: mmap.mmap, target: memoryview, offset: int) -> int:
-    """As `read_fully`, but with aligned offsets, lengths and addresses only, through ``buffer``."""
+    """Read like `read_fully`, but through ``buffer`` and only at aligned offsets, lengths and addresses."""
     skip = offset % DIRECT_ALIGNMENT
     wanted = skip + len(target)  # from the aligned position at or before offset
     length = -(-wanted // DIRECT_ALIGNMENT) * DIRECT_ALIGNMENT
     done = 0
     with memoryview(buffer) as view:
         while done < wanted:
-            # A direct read ends inside a block only where the file ends. Should one have been cut there all the same,
-            # that block is read again, and no more of it means that the file has no more.
+            # A direct read normally ends inside a block only at end of file. If a read stops mid-block anyway, re-read
+            # that block; no progress means end of file.
             begin = done - done % DIRECT_ALIGNMENT
             try:
                 with view[begin:length] as rest:

@@ -1,4 +1,4 @@
-"""How experts are read where ``io="auto"``: through the page cache or past it, and by how many threads."""
+"""Chooses how ``io="auto"`` reads experts: through the page cache or directly, and with how many threads."""
 
 import json
 import logging
@@ -21,28 +21,28 @@ from .store import direct_buffer_bytes
 logger = logging.getLogger(__name__)
 
 DEPTHS = (2, 4, 8, 16)
-"""Numbers of threads that are tried."""
+"""Numbers of threads to try."""
 
 APPLE_DEPTHS = (*DEPTHS, 32)
-"""On macOS: the controllers in Apple's chips take more requests at once."""
+"""Numbers of threads to try on macOS: the SSD controllers in Apple's chips handle more concurrent requests."""
 
 REMEMBERED_DAYS = 30
-"""How long a disk's best number of threads is believed: disks fill up, and systems change."""
+"""How long a disk's best number of threads is remembered: disks fill up, and systems change."""
 
 DEFAULT_THREADS = 8
 
-_PROBE_SECONDS = 0.08  # each depth: some hundred records, where a disk gives 2 GB/s
-_PROBE_FROM_BYTES = 1 << 30  # smaller checkpoints are read sooner than their disk is probed
-_GOOD_ENOUGH = 0.95  # of the best rate: more threads take more buffers
+_PROBE_SECONDS = 0.08  # per thread count: a few hundred records at 2 GB/s
+_PROBE_FROM_BYTES = 1 << 30  # reading a smaller checkpoint is quicker than probing its disk
+_GOOD_ENOUGH = 0.95  # share of the best rate that suffices: more threads need more buffers
 
 
 @dataclass(frozen=True)
 class Reads:
-    """How experts are read.
+    """The chosen way of reading experts.
 
     Attributes:
         io: "mmap", "pread" or "direct".
-        reason: Why so, in a few words.
+        reason: The reason for the choice, in a few words.
         num_threads: I/O threads.
     """
 
@@ -52,23 +52,23 @@ class Reads:
 
     @property
     def buffer_bytes(self) -> int:
-        """Memory that such reads take besides the slots."""
+        """Memory that these reads need besides the slots."""
         return direct_buffer_bytes(self.num_threads) if self.io == "direct" else 0
 
     def with_threads(self, num_threads: int) -> "Reads":
-        """Return the same reads by another number of threads."""
+        """Return the same choice with another number of threads."""
         return replace(self, num_threads=num_threads)
 
 
 def choose_io(paths: Sequence[Path], expert_bytes: int, slot_bytes: int, limit_bytes: int, usable_bytes: int) -> Reads:
-    """One owner for each byte: the page cache where it has room for the experts, else the slots alone.
+    """Cache each byte only once: in the page cache if all experts fit there, otherwise only in the slots.
 
     Args:
         paths: Files that hold experts.
-        expert_bytes: Of all experts.
-        slot_bytes: Of the expert slots.
-        limit_bytes: The memory limit.
-        usable_bytes: What this machine, or the process's control group, has.
+        expert_bytes: Total size of all experts.
+        slot_bytes: Total size of the expert slots.
+        limit_bytes: Memory limit.
+        usable_bytes: Memory of this machine or of the process's control group.
     """
     spare = max(usable_bytes - limit_bytes - PROCESS_OVERHEAD_BYTES, 0)
     if slot_bytes >= expert_bytes:
@@ -91,15 +91,15 @@ def _direct_reads(path: Path) -> bool:
 
 
 def choose_threads(paths: Sequence[Path], record_bytes: int, expert_bytes: int, remembered: Path | None = None) -> int:
-    """Threads that read records past the page cache fastest, by a short probe of these files.
+    """Return the number of threads with the fastest direct reads, by a short probe of these files.
 
-    It is remembered for a month, by device and size of a record.
+    The result is remembered for a month, by device and record size.
 
     Args:
         paths: Files that hold experts.
-        record_bytes: Of one expert.
-        expert_bytes: Of all experts.
-        remembered: Where; None is in the user's cache folder.
+        record_bytes: Size of one expert's record.
+        expert_bytes: Total size of all experts.
+        remembered: File that stores results; None for the default in the user's cache folder.
     """
     if expert_bytes < _PROBE_FROM_BYTES:
         return DEFAULT_THREADS
@@ -125,7 +125,7 @@ def choose_threads(paths: Sequence[Path], record_bytes: int, expert_bytes: int, 
 
 
 def _remembered_threads(entry: object) -> int:
-    """Threads of an entry that is young enough; 0 of any other. The first form was a number without a date."""
+    """Return the threads of an entry that is recent enough, else 0. Old entries are a number without a date."""
     if not (isinstance(entry, dict) and isinstance(entry.get("probed"), int)):
         return 0
     age = time.time() - entry["probed"]
@@ -136,7 +136,7 @@ def _remembered_threads(entry: object) -> int:
 def _read(path: Path) -> dict[str, Any]:
     try:
         value = load_json(read_bytes(path, "Remove it."), path.name, "Remove it.")
-    except CheckpointError:  # none yet, cut short, or no file
+    except CheckpointError:  # missing, truncated, or not a regular file
         return {}
     return value if isinstance(value, dict) else {}
 
@@ -147,5 +147,5 @@ def _write(path: Path, value: dict[str, Any]) -> None:
         temporary = path.with_suffix(f".{os.getpid()}.tmp")
         temporary.write_text(json.dumps(value))
         temporary.replace(path)
-    except OSError as error:  # a home that can't be written: it is probed again next time
+    except OSError as error:  # the home directory isn't writable: probe again next time
         logger.info("the probe's result could not be kept: %s", error)

@@ -1,8 +1,8 @@
-"""Threads for reads, and a latch to wait on, that work on after an interrupt at any moment.
+"""I/O threads and a latch that stay usable after a KeyboardInterrupt at any point.
 
-Not concurrent.futures or threading.Event: those are Python code around a lock, and a Ctrl-C that comes once the lock
-is taken, but before the block that would release it, leaves it locked: the next who needs it waits for ever. Here each
-step that another thread may wait for is a single call into C, and may be taken again.
+concurrent.futures and threading.Event are Python code around a lock: a Ctrl-C after the lock is acquired but before
+the block that releases it leaves it locked, and the next thread that needs it waits forever. Here, every step that
+another thread may wait for is a single, repeatable call into C.
 """
 
 import threading
@@ -15,13 +15,13 @@ from ..errors import StoreError
 from ..system import expect_waiters
 
 _POLL_SECONDS = 0.05
-"""How late a waiter is at most, where an interrupt came between the two steps of opening a latch."""
+"""Upper bound on how late a waiter wakes if an interrupt splits `Latch.open`."""
 
 _Jobs = SimpleQueue[Callable[[], None] | None]
 
 
 class Latch:
-    """Closed until it is opened, once and for good."""
+    """A latch that is closed until it is opened once, permanently."""
 
     def __init__(self) -> None:
         self._is_open = False
@@ -32,23 +32,23 @@ class Latch:
         return self._is_open
 
     def open(self) -> None:
-        """May be called again."""
+        """Open the latch. May be called again."""
         self._is_open = True
         self._release()
 
     def wait(self) -> None:
-        """Return once it is open."""
+        """Wait until the latch is open."""
         while not self._is_open:
             if self._gate.acquire(timeout=_POLL_SECONDS):
-                self._release()  # for the next who waits
+                self._release()  # for the next waiter
 
     def _release(self) -> None:
-        with suppress(RuntimeError):  # nobody holds it: it has been open before
+        with suppress(RuntimeError):  # nobody holds it: the latch was open before
             self._gate.release()
 
 
 class IOThreads:
-    """Threads that run jobs in the order of submission. They start with the first job."""
+    """Threads that run jobs in order of submission. They start with the first job."""
 
     def __init__(self, num_threads: int, name: str):
         self._num_threads = num_threads
@@ -56,14 +56,14 @@ class IOThreads:
         self._lock = threading.Lock()
         self._jobs: _Jobs = SimpleQueue()
         self._threads: list[threading.Thread] = []
-        # Also when nobody holds this any more, and at the interpreter's end: no read may outlive what it writes to.
+        # Also when this object is dropped, and at interpreter exit: no read may outlive its buffer.
         self._stop = weakref.finalize(self, _stop, self._jobs, self._threads)
 
     def submit(self, job: Callable[[], None]) -> None:
-        """Have a job run. It must not raise.
+        """Submit a job, which must not raise.
 
         Raises:
-            StoreError: If the threads have ended, with `close` or the interpreter.
+            StoreError: If the threads have ended, by `close` or at interpreter exit.
         """
         if not self._stop.alive:
             raise StoreError("[ExpertStore] must be open, got one whose threads have ended. Open a new store.")
@@ -72,7 +72,7 @@ class IOThreads:
         self._jobs.put(job)
 
     def close(self) -> None:
-        """End the threads when all jobs are done. May be called again."""
+        """End the threads once all jobs are done. May be called again."""
         self._stop()
         _join(self._threads)
 
@@ -80,7 +80,7 @@ class IOThreads:
         with self._lock:
             while len(self._threads) < self._num_threads:
                 name = f"{self._name}_{len(self._threads)}"
-                # Daemons: the interpreter's end would wait for the others before it calls what ends them.
+                # Daemon threads: at exit, the interpreter would wait for others before running the hook that ends them.
                 thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
                 thread.start()
                 self._threads.append(thread)
@@ -90,7 +90,7 @@ def _serve(jobs: _Jobs) -> None:
     expect_waiters()
     while (job := jobs.get()) is not None:
         job()
-        del job  # it keeps buffers alive
+        del job  # the job keeps buffers alive
     jobs.put(None)  # for the next thread
 
 

@@ -1,4 +1,4 @@
-"""Checks records that were read against the checksums of a packed checkpoint: all of them, some, or none."""
+"""Compares records that were read with the checksums of a packed checkpoint: all, a sample, or none."""
 
 import itertools
 import logging
@@ -11,7 +11,7 @@ from .file_io import read_from_disk
 logger = logging.getLogger(__name__)
 
 SAMPLE_INTERVAL = 16
-"""Of how many records that are read ``verify="sample"`` checks one."""
+"""``verify="sample"`` checks one record in this many."""
 
 _INTERVALS: dict[object, int] = {False: 0, "sample": SAMPLE_INTERVAL, "full": 1}
 
@@ -20,7 +20,7 @@ class RecordCheck:
     """Compares records with their checksums. Safe to use from several threads; stock checkpoints have nothing to check.
 
     Attributes:
-        interval: Of how many records one is checked; 0 checks none.
+        interval: One record in this many is checked; 0 checks none.
     """
 
     def __init__(self, checkpoint: Checkpoint, verify: str | bool):
@@ -39,16 +39,16 @@ class RecordCheck:
         self._records = itertools.count()
 
     def is_due(self) -> bool:
-        """Whether the record that was just read is one to check."""
+        """Return whether the record that was just read should be checked."""
         return self.interval > 0 and next(self._records) % self.interval == 0
 
     def find_error(self, layer: int, expert: int, buffer: memoryview) -> ChecksumError | None:
-        """Compare a record in memory with its checksum; read it once more, past the page cache, where it differs.
+        """Compare a record with its checksum; if it differs, read it once more, bypassing the page cache.
 
         Args:
             layer: Number of the layer.
             expert: Number of the expert.
-            buffer: The record's bytes; what was read again is in here too.
+            buffer: The record's bytes; a second read overwrites them.
         """
         (where,) = self._checkpoint.ranges(layer, expert)
         record, expected = buffer[: where.nbytes], self._checkpoint.checksum(layer, expert)

@@ -1,11 +1,11 @@
-"""Reads experts' records from a checkpoint's files, on its own I/O threads, straight into the caller's memory.
+"""Reads expert records from a checkpoint's files, on its own I/O threads, directly into the caller's memory.
 
-Non-goals: nothing is cached here (`cache.py` owns the slots) and nothing is computed. No MLX: threads touch
-memoryviews only. Three ways to read, which return the same bytes:
+Non-goals: caching (`cache.py` owns the slots) and computation. No MLX: threads touch only memoryviews. There are
+three I/O modes, which return the same bytes:
 
 - "pread": positioned reads through the page cache.
-- "mmap": copies out of a map of the file, after explicit read-ahead.
-- "direct": positioned reads past the page cache (O_DIRECT, F_NOCACHE), through aligned buffers of the store's own.
+- "mmap": copies from a memory map of the file, after explicit read-ahead.
+- "direct": positioned reads that bypass the page cache (O_DIRECT, F_NOCACHE), through the store's aligned buffers.
 """
 
 import mmap
@@ -28,30 +28,30 @@ from .io_threads import IOThreads, Latch
 from .record_check import RecordCheck
 
 MIN_JOB_BYTES = 256 * 1024
-"""What a thread is given at once, at least: less costs less than handing it out (about 20 us)."""
+"""Smallest job: below this size, dispatch (about 20 us) costs more than the read."""
 
 MAX_JOB_BYTES = 2 * 1024 * 1024
-"""What a thread is given at once, at most: of a batch that is larger, who is done first takes more."""
+"""Largest job, so that idle threads can take over the rest of a big batch."""
 
 MAX_PIECE_BYTES = 1024 * 1024
-"""Bytes of one system call, at most. It also bounds the buffers of direct reads, and what an interrupt waits for."""
+"""Maximum bytes per system call. Also bounds the buffers of direct reads and the delay of an interrupt."""
 
-_DIRECT_BUFFER_BYTES = MAX_PIECE_BYTES + 2 * DIRECT_ALIGNMENT  # a piece, and what alignment adds at both ends
+_DIRECT_BUFFER_BYTES = MAX_PIECE_BYTES + 2 * DIRECT_ALIGNMENT  # a piece, plus alignment at both ends
 
 
 def direct_buffer_bytes(num_threads: int) -> int:
-    """Bytes of the buffers that a store with ``io="direct"`` has."""
+    """Return the total size of the buffers of a store with ``io="direct"``."""
     return num_threads * _DIRECT_BUFFER_BYTES
 
 
 @dataclass(frozen=True, slots=True)
 class ReadRequest:
-    """One expert's record, and where it is to go.
+    """A request to read one expert's record into a buffer.
 
     Attributes:
         layer: Number of the layer.
         expert: Number of the expert.
-        buffer: Writable, contiguous bytes; at least ``layout.record_bytes`` of them. Padding is left as it is.
+        buffer: Writable, contiguous buffer of at least ``layout.record_bytes`` bytes. Padding is left unchanged.
         arrived: Called on an I/O thread once the whole record is in the buffer. Must not raise.
     """
 
@@ -62,7 +62,7 @@ class ReadRequest:
 
 
 class _Piece(NamedTuple):
-    """A part of one range of one request: ``target`` is to hold the file's bytes from ``offset``."""
+    """A piece of one range of one request: ``target`` receives the file's bytes from ``offset``."""
 
     request: int
     file: ReadOnlyFile
@@ -71,36 +71,36 @@ class _Piece(NamedTuple):
 
 
 class PendingReads:
-    """A batch of reads under way. Its buffers are the store's until `wait` has returned or raised."""
+    """A batch of reads in progress. The store owns its buffers until `wait` has returned or raised."""
 
     def __init__(self, requests: Sequence[ReadRequest], jobs: Sequence[Sequence[_Piece]]):
         self._requests = tuple(requests)
         self._jobs = tuple(jobs)
-        self._open_pieces = [0] * len(self._requests)  # of each request: those not read yet
+        self._open_pieces = [0] * len(self._requests)  # per request: number of pieces not read yet
         for job in jobs:
             for piece in job:
                 self._open_pieces[piece.request] += 1
-        self._errors: dict[int, StoreError] = {}  # the first of each request
+        self._errors: dict[int, StoreError] = {}  # the first error per request
         self._lock = threading.Lock()
-        self._unclaimed = set(range(len(self._jobs)))  # jobs that no thread has begun
+        self._unclaimed = set(range(len(self._jobs)))  # jobs that no thread has started
         self._running = 0
         self._abandoned = False
         self._finished = Latch()
-        self._fault: BaseException | None = None  # of this library, from one of its threads
+        self._fault: BaseException | None = None  # a bug in this library, raised on one of its threads
         self._bytes_read = 0
         self._on_end: Callable[[PendingReads], None] = lambda _: None
 
     def wait(self) -> int:
         """Wait until every read of the batch has ended.
 
-        No thread writes into a buffer once this has returned or raised, whatever it raised: an interrupt drops what
-        has not begun, waits for what has, and only then goes on its way.
+        No thread writes into a buffer after this has returned or raised any exception: on an interrupt, it drops the
+        jobs that have not started, waits for those that have, and only then propagates the interrupt.
 
         Returns:
-            Bytes read.
+            The number of bytes read.
 
         Raises:
-            StoreError: Of the first request that failed, in the batch's order. `completed` tells the others.
+            StoreError: The error of the first failed request, in the batch's order. See `completed` for the others.
         """
         drained = False
         try:
@@ -121,17 +121,17 @@ class PendingReads:
         return self._bytes_read
 
     def done(self) -> bool:
-        """Whether every read of the batch has ended."""
+        """Return whether every read of the batch has ended."""
         return self._finished.is_open()
 
     @property
     def completed(self) -> tuple[bool, ...]:
-        """For each request, whether its whole record is in its buffer."""
+        """Return for each request whether its whole record is in its buffer."""
         with self._lock:
             return tuple(count == 0 and index not in self._errors for index, count in enumerate(self._open_pieces))
 
-    # A job is claimed by the thread that runs it or dropped by `_drop`, never both: that no read begins after a batch
-    # was given up must not hang on whether an interrupt came before or after the pool had taken the job.
+    # A job is either claimed by the thread that runs it or dropped by `_drop`, never both: whether an interrupt comes
+    # before or after the pool takes a job, no read may start after its batch was abandoned.
 
     def _claim(self, job: int) -> bool:
         with self._lock:
@@ -148,7 +148,7 @@ class PendingReads:
             self._end()
 
     def _drop(self) -> None:
-        """Give up what no thread has begun."""
+        """Drop the jobs that no thread has started."""
         with self._lock:
             self._abandoned = True
             self._unclaimed.clear()
@@ -157,18 +157,18 @@ class PendingReads:
             self._end()
 
     def _end(self) -> None:
-        """Safe to call again: an interrupt may have come in between."""
+        """Mark the batch as ended. Safe to call again, as an interrupt may come in between."""
         self._on_end(self)
         self._finished.open()
 
     def _abandon(self) -> None:
         while not self._finished.is_open():
-            with suppress(KeyboardInterrupt):  # a second one: still nobody may write later
+            with suppress(KeyboardInterrupt):  # a second interrupt: still no thread may write later
                 self._drop()
                 self._finished.wait()
 
     def _piece_read(self, piece: _Piece) -> bool:
-        """Note a piece; whether it was its record's last."""
+        """Record a finished piece and return whether it was its record's last."""
         with self._lock:
             self._open_pieces[piece.request] -= 1
             self._bytes_read += len(piece.target)
@@ -180,13 +180,13 @@ class PendingReads:
 
 
 class _Running:
-    """A job while a thread runs it. What it raises is for whoever waits for the batch."""
+    """Context of a running job. Passes exceptions on to the batch's waiter."""
 
     def __init__(self, pending: PendingReads):
         self._pending = pending
 
     def __enter__(self) -> None:
-        """The job has been claimed."""
+        """Enter a job that has been claimed."""
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> bool:
         if error is not None:
@@ -196,30 +196,30 @@ class _Running:
 
 
 class ExpertStore:
-    """Experts' records of one checkpoint. A context manager; safe to use from several threads.
+    """Reader of one checkpoint's expert records. A context manager; safe to use from several threads.
 
     Attributes:
-        checkpoint: What is read.
+        checkpoint: The checkpoint to read.
         io: "pread", "mmap" or "direct".
-        num_threads: I/O threads.
-        check: Compares records with their checksums.
+        num_threads: Number of I/O threads.
+        check: Comparison of records with their checksums.
     """
 
     def __init__(self, checkpoint: Checkpoint, *, io: str = "pread", num_threads: int = 8, verify: str | bool = False):
-        """Open every file that holds experts, once.
+        """Open every file that contains experts, once.
 
         Args:
-            checkpoint: What is read.
+            checkpoint: The checkpoint to read.
             io: "pread", "mmap" or "direct".
-            num_threads: I/O threads.
+            num_threads: Number of I/O threads.
             verify: Which records of a packed checkpoint `submit` compares with their checksums: "full" all that it
                 reads, "sample" one in 16, False none.
 
         Raises:
-            RequestError: If ``io`` or ``num_threads`` can't be used.
-            ShortReadError: If a file is shorter than its header said.
-            StoreError: If a file can't be opened (for ``io="direct"`` also: not past the page cache), or is another
-                than the one whose header was read.
+            RequestError: If ``io`` or ``num_threads`` is invalid.
+            ShortReadError: If a file is shorter than its header says.
+            StoreError: If a file can't be opened (with ``io="direct"``: without the page cache), or is not the file
+                whose header was read.
         """
         if io not in READ_MODES:
             raise RequestError(f"[ExpertStore] io must be one of {', '.join(READ_MODES)}, got {io!r}. Use one of them.")
@@ -257,10 +257,10 @@ class ExpertStore:
     # --- reading ---
 
     def submit(self, requests: Sequence[ReadRequest]) -> PendingReads:
-        """Begin to read records into their buffers, all at once.
+        """Start reading records into their buffers, concurrently.
 
         Raises:
-            RequestError: If a layer, expert or buffer can't be used; then nothing is read.
+            RequestError: If a layer, expert or buffer is invalid; then nothing is read.
             StoreError: If the store is closed.
         """
         targets = [writable_bytes(r, self.checkpoint.layout(r.layer).record_bytes) for r in requests]
@@ -278,43 +278,43 @@ class ExpertStore:
                 self._threads.submit(partial(self._run, pending, job))
             begun = True
         finally:
-            if not begun:  # also for an interrupt: nobody would wait for what has begun
+            if not begun:  # also on an interrupt: nobody would wait for the jobs that have started
                 pending._abandon()
         if not pending._jobs:
             pending._drop()
         return pending
 
     def read_into(self, requests: Sequence[ReadRequest]) -> int:
-        """Read records into their buffers and wait for them. Returns bytes read; raises as `submit` and `wait`."""
+        """Read records into their buffers and wait. Returns the bytes read. Raises as `submit` and `wait`."""
         return self.submit(requests).wait()
 
     def drain(self) -> None:
-        """Wait until no batch is under way: after an interrupt, when nobody holds one any more. Raises nothing."""
+        """Wait until no batch is in progress, for use after an interrupt. Raises nothing."""
         with self._lock:
             under_way = tuple(self._under_way)
         for pending in under_way:
             pending._abandon()
 
-    # --- what it has done and holds ---
+    # --- counters and lifetime ---
 
     @property
     def bytes_read(self) -> int:
-        """Bytes delivered into buffers by batches that have ended."""
+        """Total bytes read into buffers by finished batches."""
         return self._bytes_read
 
     @property
     def read_seconds(self) -> float:
-        """Wall-clock seconds in which at least one batch was under way, up to the last moment there was none."""
+        """Wall-clock seconds during which at least one batch was in progress, up to the last idle moment."""
         return self._read_seconds
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes of the store's own buffers."""
+        """Total size of the store's own buffers."""
         return direct_buffer_bytes(self.num_threads) if self.io == "direct" and not self._closed else 0
 
     def close(self) -> None:
-        """End the threads, close and unmap the files. Reads not yet begun fail; may be called again."""
-        with self._lock:  # every step may be taken again, so that what an interrupt cut short can be finished
+        """End the threads, and close and unmap the files. Reads not yet started fail. May be called again."""
+        with self._lock:  # every step is repeatable, so that a close cut short by an interrupt can be finished
             self._closed = True
             under_way = tuple(self._under_way)
         for pending in under_way:
@@ -343,7 +343,7 @@ class ExpertStore:
             file.close()
 
     def _split(self, targets: Sequence[memoryview], ranges: Sequence[Sequence[ByteRange]]) -> list[list[_Piece]]:
-        """Jobs of about equal size: small reads share one, large ones are spread over several."""
+        """Split requests into jobs of about equal size: small reads share a job, large ones span several."""
         total = sum(r.nbytes for of_one in ranges for r in of_one)
         limit = min(max(-(-total // self.num_threads), MIN_JOB_BYTES), MAX_JOB_BYTES)
         jobs: list[list[_Piece]] = []
@@ -373,7 +373,7 @@ class ExpertStore:
     def _read_job(self, pending: PendingReads, job: Sequence[_Piece]) -> None:
         if self.io == "mmap":
             for piece in job:
-                with suppress(StoreError, OSError):  # only advice; what is wrong with the file, copying will say
+                with suppress(StoreError, OSError):  # only advice: copying reports any real problem with the file
                     piece.file.read_ahead(piece.offset, len(piece.target))
         for piece in job:
             if pending._abandoned:
@@ -398,7 +398,7 @@ class ExpertStore:
                     self._arrived(pending, piece)
 
     def _arrived(self, pending: PendingReads, piece: _Piece) -> None:
-        """Check a record that is whole, if it is one to check, and hand it on."""
+        """Check a complete record if it is due, and report its arrival."""
         request = pending._requests[piece.request]
         if self.check.is_due():
             record = memoryview(request.buffer).cast("B")
@@ -409,7 +409,7 @@ class ExpertStore:
             request.arrived()
 
     def _read(self, piece: _Piece) -> int:
-        """Bytes of the piece that the file has; fewer than asked only at its end."""
+        """Read a piece. Returns the number of bytes read, fewer than requested only at end of file."""
         if self.io == "pread":
             return read_fully(piece.file.fd, piece.target, piece.offset)
         if self.io == "mmap":
@@ -431,7 +431,7 @@ class ExpertStore:
 
 
 def writable_bytes(request: ReadRequest, nbytes: int) -> memoryview:
-    """A request's buffer as plain bytes; RequestError if it is read-only, strided or has fewer than ``nbytes``."""
+    """Return a request's buffer as plain bytes. Raises RequestError if it is read-only, strided or too small."""
     view = memoryview(request.buffer)
     if view.readonly or not view.c_contiguous or view.nbytes < nbytes:
         got = "a read-only one" if view.readonly else f"{view.nbytes} bytes"
