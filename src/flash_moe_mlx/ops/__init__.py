@@ -1,6 +1,6 @@
-"""The maths of a streamed MoE layer: each operation is a reference, a GPU kernel and one dispatcher, in a module.
+"""The maths of a streamed MoE layer: one module per operation, with a reference, a GPU kernel and a dispatcher.
 
-The model calls the dispatchers and nothing else, so a Mac or CUDA user runs the kernels by default.
-``FLASH_MOE_REFERENCE=1`` makes every dispatcher run its reference: the one debug switch.
-No name of a function is imported here, since it would hide the module of the same name.
+The model calls only the dispatchers, so a Mac or CUDA user runs the kernels by default. ``FLASH_MOE_REFERENCE=1`` makes
+every dispatcher run its reference; it is the only debug switch. No function is imported here, since it would hide the
+module of the same name.
 """

@@ -1,4 +1,4 @@
-"""Scaled dot-product attention that never holds all scores of a long prompt at once."""
+"""Scaled dot-product attention that never stores all scores of a long prompt at once."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from .backend import use_cpu_kernels
 
 MAX_SCORE_BYTES = 16 << 20
-"""Attention scores, in float32, that may be alive at once; a query block is at least MIN_QUERY_BLOCK long."""
+"""Maximum number of float32 attention scores alive at once; a query block has at least MIN_QUERY_BLOCK queries."""
 
 MIN_QUERY_BLOCK = 16
 
 
 def attention_reference(queries: mx.array, keys: Any, values: Any, *, scale: float, mask: Any, cache: Any) -> mx.array:
-    """``attention`` through MLX, in blocks of queries.
+    """Run ``attention`` through MLX, in blocks of queries.
 
-    MLX's fallback (the CPU; heads of 256 on GPUs) holds all scores of a call. The block depends on shapes alone.
+    MLX's fallback (on the CPU, and for heads of 256 on GPUs) stores all scores of a call. The block size depends on
+    shapes alone.
     """
     batch, heads, length, _ = queries.shape
     context = (keys if isinstance(keys, mx.array) else keys[0]).shape[2]
@@ -43,18 +44,18 @@ def attention_reference(queries: mx.array, keys: Any, values: Any, *, scale: flo
 
 
 def attention(queries: mx.array, keys: Any, values: Any, *, scale: float, mask: Any, cache: Any) -> mx.array:
-    """Softmax attention of new tokens over their context.
+    """Compute softmax attention of new tokens over their context.
 
     Args:
-        queries: Shape (B, Hq, L, D).
-        keys: Shape (B, Hkv, S, D), Hq a multiple of Hkv; or a quantised cache's (weights, scales, biases).
-        values: As keys.
-        scale: Of the scores.
+        queries: Queries. Shape (B, Hq, L, D).
+        keys: Keys, shape (B, Hkv, S, D) with Hq a multiple of Hkv, or a quantised cache's (weights, scales, biases).
+        values: Values, in the same form as the keys.
+        scale: Scale applied to the scores.
         mask: "causal" (the last query sees all keys), a boolean array that broadcasts to (B, Hq, L, S), or None.
-        cache: Where keys and values come from; tells how they are quantised, if they are.
+        cache: Cache that holds keys and values; states how they are quantised, if they are.
 
     Returns:
-        Shape (B, Hq, L, D).
+        The attention output. Shape (B, Hq, L, D).
     """
     if use_cpu_kernels() and not hasattr(cache, "bits"):
         from .cpu import attention as on_cpu

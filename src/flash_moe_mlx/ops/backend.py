@@ -1,4 +1,4 @@
-"""Which implementation the dispatchers run: asked on every call, because MLX's default device can change."""
+"""Choice of the dispatchers' implementation, made on every call because MLX's default device can change."""
 
 import os
 from collections.abc import Iterator
@@ -9,26 +9,26 @@ import mlx.core as mx
 from . import cpu
 
 REFERENCE_SWITCH = "FLASH_MOE_REFERENCE"
-"""Environment variable. "1" makes every dispatcher run its plain-MLX reference."""
+"""Environment variable that makes every dispatcher run its plain-MLX reference if it is "1"."""
 
 _forced = False
 
 
 def backend() -> str:
-    """Name the backend of MLX's default device: "metal", "cuda" or "cpu"."""
+    """Return the backend of MLX's default device: "metal", "cuda" or "cpu"."""
     if mx.default_device().type != mx.DeviceType.gpu:
         return "cpu"
     return "metal" if mx.metal.is_available() else "cuda"
 
 
 def use_reference() -> bool:
-    """Tell whether the debug switch asks for the references."""
+    """Return whether the debug switch asks for the references."""
     return _forced or os.environ.get(REFERENCE_SWITCH, "") == "1"
 
 
 @contextmanager
 def references() -> Iterator[None]:
-    """Within it every dispatcher runs its reference, on all threads: for comparisons, and not while a model runs."""
+    """Run every dispatcher's reference within the context, on all threads. For comparisons; not while a model runs."""
     global _forced
     before, _forced = _forced, True
     try:
@@ -38,10 +38,10 @@ def references() -> Iterator[None]:
 
 
 def use_kernels() -> bool:
-    """Tell whether the dispatchers run the GPU kernels: on a GPU, unless the debug switch is set."""
+    """Return whether the dispatchers run the GPU kernels: on a GPU, unless the debug switch is set."""
     return backend() != "cpu" and not use_reference()
 
 
 def use_cpu_kernels() -> bool:
-    """Tell whether the dispatchers run the CPU kernels (``ops/cpu``): on the CPU, with numba, without the switch."""
+    """Return whether the dispatchers run the CPU kernels (``ops/cpu``): on the CPU, with numba, without the switch."""
     return backend() == "cpu" and not use_reference() and cpu.available()

@@ -1,4 +1,4 @@
-"""Product with an unquantised matrix: MLX's own, but on the CPU, where that is 15 to 30 times too slow."""
+"""Product with an unquantised matrix: MLX's own, except on the CPU, where that is 15 to 30 times too slow."""
 
 import mlx.core as mx
 
@@ -6,14 +6,14 @@ from .backend import use_cpu_kernels
 
 
 def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
-    """``y = x W^T``.
+    """Compute ``y = x W^T``.
 
     Args:
-        x: Shape (..., H), float32, bfloat16 or float16.
-        weight: Shape (N, H), float32, bfloat16 or float16.
+        x: Rows. Shape (..., H), float32, bfloat16 or float16.
+        weight: The matrix. Shape (N, H), float32, bfloat16 or float16.
 
     Returns:
-        Shape (..., N), dtype of x.
+        The product. Shape (..., N), dtype of x.
     """
     if use_cpu_kernels():
         from .cpu import matmul

@@ -5,19 +5,19 @@ import mlx.core as mx
 from .backend import backend, use_reference
 
 TILE_BYTES = 128 << 20
-"""Dequantised weights held at a time, as float32."""
+"""Size of the dequantised weights held at a time, as float32."""
 
 GROUP_BYTES = 256 << 20
-"""Dequantised weights of one projection of several experts, as float32. On an H200 a prompt of 2,048 tokens at 35B
-dimensions took 3.0 s with 16 MB, 1.4 s with 64 MB and 1.0 s with 256 MB: launches and allocations are what it waits
-for."""
+"""Size of the dequantised weights of one projection of several experts, as float32. On an H200, a prompt of 2,048
+tokens at 35B dimensions took 3.0 s with 16 MB, 1.4 s with 64 MB and 1.0 s with 256 MB: it is bound by launches and
+allocations."""
 
 GROUP_EXPERTS = 64
 """Maximum number of experts that share a grouped product, however small they are."""
 
 
 def dequantizes() -> bool:
-    """Tell whether matrices are dequantised for a product: on CUDA."""
+    """Return whether products dequantise their matrices: on CUDA."""
     return backend() == "cuda" and not use_reference()
 
 
@@ -27,18 +27,18 @@ def experts_at_once(hidden_size: int, intermediate_size: int) -> int:
 
 
 def product_scratch_bytes(matrix_bytes: int, hidden_size: int, intermediate_size: int) -> int:
-    """Return the most that products hold besides arguments and results.
+    """Return the maximum memory that products need besides their arguments and results.
 
     Args:
-        matrix_bytes: Bytes of the largest dense matrix, as float32.
-        hidden_size: H of the experts.
-        intermediate_size: I of the experts.
+        matrix_bytes: Size of the largest dense matrix, as float32.
+        hidden_size: Width of the experts' input, H.
+        intermediate_size: Intermediate width of an expert, I.
     """
     if not dequantizes():
         return 0
     expert_bytes = hidden_size * intermediate_size * mx.float32.size
     experts = experts_at_once(hidden_size, intermediate_size) * expert_bytes
-    # A tile and its copy in x's dtype; of experts, two projections' packed parts, their weights and copies of them.
+    # A tile and its copy in x's dtype; for experts, two projections' packed parts, their weights and copies of them.
     return 2 * min(TILE_BYTES, matrix_bytes) + 4 * experts
 
 
@@ -47,14 +47,14 @@ def dequant_matmul(
 ) -> mx.array:
     """Multiply many rows of x with an affine-quantised matrix.
 
-    Arguments, result and errors are those of ``mx.quantized_matmul`` with ``transpose=True``, which this is except on
-    CUDA. There MLX compiles its product out of CUTLASS when it first meets a quantisation and a dtype, for minutes,
-    and fails where CUDA's ``crt`` headers are not installed. So tiles of the matrix are dequantised there and
-    multiplied by cuBLAS (in TF32 where x is float32, unless MLX_ENABLE_TF32=0). That moves each weight through the
-    GPU's memory a few times more; a prompt's experts come from the disk at a hundredth of that rate.
+    Takes the arguments, and has the result and errors, of ``mx.quantized_matmul`` with ``transpose=True``, which it
+    calls except on CUDA. There MLX compiles its product from CUTLASS when it first meets a quantisation and a dtype,
+    which takes minutes and fails if CUDA's ``crt`` headers are not installed. So on CUDA, tiles of the matrix are
+    dequantised and multiplied by cuBLAS (in TF32 if x is float32, unless MLX_ENABLE_TF32=0). That moves each weight
+    through the GPU's memory a few more times; a prompt's experts come from the disk at a hundredth of that rate.
 
-    Each tile is evaluated before the next is made, since MLX keeps what a graph uses until all of it has run. With
-    ``lazy`` that is left to the caller, who evaluates often enough himself.
+    Each tile is evaluated before the next is made, since MLX keeps a graph's inputs until all of it has run. With
+    ``lazy``, the caller is responsible for evaluating often enough.
     """
     if not dequantizes():
         return mx.quantized_matmul(
@@ -64,7 +64,7 @@ def dequant_matmul(
     parts = []
     for first in range(0, weight.shape[0], tile):
         rows = slice(first, first + tile)
-        # In float32, then rounded once: in bfloat16 the product with the scale would be rounded as well.
+        # In float32, then rounded once: in bfloat16, the product with the scale would be rounded too.
         dense = mx.dequantize(
             weight[rows],
             scales[rows].astype(mx.float32),

@@ -13,16 +13,16 @@ from .gpu.geometry import Geometry, choose_geometry, load_width
 from .gpu.kernel_source import Kernel
 
 MAX_ROWS = 8
-"""Rows of x up to which the kernel reads the weights fewer times than a matrix product would need to pay for."""
+"""Maximum number of rows for the kernel; beyond it, a matrix product reads the weights fewer times."""
 
 X_ROWS = 4
-"""Rows of x that one threadgroup serves: more would not fit in threadgroup memory beside each other."""
+"""Rows of x that one threadgroup serves: more would not fit in threadgroup memory together."""
 
 
 def dequant_matvec_reference(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
 ) -> mx.array:
-    """``dequant_matvec`` in plain MLX operations, for any number of rows."""
+    """Compute ``dequant_matvec`` in plain MLX operations, for any number of rows."""
     y = mx.quantized_matmul(
         x.astype(mx.float32),
         weight,
@@ -36,7 +36,7 @@ def dequant_matvec_reference(
 
 
 def has_kernel(weight: mx.array, scales: mx.array) -> bool:
-    """Tell whether the kernel takes this matrix: one of a few elements would be passed another way."""
+    """Return whether the kernel takes this matrix: one with few elements would be passed in another way."""
     return min(weight.size, scales.size) >= kernel_source.MIN_DEVICE_ELEMENTS
 
 
@@ -44,18 +44,18 @@ def has_kernel(weight: mx.array, scales: mx.array) -> bool:
 def matvec_kernel(
     dtype: mx.Dtype, scale_dtype: mx.Dtype, columns: int, outputs: int, x_rows: int, bits: int, group_size: int
 ) -> tuple[Kernel, Geometry]:
-    """kernels/dequant_matvec.metal for one matrix's shape.
+    """Return the kernel kernels/dequant_matvec.metal for one matrix's shape.
 
     Raises:
-        ShapeError: If the kernel does not know the quantisation.
+        ShapeError: If the kernel does not support the quantisation.
     """
     geometry = choose_geometry(
         "dequant_matvec",
         columns,
         [(bits, group_size)],
         rows=4 if x_rows == 1 else 2,
-        # Two bits of few rows are read so fast that staging x shows: more SIMD groups share it. Not on Metal, where a
-        # kernel with many registers may be allowed fewer than 512 threads, down to 384 on the first chips.
+        # Two bits of few rows are read so fast that staging x shows, so more SIMD groups share it. Not on Metal, where
+        # a kernel with many registers may be allowed fewer than 512 threads, down to 384 on the first chips.
         simd_groups=16 if bits == 2 and x_rows == 1 and backend() != "metal" else 8,
         x_rows=x_rows,
     )
@@ -72,7 +72,7 @@ def specialise(
     group_size: int,
     geometry: Geometry,
 ) -> Kernel:
-    """The same with a given spread over threads."""
+    """Return the kernel with a given geometry."""
     constants = (
         ("X", dtype),
         ("S", scale_dtype),
@@ -97,19 +97,19 @@ def dequant_matvec_kernel(
     group_size: int,
     geometry: Geometry | None = None,
 ) -> mx.array:
-    """``dequant_matvec`` on the GPU. Kernel: kernels/dequant_matvec.metal.
+    """Compute ``dequant_matvec`` on the GPU. Kernel: kernels/dequant_matvec.metal.
 
     Args:
-        x: As for ``dequant_matvec``.
-        weight: Likewise.
-        scales: Likewise.
-        biases: Likewise.
-        bits: Likewise.
-        group_size: Likewise.
-        geometry: Spread over threads; chosen from the shapes where it is None.
+        x: Rows. Shape (..., H), float32, bfloat16 or float16.
+        weight: Packed weights. Shape (N, H * bits / 32), uint32.
+        scales: Scales. Shape (N, H / group_size).
+        biases: Biases. Shape (N, H / group_size).
+        bits: Bits per weight.
+        group_size: Number of weights that share a scale and a bias.
+        geometry: Geometry of the kernel; None chooses it from the shapes.
 
     Raises:
-        ShapeError: If the shapes or the quantisation are not what ``dequant_matvec`` describes, or the matrix is tiny.
+        ShapeError: If shapes or quantisation do not meet the contract of ``dequant_matvec``, or the matrix is tiny.
     """
     if not has_kernel(weight, scales):
         raise ShapeError(
@@ -145,22 +145,22 @@ def dequant_matvec(
 ) -> mx.array:
     """Multiply rows of x with an affine-quantised matrix.
 
-    Computes ``y = x W^T`` with ``w = q * scale + bias``, as ``mx.quantized_matmul``, but with float32
-    sums whatever the dtype of x. On a GPU, more than eight rows are ``dequant_matmul``'s.
+    Computes ``y = x W^T`` with ``w = q * scale + bias``, like ``mx.quantized_matmul``, but with float32 sums for any
+    dtype of x. On a GPU, more than eight rows are passed to ``dequant_matmul``.
 
     Args:
         x: Rows. Shape (..., H), float32, bfloat16 or float16.
         weight: Packed weights. Shape (N, H * bits / 32), uint32.
-        scales: Shape (N, H / group_size).
-        biases: Shape (N, H / group_size).
-        bits: Bits a weight: 2, 3, 4, 5, 6 or 8.
-        group_size: Weights that share a scale and a bias: 32, 64 or 128.
+        scales: Scales. Shape (N, H / group_size).
+        biases: Biases. Shape (N, H / group_size).
+        bits: Bits per weight: 2, 3, 4, 5, 6 or 8.
+        group_size: Number of weights that share a scale and a bias: 32, 64 or 128.
 
     Returns:
-        Shape (..., N), dtype of x.
+        The product. Shape (..., N), dtype of x.
 
     Raises:
-        ShapeError: If the shapes don't belong together, or the kernel doesn't know the quantisation.
+        ShapeError: If the shapes are inconsistent, or the kernel doesn't support the quantisation.
     """
     if use_cpu_kernels():
         from .cpu.matmul import quantized_matmul

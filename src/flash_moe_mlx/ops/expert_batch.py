@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward of one routed expert on the many tokens that chose it: prefill's inner step."""
+"""SwiGLU feed-forward of one routed expert on the many tokens that chose it: the inner step of prefill."""
 
 from collections.abc import Iterator, Sequence
 
@@ -15,23 +15,23 @@ CPU_ROWS, GPU_ROWS = 512, 8192
 
 
 def grouped_rows() -> int:
-    """Return how many rows of expert outputs may wait for evaluation, or one expert's: bounds a prefill's scratch."""
+    """Return the maximum number of unevaluated output rows; at least one expert's. It bounds a prefill's scratch."""
     return GPU_ROWS if use_kernels() else CPU_ROWS
 
 
 def expert_ffn_batch(x: mx.array, bank: ExpertRecords, slot: int, activation: Activation | None = None) -> mx.array:
-    """Feed-forward of the expert in one slot.
+    """Compute the feed-forward of the expert in one slot.
 
-    Computes ``W_d (silu(W_g x) * W_u x)``, plus the expert's own biases where the record has them.
+    Computes ``W_d (silu(W_g x) * W_u x)``, plus the expert's own biases if the record has them.
 
     Args:
         x: Tokens that chose this expert. Shape (M, H).
         bank: Slots of one layer.
-        slot: Where the expert's record is.
-        activation: In place of SwiGLU, for models with another one.
+        slot: Slot of the expert's record.
+        activation: Activation instead of SwiGLU, for models with another one.
 
     Returns:
-        Shape (M, H), float32. Sums are float32.
+        The expert's outputs. Shape (M, H), float32. Sums are float32.
 
     Cost: reads one record. Reference: Shazeer 2020, arXiv:2002.05202.
     """
@@ -51,27 +51,27 @@ def expert_ffn_grouped(
     k: int,
     activation: Activation | None = None,
 ) -> mx.array:
-    """Feed-forward of a wave of experts, each on all tokens that chose it.
+    """Compute the feed-forward of a group of experts, each on all tokens that chose it.
 
     Args:
-        y: Outputs of every (token, rank) pair so far. Shape (T * k, H), float32. Given away: use what is returned.
+        y: Outputs of every (token, rank) pair so far. Shape (T * k, H), float32. Consumed: use the returned array.
         x: Tokens. Shape (T, H).
         bank: Slots of one layer.
-        slots: Slot of each expert of the wave.
-        pairs: For each of them, its pairs as ``token * k + rank``, ascending.
-        k: Experts a token.
-        activation: In place of SwiGLU.
+        slots: Slot of each expert of the group.
+        pairs: Each expert's pairs as ``token * k + rank``, ascending.
+        k: Number of experts per token.
+        activation: Activation instead of SwiGLU.
 
     Returns:
-        y with this wave's pairs, evaluated. Each expert's rows have the bits of ``expert_ffn_batch``.
+        y including this group's pairs, evaluated. Each expert's rows have the bits of ``expert_ffn_batch``.
 
-    Cost: reads one record per expert. On a CPU at most CPU_ROWS pairs, or one expert's, are in scratch at once; on
-    a GPU GPU_ROWS pairs, or one expert's, and the dequantised matrices of ``experts_at_once``.
+    Cost: reads one record per expert. Scratch holds at most CPU_ROWS pairs, or one expert's, on a CPU; on a GPU it
+    holds GPU_ROWS pairs, or one expert's, and the dequantised matrices of ``experts_at_once``.
     """
     if use_cpu_kernels() and has_kernels(bank.layout, "cpu"):
         from .cpu import arrays, experts
 
-        mx.eval(y)  # then its memory is written in place: Python's reference keeps MLX from giving it away
+        mx.eval(y)  # evaluated, so that it is written in place: Python's reference keeps MLX from donating the buffer
         target = arrays.floats(y)
         experts.grouped_ffn(arrays.floats(x), bank, slots, pairs, k, target, activation)
         return y
@@ -98,9 +98,9 @@ def _grouped_products(
     k: int,
     activation: Activation | None,
 ) -> mx.array:
-    """`expert_ffn_grouped` on a GPU: rows sorted by expert, one product per projection for several experts.
+    """Run `expert_ffn_grouped` on a GPU: rows sorted by expert, one product per projection for several experts.
 
-    Which experts share a call changes no bits: a row's product is its own.
+    The choice of experts that share a call changes no bits: each row's product is independent.
     """
     at_once = experts_at_once(bank.layout.hidden_size, bank.layout.intermediate_size)
     # What is dequantised by several operations takes more than its float32 weights.
@@ -120,7 +120,7 @@ def _grouped_products(
 
 
 def _runs(counts: Sequence[int], most_experts: int, most_rows: int) -> Iterator[tuple[int, int]]:
-    """Cut experts into runs of at most so many experts and rows, or one expert's: (first, last + 1) of each."""
+    """Split experts into runs within both limits, at least one expert each: (first, last + 1) of each run."""
     first = rows = 0
     for place, count in enumerate(counts):
         if place > first and (place - first == most_experts or rows + count > most_rows):
@@ -132,7 +132,7 @@ def _runs(counts: Sequence[int], most_experts: int, most_rows: int) -> Iterator[
 
 
 def _sorted_product(x: mx.array, bank: ExpertRecords, projection: str, slots: mx.array, index: mx.array) -> mx.array:
-    """Multiply rows (R, 1, in), sorted by expert, with their experts' projection; float32, (R, 1, out)."""
+    """Multiply rows (R, 1, in), sorted by expert, with their experts' projection; returns (R, 1, out), float32."""
     quantization = bank.layout.quantization(projection)
     parts = {part.part: bank.part(part.name)[slots] for part in bank.layout.quantized_parts(projection)}
     y = sorted_product(x, parts, quantization, index).astype(mx.float32)
@@ -144,7 +144,7 @@ def _sorted_product(x: mx.array, bank: ExpertRecords, projection: str, slots: mx
 def expert_ffn_batch_reference(
     x: mx.array, bank: ExpertRecords, slot: int, activation: Activation | None = None
 ) -> mx.array:
-    """``expert_ffn_batch`` in plain MLX operations."""
+    """Compute ``expert_ffn_batch`` in plain MLX operations."""
     x = x.astype(mx.float32)
     up = _project(x, bank, "up_proj", slot)
     gate = _project(x, bank, "gate_proj", slot) if bank.layout.has_gate else up

@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward of the routed experts, read from a bank of records."""
+"""SwiGLU feed-forward of the routed experts, read from records in slots."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,23 +18,23 @@ from .slot_memory import MLX_DTYPES, ExpertRecords
 
 WORD_BYTES = 4
 SIMD_GROUPS = 4
-"""SIMD groups a threadgroup: experts are small, and more threadgroups end more evenly."""
+"""SIMD groups per threadgroup: experts are small, and more threadgroups finish more evenly."""
 
 
 def project_reference(x: mx.array, bank: ExpertRecords, projection: str, slots: mx.array) -> mx.array:
     """Multiply one row for each (token, slot) pair with that slot's projection.
 
     Args:
-        x: Shape (T, 1 or K, 1, in), float32.
+        x: Rows. Shape (T, 1 or K, 1, in), float32.
         bank: Slots of one layer.
         projection: "gate_proj", "up_proj" or "down_proj".
-        slots: Shape (T, K), uint32.
+        slots: Slot of each pair. Shape (T, K), uint32.
 
     Returns:
-        Shape (T, K, 1, out), float32.
+        The products. Shape (T, K, 1, out), float32.
 
-    Only what has to be converted to float32 is copied: of the pairs when there are fewer pairs than
-    slots, else of all slots. Either way each pair is a product of its own, so the bits are the same.
+    Only data that has to be converted to float32 is copied: that of the pairs if there are fewer pairs than slots,
+    else that of all slots. Either way each pair is an independent product, so the bits are the same.
     """
     quantization = bank.layout.quantization(projection)
     parts = {part.part: bank.part(part.name) for part in bank.layout.quantized_parts(projection)}
@@ -55,7 +55,7 @@ def project_reference(x: mx.array, bank: ExpertRecords, projection: str, slots: 
 def expert_ffn_reference(
     x: mx.array, bank: ExpertRecords, slots: mx.array, activation: Activation = swiglu
 ) -> mx.array:
-    """``expert_ffn`` in plain MLX operations."""
+    """Compute ``expert_ffn`` in plain MLX operations."""
     rows = x.astype(mx.float32)[:, None, None, :]
     up = project_reference(rows, bank, "up_proj", slots)
     gate = project_reference(rows, bank, "gate_proj", slots) if bank.layout.has_gate else up
@@ -64,17 +64,18 @@ def expert_ffn_reference(
 
 @dataclass(frozen=True, eq=False)
 class ExpertPlan:
-    """The expert kernels of a layer's layouts: made once, used by every step.
+    """The expert kernels of a layer's layouts: built once, used by every step.
 
     Attributes:
-        layout: The routed experts' layout, held so that its id stays its own.
-        shared: The shared expert's, where it is computed with the routed ones.
-        down: kernels/expert_down.metal.
-        gate_up_geometry: Spread of gate and up over threads.
-        down_geometry: Spread of down over threads.
-        constants: What kernels/expert_gate_up.metal has for every dtype and norm.
-        gate_up: That kernel, by dtype of x, eps of its norm or None, and whether it computes the shared expert.
-        combined: What ``expert_ffn_combine`` makes of the same layouts: kernels/expert_down_combine.metal.
+        layout: The routed experts' layout, referenced so that its id stays unique.
+        shared: The shared expert's layout, if it is computed together with the routed ones.
+        down: Kernel kernels/expert_down.metal.
+        gate_up_geometry: Geometry of gate and up.
+        down_geometry: Geometry of down.
+        constants: Constants of kernels/expert_gate_up.metal common to every dtype and norm.
+        gate_up: Variants of that kernel by dtype of x, eps of its norm or None, and whether it computes the shared
+            expert.
+        combined: Variants of kernels/expert_down_combine.metal, which ``expert_ffn_combine`` builds.
     """
 
     layout: RecordLayout
@@ -87,7 +88,7 @@ class ExpertPlan:
     combined: dict[Any, tuple[Kernel, Any]] = field(default_factory=dict)
 
     def gate_up_kernel(self, dtype: mx.Dtype, norm: Norm | None, shared: bool) -> Kernel:
-        """kernels/expert_gate_up.metal for a dtype of x."""
+        """Return kernels/expert_gate_up.metal for a dtype of x."""
         key = (dtype, None if norm is None else norm.eps, shared)
         if key not in self.gate_up:
             extra = (("HAS_NORM", norm is not None), ("EPS", 0.0 if norm is None else norm.eps), ("HAS_SHARED", shared))
@@ -100,12 +101,12 @@ _plans: dict[tuple[int, int], ExpertPlan] = {}
 
 
 def is_quantized(layout: RecordLayout) -> bool:
-    """Tell whether all projections are quantised in modes that the GPU's kernels take."""
+    """Return whether all projections are quantised in modes that the GPU's kernels support."""
     return has_kernels(layout, "gpu") and all(quantization for _, quantization in layout.quantizations)
 
 
 def projection_constants(layout: RecordLayout, projection: str, columns: int, prefix: str = "") -> Constants:
-    """Where one projection lies in the record, in words, and how it is quantised."""
+    """Return the position of one projection in the record, in words, and its quantisation."""
     prefix += projection.removesuffix("_proj").upper()
     quantization = layout.quantization(projection)
     assert quantization is not None
@@ -140,7 +141,7 @@ def projection_constants(layout: RecordLayout, projection: str, columns: int, pr
 
 
 def pairs_of(layout: RecordLayout, *projections: str) -> list[tuple[int, int]]:
-    """(bits, group size) of quantised projections."""
+    """Return (bits, group size) of the quantised projections."""
     pairs = []
     for projection in projections:
         quantization = layout.quantization(projection)
@@ -150,7 +151,7 @@ def pairs_of(layout: RecordLayout, *projections: str) -> list[tuple[int, int]]:
 
 
 def same_parts(layout: RecordLayout, shared: RecordLayout) -> bool:
-    """Tell whether a record of one layout can be read as one of the other."""
+    """Return whether a record of one layout can be read as one of the other."""
     return layout.parts == shared.parts and all(
         layout.quantization(projection) == shared.quantization(projection) for projection in PROJECTIONS
     )
@@ -162,13 +163,13 @@ def plan_experts(
     down_geometry: Geometry | None = None,
     shared: RecordLayout | None = None,
 ) -> ExpertPlan:
-    """Constants of the expert kernels for a layer's layouts.
+    """Build the constants of the expert kernels for a layer's layouts.
 
     Args:
-        layout: Record whose three projections are quantised.
-        gate_up_geometry: Spread of gate and up; chosen from the shapes where it is None.
-        down_geometry: Spread of down; chosen from the shapes where it is None.
-        shared: The shared expert's record, quantised, of the same hidden size and without biases.
+        layout: Layout of a record whose three projections are quantised.
+        gate_up_geometry: Geometry of gate and up; None chooses it from the shapes.
+        down_geometry: Geometry of down; None chooses it from the shapes.
+        shared: Layout of the shared expert's record: quantised, of the same hidden size, without biases.
 
     Raises:
         ShapeError: If the kernels can't read this layout.
@@ -212,7 +213,7 @@ def plan_experts(
 
 
 def plan_of(layout: RecordLayout, shared: RecordLayout | None = None) -> ExpertPlan:
-    """The plan of a layer's layouts, made on its first use."""
+    """Return the plan of a layer's layouts, built on first use."""
     key = (id(layout), id(shared))
     plan = _plans.get(key)
     if plan is None:
@@ -228,7 +229,7 @@ def gate_up(
     norm: Norm | None = None,
     shared: ExpertRecords | None = None,
 ) -> mx.array:
-    """Inputs of the down projection, float32: (T * K, I), flat, then the shared expert's (T, Is) if there is one.
+    """Return the inputs of the down projection, float32: (T * K, I), flat, then (T, Is) of a shared expert, if any.
 
     Kernel: kernels/expert_gate_up.metal.
 
@@ -244,7 +245,7 @@ def gate_up(
         )
     width = layout.intermediate_size
     shared_width = 0 if shared is None else shared.layout.intermediate_size
-    # The kernel has all inputs; any array of the right type stands in for one that is absent.
+    # The kernel always takes all inputs; any array of the right type replaces an absent one.
     (h,) = kernel_source.launch(
         plan.gate_up_kernel(x.dtype, norm, shared is not None),
         [
@@ -263,15 +264,15 @@ def gate_up(
 def expert_ffn_kernel(
     x: mx.array, bank: ExpertRecords, slots: mx.array, plan: ExpertPlan | None = None, norm: Norm | None = None
 ) -> mx.array:
-    """``expert_ffn`` on the GPU, for quantised records.
+    """Compute ``expert_ffn`` on the GPU, for quantised records.
 
     Kernels: kernels/expert_gate_up.metal, kernels/expert_down.metal.
 
     Args:
-        x: Shape (T, H).
+        x: Tokens. Shape (T, H).
         bank: Slots of one layer.
-        slots: Shape (T, K), uint32.
-        plan: Constants; made from the layout and remembered where it is None.
+        slots: Slot of each token's routed experts. Shape (T, K), uint32.
+        plan: Constants; None builds them from the layout and caches them.
         norm: Norm of x, or None where x is normalised already.
 
     Raises:
@@ -293,21 +294,21 @@ def expert_ffn_kernel(
 def expert_ffn(
     x: mx.array, bank: ExpertRecords, slots: mx.array, activation: Activation | None = None, norm: Norm | None = None
 ) -> mx.array:
-    """SwiGLU feed-forward of the K routed experts of each token.
+    """Compute the SwiGLU feed-forward of the K routed experts of each token.
 
-    Computes ``W_d (silu(W_g x) * W_u x)`` for each slot, plus the experts' own biases where the record
-    has them. Quantised weights may be of any mode of `formats.schemes`.
+    Computes ``W_d (silu(W_g x) * W_u x)`` for each slot, plus the experts' own biases if the record has them.
+    Quantised weights may be of any mode of `formats.schemes`.
 
     Args:
         x: Hidden states. Shape (T, H), float32, bfloat16 or float16.
         bank: Slots of one layer.
         slots: Slot of each token's routed experts. Shape (T, K), uint32.
-        activation: In place of SwiGLU, for models with another one; runs the reference.
-        norm: Norm of x, or None where x is normalised already.
+        activation: Activation instead of SwiGLU, for models with another one; runs the reference.
+        norm: Norm of x, or None if x is already normalised.
 
     Returns:
         Per-expert outputs, shape (T, K, H), float32. Sums are float32. Each (token, slot) pair is
-        computed on its own: its bits depend on no other pair.
+        computed independently: its bits depend on no other pair.
 
     Raises:
         ShapeError: If the kernels can't read this layout, or x is not as wide as the experts.

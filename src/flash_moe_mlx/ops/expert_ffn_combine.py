@@ -1,4 +1,4 @@
-"""A whole routed layer whose experts are all in their slots: two launches on a GPU, the shared expert included."""
+"""A whole routed layer whose experts are all in slots: two launches on a GPU, including the shared expert."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -43,19 +43,19 @@ ROWS = 4
 
 MIN_THREADGROUPS = 256
 TILE_ROWS = 16
-"""Outputs a threadgroup: fewer where that leaves too few threadgroups for the GPU, for each stages all experts' h."""
+"""Outputs per threadgroup: fewer if the GPU would get too few threadgroups, because each one stages all experts' h."""
 
 
 @dataclass(frozen=True)
 class CombineSpread:
-    """Spread of down and combine over threads.
+    """Geometry of down and combine.
 
     Attributes:
-        lanes: Lanes that share a row.
-        rows: Rows of one expert that a lane takes at once.
-        sets: Sets of such rows that a SIMD group takes one after the other.
-        simd_groups: SIMD groups a threadgroup, each with one expert at a time.
-        rounds: Experts that a SIMD group takes one after the other.
+        lanes: Number of lanes that share a row.
+        rows: Rows of one expert that a lane computes at once.
+        sets: Number of such sets of rows that a SIMD group computes in sequence.
+        simd_groups: SIMD groups per threadgroup, each computing one expert at a time.
+        rounds: Number of experts that a SIMD group computes in sequence.
     """
 
     lanes: int
@@ -66,28 +66,28 @@ class CombineSpread:
 
     @property
     def tile_rows(self) -> int:
-        """Outputs a threadgroup."""
+        """Outputs per threadgroup."""
         return self.sets * (SIMD_WIDTH // self.lanes) * self.rows
 
     @property
     def threadgroup(self) -> tuple[int, int, int]:
-        """Threads a threadgroup."""
+        """Threads per threadgroup."""
         return (SIMD_WIDTH, self.simd_groups, 1)
 
     def grid(self, tokens: int, outputs: int) -> tuple[int, int, int]:
-        """Threads in all."""
+        """Total number of threads."""
         return (SIMD_WIDTH * tokens, self.simd_groups * -(-outputs // self.tile_rows), 1)
 
 
 def choose_spread(hidden: int, width: int, lanes: int, experts: int, tile_rows: int | None = None) -> CombineSpread:
-    """Spread for a layer.
+    """Choose the geometry for a layer.
 
     Args:
-        hidden: H.
-        width: The wider of routed and shared experts.
-        lanes: Lanes that share a row: those of expert_down, whose bits depend on them.
-        experts: Experts of a token, the shared one included.
-        tile_rows: Outputs a threadgroup; chosen from the shapes where it is None.
+        hidden: Hidden size, H.
+        width: Width of the routed or the shared experts, whichever is larger.
+        lanes: Number of lanes that share a row: that of expert_down, on which the bits depend.
+        experts: Number of experts per token, including the shared one.
+        tile_rows: Outputs per threadgroup; None chooses it from the shapes.
     """
     if tile_rows is None:
         tile_rows = TILE_ROWS if hidden // TILE_ROWS >= MIN_THREADGROUPS else TILE_ROWS // 2
@@ -107,16 +107,16 @@ def combine_kernel(
     residual: bool,
     tile_rows: int | None = None,
 ) -> tuple[Kernel, CombineSpread]:
-    """kernels/expert_down_combine.metal for a layer's layouts, and its spread; what is absent is compiled out.
+    """Return kernels/expert_down_combine.metal for a layer's layouts, and its geometry; absent inputs are compiled out.
 
     Args:
-        plan: The layer's plan; says whether the shared expert is computed too.
-        experts: K.
-        dtype: Of the result.
-        shared: Of the shared expert's output, where that is given; None where it isn't.
-        gate_pitch: Columns of the array whose last one is the shared expert's gate; 0 without a gate.
+        plan: The layer's plan; states whether the shared expert is computed too.
+        experts: Number of experts per token, K.
+        dtype: Dtype of the result.
+        shared: Dtype of the shared expert's output if that is an input; else None.
+        gate_pitch: Columns of the array whose last column is the shared expert's gate; 0 without a gate.
         residual: Whether a residual is added.
-        tile_rows: Outputs a threadgroup, from then on; chosen from the shapes where it is None.
+        tile_rows: Outputs per threadgroup, from now on; None chooses it from the shapes.
     """
     key = (experts, dtype, shared, gate_pitch, residual)
     if key not in plan.combined or tile_rows is not None:
@@ -170,7 +170,7 @@ def expert_ffn_combine_reference(
     residual: mx.array | None,
     norm: Norm | None = None,
 ) -> mx.array:
-    """``expert_ffn_combine`` in plain MLX operations."""
+    """Compute ``expert_ffn_combine`` in plain MLX operations."""
     if norm is not None:
         x = norm.reference(x)
     if isinstance(shared, ExpertRecords):
@@ -190,10 +190,10 @@ def expert_ffn_combine_kernel(
     norm: Norm | None = None,
     plan: ExpertPlan | None = None,
 ) -> mx.array:
-    """``expert_ffn_combine`` on the GPU, for quantised records of experts at most MAX_WIDTH wide.
+    """Compute ``expert_ffn_combine`` on the GPU, for quantised records of experts at most MAX_WIDTH wide.
 
-    Kernels: kernels/expert_gate_up.metal, kernels/expert_down_combine.metal. ``plan``: constants, made from the
-    layouts and remembered where it is None.
+    Kernels: kernels/expert_gate_up.metal, kernels/expert_down_combine.metal. ``plan`` holds their constants; None
+    builds it from the layouts and caches it.
     """
     own = shared if isinstance(shared, ExpertRecords) else None
     given = shared if isinstance(shared, mx.array) else None
@@ -203,7 +203,7 @@ def expert_ffn_combine_kernel(
     gate_pitch = 0 if shared_gate is None or shared is None else shared_gate.shape[1]
     given_dtype = None if given is None else given.dtype
     kernel, spread = combine_kernel(plan, slots.shape[1], dtype, given_dtype, gate_pitch, residual is not None)
-    # The kernel has all inputs; any array stands in for one that is absent.
+    # The kernel always takes all inputs; any array replaces an absent one.
     (out,) = kernel_source.launch(
         kernel,
         [
@@ -230,16 +230,16 @@ def _shared_plan(layout: RecordLayout, routed: RecordLayout) -> ExpertPlan:
 
 
 def shared_expert(x: mx.array, shared: ExpertRecords, routed: RecordLayout, norm: Norm | None = None) -> mx.array:
-    """Output of the shared expert alone, with the bits that ``expert_ffn_combine`` gives it.
+    """Compute the output of the shared expert alone, with the bits that ``expert_ffn_combine`` gives it.
 
     Args:
         x: Hidden states. Shape (T, H).
-        shared: Its record.
+        shared: The shared expert's record.
         routed: Layout of the routed experts of the same layer.
-        norm: Norm of x, or None where x is normalised already.
+        norm: Norm of x, or None if x is already normalised.
 
     Returns:
-        Shape (T, H), float32.
+        The shared expert's output. Shape (T, H), float32.
     """
     slots = mx.zeros((len(x), 1), mx.uint32)
     if not (use_kernels() and is_quantized(shared.layout) and is_quantized(routed)):
@@ -252,7 +252,7 @@ def _last_column(shared_gate: mx.array | None) -> mx.array | None:
 
 
 def combined_dtype(shared: Any, residual: mx.array | None) -> mx.Dtype:
-    """dtype of the residual, else of the shared expert's output, else float32: as ``moe_combine``."""
+    """Return the dtype of the residual, else of the shared expert's output, else float32, like ``moe_combine``."""
     for array in (residual, shared):
         if isinstance(array, mx.array):
             return array.dtype
@@ -269,10 +269,10 @@ def expert_ffn_combine(
     residual: mx.array | None,
     norm: Norm | None = None,
 ) -> mx.array:
-    """``moe_combine(expert_ffn(norm(x), bank, slots), ...)`` in one call, and with the same bits.
+    """Compute ``moe_combine(expert_ffn(norm(x), bank, slots), ...)`` in one call, with the same bits.
 
-    For a layer all of whose experts are in their slots at once. On a GPU it is two launches, and the per-expert
-    outputs never leave the GPU's processors.
+    For a layer whose experts are all in slots at once. On a GPU this takes two launches, and the per-expert outputs
+    never leave the GPU's processors.
 
     Args:
         x: Hidden states. Shape (T, H), float32, bfloat16 or float16.
@@ -281,11 +281,11 @@ def expert_ffn_combine(
         weights: Router weights. Shape (T, K).
         shared: The shared expert's record, its output (T, H), or None.
         shared_gate: Logits whose last column is that of the shared expert's gate, or None for a gate of one.
-        residual: What the layer adds its output to, shape (T, H), or None.
-        norm: Norm of x, or None where x is normalised already.
+        residual: Residual that the layer's output is added to, shape (T, H), or None.
+        norm: Norm of x, or None if x is already normalised.
 
     Returns:
-        Shape (T, H), dtype of the residual, else of the shared expert's output, else float32.
+        The layer's output. Shape (T, H), dtype of the residual, else of the shared expert's output, else float32.
     """
     if use_kernels() and fits(bank.layout, shared.layout if isinstance(shared, ExpertRecords) else None):
         return expert_ffn_combine_kernel(x, bank, slots, weights, shared, shared_gate, residual, norm)
@@ -296,7 +296,7 @@ def expert_ffn_combine(
 
 
 def fits(layout: RecordLayout, shared: RecordLayout | None) -> bool:
-    """Tell whether the kernel takes these layouts."""
+    """Return whether the kernel supports these layouts."""
     key = (id(layout), id(shared))
     if key not in _fitting:
         layouts = (layout,) if shared is None else (layout, shared)
@@ -306,4 +306,4 @@ def fits(layout: RecordLayout, shared: RecordLayout | None) -> bool:
 
 
 _fitting: dict[tuple[int, int], tuple[RecordLayout, RecordLayout | None, bool]] = {}
-"""Answers of ``fits``, with the layouts, so that their ids stay theirs."""
+"""Cached results of ``fits``, with the layouts, so that their ids stay unique."""

@@ -1,4 +1,4 @@
-"""Whether a pass computed finite numbers, and the error where it did not."""
+"""Test of whether a pass computed finite numbers, and the error if it did not."""
 
 from math import isfinite
 
@@ -9,7 +9,7 @@ from ..errors import NonFiniteError
 
 
 def is_finite(array: mx.array | np.ndarray) -> bool:
-    """Tell whether all numbers are finite. Cost: one pass over memory; a lazy array is evaluated."""
+    """Return whether all numbers are finite. Cost: one pass over memory; a lazy array is evaluated."""
     if isinstance(array, mx.array):
         if array.dtype != mx.float32 or mx.default_device().type == mx.DeviceType.gpu:
             return bool(mx.isfinite(array).all().item())
@@ -25,7 +25,7 @@ def first_bad_row(array: mx.array) -> int:
 
 
 def non_finite(layer: int | None, where: str, token: int | None = None) -> NonFiniteError:
-    """Make the error that names a layer, and what in it is NaN or infinity."""
+    """Return the error that names a layer, and which of its values are NaN or infinite."""
     place = where if layer is None else f"layer {layer}, {where}"
     return NonFiniteError(
         f"[{place}] must be finite numbers, got NaN or infinity. A weight is damaged, or the dtype of activations too "

@@ -1,4 +1,4 @@
-"""The end of an MoE layer: routed outputs, shared expert and residual, added in one fixed order."""
+"""The end of an MoE layer: the sum of routed outputs, shared expert and residual, in one fixed order."""
 
 from functools import cache
 
@@ -22,9 +22,9 @@ def moe_combine_reference(
     shared_gate: mx.array | None,
     residual: mx.array | None,
 ) -> mx.array:
-    """``moe_combine`` in plain MLX operations."""
+    """Compute ``moe_combine`` in plain MLX operations."""
     if len(y) > COMBINED_ROWS:
-        # MLX would make all K products before the first sum: as much again as y.
+        # MLX would compute all K products before the first sum, which takes as much memory again as y.
         blocks = []
         for start in range(0, len(y), COMBINED_ROWS):
             part = slice(start, start + COMBINED_ROWS)
@@ -49,7 +49,7 @@ def moe_combine_reference(
 
 @cache
 def combine_kernel(dtype: mx.Dtype, hidden: int, experts: int, shared: bool, gate: bool, residual: bool) -> Kernel:
-    """kernels/moe_combine.metal for one layer's shapes; what is absent is compiled out."""
+    """Return kernels/moe_combine.metal for one layer's shapes; absent inputs are compiled out."""
     return Kernel(
         "moe_combine",
         (
@@ -71,11 +71,11 @@ def moe_combine_kernel(
     shared_gate: mx.array | None,
     residual: mx.array | None,
 ) -> mx.array:
-    """``moe_combine`` on the GPU, for H a multiple of 4. Kernel: kernels/moe_combine.metal."""
+    """Compute ``moe_combine`` on the GPU, for H a multiple of 4. Kernel: kernels/moe_combine.metal."""
     tokens, experts, hidden = y.shape
     dtype = output_dtype(y, shared, residual)
     kernel = combine_kernel(dtype, hidden, experts, shared is not None, shared_gate is not None, residual is not None)
-    # The kernel has all five inputs; any array stands in for one that is absent.
+    # The kernel always takes all five inputs; any array replaces an absent one.
     inputs = [weights if array is None else array for array in (shared, shared_gate, residual)]
     (out,) = kernel_source.launch(
         kernel,
@@ -103,10 +103,10 @@ def moe_combine(
         weights: Router weights. Shape (T, K).
         shared: Output of the shared expert, or None. Shape (T, H).
         shared_gate: Logit of the shared expert's gate, or None for a gate of one. Shape (T, 1).
-        residual: What the layer adds its output to, or None. Shape (T, H).
+        residual: Residual that the layer's output is added to, or None. Shape (T, H).
 
     Returns:
-        Shape (T, H), dtype of the residual, else of shared, else of y.
+        The layer's output. Shape (T, H), dtype of the residual, else of shared, else of y.
     """
     if use_cpu_kernels():
         from .cpu import rows

@@ -1,4 +1,4 @@
-"""RMS norm as an argument: kernels that read hidden states normalise them on the way."""
+"""RMS norm as an argument: kernels that read hidden states normalise them while reading."""
 
 from typing import NamedTuple
 
@@ -9,8 +9,8 @@ class Norm(NamedTuple):
     """``weight * x / sqrt(mean(x^2) + eps)``. Reference: Zhang and Sennrich 2019, arXiv:1910.07467.
 
     Attributes:
-        weight: Shape (H,), dtype of x.
-        eps: Added to the mean of the squares.
+        weight: Weight of the norm. Shape (H,), dtype of x.
+        eps: Value added to the mean of the squares.
     """
 
     weight: mx.array

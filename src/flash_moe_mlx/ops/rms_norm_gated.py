@@ -7,7 +7,7 @@ from .backend import use_cpu_kernels
 
 
 def rms_norm_gated_reference(x: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """``rms_norm_gated`` in plain MLX operations."""
+    """Compute ``rms_norm_gated`` in plain MLX operations."""
     y = mx.fast.rms_norm(x, weight, eps).astype(mx.float32)
     return (nn.silu(gate.astype(mx.float32)) * y).astype(x.dtype)
 
@@ -16,13 +16,13 @@ def rms_norm_gated(x: mx.array, gate: mx.array, weight: mx.array, eps: float) ->
     """Compute ``weight * x / sqrt(mean(x^2) + eps) * silu(gate)``; product and SiLU in float32.
 
     Args:
-        x: Shape (..., D).
-        gate: Shape (..., D).
-        weight: Shape (D,).
-        eps: Added to the mean of the squares.
+        x: Heads to normalise. Shape (..., D).
+        gate: Gate of each value. Shape (..., D).
+        weight: Weight of the norm. Shape (D,).
+        eps: Value added to the mean of the squares.
 
     Returns:
-        Shape (..., D), dtype of x.
+        The gated norm. Shape (..., D), dtype of x.
 
     Reference: Zhang and Sennrich 2019, arXiv:1910.07467; gated as in Qwen3-Next's linear attention.
     """

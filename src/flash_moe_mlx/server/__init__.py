@@ -1,4 +1,4 @@
-"""An OpenAI-compatible server over one model: Starlette routes, one worker that generates, a bounded queue.
+"""An OpenAI-compatible server for one model: Starlette routes, one generating worker, a bounded queue.
 
-Not a multi-model or multi-user gateway: one model a process, one generation at a time, requests wait their turn.
+Not a multi-model or multi-user gateway: one model per process, one generation at a time; other requests wait.
 """

@@ -1,4 +1,4 @@
-"""ApiError: what is answered where a request can't be served, in the shape that OpenAI's clients read."""
+"""ApiError: the answer to a request that can't be served, in the shape that OpenAI's clients read."""
 
 from typing import Any
 
@@ -11,9 +11,9 @@ class ApiError(Exception):
 
     Attributes:
         status: HTTP status.
-        message: What must hold, what was found, what to do.
-        param: The field of the request that is wrong, if one is.
-        code: A short name that programs can compare.
+        message: Text that says what must hold, what was found and what to do.
+        param: The request's offending field, if there is one.
+        code: A short name for programs to compare.
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None, code: str | None = None):
@@ -40,9 +40,9 @@ _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503:
 
 
 def failed_generation(error: BaseException) -> ApiError:
-    """What a client is told of a generation that ended with ``error``.
+    """Return the error to send to a client whose generation ended with ``error``.
 
-    The library's own errors are written for people to read; of others only the type is told.
+    The library's own errors are written for people; of all others only the type is revealed.
     """
     if isinstance(error, ApiError):
         return error

@@ -1,4 +1,4 @@
-"""The Starlette application: routes, what guards them, and answers whole or streamed."""
+"""The Starlette application: routes, their guards, and complete or streamed answers."""
 
 import asyncio
 import logging
@@ -30,38 +30,38 @@ logger = logging.getLogger(__name__)
 
 KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 2.0
-"""Longest silence of a stream: clients give up after some minutes without a byte, proxies after a few seconds."""
+"""Longest silence in a stream: clients give up after some minutes without a byte, proxies after a few seconds."""
 
-CLIENT_LEFT = 499  # nginx's number; nobody receives it
+CLIENT_LEFT = 499  # nginx's code for a client that closed the connection; nobody receives it
 
 BODIES_AT_ONCE = 4
-"""Largest bodies that there is memory for at once; each may hold the first 64 KiB besides."""
+"""Total size of the large bodies held in memory at once; the first 64 KiB of each body are not counted."""
 
 VALUES = 100_000
-"""Numbers, texts, objects and arrays in a body: more than 128 tools with a hundred parameters each."""
+"""Maximum number of JSON values in a body: room for 128 tools with a hundred parameters each."""
 
 
 def create_app(model: Any, tokenizer: Any, config: ServerConfig) -> Starlette:
-    """The server of one model, as an ASGI application. Its lifespan ends the worker, not the model.
+    """Create the server of one model, as an ASGI application. Its lifespan ends the worker, but not the model.
 
     Args:
-        model: From :func:`flash_moe_mlx.load`.
-        tokenizer: From :func:`flash_moe_mlx.load`.
-        config: How it is served.
+        model: The model that :func:`flash_moe_mlx.load` returned.
+        tokenizer: The tokenizer that :func:`flash_moe_mlx.load` returned.
+        config: The server's settings.
 
     Raises:
-        MemoryLimitError: If the memory limit can't spare the prefix cache that was asked for.
+        MemoryLimitError: If the memory limit can't spare the requested prefix cache.
     """
     return _Server(model, tokenizer, config).app
 
 
 class _Server:
-    """Routes over one worker."""
+    """Routes in front of one worker."""
 
     def __init__(self, model: Any, tokenizer: Any, config: ServerConfig):
         self._model = model
         self._config = config
-        # Ids beyond the logits would be written to memory that isn't theirs, and tokenizers may know more.
+        # Ids beyond the logits would be written outside the array, and a tokenizer may know more ids than the model.
         logits = getattr(getattr(model, "config", getattr(model, "args", None)), "vocab_size", None)
         self._vocabulary = min(len(tokenizer), logits or len(tokenizer))
         self._worker = Worker(model, tokenizer, max_queue=config.max_queue, prefix_cache=config.prefix_cache)
@@ -85,11 +85,11 @@ class _Server:
                 HTTPException: lambda request, error: refusal(ApiError(error.status_code, f"{error.detail}.")),
                 ClientDisconnect: lambda request, error: Response(status_code=CLIENT_LEFT),
                 ClientLeft: lambda request, error: Response(status_code=CLIENT_LEFT),
-                Exception: lambda request, error: refusal(failed_generation(error)),  # Starlette logs it too
+                Exception: lambda request, error: refusal(failed_generation(error)),  # Starlette logs it as well
             },
             lifespan=self._lifespan,
         )
-        # Redirects would be to a URL made from the Host header.
+        # Redirects would point to a URL built from the Host header.
         self.app.router.redirect_slashes = False
         self.app.add_middleware(Guard, config=config, counts=self._worker.metrics.requests)
 
@@ -117,7 +117,7 @@ class _Server:
             generation = self._worker.admit()
 
             def read() -> GenerationRequest:
-                # Histories may hold what other servers cut in the middle of a character.
+                # Histories may hold text that other servers cut in the middle of a character.
                 value = parse_body(body, self._max_values, mend=parse is parse_chat)
                 body.clear()
                 return parse(value, self._config.model_id, self._vocabulary, self._config.sampling)
@@ -175,7 +175,7 @@ class _Server:
 
 
 class _EventStream(Response):
-    """An answer as server-sent events; what goes wrong after it has begun is its last event."""
+    """An answer as server-sent events; an error after the start is sent as the last event."""
 
     def __init__(self, generation: Generation, answer: ChatFormat | CompletionFormat):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
@@ -212,7 +212,7 @@ class _EventStream(Response):
 
 
 async def _with_silence(generation: Generation, seconds: float) -> AsyncIterator[AnswerPart | Finished | None]:
-    """Yield a generation's parts, and None whenever none has come for a while: prompts and calls take their time."""
+    """Yield a generation's parts, and None whenever there was none for a while, as prompts and calls take time."""
     parts = aiter(generation)
     while True:
         waiting = asyncio.ensure_future(anext(parts, _END))
@@ -228,14 +228,14 @@ async def _with_silence(generation: Generation, seconds: float) -> AsyncIterator
 
 
 class _End:
-    """The end of a generation's parts."""
+    """Marks the end of a generation's parts."""
 
 
 _END = _End()
 
 
 def _failure(generation: Generation) -> ApiError | None:
-    """What a client is told of a generation that did not finish; None if it was the client who ended it."""
+    """Return the error to send for a generation that did not finish; None if the client ended it."""
     error = generation.error()
     if error is None or isinstance(error, CancelledError):
         return None
@@ -247,7 +247,7 @@ def _failure(generation: Generation) -> ApiError | None:
 
 @asynccontextmanager
 async def _cancelled_when_left(generation: Generation, receive: Receive) -> AsyncIterator[None]:
-    """Within it, a client that leaves ends its generation, and so does an exception."""
+    """End the generation if the client leaves, or an exception is raised, within the context."""
 
     async def watch() -> None:
         while (await receive())["type"] != "http.disconnect":
@@ -267,7 +267,7 @@ async def _cancelled_when_left(generation: Generation, receive: Receive) -> Asyn
 
 @asynccontextmanager
 async def _ended_with(generation: Generation) -> AsyncIterator[None]:
-    """Leaving it ends the generation."""
+    """End the generation when leaving the context."""
     try:
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Request bodies: read within bounds of size, time and memory, and of the number of values in them."""
+"""Reading of request bodies, with bounds on size, time, memory and the number of values."""
 
 import asyncio
 import re
@@ -15,19 +15,19 @@ from .guard import headers
 from .strict_json import parse_json
 
 FREE_BYTES = 1 << 16
-"""Bytes that every body may hold; only what a body has beyond them is taken from the server's budget."""
+"""Bytes allowed to every body; only bytes beyond these are taken from the server's budget."""
 
 _DRAINED_BYTES = 1 << 26
-# Texts, and what stands before each further value. Possessive: time follows the body's length, whatever it holds.
+# Texts, and the character before each further value. Possessive, so that time is linear in the body's length.
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[{,]', re.DOTALL)
 
 
 class BodyBudget:
-    """Memory that bodies which wait to be parsed may take together.
+    """Total memory for bodies that wait to be parsed.
 
     Attributes:
-        total_bytes: Its size.
-        used_bytes: Bytes taken now.
+        total_bytes: Size of the budget.
+        used_bytes: Bytes currently in use.
     """
 
     def __init__(self, total_bytes: int):
@@ -36,7 +36,7 @@ class BodyBudget:
 
     @contextmanager
     def share(self) -> Iterator["BodyShare"]:
-        """Give one body its share, and take it back at the end."""
+        """Provide one body's share within the context, and release it at the end."""
         share = BodyShare(self)
         try:
             yield share
@@ -45,17 +45,17 @@ class BodyBudget:
 
 
 class BodyShare:
-    """Part of a `BodyBudget` that one body holds."""
+    """The part of a `BodyBudget` that one body uses."""
 
     def __init__(self, budget: BodyBudget):
         self._budget = budget
         self._nbytes = 0
 
     def resize(self, nbytes: int) -> None:
-        """Take or give back bytes.
+        """Change the number of bytes taken from the budget.
 
         Raises:
-            ApiError: 503 if the budget has too few.
+            ApiError: 503 if the budget has too few bytes left.
         """
         wanted = max(0, nbytes - FREE_BYTES)
         if self._budget.used_bytes + wanted - self._nbytes > self._budget.total_bytes:
@@ -69,15 +69,15 @@ async def read_body(request: Request, limit: int, seconds: float, share: BodySha
 
     Args:
         request: The request.
-        limit: Largest number of bytes.
-        seconds: Time within which it must have come.
-        share: Accounts for its bytes.
+        limit: Maximum number of bytes.
+        seconds: Time within which the whole body must arrive.
+        share: Share that accounts for the body's bytes.
 
     Raises:
-        ApiError: 415 if it is not said to be JSON, 413 beyond ``limit`` bytes, 408 if it takes too long, 503 if too
-            many bodies are read at once.
+        ApiError: 415 if it is not declared as JSON, 413 beyond ``limit`` bytes, 408 if it takes too long, 503 if too
+            many bodies are being read at once.
     """
-    # A page of another site can post a form, or plain text, to this machine; not this without asking first.
+    # Another site's page can post a form or plain text to this machine, but not JSON without a CORS preflight.
     types = headers(request.scope, b"content-type")
     if len(types) != 1 or types[0].partition(b";")[0].strip().lower() != b"application/json":
         raise ApiError(415, "Content-Type must be application/json.")
@@ -90,7 +90,7 @@ async def read_body(request: Request, limit: int, seconds: float, share: BodySha
                     share.resize(size)
                     body += chunk
                 elif size > max(limit, _DRAINED_BYTES):
-                    break  # read so far for the client's sake: most write the whole body before they read the answer
+                    break  # excess bytes are read because most clients write the whole body before they read
     except TimeoutError:
         raise ApiError(408, f"the body must come within {seconds:.0f} seconds, got {size} bytes of it.") from None
     if size > limit:
@@ -99,17 +99,17 @@ async def read_body(request: Request, limit: int, seconds: float, share: BodySha
 
 
 def parse_body(body: bytes | bytearray, max_values: int, *, mend: bool = False) -> Any:
-    """Parse a body as JSON whose every text is Unicode, and every number finite.
+    """Parse a body as JSON, with only Unicode texts and finite numbers.
 
     Args:
-        body: Bytes that anybody may have sent.
-        max_values: Numbers, texts, objects and arrays that it may hold. Each takes up to 200 bytes of memory.
-        mend: Read half of a surrogate pair as U+FFFD rather than refuse it.
+        body: Untrusted bytes.
+        max_values: Maximum number of numbers, texts, objects and arrays. Each takes up to 200 bytes of memory.
+        mend: Whether to read an unpaired surrogate as U+FFFD instead of refusing it.
 
     Raises:
-        ApiError: 400 if it is anything else.
+        ApiError: 400 for any other input.
     """
-    # Counted before they are made, and no further than needed. A value has a comma before it, and may be a text.
+    # Count values before building them, stopping at the limit. A value follows a comma, and may be a text.
     if sum(1 for _ in islice(_TOKEN.finditer(body), 2 * max_values + 1)) > 2 * max_values:
         raise ApiError(400, f"the body must hold at most {max_values} values, got more.", code="body_too_large")
     try:

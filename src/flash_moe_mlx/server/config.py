@@ -1,4 +1,4 @@
-"""ServerConfig: how a model is served."""
+"""ServerConfig: the server's settings."""
 
 import re
 from dataclasses import dataclass, field
@@ -13,17 +13,17 @@ _HOST = re.compile(r"\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+")
 
 @dataclass(frozen=True)
 class ServerConfig:
-    """How a model is served.
+    """Settings of the server.
 
     Attributes:
-        model_id: The name that clients ask for.
-        api_key: What clients must send; None lets everybody in.
-        max_queue: Requests that may wait besides the one that runs.
-        max_body_bytes: Largest request body.
+        model_id: Name by which clients request the model.
+        api_key: Key that clients must send; None admits everybody.
+        max_queue: Maximum number of waiting requests, not counting the running one.
+        max_body_bytes: Maximum size of a request body.
         prefix_cache: Size of the prefix cache, "auto", or None for none.
-        allowed_hosts: Names that a request's Host header may say; None is any. A page of another site that has its
-            name resolve to this machine is kept out by them.
-        sampling: What requests that don't say otherwise are answered with.
+        allowed_hosts: Names accepted in a request's Host header; None accepts any. They keep out pages of other sites
+            whose name resolves to this machine.
+        sampling: Defaults for requests that don't set sampling parameters.
     """
 
     model_id: str
@@ -38,7 +38,7 @@ class ServerConfig:
         if not self.model_id or not self.model_id.isprintable():
             raise RequestError(f"[model_id] must be printable text, got {self.model_id!r}. Choose a name with --name.")
         if self.api_key is not None and not (self.api_key.isprintable() and self.api_key == self.api_key.strip() != ""):
-            # The key itself is not told: messages end up in logs.
+            # The message must not contain the key, because messages end up in logs.
             raise RequestError(
                 "[api_key] must be printable text without spaces around it, got another. Choose another key."
             )
@@ -50,5 +50,5 @@ class ServerConfig:
 
     @property
     def body_seconds(self) -> float:
-        """Time within which a body must have come: 10 seconds, and what the largest takes at 100 kB/s."""
+        """Time within which a body must arrive: 10 seconds, plus the time of the largest body at 100 kB/s."""
         return 10 + self.max_body_bytes / 100_000

@@ -1,7 +1,7 @@
-"""HTTP connections that cannot be held open by saying nothing, little, or by not listening.
+"""HTTP connections that clients can't hold open by sending nothing, sending slowly, or not reading.
 
-uvicorn waits for a request's head for ever, and has no bound on open connections. Each holds a file descriptor, and
-experts are read from files.
+uvicorn waits for a request's head indefinitely and does not bound the number of open connections. Each connection holds
+a file descriptor, and reading experts needs file descriptors too.
 """
 
 import asyncio
@@ -15,7 +15,7 @@ import h11
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 BACKLOG = 64
-"""Connections that the system keeps until they are accepted: so many are accepted at once."""
+"""Size of the system's queue of connections that have not been accepted yet."""
 
 
 @dataclass(frozen=True)
@@ -23,10 +23,10 @@ class ConnectionLimits:
     """Bounds of a server's connections.
 
     Attributes:
-        max_connections: Connections open at once. Beyond them, the one that has kept us waiting longest is closed.
-        head_seconds: Time within which a request's line and headers must have come.
-        body_seconds: Time within which its body must have come.
-        write_seconds: Time for which a client may leave unread what it was sent.
+        max_connections: Maximum number of open connections. Beyond it, the one that kept us waiting longest is closed.
+        head_seconds: Time within which a request's line and headers must arrive.
+        body_seconds: Time within which its body must arrive.
+        write_seconds: Time for which a client may leave sent data unread.
     """
 
     max_connections: int = 256
@@ -35,13 +35,13 @@ class ConnectionLimits:
     write_seconds: float = 60.0
 
     def protocol(self) -> Any:
-        """Return it in the form that uvicorn takes as ``http``."""
+        """Return the class that uvicorn takes as ``http``, bound to these limits."""
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         return partial(BoundedConnection, max(1, min(self.max_connections, descriptors // 2)), self)
 
 
 class BoundedConnection(H11Protocol):
-    """uvicorn's connection, which ends when the client keeps it waiting."""
+    """uvicorn's connection, closed if the client keeps it waiting."""
 
     def __init__(self, max_connections: int, limits: ConnectionLimits, *arguments: Any, **options: Any):
         super().__init__(*arguments, **options)
@@ -54,7 +54,7 @@ class BoundedConnection(H11Protocol):
 
     @property
     def waits_for_client(self) -> bool:
-        """Whether there is no request that could be answered without more from the client."""
+        """Whether no request can be answered without more data from the client."""
         return self.conn.their_state in (h11.IDLE, h11.SEND_BODY)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -87,14 +87,14 @@ class BoundedConnection(H11Protocol):
             self._write_timer = None
 
     def abort(self) -> None:
-        """Close it at once."""
+        """Close the connection immediately."""
         self._stop_timers()
         self._unset_keepalive_if_required()
         self.connections.discard(self)
         self.transport.abort()
 
     def _watch(self) -> None:
-        """Begin the time of the stage that has begun; within a stage, more bytes gain no more time."""
+        """Start the timer of the current stage; further bytes within a stage do not extend it."""
         stage = self.conn.their_state
         if stage is self._stage:
             return
@@ -115,5 +115,5 @@ class BoundedConnection(H11Protocol):
 
 
 def _make_room(connections: Iterable[Any]) -> BoundedConnection:
-    """Return the connection to close: of those that keep us waiting, if any does, the one that has done so longest."""
+    """Return the connection to close: the one waiting longest, preferring those that wait for their client."""
     return min(connections, key=lambda connection: (not connection.waits_for_client, connection.waiting_since))

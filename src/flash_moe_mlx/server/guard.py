@@ -1,7 +1,7 @@
-"""Who may come in: the Host header and the API key. Counts the answers.
+"""Access control by Host header and API key, and counts of the answers.
 
-Every decision is taken on the ASGI scope as the server parsed it, never on a URL rebuilt from headers that the client
-chose: Starlette before 1.0.1 read a request's path out of its Host header.
+Every decision uses the ASGI scope as the server parsed it, never a URL rebuilt from client-controlled headers: before
+1.0.1, Starlette took a request's path from its Host header.
 """
 
 import hmac
@@ -15,14 +15,14 @@ from .api_error import ApiError
 from .config import ServerConfig
 
 OPEN_PATHS = ("/", "/health")
-"""Paths that need no API key: the status page, which holds no data of its own, and whether the server runs."""
+"""Paths that need no API key: the status page, which contains no data itself, and the health check."""
 
-# RFC 9112 section 3.2, without percent-encoding and user names, which no client of an API sends.
+# RFC 9112 section 3.2, without percent-encoding and user names, which API clients don't send.
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?")
 
 
 class Guard:
-    """Lets in who may, and counts the answers. Nothing is said to other origins: CORS stays off."""
+    """Admits permitted requests and counts the answers. CORS stays off, so other origins get nothing."""
 
     def __init__(self, app: ASGIApp, config: ServerConfig, counts: Counter[tuple[str, int]]):
         self._app = app
@@ -32,7 +32,7 @@ class Guard:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})  # before it is accepted: 403
+            await send({"type": "websocket.close", "code": 1008})  # before accepting, so the client sees 403
             return
         if scope["type"] != "http":
             await self._app(scope, receive, send)
@@ -40,7 +40,7 @@ class Guard:
 
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                # Anybody can make up other paths, and each would be counted for ever.
+                # Clients can invent any number of other paths, and each would be counted for ever.
                 known = "endpoint" in scope and not scope.get("path_params")
                 self._counts[scope["path"] if known else "other", message["status"]] += 1
             await send(message)
@@ -72,12 +72,12 @@ class Guard:
 
 
 def headers(scope: Scope, name: bytes) -> list[bytes]:
-    """Return the values of every header of this lower-case name."""
+    """Return the values of every header with this lower-case name."""
     return [value for key, value in scope["headers"] if key.lower() == name]
 
 
 def _is_open(scope: Scope) -> bool:
-    """Return whether the request reads an open path, spelled as it is: no other spelling is taken for it."""
+    """Return whether the request reads an open path, spelled exactly as listed."""
     path = scope["path"].removeprefix(scope.get("root_path", ""))
     raw = scope.get("raw_path")
     spelled = raw is None or raw.partition(b"?")[0] == scope["path"].encode()
@@ -85,5 +85,5 @@ def _is_open(scope: Scope) -> bool:
 
 
 def refusal(error: ApiError) -> Response:
-    """Return the HTTP response that says it."""
+    """Return the HTTP response for an error."""
     return JSONResponse(error.body, error.status, headers=error.headers)

@@ -1,4 +1,4 @@
-"""Messages and tools of a chat request, checked and brought to the form that chat templates take."""
+"""Validation of a chat request's messages and tools, and conversion to the form that chat templates take."""
 
 import re
 from collections.abc import Mapping
@@ -15,10 +15,10 @@ _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 
 
 def check_messages(value: Any) -> list[dict[str, Any]]:
-    """Messages with text contents, and arguments of earlier tool calls as objects, which is what templates loop over.
+    """Return messages with text contents, and with earlier tool calls' arguments as objects, as templates need them.
 
     Raises:
-        ApiError: 400 naming the message that is wrong.
+        ApiError: 400, naming the invalid message.
     """
     if not isinstance(value, list) or not value:
         raise ApiError(400, f"messages must be a list of at least one message, got {_kind(value)}.", param="messages")
@@ -26,10 +26,10 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
 
 
 def check_tools(value: Any) -> list[dict[str, Any]] | None:
-    """Tools as they were sent.
+    """Return the tools unchanged, after checking them.
 
     Raises:
-        ApiError: 400 naming the tool that is wrong.
+        ApiError: 400, naming the invalid tool.
     """
     if value is None:
         return None
@@ -46,7 +46,7 @@ def check_tools(value: Any) -> list[dict[str, Any]] | None:
         parameters = _object(function.get("parameters") or {}, f"{where}.function.parameters")
         properties = _object(parameters.get("properties") or {}, f"{where}.function.parameters.properties")
         for name, schema in properties.items():
-            if not isinstance(schema, bool):  # JSON Schema's own short form of anything, and of nothing
+            if not isinstance(schema, bool):  # JSON Schema's short forms: true accepts anything, false nothing
                 _object(schema, f"{where}.function.parameters.properties.{name}")
     return value
 
@@ -81,11 +81,11 @@ _TEXTS = {
     "name": "name", "tool_call_id": "tool_call_id", "reasoning_content": "reasoning_content",
     "reasoning": "reasoning_content",
 }  # fmt: skip
-"""Fields of a message beside its content, and the names that templates have for them."""
+"""Fields of a message besides its content, with their names in chat templates."""
 
 
 def _text(content: Any, where: str) -> str:
-    """Return a content as text; null is empty, and a refusal is what was said."""
+    """Return a content as text; null is empty, and a refusal part gives its text."""
     if content is None:
         return ""
     if isinstance(content, str):
@@ -103,7 +103,7 @@ def _text(content: Any, where: str) -> str:
 
 
 _PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
-"""Types of a content's parts that are text, and the field that has it."""
+"""Types of content parts that are text, with the field that holds the text."""
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:

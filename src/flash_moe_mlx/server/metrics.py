@@ -1,4 +1,4 @@
-"""Figures of a running server: one table of names, rendered for Prometheus and as JSON for the status page."""
+"""Metrics of a running server: one table of names, rendered for Prometheus and as JSON for the status page."""
 
 import math
 import time
@@ -16,15 +16,16 @@ FIRST_TOKEN_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 30
 
 @dataclass
 class Metrics:
-    """Counts since the server began. Each is written by one thread, and read by any.
+    """Counts since the server started. Each is written by one thread and may be read by any.
 
     Attributes:
-        requests: Answers by (path, status); 499 is a client that left.
-        prompt_tokens, cached_tokens, generated_tokens: Of generations that have begun; cached ones are among the first.
+        requests: Number of answers by (path, status); 499 means that the client left.
+        prompt_tokens, cached_tokens, generated_tokens: Tokens of generations that have begun; prompt tokens include
+            cached ones.
         generation_seconds: Time from each answer's first token to its last so far.
-        tokens_per_second: Decode speed of the latest generation, so far.
+        tokens_per_second: Decode speed of the latest generation so far.
         first_token_seconds: Sum of the times from a request's arrival to its first token.
-        first_tokens: How many of those fell into each bucket; the last has no upper bound.
+        first_tokens: Number of those times in each bucket; the last bucket has no upper bound.
     """
 
     requests: Counter[tuple[str, int]] = field(default_factory=Counter)
@@ -45,7 +46,7 @@ class Metrics:
         self.first_tokens[bisect_left(FIRST_TOKEN_BUCKETS, seconds)] += 1
 
     def token(self, response: GenerationResponse, seconds: float) -> None:
-        """Note a token, the first one too, that came ``seconds`` after the one before it."""
+        """Note a token, the first one included, that came ``seconds`` after the previous one."""
         self.generated_tokens += 1
         self.generation_seconds += seconds
         self.tokens_per_second = response.generation_tps
@@ -85,13 +86,13 @@ _TABLE: list[tuple[str, str, str, _Reader]] = [
 
 
 def values(metrics: Metrics, model: Any, worker: Any) -> dict[str, float]:
-    """Return every figure without labels, by its name. JSON has no NaN: a figure that is none is 0."""
+    """Return every metric without labels, by name. JSON has no NaN, so undefined values are 0."""
     figures = {name: read(metrics, model, worker) for name, _, _, read in _TABLE}
     return {name: value if math.isfinite(value) else 0.0 for name, value in figures.items()}
 
 
 def prometheus(metrics: Metrics, model: Any, worker: Any) -> str:
-    """The figures in Prometheus' text format 0.0.4."""
+    """Render the metrics in Prometheus' text format 0.0.4."""
     return "\n".join(_lines(metrics, model, worker)) + "\n"
 
 

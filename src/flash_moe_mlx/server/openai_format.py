@@ -1,4 +1,4 @@
-"""OpenAI's answers: whole ones and the chunks of streams, from the parts of a generation."""
+"""OpenAI's response format: complete answers and the chunks of streams, built from the parts of a generation."""
 
 import json
 import time
@@ -14,7 +14,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 def event(value: dict[str, Any]) -> bytes:
-    """A server-sent event."""
+    """Return a server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode(errors="replace")
 
 
@@ -28,7 +28,7 @@ class ChatFormat:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def whole(self, parts: Sequence[AnswerPart], finished: Finished) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the complete answer."""
         texts = [part for part in parts if isinstance(part, TextPart)]
         content = "".join(part.text for part in texts if part.channel == "content")
         reasoning = "".join(part.text for part in texts if part.channel == "reasoning")
@@ -47,22 +47,22 @@ class ChatFormat:
         return {**self._base("chat.completion"), "choices": [choice], "usage": _usage(finished)}
 
     def first(self) -> list[dict[str, Any]]:
-        """Chunks that come before the first token."""
+        """Return the chunks that precede the first token."""
         return [self._chunk({"role": "assistant", "content": ""})]
 
     def chunk(self, part: AnswerPart, index: int) -> dict[str, Any]:
-        """A part of the answer; ``index`` is how many tool calls came before it."""
+        """Return the chunk of one part of the answer; ``index`` is the number of tool calls before it."""
         if isinstance(part, ToolCall):
             return self._chunk({"tool_calls": [{"index": index, **_call(part)}]})
         name = "content" if part.channel == "content" else "reasoning_content"
         return self._chunk({name: part.text}, part.logprobs)
 
     def last(self, finished: Finished) -> dict[str, Any]:
-        """The chunk that says why the answer ends."""
+        """Return the chunk with the finish reason."""
         return self._chunk({}, reason=finished.reason)
 
     def usage(self, finished: Finished) -> dict[str, Any]:
-        """The chunk that stream_options.include_usage asks for."""
+        """Return the chunk that stream_options.include_usage asks for."""
         return {**self._base("chat.completion.chunk"), "choices": [], "usage": _usage(finished)}
 
     def _base(self, kind: str) -> dict[str, Any]:
@@ -78,7 +78,7 @@ class ChatFormat:
 
 @dataclass
 class CompletionFormat:
-    """Answers of /v1/completions. One object serves one answer: in a stream, tokens' offsets go on over the chunks."""
+    """Answers of /v1/completions. One object per answer: in a stream, token offsets continue across chunks."""
 
     model_id: str
     logprobs: bool
@@ -87,26 +87,26 @@ class CompletionFormat:
     _said: int = field(default=0, init=False)
 
     def whole(self, parts: Sequence[AnswerPart], finished: Finished) -> dict[str, Any]:
-        """The answer in one piece."""
+        """Return the complete answer."""
         texts = [part for part in parts if isinstance(part, TextPart)]
         logprobs = [p for part in texts for p in part.logprobs]
         body = self._body("".join(part.text for part in texts), logprobs, finished.reason)
         return {**body, "usage": _usage(finished)}
 
     def first(self) -> list[dict[str, Any]]:
-        """None: a completion's first chunk is its first token."""
+        """Return nothing: a completion's first chunk is its first token."""
         return []
 
     def chunk(self, part: AnswerPart, index: int) -> dict[str, Any]:
-        """A part of the answer."""
+        """Return the chunk of one part of the answer."""
         return self._body(part.text, part.logprobs, None) if isinstance(part, TextPart) else self._body("", (), None)
 
     def last(self, finished: Finished) -> dict[str, Any]:
-        """The chunk that says why the answer ends."""
+        """Return the chunk with the finish reason."""
         return self._body("", (), finished.reason)
 
     def usage(self, finished: Finished) -> dict[str, Any]:
-        """The chunk that stream_options.include_usage asks for."""
+        """Return the chunk that stream_options.include_usage asks for."""
         return {**self._body("", (), None), "choices": [], "usage": _usage(finished)}
 
     def _body(self, text: str, logprobs: Sequence[TokenLogprob], reason: str | None) -> dict[str, Any]:
@@ -163,5 +163,5 @@ def _completion_logprobs(logprobs: Sequence[TokenLogprob], offset: int) -> dict[
 
 
 def _finite(logprob: float) -> float:
-    """JSON has no infinity; OpenAI says -9999 for what is as good as impossible."""
+    """Return a finite log-probability: JSON has no infinity, and OpenAI sends -9999 for an impossible token."""
     return logprob if logprob > -9999.0 else -9999.0

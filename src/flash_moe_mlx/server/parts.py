@@ -1,4 +1,4 @@
-"""AnswerParser: a generated answer's parts as clients get them: content up to a stop string, reasoning, tool calls."""
+"""AnswerParser: splits a generated answer into content (up to a stop string), reasoning and tool calls for clients."""
 
 import json
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ from .schema import GenerationRequest
 
 @dataclass(frozen=True)
 class TokenLogprob:
-    """Log-probability of a generated token, and of the likeliest in its place.
+    """Log-probability of a generated token, and of the likeliest tokens at its position.
 
     Attributes:
-        text: What the token adds to the answer.
+        text: Text that the token adds to the answer.
         logprob: Its log-probability.
         top: The likeliest tokens: (text, log-probability, bytes).
-        data: Its bytes.
+        data: Bytes of the token.
     """
 
     text: str
@@ -41,7 +41,7 @@ class TextPart:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A call that the model makes. ``arguments`` is JSON, as OpenAI's clients want it."""
+    """A call made by the model. ``arguments`` is JSON text, as OpenAI's clients expect."""
 
     name: str
     arguments: str
@@ -52,26 +52,26 @@ AnswerPart = TextPart | ToolCall
 
 
 class AnswerParser:
-    """Takes an answer token by token; returns the parts that are certain.
+    """Takes an answer token by token, and returns the parts that are certain.
 
     Text is held back while it could be the beginning of a stop string, or the white space before a tool call.
     A token's log-probability comes with the first of its text; those of tokens that yield no content (thinking, tool
     calls, a stop string) are dropped.
 
     Attributes:
-        stopped: A stop string was found, or the only call allowed is made: nothing more is wanted.
+        stopped: Whether the answer is complete: a stop string was found, or the only call allowed was made.
         calls: Tool calls so far.
         text: The text of the last token.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], request: GenerationRequest, ids: CallIds | None = None):
-        """Begin an answer.
+        """Start an answer.
 
         Args:
-            tokenizer: From :func:`flash_moe_mlx.load`.
-            prompt: The prompt's tokens; with ``call_required`` they end with a tool call's beginning.
+            tokenizer: The tokenizer that :func:`flash_moe_mlx.load` returned.
+            prompt: The prompt's tokens; with ``call_required`` they end with the beginning of a tool call.
             request: The request.
-            ids: Gives calls their ids.
+            ids: Generator of the calls' ids.
         """
         self.stopped = False
         self.calls = 0
@@ -80,18 +80,18 @@ class AnswerParser:
         self._ends = getattr(tokenizer, "eos_token_ids", ())
         self._ids = CallIds() if ids is None else ids
         self._reader: AnswerReader | None = None
-        self._plain: AnswerText | None = None  # a plain completion is text throughout, and goes on from the prompt
+        self._plain: AnswerText | None = None  # a plain completion is all text, and continues the prompt
         if request.messages is None:
             self._plain = AnswerText(tokenizer, prompt)
         else:
             self._reader = AnswerReader(tokenizer, prompt, request.tools, called=request.call_required)
         self._held = ""
         self._fed = 0
-        self._unplaced: list[tuple[int, int, TokenLogprob]] = []  # by where in all that was said it begins, ends
-        self._placed: list[tuple[int, TokenLogprob]] = []  # by where in what is held it begins
+        self._unplaced: list[tuple[int, int, TokenLogprob]] = []  # keyed by start and end in the text fed so far
+        self._placed: list[tuple[int, TokenLogprob]] = []  # keyed by start in the text held back
 
     def read(self, token: int, finish_reason: str | None = None) -> list[Part | Call | BadCall]:
-        """Take a token; returns its pieces, for :meth:`feed`, which places its log-probability."""
+        """Take a token, and return its pieces for :meth:`feed`, which places its log-probability."""
         if self._reader is not None:
             pieces = self._reader.feed(token, finish_reason)
             self.text = self._reader.said
@@ -103,7 +103,7 @@ class AnswerParser:
     def feed(
         self, pieces: Sequence[Part | Call | BadCall], logprob: TokenLogprob | None = None, last: bool = False
     ) -> list[AnswerPart]:
-        """Take the pieces of one token. The ``last`` one lets go of what is held back."""
+        """Take the pieces of one token, and return the parts that are certain; ``last`` releases all held text."""
         size = self._fed + len(self.text) if self._reader is None else self._reader.size
         if logprob is not None:
             self._unplaced.append((self._fed, size, logprob))
@@ -114,7 +114,7 @@ class AnswerParser:
                 break
             if isinstance(piece, Call):
                 parts += self._call(piece)
-            elif isinstance(piece, BadCall):  # told as it stands, with a note, rather than lost
+            elif isinstance(piece, BadCall):  # returned as text with a note, rather than lost
                 parts += self._content(f"{piece.text}\n[This is no call that can be run: {piece.reason}.]")
             elif piece.kind == "text":
                 self._place(piece)
@@ -135,7 +135,7 @@ class AnswerParser:
             yield from self._release(len(self._held) - self._uncertain())
 
     def _place(self, piece: Part) -> None:
-        """Find the tokens that a piece of content comes from; those before it have none."""
+        """Assign tokens to a piece of content; tokens before it belong to no content."""
         end = piece.start + piece.size
         for first, last, logprob in self._unplaced:
             if first < end and (last > piece.start or first == piece.start):
@@ -143,7 +143,7 @@ class AnswerParser:
         self._unplaced = [token for token in self._unplaced if token[0] >= end]
 
     def _uncertain(self) -> int:
-        """Return the number of characters at the end of what is held that may begin a stop string."""
+        """Return the number of characters at the end of the held text that may begin a stop string."""
         held, longest = self._held, 0
         for stop in self._request.stop:
             sizes = range(min(len(stop) - 1, len(held)), longest, -1)

@@ -1,4 +1,4 @@
-"""From a request's sampling parameters to mlx_lm's sampler and logits processors."""
+"""Conversion of a request's sampling parameters to mlx_lm's sampler and logits processors."""
 
 import math
 import secrets
@@ -16,9 +16,9 @@ from .schema import Sampling
 
 
 def sampler_for(sampling: Sampling, vocabulary: int) -> Sampler:
-    """A sampler. Seeds MLX's generator, which is the thread's own, when it draws its first token.
+    """Return a sampler. It seeds MLX's generator, which belongs to the thread, when it draws its first token.
 
-    Without a seed it takes a fresh one: an earlier request's must not decide what this one draws.
+    Without a seed in the request it uses a fresh one, so that no earlier request's seed affects this one.
     """
     sample = make_sampler(
         sampling.temperature,
@@ -37,7 +37,7 @@ def sampler_for(sampling: Sampling, vocabulary: int) -> Sampler:
 
 
 def processors_for(sampling: Sampling, prompt_tokens: int, context: int) -> list[LogitsProcessor]:
-    """Penalties and biases. Presence and frequency are those in the answer; repetition counts the prompt too."""
+    """Return penalties and biases. Presence and frequency count the answer; repetition counts the prompt too."""
     ours = make_logits_processors(
         sampling.logit_bias and dict(sampling.logit_bias),
         sampling.repetition_penalty if sampling.repetition_penalty != 1 else None,
@@ -57,13 +57,13 @@ def _after(start: int, processor: LogitsProcessor) -> LogitsProcessor:
 
 
 def token_logprob(response: GenerationResponse, text: str, table: TokenTable, top: int) -> TokenLogprob:
-    """Return a token's log-probability and the ``top`` likeliest in its place, likeliest first.
+    """Return a token's log-probability and the ``top`` likeliest tokens at its position, likeliest first.
 
     Args:
-        response: The token's.
-        text: What it adds to the answer.
-        table: The tokenizer's.
-        top: How many.
+        response: The token's response.
+        text: Text that the token adds to the answer.
+        table: The tokenizer's table of token texts.
+        top: Number of alternatives.
     """
     logprobs = np.array(response.logprobs.astype(mx.float32), copy=False)
     if math.isnan(logprobs[response.token]):

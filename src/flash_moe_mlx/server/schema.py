@@ -1,7 +1,7 @@
-"""Request bodies: from JSON that anybody may send to a checked `GenerationRequest`.
+"""Validation of request bodies: from untrusted JSON to a checked `GenerationRequest`.
 
-Fields that OpenAI's API has and that would change the answer, but are not supported, are refused; unknown ones are
-ignored, as other servers do, since clients send many.
+Fields of OpenAI's API that would change the answer but are not supported are refused. Unknown fields are ignored, as
+other servers do, because clients send many.
 """
 
 import math
@@ -18,10 +18,10 @@ MAX_STOPS = 1000
 MAX_STOP_CHARACTERS = 1000
 MAX_TOP_LOGPROBS = 20
 MIN_REPETITION_PENALTY = 0.01
-"""Logits are divided by it: by next to nothing, they would no longer be finite."""
+"""Lowest nonzero temperature: dividing logits by less could make them infinite."""
 MAX_LOGIT_BIASES = 1024
 COMPLETION_MAX_TOKENS = 16
-"""OpenAI's default for /v1/completions. A chat answer may take the rest of the context."""
+"""OpenAI's default for /v1/completions. A chat answer may use the rest of the context."""
 
 _INT64 = 2**63
 _REFUSED = {
@@ -32,7 +32,7 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen. Temperature 0 is greedy; `repetition_penalty` 1, the others' 0 do nothing."""
+    """Sampling parameters. Temperature 0 is greedy; `repetition_penalty` 1 and 0 for the others have no effect."""
 
     temperature: float = 0.0
     top_p: float = 1.0
@@ -47,20 +47,20 @@ class Sampling:
 
 @dataclass(frozen=True)
 class GenerationRequest:
-    """One request, checked.
+    """One validated request.
 
     Attributes:
-        messages: As chat templates take them; None for a plain completion.
+        messages: Messages in the form that chat templates take; None for a plain completion.
         prompt: Text or token ids of a plain completion.
-        tools: Tools in the prompt, as they were sent.
-        call_required: The answer must begin with a tool call.
-        parallel_tool_calls: More than one call may be made.
-        template_arguments: Variables of the chat template: whether to think, how hard, and what others it knows.
-        max_tokens: Most tokens to generate; None is what the context has room for.
+        tools: Tools for the prompt, unchanged.
+        call_required: Whether the answer must begin with a tool call.
+        parallel_tool_calls: Whether more than one call may be made.
+        template_arguments: Variables of the chat template, such as whether and how hard to think.
+        max_tokens: Maximum number of tokens to generate; None is what the context has room for.
         stop: Strings that end the answer and are not part of it.
-        top_logprobs: Alternatives a token; None sends no log-probabilities at all.
-        stream: Send the answer in parts.
-        include_usage: Send the usage at the end of a stream.
+        top_logprobs: Number of alternatives per token; None sends no log-probabilities.
+        stream: Whether to send the answer in parts.
+        include_usage: Whether to send the usage at the end of a stream.
     """
 
     messages: list[dict[str, Any]] | None
@@ -78,10 +78,10 @@ class GenerationRequest:
 
 
 def parse_chat(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
-    """The body of /v1/chat/completions.
+    """Parse the body of /v1/chat/completions.
 
     Raises:
-        ApiError: 400 naming the field that is wrong, 404 for another model than ``model_id``.
+        ApiError: 400, naming the invalid field; 404 for a model other than ``model_id``.
     """
     common = _parse_common(body, model_id, vocabulary, defaults)
     messages = check_messages(body.get("messages"))
@@ -112,7 +112,7 @@ def parse_chat(body: Any, model_id: str, vocabulary: int, defaults: Sampling) ->
 
 
 def _template_arguments(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what goes to the chat template: ``chat_template_kwargs``, and those that clients send at the top level.
+    """Return the chat template's variables: ``chat_template_kwargs``, and those that clients send at the top level.
 
     Templates ignore what they don't know.
     """
@@ -131,7 +131,7 @@ def _template_arguments(body: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parse_completion(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
-    """The body of /v1/completions. Errors as :func:`parse_chat`."""
+    """Parse the body of /v1/completions; raises the errors of :func:`parse_chat`."""
     common = _parse_common(body, model_id, vocabulary, defaults)
     if _boolean(body, "echo", False):
         raise _wrong("echo", "be false", True)
@@ -157,7 +157,7 @@ def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling)
             code="model_not_found",
         )
     for name, advice in _REFUSED.items():
-        if body.get(name) not in (None, [], {}, "", "none", "auto", False):  # what asks for nothing
+        if body.get(name) not in (None, [], {}, "", "none", "auto", False):  # values that request nothing
             raise ApiError(400, f"{name} is not supported. {advice}", param=name, code="unsupported_parameter")
     if _integer(body, "n", 1, 1, 128) != 1:
         raise _wrong("n", "be 1", body["n"])
@@ -198,7 +198,7 @@ def _logit_bias(biases: Mapping[str, Any], vocabulary: int) -> dict[int, float] 
         raise _wrong("logit_bias", f"have at most {MAX_LOGIT_BIASES} entries", len(biases))
     result = {}
     for token in biases:
-        # MLX would write wherever another number points.
+        # For any other number MLX would write out of bounds.
         if not (token.isascii() and token.isdigit() and len(token) < 10 and int(token) < vocabulary):
             raise _wrong("logit_bias", f"have token ids from 0 to {vocabulary - 1} as keys", token)
         result[int(token)] = _number(biases, token, 0.0, -100, 100, "logit_bias")
@@ -206,7 +206,7 @@ def _logit_bias(biases: Mapping[str, Any], vocabulary: int) -> dict[int, float] 
 
 
 def _limit(body: Mapping[str, Any], name: str) -> int | None:
-    """Return a number of tokens; None, as local clients' -1, is no limit."""
+    """Return a number of tokens, or None for no limit, which local clients write as -1."""
     most = _integer(body, name, None, -1, _INT64)
     if most == 0:
         raise _wrong(name, "be a whole number from 1, or -1 for no limit", 0)
@@ -278,7 +278,7 @@ def _wrong(name: str, must: str, got: Any) -> ApiError:
 
 
 def _shown(value: Any) -> str:
-    text = _BRIEF.repr(value)  # never the whole of it: it may be megabytes, and deep
+    text = _BRIEF.repr(value)  # abbreviated: the value may be megabytes long and deeply nested
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -1,4 +1,4 @@
-"""JSON from clients, parsed strictly: every text Unicode, every number finite, every name of an object once."""
+"""Strict JSON parser for clients' input: Unicode texts, finite numbers, unique names within an object."""
 
 import json
 import math
@@ -6,16 +6,16 @@ import re
 from typing import Any
 
 MAX_DEPTH = 64
-"""Objects and arrays within each other. Python's own parser and serialiser give up at about 1,000."""
+"""Maximum nesting of objects and arrays. Python's own parser and serialiser give up at about 1,000."""
 
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def parse_json(text: str) -> Any:
-    """Parse JSON strictly: no NaN, no infinity, no name twice in an object, no half of a surrogate pair.
+    """Parse JSON strictly: no NaN or infinity, no duplicate names in an object, no unpaired surrogates.
 
     Raises:
-        ValueError: If it is anything else.
+        ValueError: For any other input.
     """
     try:
         value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_object)

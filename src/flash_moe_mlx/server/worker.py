@@ -1,8 +1,8 @@
-"""Worker: the one thread that generates, and the bounded queue before it.
+"""Worker: the single thread that generates, and the bounded queue in front of it.
 
-Requests come from the event loop; parts of answers go back to it through an `asyncio.Queue` per request, so that a
-client that reads slowly holds nobody up. Bodies are parsed, and prompts rendered and encoded, on a second thread, one
-at a time: memory holds one parsed body, however many wait. Between these stages a client that has left is noticed.
+Requests come from the event loop. Parts of answers return to it through one `asyncio.Queue` per request, so that a slow
+client delays nobody else. A second thread parses bodies, and renders and encodes prompts, one at a time: memory holds
+one parsed body, however many wait. Between these stages, clients that have left are noticed.
 """
 
 import asyncio
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer, with what it took. The reason is "stop", "length" or "tool_calls"."""
+    """The end of an answer, with its usage. The reason is "stop", "length" or "tool_calls"."""
 
     reason: str
     prompt_tokens: int
@@ -46,7 +46,7 @@ class Finished:
 
 
 class ClientLeft(Exception):
-    """The client of a request has left before its answer began."""
+    """The client left before its answer began."""
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,9 @@ class _Prompt:
 
 
 class Generation:
-    """One request's generation: an asynchronous iterator of its answer's parts, the last of them `Finished`.
+    """One request's generation: an asynchronous iterator over its answer's parts, of which `Finished` is the last.
 
-    Where that does not come, `error` says why.
+    If `Finished` does not come, `error` says why.
 
     Attributes:
         request: The request, without its messages and prompt, once `Worker.start` has read it.
@@ -75,11 +75,11 @@ class Generation:
         self._parts: asyncio.Queue[AnswerPart | Finished | None] = asyncio.Queue()
 
     def put(self, part: AnswerPart | Finished | None) -> None:
-        """Hand over a part, None at the end, from any thread."""
+        """Pass on a part, or None at the end, from any thread."""
         self.loop.call_soon_threadsafe(self._parts.put_nowait, part)
 
     def cancel(self) -> None:
-        """End it: at once if it waits, else before the next layer's reads. Does nothing where it has ended."""
+        """End the generation: immediately if it waits, else before the next layer's reads. Later calls do nothing."""
         self.cancelled.set()
         if self.future is not None:
             self.future.cancel()
@@ -89,7 +89,7 @@ class Generation:
             yield part
 
     def error(self) -> BaseException | None:
-        """What ended it before it was finished; `CancelledError` where nobody wanted the rest. Call it at the end."""
+        """Return the error that ended it early; `CancelledError` if it was cancelled. Call this at the end."""
         if self.future is None or self.cancelled.is_set():
             return CancelledError()
         return self.future.exception()
@@ -99,21 +99,21 @@ class Worker:
     """Generates for one request at a time. `close` it when done.
 
     Attributes:
-        metrics: What it counts.
+        metrics: Counters that the worker updates.
     """
 
     def __init__(self, model: Any, tokenizer: Any, *, max_queue: int, prefix_cache: int | str | None = "auto"):
-        """Set memory aside for the prefix cache and start the threads.
+        """Reserve memory for the prefix cache and start the threads.
 
         Args:
-            model: From :func:`flash_moe_mlx.load`.
-            tokenizer: From :func:`flash_moe_mlx.load`.
-            max_queue: Requests that may wait beside the one that runs.
-            prefix_cache: Its size; "auto" is the states of three conversations of max_context tokens, or as much as
-                takes a quarter of the expert slots if that is less; None keeps none.
+            model: The model that :func:`flash_moe_mlx.load` returned.
+            tokenizer: The tokenizer that :func:`flash_moe_mlx.load` returned.
+            max_queue: Maximum number of waiting requests, not counting the running one.
+            prefix_cache: Size of the prefix cache. "auto" is three conversations of max_context tokens, but at most a
+                quarter of the expert slots' memory; None keeps no cache.
 
         Raises:
-            MemoryLimitError: If the memory limit can't spare a size that was given.
+            MemoryLimitError: If the memory limit can't spare the requested size.
         """
         self.metrics = Metrics()
         self._model = model
@@ -127,26 +127,26 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """Generations under way: 0 or 1."""
+        """Number of running generations: 0 or 1."""
         return int(self._current is not None)
 
     @property
     def queued(self) -> int:
-        """Requests that wait."""
+        """Number of waiting requests."""
         return max(0, len(self._admitted) - self.running)
 
     @property
     def stats(self) -> StreamingStats:
-        """The engine's figures."""
+        """The engine's statistics."""
         return self._model.streaming.stats()
 
     @property
     def prefix_cache_bytes(self) -> int:
-        """Bytes of the states kept."""
+        """Bytes of the states in the prefix cache."""
         return 0 if self._prefix_cache is None else self._prefix_cache.nbytes
 
     def admit(self) -> Generation:
-        """Give a request its place in the queue. `start` it next; `Generation.cancel` it if you stop before its end.
+        """Reserve a place in the queue. `start` it next, or `Generation.cancel` it if you stop before its end.
 
         Raises:
             ApiError: 429 if the queue is full.
@@ -161,12 +161,12 @@ class Worker:
         """Read an admitted request, prepare its prompt, and queue it. Iterate over the generation afterwards.
 
         Args:
-            generation: From `admit`.
-            read: Parses the request. Called on the prompts' thread, and not at all once the client has left.
+            generation: The generation that `admit` returned.
+            read: Function that parses the request, called on the prompts' thread unless the client has left.
 
         Raises:
-            ApiError: What ``read`` raises; 400 if the prompt is too long or the chat template refuses it.
-            ClientLeft: If it was cancelled meanwhile.
+            ApiError: Errors of ``read``; 400 if the prompt is too long or the chat template refuses it.
+            ClientLeft: If it was cancelled in the meantime.
         """
         loop = generation.loop
         try:
@@ -188,10 +188,10 @@ class Worker:
         generation.future.add_done_callback(ended)
 
     async def close(self) -> None:
-        """End every generation, wait for the threads, and give the prefix cache's memory back."""
+        """End every generation, wait for the threads, and return the prefix cache's memory."""
         for generation in list(self._admitted):
             generation.cancel()
-        # What a thread has computed by must go while it lives: MLX would do it when the process ends, too late.
+        # Release each thread's MLX state while the thread lives: at process exit it would be too late.
         cleared = self._generations.submit(mx.clear_streams)
         await asyncio.wrap_future(cleared)
         self._prompts.shutdown()
@@ -200,17 +200,17 @@ class Worker:
             self._prefix_cache.close()
 
     def _prepare(self, generation: Generation, read: Callable[[], GenerationRequest]) -> _Prompt:
-        """Parse the request, render and encode its prompt. On the prompts' thread."""
+        """Parse the request, and render and encode its prompt. Runs on the prompts' thread."""
         _check_wanted(generation)
         request = read()
-        # Messages may be megabytes, and a queue of them many: only their tokens are kept.
+        # Keep only the tokens: messages may be megabytes each, and the queue may hold many.
         generation.request = replace(request, messages=None if request.messages is None else [], prompt="")
         _check_wanted(generation)
         try:
             tokens, snapshot_at = self._encode(request)
         except PromptTooLongError as error:
             raise self._too_long(request, str(error)) from None
-        # Text that is no Unicode (lone surrogates), and objects nested deeper than Python goes.
+        # Raised by text that is not Unicode (lone surrogates), and by objects nested too deeply for Python.
         except (UnicodeError, RecursionError) as error:
             raise ApiError(400, f"the prompt must be text that can be encoded, got {type(error).__name__}.") from error
         limit = self._model.streaming.max_context
@@ -250,7 +250,7 @@ class Worker:
         return [*tokens, *tokenizer.encode(dialect.call_beginning, add_special_tokens=False)], points
 
     def _run(self, generation: Generation, prompt: _Prompt) -> Finished | None:
-        """Generate an answer. On the worker's thread."""
+        """Generate an answer. Runs on the worker's thread."""
         self._current = generation
         try:
             with self._model.streaming.cancellable(generation.cancelled):
