@@ -25,7 +25,7 @@ def block(group: str) -> re.Pattern[str]:
 
 
 def render(group: str) -> str:
-    header = ["model_type", "K", "slots a layer", *conversions_of(next(iter(GROUPS[group])))]
+    header = ["model_type", "K", "slots per layer", *conversions_of(next(iter(GROUPS[group])))]
     lines = [f"| {' | '.join(header)} |", f"|{'---|' * len(header)}"]
     for model_type in GROUPS[group]:
         with tempfile.TemporaryDirectory() as directory:

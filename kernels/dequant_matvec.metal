@@ -1,6 +1,6 @@
 // dequant_matvec.metal: one to eight rows times an affine-quantised matrix (decode)
 // Math     y[m,n] = sum_j W[n,j] x[m,j], w = q*scale + bias
-// FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma a weight, the sum of x shared by all rows
+// FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma per weight, the sum of x shared by all rows
 // Inputs   x, weight, scales, biases
 // Outputs  y
 // Shapes   x (M, H), weight (N, H bits / 32) u32, scales and biases (N, H / G), y (M, N)

@@ -1,11 +1,11 @@
 // expert_down.metal: down projection of the routed experts, one output row an expert (decode)
 // Math     y[p,n] = sum_i Wd[n,i] h[p,i], for pair p = (token, slot), w = q*scale + bias
-// FMA      sum_i (q s + z) h = s sum_i q h + z sum_i h: one fma a weight, the sum of h shared by all rows
+// FMA      sum_i (q s + z) h = s sum_i q h + z sum_i h: one fma per weight, the sum of h shared by all rows
 // Inputs   h, bank, slots
 // Outputs  y
 // Shapes   h (T K, I) f32, bank (S, RECORD) u32, slots (T, K) u32, y (T K, H) f32
 // Threads  grid (32 T K, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
-//          32/LANES x ROWS rows of one expert, LANES lanes a row, a chunk of 32 weights a lane at a time
+//          32/LANES x ROWS rows of one expert, LANES lanes per row, each lane taking a chunk of 32 weights at a time
 // Traffic  T K H I (bits + 32/G) / 8 bytes of weights, once; h from threadgroup memory
 // Fused    nothing: outputs stay separate, so that moe_combine adds them in the router's order
 // Assumes  I % G == 0, parts of the record on 16-byte boundaries; f32 sums

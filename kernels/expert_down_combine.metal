@@ -1,6 +1,6 @@
 // expert_down_combine.metal: down projections of a token's experts and all that follows in the layer (decode)
 // Math     out[t,n] = sum_k w[t,k] (sum_i Wd[n,i] h[t,k,i]) + sigmoid(g[t]) shared[t,n] + residual[t,n], k in order
-// FMA      sum_i (q s + z) h = s sum_i q h + z sum_i h: one fma a weight, the sum of h shared by all rows
+// FMA      sum_i (q s + z) h = s sum_i q h + z sum_i h: one fma per weight, the sum of h shared by all rows
 // Inputs   h, bank, slots, weights, shared, shared_gate, residual
 // Outputs  out
 // Shapes   h f32: (T K, I), then (T, SHARED_I) with SHARED_EXPERT; bank (S, RECORD) u32, slots (T, K) u32,

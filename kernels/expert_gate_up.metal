@@ -1,13 +1,13 @@
 // expert_gate_up.metal: gate and up projections of the routed experts and the shared one, with SwiGLU (decode)
 // Math     h[p,i] = silu(sum_j Wg[i,j] x[j]) * sum_j Wu[i,j] x[j], for pair p = (token, slot), w = q*scale + bias;
 //          with HAS_NORM, x is norm x / sqrt(mean(x^2) + EPS)
-// FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma a weight, the sum of x shared by all rows
+// FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma per weight, the sum of x shared by all rows
 // Inputs   x, norm, bank, slots, shared
 // Outputs  h
 // Shapes   x (T, H), norm (H), bank (S, RECORD) u32, slots (T, K) u32, shared (SHARED_RECORD) u32,
 //          h f32: (T K, I), then (T, SHARED_I) with HAS_SHARED
 // Threads  grid (32 T (K + shared), SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
-//          32/LANES x ROWS rows of one expert, LANES lanes a row, a chunk of 32 weights a lane at a time
+//          32/LANES x ROWS rows of one expert, LANES lanes per row, each lane taking a chunk of 32 weights at a time
 // Traffic  (T K I + T SHARED_I) H 2 (bits + 32/G) / 8 bytes of weights, once; x from threadgroup memory
 // Fused    norm, 2 matvecs, activation, the shared expert; the gate and up rows of a lane share each read of x
 // Assumes  H % G == 0, parts of a record on 16-byte boundaries; f32 sums. An input that is absent is not read

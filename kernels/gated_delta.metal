@@ -1,5 +1,5 @@
 // gated_delta.metal: gated delta rule over T tokens in one launch, state in registers
-// Math     S = g S; S += beta (v - S k) k^T; y = S q, a token after the other, with q/|q|/sqrt(DK), k/|k|,
+// Math     S = g S; S += beta (v - S k) k^T; y = S q, one token after the other, with q/|q|/sqrt(DK), k/|k|,
 //          g = exp(-exp(A_log) softplus(a + dt_bias)), beta = sigmoid(b)
 // FMA      S q and S k in one pass over S: y = (g S) q + beta (v - (g S) k) (k . q)
 // Inputs   queries, keys, values, decay_in, beta_in, A_log, dt_bias, state_in, mask
@@ -7,7 +7,7 @@
 // Shapes   queries, keys (B, T, HK, DK), values, y (B, T, HV, DV), decay_in, beta_in (B, T, HV),
 //          A_log, dt_bias (HV) f32, state_in, state_out (B, HV, DV, DK) f32, mask (B, T) bool
 // Threads  grid (32 B HV, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a threadgroup owns
-//          SIMD_GROUPS x 32/LANES x ROWS rows of one head's state, LANES lanes a row (see delta.h)
+//          SIMD_GROUPS x 32/LANES x ROWS rows of one head's state, LANES lanes per row (see delta.h)
 // Traffic  the state once in, once out, whatever T; q and k once for each tile of rows
 // Fused    decay, beta, normalisation of q and k, recurrence, readout, mask
 // Assumes  DK % 32 == 0, DK % (4 LANES) == 0; everything in f32. Without HAS_MASK, mask is not read

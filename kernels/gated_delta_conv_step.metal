@@ -9,7 +9,7 @@
 //          C = 2 HK DK + HV DV, conv_weight (C, TAPS), A_log (HV) RATE, dt_bias (HV) SHIFT, norm (DV), y (B, HV, DV),
 //          state_in, state_out (B, HV, DV, DK) f32
 // Threads  grid (32 B HV, SIMD_GROUPS, 1), threadgroup (32, SIMD_GROUPS, 1): a threadgroup owns one head's state,
-//          SIMD_GROUPS x 32/LANES x ROWS rows, LANES lanes a row (see delta.h)
+//          SIMD_GROUPS x 32/LANES x ROWS rows, LANES lanes per row (see delta.h)
 // Traffic  the state once in, once out; q and k channels once for each value head, from cache
 // Fused    split, convolution, its state, SiLU, decay, beta, norm of q and k, recurrence, readout, gated norm
 // Assumes  DK % 32 == 0, DK % (4 LANES) == 0; f32, with u rounded to X as the separate convolution rounds it

@@ -1,13 +1,13 @@
 // matvec_residual.metal: a token times an affine-quantised matrix, plus residual: a mixer's output projection (decode)
 // Math     out[t,n] = residual[t,n] + sum_j W[n,j] x[t,j], w = q*scale + bias, x times sigmoid(gate) if HAS_GATE
-// FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma a weight, the sum of x shared by all rows
+// FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma per weight, the sum of x shared by all rows
 // Inputs   x, gate, weight, scales, biases, residual
 // Outputs  out
 // Shapes   x (T, H), gate (T, GATE_PITCH), weight (N, H bits / 32) u32, scales and biases (N, H / G),
 //          residual and out (T, N); the gate of x[j] is gate[GATE_AT + j / HEAD * HEAD_PITCH + j % HEAD]
 // Threads  grid (32 T, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
 //          32/LANES x ROWS outputs, LANES lanes an output, a chunk of weights a lane at a time
-// Traffic  N H (bits + 32/G) / 8 bytes of weights a token; x from threadgroup memory
+// Traffic  N H (bits + 32/G) / 8 bytes of weights per token; x from threadgroup memory
 // Fused    the gate of attention's output, dequantisation, the residual's addition
 // Assumes  H % G == 0, HEAD % 4 == 0, rows of 16-byte multiples where WIDTH is 4; f32 sums. An absent gate is not read
 #include "quantized.h"

@@ -1,12 +1,12 @@
-// norm_matvec.metal: RMS norm of a token, times an affine-quantised matrix: joined projections, or the router (decode)
+// norm_matvec.metal: RMS norm of a token times an affine-quantised matrix: joined projections, or the router (decode)
 // Math     y[t,n] = sum_j W[n,j] norm[j] x[t,j] / sqrt(mean_j x[t,j]^2 + EPS), w = q*scale + bias
-// FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma a weight, the sum of x shared by all rows
+// FMA      sum_j (q s + z) x = s sum_j q x + z sum_j x: one fma per weight, the sum of x shared by all rows
 // Inputs   x, norm, weight, scales, biases
 // Outputs  y
 // Shapes   x (T, H), norm (H), weight (N, H bits / 32) u32, scales and biases (N, H / G), y (T, N)
 // Threads  grid (32 T, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
 //          32/LANES x ROWS outputs, LANES lanes an output, a chunk of weights a lane at a time
-// Traffic  N H (bits + 32/G) / 8 bytes of weights a token; x and norm from threadgroup memory
+// Traffic  N H (bits + 32/G) / 8 bytes of weights per token; x and norm from threadgroup memory
 // Fused    norm, dequantisation, as many projections as were joined
 // Assumes  H % G == 0, rows of 16-byte multiples where WIDTH is 4; f32 sums
 #include "quantized.h"

@@ -5,7 +5,7 @@
 // Outputs  ids, weights, slots
 // Shapes   logits (T, PITCH) f32, the first E of a row, table (E) u32, ids and slots (T, K) u32, weights (T, K) f32
 // Threads  grid (32 T, SIMD_GROUPS, 1), threadgroup (32, SIMD_GROUPS, 1): a thread ranks an expert at a time
-// Traffic  E logits a token, once
+// Traffic  E logits per token, once
 // Fused    softmax, top-K, sort, normalisation, slots
 // Assumes  K <= 32, K <= E; f32
 // --- body ---

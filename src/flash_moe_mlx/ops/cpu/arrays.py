@@ -1,4 +1,4 @@
-"""MLX arrays as memory: numpy views and addresses of what MLX holds, and results handed back to MLX."""
+"""MLX arrays as memory: numpy views and addresses of MLX's buffers, and results returned to MLX."""
 
 from ctypes import addressof, c_char, c_float
 from math import prod
@@ -15,11 +15,11 @@ NAMES = {mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: "F32", mx.uint8: "U
 
 _ALIGNMENT = 64
 _COPIED_BYTES = 1 << 18
-"""Up to here a copy of a result costs less than evaluating an array to write it into."""
+"""Size up to which copying a result costs less than evaluating an array to write it into."""
 
 
 def view(array: mx.array, dtype: type) -> np.ndarray:
-    """Memory of an array, flat, as ``dtype``; evaluated if need be. The view keeps the array alive.
+    """Return an array's memory as a flat view of ``dtype``, evaluating it if needed. The view keeps the array alive.
 
     ``mx.array.view`` would cost an evaluation. Cost: under a microsecond when evaluated and contiguous.
     """
@@ -32,14 +32,14 @@ def view(array: mx.array, dtype: type) -> np.ndarray:
 
 
 def floats(array: mx.array) -> np.ndarray:
-    """An array of any shape as contiguous float32 in numpy, without a copy where it is that already."""
+    """Return an array of any shape as contiguous float32 in numpy, without a copy if it is that already."""
     if array.dtype != mx.float32:
         array = array.astype(mx.float32)
     return view(array, np.float32).reshape(array.shape)
 
 
 def empty(*shape: int) -> np.ndarray:
-    """Uninitialised float32 on a cache line's boundary: an unaligned 64-byte load touches two lines."""
+    """Return uninitialised float32 memory aligned to a cache line: an unaligned 64-byte load touches two lines."""
     size = 4 * prod(shape)
     raw = np.empty(size + _ALIGNMENT, np.uint8)
     start = -address(raw) % _ALIGNMENT
@@ -47,7 +47,7 @@ def empty(*shape: int) -> np.ndarray:
 
 
 def address(array: np.ndarray) -> int:
-    """Address of an array's first byte."""
+    """Return the address of an array's first byte."""
     try:
         # A third of the time that array.ctypes takes.
         return addressof(c_char.from_buffer(array))  # type: ignore[arg-type]
@@ -56,15 +56,15 @@ def address(array: np.ndarray) -> int:
 
 
 def float_at(place: int) -> float:
-    """The float32 at an address."""
+    """Return the float32 at an address."""
     return float(c_float.from_address(place).value)
 
 
 class Output:
-    """What a kernel writes: float32, in an array of MLX's own where copying it there would cost more than making one.
+    """Output of a kernel, in float32: written directly into an MLX array if copying it there would cost more.
 
     Attributes:
-        array: The memory, contiguous. What it holds before is not defined.
+        array: The memory, contiguous and uninitialised.
     """
 
     def __init__(self, *shape: int):

@@ -1,4 +1,4 @@
-"""The feed-forward of a token's experts as operations of a program, straight on the bytes of their records."""
+"""The feed-forward of a token's experts as operations of a program that read their records in place."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ from .vectors import Pool, Vector
 
 
 class UnsupportedLayerError(Exception):
-    """A layer that programs don't know: the model is run through MLX."""
+    """A layer that programs do not support: the model then runs through MLX."""
 
 
 def stored_format(quantization: Quantization | None, dtype: str) -> Format:
@@ -86,7 +86,7 @@ def routed_experts(name: str, layout: RecordLayout, x: Vector, k: int, y: np.nda
         pool: Memory shared between layers.
 
     Raises:
-        UnsupportedLayerError: If the records have what the operations don't know.
+        UnsupportedLayerError: If the operations do not support the format of the records.
     """
     forms: dict[str, Format] = {}
     places: dict[str, tuple[Any, ...]] = {}

@@ -23,18 +23,18 @@ FEW_ROWS = 4
 
 
 def part_addresses(layout: RecordLayout, records: np.ndarray) -> dict[str, np.ndarray]:
-    """Address of each part of each record, from the records' own addresses, shape (P,), int64."""
+    """Return the address of each part of each record, from the records' own addresses, shape (P,), int64."""
     return {part.name: records + part.offset for part in layout.parts}
 
 
 def bank_addresses(bank: ExpertRecords, slots: np.ndarray) -> dict[str, np.ndarray]:
-    """Address of each part of the records in ``slots``, shape (P,)."""
+    """Return the address of each part of the records in ``slots``, shape (P,)."""
     base = address(view(bank.array, np.uint8))
     return part_addresses(bank.layout, base + slots.astype(np.int64) * bank.layout.record_bytes)
 
 
 def matrices(layout: RecordLayout, projection: str, addresses: Mapping[str, np.ndarray]) -> Matrices:
-    """One projection of P experts. ``addresses`` has their memory alive."""
+    """Return one projection of P experts; the caller keeps the memory at ``addresses`` alive."""
     quantization = layout.quantization(projection)
     weight = layout.by_name[f"{projection}.weight"]
     bias = layout.by_name.get(f"{projection}.bias")
@@ -55,7 +55,7 @@ def matrices(layout: RecordLayout, projection: str, addresses: Mapping[str, np.n
 
 
 def _factors(quantization: Quantization | None, places: Mapping[str, np.ndarray]) -> np.ndarray | None:
-    """What each matrix's products are multiplied with, read where it is stored."""
+    """Return each matrix's factor on its products, read from its record."""
     for name, factor in quantization.scheme.factors.items() if quantization else ():
         stored = (float_at(int(place)) for place in places[name])
         return np.array([factor(value) for value in stored], np.float32)
@@ -71,16 +71,16 @@ def pairs_ffn(
     y_rows: np.ndarray,
     activation: Activation | None = None,
 ) -> None:
-    """Feed-forward of P (token, expert) pairs, each on its own.
+    """Compute the feed-forward of P (token, expert) pairs independently.
 
     Args:
         x: Tokens. Shape (T, H), contiguous float32.
         x_rows: Token of each pair. Shape (P,).
-        layout: Of the records.
-        addresses: Address of each part for each pair; the caller keeps their memory alive.
-        y: Result, shape (Q, H), contiguous float32. Bits of a pair depend on no other.
-        y_rows: Row of y of each pair. Shape (P,).
-        activation: Of (up, gate) as MLX arrays, in place of SwiGLU.
+        layout: Layout of the records.
+        addresses: Address of each part for each pair; the caller keeps the memory alive.
+        y: Result, shape (Q, H), contiguous float32. A pair's bits depend on no other pair.
+        y_rows: Row of y for each pair. Shape (P,).
+        activation: Function of (up, gate) as MLX arrays, instead of SwiGLU.
     """
     count = len(x_rows)
     pairs, h = np.arange(count), empty(2 * count, layout.intermediate_size)
@@ -108,7 +108,7 @@ def blocks_ffn(
     y_rows: np.ndarray,
     activation: Activation | None = None,
 ) -> None:
-    """As ``pairs_ffn``, where ``counts[p]`` pairs in a row have the p-th of P experts; addresses is of the experts."""
+    """Run ``pairs_ffn`` where ``counts[p]`` consecutive pairs use the p-th of P experts; addresses are per expert."""
     count, experts, starts = len(x_rows), np.arange(len(counts)), np.cumsum(counts) - counts
     pairs, h = np.arange(count), empty(2 * count, layout.intermediate_size)
     up = matrices(layout, "up_proj", addresses)
@@ -135,7 +135,7 @@ def _activated(gate: np.ndarray, up: np.ndarray, activation: Activation | None) 
 
 
 def expert_ffn(x: mx.array, bank: ExpertRecords, slots: mx.array, activation: Activation | None = None) -> mx.array:
-    """As ``ops.expert_ffn``."""
+    """Compute ``ops.expert_ffn`` on the CPU."""
     table = np.array(slots)
     tokens, k = table.shape
     y = Output(tokens, k, bank.layout.hidden_size)
@@ -146,7 +146,7 @@ def expert_ffn(x: mx.array, bank: ExpertRecords, slots: mx.array, activation: Ac
 
 
 def expert_ffn_batch(x: mx.array, bank: ExpertRecords, slot: int, activation: Activation | None = None) -> mx.array:
-    """As ``ops.expert_ffn_batch``."""
+    """Compute ``ops.expert_ffn_batch`` on the CPU."""
     rows = floats(x)
     y = Output(len(rows), bank.layout.hidden_size)
     grouped_ffn(rows, bank, [slot], [np.arange(len(rows))], 1, y.array, activation)
@@ -162,16 +162,16 @@ def grouped_ffn(
     y: np.ndarray,
     activation: Activation | None = None,
 ) -> None:
-    """Feed-forward of a wave of experts, each on all tokens that chose it.
+    """Compute the feed-forward of a group of experts, each on all tokens that chose it.
 
     Args:
         x: Tokens. Shape (T, H), contiguous float32.
         bank: Slots of one layer.
-        slots: Slot of each expert of the wave.
-        pairs: For each of them, its (token, rank) pairs as ``token * k + rank``.
-        k: Experts a token.
+        slots: Slot of each expert of the group.
+        pairs: Each expert's (token, rank) pairs as ``token * k + rank``.
+        k: Number of experts per token.
         y: Result, shape (T * k, H), contiguous float32; only these pairs are written.
-        activation: In place of SwiGLU.
+        activation: Activation instead of SwiGLU.
 
     A row's bits depend on how many rows its expert has, and on nothing else.
     """
@@ -191,13 +191,13 @@ def grouped_ffn(
 
 
 def _fits_tiles(layout: RecordLayout) -> bool:
-    """Whether rows can be unpacked in blocks, as groups of 32 and more always can."""
+    """Return whether rows can be unpacked in blocks, as groups of 32 and more always can."""
     widths = {"gate_proj": layout.hidden_size, "up_proj": layout.hidden_size, "down_proj": layout.intermediate_size}
     return all(widths[name] % PACK_BLOCK == 0 for name in layout.projections)
 
 
 def _blocks(chosen: Sequence[tuple[int, np.ndarray]]) -> Iterator[list[tuple[int, np.ndarray]]]:
-    """Cut (slot, pairs) into blocks of at most BLOCK_ROWS pairs."""
+    """Split (slot, pairs) into blocks of at most BLOCK_ROWS pairs."""
     block: list[tuple[int, np.ndarray]] = []
     room = BLOCK_ROWS
     for slot, own in chosen:

@@ -1,4 +1,4 @@
-"""Compiles kernels once and caches them on disk."""
+"""Compilation of kernels, cached on disk."""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -40,7 +40,7 @@ def compiled(
 def task(
     function: Any, name: str = "", bindings: Mapping[str, Any] | None = None, fastmath: bool | set[str] = False
 ) -> Any:
-    """As ``compiled``, of two int64, callable by its ``address`` from other kernels: an operation of a ``Program``."""
+    """Compile a function of two int64 that other kernels call by its ``address``: an operation of a ``Program``."""
     copy = _bound(function, name, bindings or {})
     return numba.cfunc("void(int64, int64)", cache=True, fastmath=fastmath, error_model="numpy")(copy)
 

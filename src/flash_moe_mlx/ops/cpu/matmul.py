@@ -32,7 +32,7 @@ from .threads import ALONE_BYTES, run
 from .tile_ir import PACK_BLOCK
 
 MATVEC_ROWS = 8
-"""Up to this many rows are multiplied one by one; beyond it, weights are unpacked once for all of them."""
+"""Maximum number of rows multiplied one by one; beyond it, weights are unpacked once for all rows."""
 
 
 @dataclass(frozen=True)
@@ -42,14 +42,14 @@ class Matrices:
     The owner keeps the memory alive for as long as a product runs.
 
     Attributes:
-        format: How weights are stored.
-        outputs: Rows of each matrix.
+        format: Storage format of the weights.
+        outputs: Number of rows of each matrix.
         weights: Address of each matrix's first byte. Shape (P,), int64.
-        scales: Likewise, or None where unquantised.
-        biases: Likewise; of coded weights None.
-        factors: What each matrix's products are multiplied with, of coded weights. Shape (P,), float32.
+        scales: Address of each matrix's scales, or None if unquantised. Shape (P,), int64.
+        biases: Address of each matrix's biases, or None if unquantised or coded. Shape (P,), int64.
+        factors: Factor on each matrix's products, for coded weights. Shape (P,), float32.
         bias: Addresses of vectors that are added to the outputs, or None.
-        bias_kind: Of ``bias``.
+        bias_kind: Floating-point format of ``bias``.
     """
 
     format: Format
@@ -175,19 +175,19 @@ def _product(x: mx.array, matrices: Matrices) -> mx.array:
 def quantized_matmul(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int
 ) -> mx.array:
-    """``x W^T`` of an affine-quantised matrix, for any number of rows; as ``ops.dequant_matvec``.
+    """Compute ``x W^T`` of an affine-quantised matrix, for any number of rows; see ``ops.dequant_matvec``.
 
     Args:
-        x: Shape (..., inputs).
-        weight: Shape (outputs, inputs * bits / 32), uint32.
-        scales: Shape (outputs, inputs / group_size), float32, bfloat16 or float16: read as they are.
-        biases: As scales.
-        bits: 2, 3, 4, 5, 6 or 8.
-        group_size: 32, 64 or 128.
+        x: Rows. Shape (..., inputs).
+        weight: Packed weights. Shape (outputs, inputs * bits / 32), uint32.
+        scales: Scales, read as stored. Shape (outputs, inputs / group_size), float32, bfloat16 or float16.
+        biases: Biases, of the same shape and dtypes.
+        bits: Bits per weight: 2, 3, 4, 5, 6 or 8.
+        group_size: Number of weights that share a scale and a bias: 32, 64 or 128.
 
     Returns:
-        Shape (..., outputs), dtype of x. Sums are float32. The bits of a row depend on no other row, but on
-        whether there are more than MATVEC_ROWS.
+        The product. Shape (..., outputs), dtype of x. Sums are float32. The bits of a row depend on no other row, only
+        on whether there are more than MATVEC_ROWS.
     """
     memory = [view(part, np.uint8) for part in (weight, scales, biases)]
     weights, own_scales, own_biases = (np.array([address(part)]) for part in memory)
@@ -196,16 +196,16 @@ def quantized_matmul(
 
 
 def coded_matmul(x: mx.array, parts: Mapping[str, mx.array], quantization: Quantization, factor: float) -> mx.array:
-    """``x W^T`` of a matrix in a mode other than affine that these kernels read, for any number of rows.
+    """Compute ``x W^T`` of a matrix in a supported mode other than affine, for any number of rows.
 
     Args:
-        x: Shape (..., inputs).
-        parts: "weight" and "scales".
-        quantization: Its quantisation.
-        factor: What the products are multiplied with.
+        x: Rows. Shape (..., inputs).
+        parts: The matrix's "weight" and "scales".
+        quantization: The matrix's quantisation.
+        factor: Factor on the products.
 
     Returns:
-        As ``quantized_matmul``.
+        The product. Shape (..., outputs), dtype of x. Sums are float32.
     """
     weight, scales = (view(parts[name], np.uint8) for name in ("weight", "scales"))
     form = format_of(quantization, NAMES[parts["scales"].dtype])
@@ -215,14 +215,14 @@ def coded_matmul(x: mx.array, parts: Mapping[str, mx.array], quantization: Quant
 
 
 def takes_dense(weight: mx.array) -> bool:
-    """Tell whether ``dense_matmul`` takes this matrix: its rows are unpacked in blocks."""
+    """Return whether ``dense_matmul`` supports this matrix, whose rows must divide into blocks."""
     return weight.shape[1] % PACK_BLOCK == 0 and weight.dtype in KINDS
 
 
 def dense_matmul(x: mx.array, weight: mx.array) -> mx.array:
-    """``x W^T`` of an unquantised matrix (outputs, inputs) that ``takes_dense``; x is (..., inputs).
+    """Compute ``x W^T`` of an unquantised matrix (outputs, inputs) that ``takes_dense``; x is (..., inputs).
 
-    Result in the dtype of x; sums are float32.
+    The result has the dtype of x; sums are float32.
     """
     kind, memory = KINDS[weight.dtype], view(weight, np.uint8)
     return _product(x, Matrices(dense(kind), weight.shape[0], np.array([address(memory)])))

@@ -1,8 +1,8 @@
-"""Program: a decode step as a list of operations that threads run without coming back to Python.
+"""Program: a decode step as a list of operations that threads run without returning to Python.
 
-One row of x through one layer is some fifteen operations of 1 to 300 microseconds. Called one by one, each would cost
-as much in Python, in MLX's hand-over to its thread and in waking threads. A program's operations start in order, each
-when all before it have ended; the tasks of one are drawn by all threads.
+One row of x passes through about fifteen operations per layer, of 1 to 300 microseconds each. Called one by one, each
+would cost as much again in Python, in MLX's switch to its own thread and in waking threads. A program's operations
+start in order, each when all before it have ended; all threads share the tasks of an operation.
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ def _run_tasks(table, total, state):  # type: ignore[no-untyped-def]
     operation, first, needed = 0, 0, 0
     while True:
         task = add_one(counter)
-        # By value, not from the table: a thread that comes late may find the next call's numbers there.
+        # Passed by value: in the table, a late thread may find the next call's numbers.
         if task >= total:
             break
         while task >= first + table[operation, 2]:
@@ -45,19 +45,19 @@ class Operation:
     """One operation: a compiled function of (address of its arguments, number of its task).
 
     Attributes:
-        arguments: Its numbers and addresses; may be changed between runs. Shape (A,), int64.
-        tasks: How many tasks it has.
+        arguments: Numbers and addresses that it reads; may be changed between runs. Shape (A,), int64.
+        tasks: Number of its tasks.
     """
 
     def __init__(self, function: Any, tasks: int, *arguments: Any, concurrent: bool = False, nbytes: int = 0):
         """Bind a function.
 
         Args:
-            function: From ``jit.task``.
-            tasks: How many tasks it has.
-            *arguments: int, float, or an array of either library, which is passed as its address and kept alive.
-            concurrent: Whether it may start when the operation before it starts.
-            nbytes: About how much it reads, for ``ALONE_BYTES``.
+            function: Function compiled by ``jit.task``.
+            tasks: Number of its tasks.
+            *arguments: int, float, or an array of either library, which is passed by address and kept alive.
+            concurrent: Whether it may start together with the previous operation.
+            nbytes: Approximate number of bytes it reads, compared with ``ALONE_BYTES``.
         """
         # The memory that is read, which of a strided array is a copy's.
         held = [view(value, np.uint8) if isinstance(value, mx.array) else value for value in arguments]
@@ -86,21 +86,21 @@ class Program:
         self._place = {id(operation): place for place, operation in enumerate(operations)}
 
     def set_tasks(self, operation: Operation, tasks: int) -> None:
-        """Change how many tasks an operation has here; 0 leaves it out."""
+        """Change the number of an operation's tasks in this program; 0 skips it."""
         self._table[self._place[id(operation)], _TASKS] = tasks
 
     def update(self, operations: "ExpertOperations") -> None:
-        """Take over how many tasks operations on experts have now."""
+        """Copy the current number of tasks from operations on experts."""
         for operation in operations.changing:
             self._table[self._place[id(operation)], _TASKS] = operation.tasks
 
     def run(self) -> None:
-        """Run all operations to their end."""
+        """Run all operations to completion."""
         run(_run_tasks_kernel, self._table, int(self._table[:, _TASKS].sum()), alone=self._alone)
 
 
 def together(*groups: Sequence[Operation]) -> list[Operation]:
-    """Join operations that may all start at once."""
+    """Combine operations that may all start at once."""
     operations = [operation for group in groups for operation in group]
     for place, operation in enumerate(operations):
         operation.row[3] = int(place > 0)
@@ -112,7 +112,7 @@ class ExpertOperations:
 
     Attributes:
         gate_up: Products with gate and up projections.
-        permute: Hidden activations, laid out as products read them.
+        permute: Operations that lay the hidden activations out for products.
         down: Products with down projections.
     """
 
@@ -122,7 +122,7 @@ class ExpertOperations:
 
     @classmethod
     def joined(cls, parts: "Sequence[ExpertOperations]") -> "ExpertOperations":
-        """Join the operations of several, stage by stage."""
+        """Combine the operations of several groups of experts, stage by stage."""
         return cls(*([op for part in parts for op in getattr(part, s)] for s in ("gate_up", "permute", "down")))
 
     def stages(self, *before: "ExpertOperations") -> list[Operation]:

@@ -1,8 +1,8 @@
-"""Runs a kernel on all processors of this process: threads draw tasks until none is left.
+"""Thread pool that runs a kernel on all processors of this process: threads draw tasks until none is left.
 
-Not numba's ``prange``: with OpenMP the caller waits for every thread, also for one that the system hasn't run
+It replaces numba's ``prange``. With OpenMP the caller waits for every thread, even one that the system hasn't scheduled
 yet, so on a busy machine a kernel of 0.5 ms took a time slice of 8 ms; idle threads spin on cores that MLX and the
-reads need; the workqueue layer aborts when two threads enter it; and it compiles twice as long. Here the caller
+reads need; the workqueue layer aborts when two threads enter it; and compilation takes twice as long. Here the caller
 waits only for tasks that another thread has begun.
 """
 
@@ -25,16 +25,16 @@ from .jit import serial
 from .memory_ir import load_i64, pause
 
 LOCK = threading.Lock()
-"""One kernel at a time: two would only fight for the same cores."""
+"""Lock that lets one kernel run at a time: two would only compete for the same cores."""
 
 ALONE_BYTES = 1 << 18
-"""Kernels that read less run on the calling thread: waking others takes longer."""
+"""Kernels that read fewer bytes run on the calling thread, because waking others takes longer."""
 
 _SPINS = 1000
 """Pauses of 10 to 50 ns: longer than most operations of a step take."""
 
 _FAILED = 1 << 62
-"""Tasks "finished" of a call in which a kernel raised: nobody waits for more, or draws another."""
+"""Number of finished tasks set when a kernel raised, so that nobody waits for more or draws another."""
 
 _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
@@ -43,8 +43,8 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 def wait_for(counter, needed):  # type: ignore[no-untyped-def]
     """Wait until the int64 at address ``counter`` is at least ``needed``.
 
-    For a while with pauses; then the core goes to whoever else wants it: with more threads than cores, or under a
-    quota, the thread that is waited for may not be running.
+    Spins with pauses for a while, then yields the core: with more threads than cores, or under a quota, the thread that
+    it waits for may not be running.
     """
     spins = 0
     while load_i64(counter) < needed:
@@ -62,7 +62,7 @@ def _wait(state, tasks):  # type: ignore[no-untyped-def]
 
 
 def cgroup_cpus(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> float | None:
-    """Processors that this process's control group and its parents (v1 and v2) grant, or None."""
+    """Return the processors granted by this process's control group and its parents (v1 and v2), or None."""
     try:
         lines = membership.read_text().splitlines()
     except OSError:
@@ -93,7 +93,7 @@ def _text(path: Path) -> str:
 
 @lru_cache(maxsize=1)
 def num_threads() -> int:
-    """Threads of a kernel: processors that this process may run on, at most its cgroup's quota rounded up."""
+    """Return the number of threads of a kernel: the usable processors, at most the cgroup's quota rounded up."""
     threads, quota = available_cores(), cgroup_cpus()
     return max(1, threads if quota is None else min(threads, int(-(-quota // 1))))
 
@@ -102,16 +102,16 @@ class _Call:
     """One call of a kernel, which several threads take part in.
 
     Attributes:
-        state: The next task, and how many are finished. Shape (2,), int64.
-        inside: A mark for each thread that entered the kernel.
-        left: A mark for each that came out of it.
-        failures: What kernels raised.
+        state: Index of the next task, and number of finished ones. Shape (2,), int64.
+        inside: One entry for each thread that entered the kernel.
+        left: One entry for each thread that left it.
+        failures: Exceptions that kernels raised.
     """
 
     __slots__ = ("_arguments", "_kernel", "failures", "inside", "left", "state")
 
     def __init__(self, kernel: Callable[..., int], arguments: tuple[Any, ...]):
-        # New for each call: a thread that comes late finds this call's tasks taken, not the next one's.
+        # New for each call, so that a late thread finds this call's tasks taken, not the next call's.
         self.state = np.zeros(2, np.int64)
         self.inside: list[None] = []
         self.left: list[None] = []
@@ -119,7 +119,7 @@ class _Call:
         self._kernel, self._arguments = kernel, (*arguments, self.state)
 
     def take_part(self) -> int:
-        """Draw tasks until none is left, and return how many there are in all."""
+        """Draw tasks until none is left, and return their total number."""
         tasks = -1
         self.inside.append(None)
         try:
@@ -133,7 +133,7 @@ class _Call:
         return tasks
 
     def settle(self) -> None:
-        """Draw tasks, and return when no thread writes any more."""
+        """Draw tasks, and return when no thread is writing any more."""
         if not self.failures:
             _wait(self.state, self.take_part())
         while self.failures and len(self.left) < len(self.inside):
@@ -172,12 +172,12 @@ def run(kernel: Callable[..., int], *arguments: Any, alone: bool = False) -> Non
     """Run a kernel to its end.
 
     Args:
-        kernel: Takes ``arguments`` and the address of its state: two int64, the next task and how many are
-            finished. Draws tasks until none is left and returns how many there are.
-        arguments: What it reads; addresses in them stay valid until the call returns.
-        alone: In the calling thread only.
+        kernel: Function of ``arguments`` and the address of its state: two int64, the next task and the number of
+            finished ones. It draws tasks until none is left and returns their total number.
+        arguments: Arguments of the kernel; addresses in them must stay valid until the call returns.
+        alone: Whether to run in the calling thread only.
 
-    What the kernel raises, on whichever thread, is raised here, once no thread is in it any more.
+    An exception of the kernel, on any thread, is raised here once all threads have left it.
     """
     with LOCK:
         if len(_queues) < num_threads() - 1:

@@ -1,4 +1,4 @@
-"""Vectors that a program's operations pass on, and the memory they share from layer to layer."""
+"""Vectors passed between a program's operations, and the memory that layers share."""
 
 from collections.abc import Callable
 from typing import Any
@@ -37,11 +37,11 @@ class Vector:
         self._ordered: dict[tuple[int, int, bool, bool], tuple[np.ndarray, np.ndarray]] = {}
 
     def format(self, form: Format) -> Format:
-        """Return how matrices stored in this format are multiplied with this vector."""
+        """Return the format in which matrices stored like this are multiplied with this vector."""
         return form.rounded(self.size) if self.int8 else form
 
     def input(self, form: Format) -> tuple[Any, Any]:
-        """Return what products with matrices of a format, as ``format`` gives it, read: x and its group sums."""
+        """Return the inputs of products with matrices of a format that ``format`` returned: x and its group sums."""
         if not form.bits:
             return self.data, 0
         key = (form.bits, form.group_size, form.int8, form.coded)
@@ -65,7 +65,7 @@ class Vector:
 
 
 class Pool:
-    """Memory of a decode step, by name. Layers run one after the other, so those of one shape share theirs."""
+    """Named memory of a decode step. Layers run in sequence, so those of one shape share their memory."""
 
     def __init__(self, *, int8: bool):
         """Start empty.
@@ -89,7 +89,7 @@ class Pool:
         return self.get((name, size, rows), lambda: Vector(size, rows, ranks, int8=self._int8))
 
     def get(self, key: tuple[Any, ...], make: Callable[[], Any]) -> Any:
-        """Return what ``make`` made under this key at first."""
+        """Return the object for a key, created by ``make`` on first use."""
         if key not in self._made:
             self._made[key] = make()
         return self._made[key]
