@@ -1,6 +1,6 @@
-"""Where every expert's bytes lie: a checkpoint directory's headers and config.json, read and checked, no data.
+"""Locates every expert's bytes: reads and checks a checkpoint's headers and config.json, but no tensor data.
 
-Everything is checked when the checkpoint is opened, so that no request meets a fault that headers could show.
+All checks run when the checkpoint is opened, so that no later request fails for a reason visible in the headers.
 """
 
 import re
@@ -24,7 +24,7 @@ from .shards import read_shards
 
 _NUM_EXPERTS_KEYS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _EXPERT_SIZES = (
-    # Experts of a latent width have a name of their own for it, which comes first.
+    # Experts with a latent width have their own key for it, which takes precedence.
     (("routed_expert_hidden_size", "moe_hidden_size", "moe_latent_size", "hidden_size"), "down_proj"),
     (("moe_intermediate_size",), "up_proj"),
 )
@@ -42,10 +42,10 @@ _READS_HIDDEN = {
 
 @dataclass(frozen=True, slots=True)
 class ByteRange:
-    """A run of one expert's bytes that is contiguous in a file and in the record.
+    """A range of one expert's bytes that is contiguous both in a file and in the record.
 
     Attributes:
-        path: The file.
+        path: Path of the file.
         file_offset: First byte in the file.
         record_offset: First byte in the record.
         nbytes: Length in bytes, at least 1.
@@ -68,14 +68,14 @@ class Checkpoint:
     """A checkpoint directory whose headers and config.json agree.
 
     Attributes:
-        directory: The directory.
-        config: config.json as it is.
+        directory: Path of the directory.
+        config: Contents of config.json.
         tensors: Every tensor of every shard, by stored name.
-        dense: Tensors that live in memory: all but routed experts, vision and multi-token-prediction tensors.
-        moe_layers: Layers that have routed experts, ascending.
+        dense: Tensors kept in memory: all except routed experts, vision and multi-token-prediction tensors.
+        moe_layers: Layers with routed experts, ascending.
         format: "mlx", "hf-fused", "hf-per-expert" or "packed".
-        expert_files: Files that hold routed experts.
-        manifest: Of a packed checkpoint; None for others.
+        expert_files: Files that contain routed experts.
+        manifest: Manifest of a packed checkpoint; None for others.
     """
 
     directory: Path
@@ -96,7 +96,7 @@ class Checkpoint:
     ):
         """Check ``tensors`` against ``config``. `Checkpoint.open` reads them from a directory.
 
-        With a ``manifest`` it is a packed checkpoint: ``tensors`` has one entry a layer under the manifest's name.
+        With a ``manifest``, it is a packed checkpoint: ``tensors`` has one entry per layer under the manifest's name.
         """
         self.manifest = manifest
         packed = {layer.tensor_name: layer for layer in manifest.layers.values()} if manifest else {}
@@ -166,9 +166,9 @@ class Checkpoint:
         """Read a directory's config.json and the header of every shard, and check them against each other.
 
         Raises:
-            MissingTensorError: If config.json, a shard or a tensor is absent.
+            MissingTensorError: If config.json, a shard or a tensor is missing.
             CorruptError: If a file breaks its format, or config.json and tensors contradict each other.
-            UnsupportedModelError: If experts are of a kind or quantisation that this library doesn't read.
+            UnsupportedModelError: If the kind or quantisation of experts is not supported.
             CheckpointError: If the directory can't be read.
 
         Cost: no tensor data is read.
@@ -195,11 +195,11 @@ class Checkpoint:
         return self._layer_of(layer).num_experts
 
     def layout(self, layer: int) -> RecordLayout:
-        """The record of each expert of a layer; one object for all layers whose records are equal."""
+        """Return the layout of a layer's expert records; layers with equal layouts share one object."""
         return self._layer_of(layer).layout
 
     def ranges(self, layer: int, expert: int) -> tuple[ByteRange, ...]:
-        """Where an expert's bytes lie, in the record's order; neighbours in file and record are one range.
+        """Return the ranges of an expert's bytes in record order, merging ranges adjacent in both file and record.
 
         Raises:
             RequestError: If there is no such layer or expert.
@@ -210,11 +210,11 @@ class Checkpoint:
                 f"[Checkpoint] layer {layer} has experts 0 to {where.num_experts - 1}, got {expert}. "
                 "Ask for one of these."
             )
-        if self.manifest:  # as the record is in memory, padding between its parts included
+        if self.manifest:  # the record as in memory, including padding between its parts
             path, offset = where.parts[0].locate(expert)
             return (ByteRange(path, offset, 0, payload_bytes(where.layout)),)
         ranges: list[ByteRange] = []
-        # By offset: parts that share bytes are neighbours then, and become one range with them.
+        # Sorted by offset, so that parts that share bytes are adjacent and merge into one range.
         for slot, part in sorted(zip(where.layout.parts, where.parts, strict=True), key=lambda pair: pair[0].offset):
             path, offset = part.locate(expert)
             end = slot.offset + slot.span_bytes
@@ -232,15 +232,15 @@ class Checkpoint:
         return tuple(ranges)
 
     def parts(self, layer: int) -> tuple[Part, ...]:
-        """Where each part of a layer's records lies, in the layout's order."""
+        """Return the location of each part of a layer's records, in the layout's order."""
         return self._layer_of(layer).parts
 
     def checksum(self, layer: int, expert: int) -> int | None:
-        """CRC-32 of a record from its first part to the end of its last; None where the checkpoint has none."""
+        """Return the CRC-32 of a record's payload; None if the checkpoint has no checksums."""
         return self.manifest.layers[layer].checksums[expert] if self.manifest else None
 
     def quantization(self, module: str) -> Quantization | None:
-        """Quantisation of a module by its path, as stored or as mlx-lm names it; None where it has none.
+        """Return a module's quantisation by its path, as stored or as mlx-lm names it; None if unquantised.
 
         Raises:
             MissingTensorError: If the checkpoint has no such module.
@@ -257,11 +257,11 @@ class Checkpoint:
         return self._layers[key.layer].layout.quantization(projection)
 
     def require_layers(self, key: str, count: int) -> None:
-        """Refuse a number of layers that tensors' names don't reach, before a model of that many is made.
+        """Refuse a number of layers larger than that of the stored tensors, before building such a model.
 
         Args:
-            key: config.json's name for it.
-            count: Its value.
+            key: Key in config.json.
+            count: Value of the key.
 
         Raises:
             MissingTensorError: If fewer layers are stored.
@@ -274,7 +274,7 @@ class Checkpoint:
             )
 
     def setting(self, key: str) -> int | None:
-        """An integer of config.json, from its text_config or else its top level; None where it is absent or a list.
+        """Return an integer of config.json, from its text_config or its top level; None if it is missing or a list.
 
         Args:
             key: One of `GENERAL_FIELDS`.
@@ -359,7 +359,7 @@ class Checkpoint:
     def _check_sizes(self, where: str, parts: Parts) -> None:
         for keys, projection in _EXPERT_SIZES:
             size = parts[projection, "weight"].shape[0]
-            # Zero says that another key holds; a list, one a layer, is left to the model.
+            # Zero means that another key applies; a list, with one value per layer, is left to the model.
             key = next((key for key in keys if self.setting(key)), None)
             if key is not None and self.setting(key) != size:
                 raise CorruptError(
@@ -367,7 +367,7 @@ class Checkpoint:
                 )
 
     def _resolve_dense(self, settings: QuantizationSettings) -> dict[str, Quantization | None]:
-        """Quantisation of every dense module that has scales, or of which config.json speaks."""
+        """Return the quantisation of every dense module that has scales or an entry in config.json."""
         result = {}
         for name in self.dense:
             module, _, part = name.rpartition(".")
@@ -381,12 +381,12 @@ class Checkpoint:
         return result
 
     def _is_of_another_tool(self, module: str) -> bool:
-        """Whether a dense module has 8-bit floats or packed bytes, which are dequantised when they are loaded."""
+        """Return whether a dense module has 8-bit floats or packed bytes, which are dequantised on loading."""
         weight = self.dense.get(f"{module}.weight")
         return f"{module}.weight_packed" in self.dense or (weight is not None and weight.dtype in ("U8", "F8_E4M3"))
 
     def _is_extra(self, name: str) -> bool:
-        """Whether a tensor is of a multi-token-prediction layer, stored behind the model's own."""
+        """Return whether a tensor belongs to a multi-token-prediction layer, stored after the model's own layers."""
         count = self.setting("num_hidden_layers")
         return count is not None and layer_number(name) >= count
 
@@ -395,11 +395,11 @@ class Checkpoint:
 
 
 def _is_skipped(name: str) -> bool:
-    """Vision and multi-token-prediction tensors, which text generation doesn't use."""
+    """Return whether a tensor is for vision or multi-token prediction, which text generation doesn't use."""
     return name.startswith(("vision_tower.", "model.visual.", "visual.", "mtp.")) or ".mtp." in name
 
 
 def layer_number(name: str) -> int:
-    """The layer that a tensor's name says; -1 where it says none."""
+    """Return the layer number in a tensor's name, or -1 if there is none."""
     match = _LAYER.search(name)
     return int(match.group(1)) if match else -1

@@ -1,7 +1,7 @@
-"""The fields of config.json that this library reads, and what each may hold: one table, checked before use.
+"""The fields of config.json that this library reads and their allowed values: one table, checked before use.
 
-A value that passes can't make anything larger than the tensors, which are compared with it, or than a memory limit,
-which counts it. Fields that only mlx-lm's own models read are checked when those are made (`models/switch_glu.py`).
+No accepted value can make anything exceed the tensors, which are compared with it, or the memory limit, which includes
+it. Fields that only mlx-lm's own models read are checked when those are built (`models/switch_glu.py`).
 """
 
 import math
@@ -20,11 +20,11 @@ _RESTORE = "Restore the file."
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Values that a field may hold.
+    """A set of values allowed for a field.
 
     Attributes:
-        words: Complete "must be ...".
-        accepts: Whether a value is one of them.
+        words: Completion of "must be ..." in messages.
+        accepts: Predicate for allowed values.
     """
 
     words: str
@@ -33,13 +33,13 @@ class Kind:
 
 @dataclass(frozen=True, slots=True)
 class Field:
-    """A field of config.json. Null means the same as its absence.
+    """A field of config.json. Null is equivalent to absence.
 
     Attributes:
-        name: Its key.
-        kind: The values that it may hold.
-        default: Its value where it is absent.
-        required: Whether it must be there.
+        name: Key of the field.
+        kind: Allowed values.
+        default: Value if the field is absent.
+        required: Whether the field must be present.
     """
 
     name: str
@@ -49,30 +49,30 @@ class Field:
 
 
 def integer(lowest: int = 0, highest: int = MAX_DIMENSION) -> Kind:
-    """Integers of a range; true and false are none."""
+    """Return the kind of integers in a range, excluding true and false."""
     words = "a positive integer up to" if lowest == 1 else f"an integer from {lowest} to"
     return Kind(f"{words} {highest}", lambda value: type(value) is int and lowest <= value <= highest)
 
 
 def number(lowest: float, highest: float) -> Kind:
-    """Finite numbers above ``lowest``, up to ``highest``."""
+    """Return the kind of finite numbers above ``lowest``, up to ``highest``."""
 
     def accepts(value: Any) -> bool:
-        # Compared before anything is converted: an integer may be too large for a float.
+        # Compare before converting: an integer may be too large for a float.
         return type(value) in (int, float) and lowest < value <= highest and math.isfinite(value)
 
     return Kind(f"a number above {lowest:g}, at most {highest:g}", accepts)
 
 
 def list_of(kind: Kind) -> Kind:
-    """Lists whose entries are all of a kind."""
+    """Return the kind of lists whose entries are all of one kind."""
     return Kind(
         f"a list, each entry {kind.words}", lambda value: isinstance(value, list) and all(map(kind.accepts, value))
     )
 
 
 def either(first: Kind, second: Kind) -> Kind:
-    """Values of one kind or another."""
+    """Return the kind of values of either kind."""
     return Kind(f"{first.words}, or {second.words}", lambda value: first.accepts(value) or second.accepts(value))
 
 
@@ -98,7 +98,7 @@ GENERAL_FIELDS = (
     *(Field(name, COUNT) for name in ("num_attention_heads", "kv_lora_rank")),
     Field("moe_intermediate_size", either(COUNT, list_of(COUNT))),
 )
-"""Fields that are read of every model, from ``text_config`` or else the top level."""
+"""Fields read for every model, from ``text_config`` or the top level."""
 
 HYBRID_FIELDS = (
     *(
@@ -147,20 +147,20 @@ ROPE_FIELDS = (
     Field("long_factor", either(SCALE, list_of(SCALE))),
     Field("mrope_section", list_of(COUNT)),
 )  # fmt: skip
-"""Of rotary embeddings, in ``rope_parameters``, ``rope_scaling`` or the text model's own level."""
+"""Fields of rotary embeddings, in ``rope_parameters``, ``rope_scaling`` or the text model's level."""
 
 
 def read_fields(config: Mapping[str, Any], fields: Iterable[Field], where: str = "config.json") -> dict[str, Any]:
-    """Values of fields by name, defaults put in.
+    """Return the values of fields by name, with defaults filled in.
 
     Raises:
-        CorruptError: If one is of another kind, or is absent and required.
+        CorruptError: If a value is of the wrong kind, or a required field is absent.
     """
     return {field.name: read_field(config, field, where) for field in fields}
 
 
 def read_field(config: Mapping[str, Any], field: Field, where: str = "config.json") -> Any:
-    """The value of one field. Raises as `read_fields`."""
+    """Return the value of one field. Raises as `read_fields`."""
     value = config.get(field.name)
     if value is None and not field.required:
         return field.default

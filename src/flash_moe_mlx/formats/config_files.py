@@ -1,8 +1,7 @@
-"""config.json and generation_config.json: read, decoded as mlx-lm does, and checked before anybody uses a value.
+"""Reads config.json and generation_config.json, decodes them as mlx-lm does, and checks values before use.
 
-mlx-lm's rules decide their meaning: transformers' tagged floats are floats, generation_config.json's end tokens go
-before config.json's, and a generation_config.json that isn't JSON is left out. Only values that somebody reads are
-checked.
+mlx-lm's rules apply: transformers' tagged floats are floats, generation_config.json's end tokens take precedence over
+config.json's, and a generation_config.json that isn't JSON is ignored. Only values that are used are checked.
 """
 
 import logging
@@ -29,7 +28,7 @@ def read_config(directory: Path) -> dict[str, Any]:
     """Read a directory's config.json.
 
     Raises:
-        MissingTensorError: If there is none.
+        MissingTensorError: If the file is missing.
         CorruptError: If it is not an object of JSON, holds NaN, nests deeper than any real one, or a field that is read
             of every model is of another kind.
         CheckpointError: If it can't be read.
@@ -38,7 +37,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 
 def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a config.json's value with tagged floats decoded. Raises CorruptError as `read_config`."""
+    """Check config.json's value and return it with tagged floats decoded. Raises CorruptError as `read_config`."""
     check_depth(dict(config), CONFIG_NAME, _AGAIN)
     decoded: dict[str, Any] = _decode(dict(config))
     read_fields(decoded, GENERAL_FIELDS)
@@ -48,10 +47,10 @@ def check_config(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def end_tokens(directory: Path, config: Mapping[str, Any]) -> int | list[int] | None:
-    """Return the ids that end an answer, from generation_config.json or else ``config``; None where neither has any.
+    """Return the end-token ids from generation_config.json, or else ``config``; None if neither has any.
 
     Raises:
-        CorruptError: If generation_config.json's are no token ids.
+        CorruptError: If generation_config.json's values are not token ids.
         CheckpointError: If it can't be read.
     """
     text = config.get("text_config") or {}
@@ -85,6 +84,8 @@ def _decode(value: Any) -> Any:
         return {key: _decode(entry) for key, entry in value.items()}
     if isinstance(value, list):
         return [_decode(entry) for entry in value]
-    if isinstance(value, float) and math.isnan(value):  # infinities are in real files: bounds of state-space models
+    if isinstance(value, float) and math.isnan(
+        value
+    ):  # infinities occur in real files, as bounds of state-space models
         raise CorruptError(f"[{CONFIG_NAME}] must hold numbers, got NaN. {_AGAIN}")
     return value

@@ -1,7 +1,7 @@
-"""What one expert's bytes look like: an ordered list of named byte ranges with their quantisation.
+"""The layout of one expert's bytes: an ordered list of named byte ranges with their quantisation.
 
-Everything that touches expert bytes (checkpoint, store, cache, kernels) speaks of a record in these
-terms and of nothing else. No MLX import, no file access.
+All code that touches expert bytes (checkpoint, store, cache, kernels) describes records with these types only.
+No MLX import, no file access.
 """
 
 from collections.abc import Mapping
@@ -15,7 +15,7 @@ from .schemes import SCHEMES, Scheme, part_names
 PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
 
 PART_ALIGNMENT = 16
-"""Parts start on 16-byte boundaries, so that kernels may load 16 bytes at a time."""
+"""Alignment of parts in bytes, so that kernels may load 16 bytes at a time."""
 
 RECORD_ALIGNMENT = 512
 """Records gathered from a stock checkpoint are padded to this; packed records carry their own padding."""
@@ -24,12 +24,12 @@ DTYPE_BYTES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "U16": 2, "I16": 2, "F16": 2, "BF16": 2,
     "U32": 4, "I32": 4, "F32": 4, "U64": 8, "I64": 8, "F64": 8, "C64": 8,
 }  # fmt: skip
-"""Bytes an element, by safetensors dtype name."""
+"""Bytes per element, by safetensors dtype name."""
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """Quantisation of one matrix: bits per weight, weights per group, and the mode's name."""
+    """Quantisation of one matrix: bits per weight, weights per group, and mode name."""
 
     bits: int
     group_size: int
@@ -42,7 +42,7 @@ class Quantization:
 
     @property
     def stated(self) -> "Quantization":
-        """The same as config.json has it: in the mode that this one is a form of."""
+        """The quantisation as stated in config.json: in the mode that this one is a variant of."""
         return self if self.scheme.base is None else Quantization(self.bits, self.group_size, self.scheme.base)
 
     def __str__(self) -> str:
@@ -51,7 +51,7 @@ class Quantization:
 
 
 def record_parts() -> tuple[str, ...]:
-    """Names of the parts that a projection may have, in the order in which a record has them."""
+    """Return the names of a projection's possible parts, in record order."""
     return (*part_names(), "bias")
 
 
@@ -61,10 +61,10 @@ class RecordPart:
 
     Attributes:
         projection: "gate_proj", "up_proj" or "down_proj".
-        part: Part of the quantisation ("weight", "scales", ...), or "bias": the expert's own.
+        part: Part of the quantisation ("weight", "scales", ...), or "bias" for the expert's own bias.
         dtype: safetensors name: "U32" for packed weights, "U8" for scales of 8 bits, "BF16", "F16" or "F32".
         shape: Shape of this expert's tensor: (out, in) or (out, in * bits / 32), (out, in / G), (out,).
-        offset: First byte, from the start of the record. A multiple of ``PART_ALIGNMENT`` but for views.
+        offset: First byte, from the start of the record. A multiple of ``PART_ALIGNMENT``, except for views.
         strides: Elements from one index to the next, in each dimension, where the part is a view of bytes that it
             shares with others: every other row, or a matrix stored transposed. None: row-major, without gaps.
     """
@@ -87,7 +87,7 @@ class RecordPart:
 
     @property
     def element_strides(self) -> tuple[int, ...]:
-        """``strides``, or those of row-major order."""
+        """``strides``, or row-major strides if None."""
         if self.strides is not None:
             return self.strides
         return tuple(prod(self.shape[axis + 1 :]) for axis in range(len(self.shape)))
@@ -103,19 +103,19 @@ class RecordPart:
 
     @property
     def span_bytes(self) -> int:
-        """Bytes from the first element's to the end of the last one's."""
+        """Bytes from the start of the first element to the end of the last."""
         last = sum((size - 1) * step for size, step in zip(self.shape, self.element_strides, strict=True))
         return (last + 1) * DTYPE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
 class View:
-    """Where a part lies in bytes that it shares with others.
+    """Location of a part within bytes that it shares with others.
 
     Attributes:
-        block: Identifies the bytes: parts of a record with equal ones share them.
+        block: Identifier of the bytes; parts of a record with equal blocks share them.
         nbytes: Length of the bytes.
-        first: Byte at which the part's first element begins.
+        first: Byte offset of the part's first element.
         strides: As in `RecordPart`.
     """
 
@@ -130,7 +130,7 @@ class RecordLayout:
     """The parts of one expert's record, projection by projection.
 
     Attributes:
-        parts: Named byte ranges; disjoint, but for views of one block.
+        parts: Named byte ranges; disjoint, except for views of one block.
         quantizations: (projection, quantisation or None) for each projection present.
         record_bytes: Bytes from one record to the next, padding included.
     """
@@ -147,13 +147,13 @@ class RecordLayout:
         alignment: int = RECORD_ALIGNMENT,
         views: Mapping[tuple[str, str], View] = MappingProxyType({}),
     ) -> "RecordLayout":
-        """Lay out parts one behind the other, projection by projection, each on its boundary.
+        """Lay out aligned parts one after another, projection by projection.
 
         Args:
-            specs: (projection, part) to (dtype, shape); those present.
+            specs: (dtype, shape) of the parts present, by (projection, part).
             quantizations: Quantisation of each projection.
             alignment: The record's size is padded to a multiple of this.
-            views: Parts that share bytes with others; these are laid out where the first of them comes.
+            views: Parts that share bytes with others; shared bytes are placed where the first such part comes.
         """
         parts, offset = [], 0
         blocks: dict[str, int] = {}
@@ -180,7 +180,7 @@ class RecordLayout:
 
     @property
     def projections(self) -> tuple[str, ...]:
-        """The projections present: experts without a gate have two."""
+        """The projections present; experts without a gate have two."""
         return tuple(projection for projection, _ in self.quantizations)
 
     @property
@@ -190,22 +190,22 @@ class RecordLayout:
 
     @property
     def has_views(self) -> bool:
-        """Whether parts share bytes, or lie otherwise than row by row."""
+        """Whether parts share bytes or are not row-major."""
         return any(part.strides is not None for part in self.parts)
 
     def quantized_parts(self, projection: str) -> tuple[RecordPart, ...]:
-        """A projection's weight and the other parts of its quantisation, in the scheme's order."""
+        """Return a projection's weight and the other parts of its quantisation, in the scheme's order."""
         quantization = self.quantization(projection)
         names = ("weight",) if quantization is None else tuple(quantization.scheme.parts)
         return tuple(self.by_name[f"{projection}.{name}"] for name in names)
 
     def quantization(self, projection: str) -> Quantization | None:
-        """Quantisation of a projection; None where it is stored unquantised."""
+        """Return the quantisation of a projection; None if it is unquantised."""
         return dict(self.quantizations)[projection]
 
     @property
     def payload_bytes(self) -> int:
-        """Bytes of the parts alone: what has to be read from disk for one expert."""
+        """Bytes of the parts without padding, which must be read from disk for one expert."""
         return sum(part.nbytes for part in self.parts)
 
     @cached_property

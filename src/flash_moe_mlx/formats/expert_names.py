@@ -1,13 +1,13 @@
-"""Names of routed experts' tensors, read once into (projection, part), in each layout in which they are stored.
+"""Parses the names of routed experts' tensors into (projection, part), for each supported layout.
 
 - "mlx": ``layers.N. ... .switch_mlp.{gate,up,down}_proj.{weight,scales,...,bias}``, experts stacked [E, ...]; some of
   mlx-lm's models say ``experts`` or ``switch_glu`` for ``switch_mlp``. Experts without a gate are ``fc1``, ``fc2``.
 - "hf-fused": ``layers.N. ... .experts.gate_up_proj`` and ``experts.down_proj``, stacked; gpt-oss has ``_blocks``,
   ``_scales`` and ``_bias`` behind them. Granite says ``block_sparse_moe.input_linear`` and ``output_linear``.
 - "hf-per-expert": ``layers.N. ... .experts.E.{gate,up,down}_proj.weight``, or ``w1``, ``w3`` and ``w2``, one tensor an
-  expert; other tools' quantisations have more tensors beside the weight.
+  expert; other tools' quantisations have more tensors besides the weight.
 
-A new layout is an entry in the tables below.
+To add a layout, add an entry to the tables below.
 """
 
 import re
@@ -42,12 +42,12 @@ _OTHER_TOOLS = {
 
 @dataclass(frozen=True, slots=True)
 class ExpertTensor:
-    """What an expert tensor's name says.
+    """The parsed name of an expert tensor.
 
     Attributes:
         format: "mlx", "hf-fused" or "hf-per-expert".
         layer: Number of the layer.
-        expert: Number of the expert; None where experts are stacked.
+        expert: Number of the expert; None if experts are stacked.
         projection: One of `PROJECTIONS`, or "gate_up_proj".
         part: One of `record_parts`, or `UNREAD`.
     """
@@ -60,7 +60,7 @@ class ExpertTensor:
 
 
 def name_in(projection: str, example: str) -> str:
-    """Return what a projection is called in the layout that has a tensor named ``example``."""
+    """Return the name of a projection in the layout that has a tensor named ``example``."""
     words = set(example.split("."))
     for aliases in (_WITHOUT_GATE, _NUMBERED):
         if words & aliases.keys():
@@ -69,7 +69,7 @@ def name_in(projection: str, example: str) -> str:
 
 
 def parse_name(name: str) -> ExpertTensor | None:
-    """Return what a routed expert's tensor is, from its name; None for other tensors."""
+    """Parse a routed expert's tensor name; return None for other tensors."""
     words = name.split(".")
     try:
         position = words.index("layers")

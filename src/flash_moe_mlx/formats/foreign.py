@@ -1,7 +1,7 @@
-"""Guards calls of other libraries on a checkpoint's behalf: whatever they raise for its files becomes a typed error.
+"""Turns any exception that other libraries raise for a checkpoint's files into a typed error.
 
 mlx-lm, transformers and tokenizers don't say which exceptions a file can cause, and tokenizers raises bare
-``Exception`` and its own panics. A list of exception types at each call would always lack some.
+``Exception`` and its own panics. A list of exception types at each call would always be incomplete.
 """
 
 from collections.abc import Callable
@@ -16,13 +16,13 @@ _PANIC = "PanicException"  # pyo3's, for a panic in Rust: a BaseException, with 
 
 
 class ForeignCode(AbstractContextManager[None]):
-    """Turns exceptions that another library raised inside the ``with`` block into a typed error.
+    """Context manager that turns exceptions raised by another library into a typed error.
 
     Interrupts, our own typed errors and exceptions raised by this package's own lines pass: the last are bugs, and
     must not be blamed on a file.
 
     Args:
-        typed: Gives the error to raise instead; it is raised from the original.
+        typed: Function that returns the error to raise from the original.
     """
 
     def __init__(self, typed: Callable[[BaseException], FlashMoEError]):
@@ -41,16 +41,16 @@ class ForeignCode(AbstractContextManager[None]):
 
 
 def say(error: BaseException) -> str:
-    """An exception's type and the first line of its text, fit for a message."""
+    """Return an exception's type and the first line of its text, for use in a message."""
     lines = str(error).splitlines() if not isinstance(error, RecursionError) else ["nested too deeply"]
     return f"{type(error).__name__}: {brief(Exception(lines[0].rstrip('.')), 300)}" if lines else type(error).__name__
 
 
 def _is_our_own(traceback: TracebackType | None) -> bool:
-    """Whether the error was raised by a line of this package that another library had called."""
+    """Return whether the error was raised by this package's own code, called by another library."""
     frames = []
     while traceback is not None:
         frames.append(traceback.tb_frame)
         traceback = traceback.tb_next
-    # A single frame is the block itself, which called into a library that is not written in Python.
+    # A single frame is the block itself, which called into a library not written in Python.
     return len(frames) > 1 and str(frames[-1].f_globals.get("__name__")).partition(".")[0] == _PACKAGE

@@ -1,7 +1,7 @@
-"""A hub repository's headers without its weights: JSON files whole, safetensors files as far as their headers go.
+"""Downloads a hub repository's headers without its weights: whole JSON files, and the headers of safetensors files.
 
-Files are written at their true size with a hole in place of the data, so that what reads headers of a local
-checkpoint reads these too. A hole takes no room on the disk, and reads as zeros.
+Files have their real size with a hole in place of the data, so that code that reads a local checkpoint's headers works
+with them. A hole takes no disk space and reads as zeros.
 """
 
 import os
@@ -16,25 +16,25 @@ from ..errors import CheckpointError, CorruptError
 from .safetensors_header import MAX_FILE_BYTES, MAX_HEADER_BYTES, brief
 
 FIRST_BYTES = 1 << 17
-"""Bytes asked for first: most headers are shorter, and a longer one is asked for again."""
+"""Size of the first request: most headers are shorter; longer ones take a second request."""
 
 _SAFETENSORS = re.compile(r"(?:experts/)?[^/\\\x00-\x1f]{1,200}\.safetensors")
 _JSON = ("config.json", "model.safetensors.index.json", "experts.json")
 _TOTAL = re.compile(r"bytes \d+-\d+/(\d{1,19})")
 HTTPError: type[BaseException] = HfHubHTTPError.__bases__[0]
-"""What goes wrong between here and the hub: httpx's or, since huggingface-hub 2, httpx2's."""
+"""Network errors: httpx's or, since huggingface-hub 2, httpx2's."""
 
 
 def download_headers(repository: str, directory: Path, revision: str | None = None) -> None:
-    """Write a repository's headers into a directory.
+    """Download a repository's headers into a directory.
 
     Args:
         repository: "owner/name" on the hub that huggingface_hub is set to.
-        directory: An empty one.
+        directory: Empty directory for the files.
         revision: Branch, tag or commit.
 
     Raises:
-        CheckpointError: If the repository or a file of it can't be had, or a header is none.
+        CheckpointError: If the repository or a file can't be downloaded, or a header is invalid.
 
     Cost: FIRST_BYTES of each safetensors file, once more the header where it is longer, and the JSON files.
     """
@@ -64,13 +64,13 @@ def _write_header(url: str, path: Path) -> None:
 
 
 def read_header(url: str) -> tuple[bytes, int]:
-    """A safetensors file's header with the eight bytes of its length, and the file's size.
+    """Return a safetensors file's header, including the eight bytes of its length, and the file's size.
 
     What comes back is as long as the file says, at most MAX_HEADER_BYTES; whether it is a header is not checked.
 
     Raises:
         CorruptError: If the server gives no size.
-        HTTPError: If the file can't be had.
+        HTTPError: If the download fails.
     """
     start, size = _first_bytes(url, FIRST_BYTES)
     end = 8 + int.from_bytes(start[:8], "little")
@@ -80,7 +80,7 @@ def read_header(url: str) -> tuple[bytes, int]:
 
 
 def _first_bytes(url: str, count: int) -> tuple[bytes, int]:
-    """The first bytes of a file, and its size. A server that knows no ranges is not listened to any longer."""
+    """Return the first ``count`` bytes of a file, and its size. Stops after them if the server ignores Range."""
     headers = {**build_hf_headers(), "Range": f"bytes=0-{count - 1}", "Accept-Encoding": "identity"}
     data = b""
     with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:

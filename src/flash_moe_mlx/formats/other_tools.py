@@ -1,4 +1,4 @@
-"""``quantization_config`` of other tools than MLX, read as mlx-lm's loading reads it: into a section of MLX's."""
+"""Translates the ``quantization_config`` of tools other than MLX into MLX's section, as mlx-lm does."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -16,10 +16,10 @@ _ADVICE = 'Use an unquantised checkpoint, or one that "mlx_lm.convert" made.'
 
 
 def mlx_section(section: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Return the ``quantization`` section that another tool's means; None where tensors alone say what is quantised.
+    """Return the equivalent ``quantization`` section; None if only the tensors tell what is quantised.
 
     Raises:
-        UnsupportedModelError: If the method isn't read.
+        UnsupportedModelError: If the method isn't supported.
     """
     method = section.get("quant_method", section.get("quant_algo"))
     match method:

@@ -1,6 +1,6 @@
 """The packed checkpoint's own files, byte by byte: the manifest experts.json and the header of each layer's file.
 
-docs/format.md is the norm; this module is what reads and writes it. No MLX import, and no expert's bytes are read.
+docs/format.md is the specification; this module reads and writes it. No MLX import; no expert bytes are read.
 """
 
 import json
@@ -20,7 +20,7 @@ from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES
 MANIFEST_NAME = "experts.json"
 EXPERTS_FOLDER = "experts"
 WORK_FOLDER = ".flash-moe-pack"
-"""Inside the destination: everything that `pack` has not finished."""
+"""Folder inside the destination for the unfinished files of `pack`."""
 
 FORMAT = "flash-moe-packed"
 VERSION = 1
@@ -39,13 +39,13 @@ _PLAIN_NAME = re.compile(r"[^/\\:\x00-\x1f\ud800-\udfff]{1,200}\Z")
 
 @dataclass(frozen=True)
 class PackedLayer:
-    """One layer's experts, as the manifest has them.
+    """One layer's experts, as described by the manifest.
 
     Attributes:
         layer: Number of the layer.
         module: Path of the layer's stacked experts in mlx-lm's naming, such as "model.layers.0.mlp.switch_mlp".
         num_experts: E.
-        layout: A record in memory; its parts lie at the same offsets in the file.
+        layout: Layout of a record in memory; its parts have the same offsets in the file.
         checksums: CRC-32 of each expert's payload, by expert.
     """
 
@@ -70,7 +70,7 @@ class PackedLayer:
 
     @property
     def stride(self) -> int:
-        """Bytes from one record to the next in the file: a multiple of `PAGE_BYTES`."""
+        """Bytes from one record to the next in the file; a multiple of `PAGE_BYTES`."""
         return round_up(self.payload_bytes, PAGE_BYTES)
 
     @property
@@ -79,11 +79,11 @@ class PackedLayer:
 
     @property
     def data_offset(self) -> int:
-        """First byte of the first record in the file: a multiple of `PAGE_BYTES`."""
+        """First byte of the first record in the file; a multiple of `PAGE_BYTES`."""
         return len(self.header())
 
     def header(self) -> bytes:
-        """The file's bytes before the first record: a safetensors header, padded with spaces."""
+        """Return the file's bytes before the first record: a safetensors header, padded with spaces."""
         size = self.num_experts * self.stride
         entry = {"dtype": "U8", "shape": [self.num_experts, self.stride], "data_offsets": [0, size]}
         text = _compact({"__metadata__": self.metadata(), self.tensor_name: entry}).encode()
@@ -91,7 +91,7 @@ class PackedLayer:
         return struct.pack("<Q", len(text)) + text
 
     def metadata(self) -> dict[str, str]:
-        """The header's ``__metadata__``: the manifest's entry once more, so that the file explains itself."""
+        """Return the header's ``__metadata__``: a copy of the manifest's entry that makes the file self-describing."""
         return {
             "format": FORMAT,
             "version": str(VERSION),
@@ -116,7 +116,7 @@ class PackedLayer:
 
 @dataclass(frozen=True)
 class StoredFile:
-    """Length and CRC-32 of a file other than those of the experts."""
+    """Length and CRC-32 of a file that contains no experts."""
 
     nbytes: int
     crc32: int
@@ -124,14 +124,14 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What experts.json says.
+    """Contents of experts.json.
 
     Attributes:
-        layers: By number, ascending.
-        files: Every other file of the checkpoint by name: dense shards, config.json, the tokenizer's.
-        source: Of what it was packed: "name", "revision", "samples", "format" and "files" (bytes by name).
-        conversion: The settings that it was packed with.
-        quantization_error: By projection, where weights were quantised: "rmse", "max", "relative" and "experts".
+        layers: Layers by number, ascending.
+        files: Every other file of the checkpoint by name: dense shards, config.json, tokenizer files.
+        source: Provenance of the packed checkpoint: "name", "revision", "samples", "format", "files" (bytes by name).
+        conversion: Settings of the packing.
+        quantization_error: Errors by projection, if weights were quantised: "rmse", "max", "relative" and "experts".
     """
 
     layers: Mapping[int, PackedLayer]
@@ -141,7 +141,7 @@ class Manifest:
     quantization_error: Mapping[str, Any]
 
     def to_bytes(self) -> bytes:
-        """The file's bytes: equal manifests have equal ones."""
+        """Return the file's bytes. Equal manifests give equal bytes."""
         fields = {
             "format": FORMAT,
             "version": VERSION,
@@ -158,27 +158,27 @@ class Manifest:
 
 
 def layer_file_name(layer: int) -> str:
-    """Of a layer's experts, from the checkpoint's directory."""
+    """Return the path of a layer's experts, relative to the checkpoint's directory."""
     return f"{EXPERTS_FOLDER}/layer_{layer:02d}.safetensors"
 
 
 def payload_bytes(layout: RecordLayout) -> int:
-    """Bytes of a record up to the end of its last part."""
+    """Return the bytes of a record up to the end of its last part."""
     return layout.parts[-1].offset + layout.parts[-1].nbytes
 
 
 def round_up(value: int, multiple: int) -> int:
-    """The smallest multiple that is not below ``value``."""
+    """Return the smallest multiple that is at least ``value``."""
     return -(-value // multiple) * multiple
 
 
 def read_manifest(directory: Path) -> Manifest | None:
-    """A directory's manifest, checked; None where there is none: it isn't a packed checkpoint.
+    """Read and check a directory's manifest. Returns None if there is none, so that it isn't a packed checkpoint.
 
     Raises:
-        CorruptError: If it breaks the format's rules, or its own checksum.
-        UnsupportedModelError: If it is of a later version.
-        MissingTensorError: If the checkpoint's packing was never finished.
+        CorruptError: If it breaks the format's rules or doesn't match its checksum.
+        UnsupportedModelError: If it has a later version.
+        MissingTensorError: If the checkpoint's packing is unfinished.
     """
     path = directory / MANIFEST_NAME
     if not path.exists():
@@ -192,7 +192,7 @@ def read_manifest(directory: Path) -> Manifest | None:
 
 
 def parse_manifest(data: bytes) -> Manifest:
-    """What the bytes of an experts.json say. Raises as `read_manifest`."""
+    """Parse the bytes of an experts.json. Raises as `read_manifest`."""
     value = load_json(data, MANIFEST_NAME, _AGAIN)
     fields = _object(value, "the manifest", None)
     if fields.get("format") != FORMAT:
@@ -224,10 +224,10 @@ def parse_manifest(data: bytes) -> Manifest:
 
 
 def read_layer(directory: Path, layer: PackedLayer) -> TensorInfo:
-    """The one tensor of a layer's file, whose header must say what the manifest says.
+    """Return the single tensor of a layer's file, after comparing its header with the manifest.
 
     Raises:
-        MissingTensorError: If the file is absent.
+        MissingTensorError: If the file is missing.
         CorruptError: If header and manifest contradict each other.
     """
     path = directory / layer.file_name
@@ -339,7 +339,7 @@ def _check_shapes(
     quantizations: Mapping[str, Quantization | None],
     where: str,
 ) -> None:
-    """Shapes, dtypes and quantisation of the three projections must belong together."""
+    """Check that shapes, dtypes and quantisation of the three projections are consistent."""
     sizes: dict[str, tuple[int, int]] = {}
     for projection, quantization in quantizations.items():
         dtype, shape = specs.get((projection, "weight"), ("", ()))
@@ -375,7 +375,7 @@ def _files(value: Any) -> Iterator[tuple[str, StoredFile]]:
 
 
 def _manifest_end(checksum: int) -> bytes:
-    """The manifest's last line: the CRC-32 of all bytes before it, and the bracket."""
+    """Return the manifest's end: the CRC-32 of all bytes before it, and the closing bracket."""
     return f',\n "{_CHECKSUM_KEY}": "{checksum:08x}"\n}}\n'.encode()
 
 

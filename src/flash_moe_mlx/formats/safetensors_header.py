@@ -1,4 +1,4 @@
-"""Reads a safetensors file's header, and nothing else of it: which tensor lies at which bytes.
+"""Reads only a safetensors file's header: which tensor is at which bytes.
 
 Non-goals: tensor data is never read or mapped here, and nothing is written. The rules are the format's own
 (https://github.com/huggingface/safetensors#format): 8 bytes of little-endian header length N, N bytes of JSON
@@ -43,12 +43,12 @@ _TENSOR_KEYS = {"dtype", "shape", "data_offsets"}
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where one tensor's bytes lie.
+    """Location of one tensor's bytes.
 
     Attributes:
-        name: Name in the file.
+        name: Tensor name in the file.
         path: The file.
-        dtype: Name in the format, such as "U32" or "BF16".
+        dtype: dtype name in the format, such as "U32" or "BF16".
         shape: Dimensions; () for a scalar.
         offset: First byte, from the start of the file.
         nbytes: Length in bytes: product of the shape times the dtype's size.
@@ -63,11 +63,11 @@ class TensorInfo:
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
-    """Tensors of a safetensors file by name, in the order of their offsets.
+    """Return the tensors of a safetensors file by name, in the order of their offsets.
 
     Raises:
         MissingTensorError: If there is no such file.
-        CorruptError: If the file breaks a rule of the format, is cut short, or is a Git LFS pointer.
+        CorruptError: If the file breaks a rule of the format, is truncated, or is a Git LFS pointer.
         CheckpointError: If the file can't be read at all.
 
     Cost: reads 8 bytes and the header.
@@ -76,16 +76,16 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """The file's ``__metadata__``: free text by key, empty where there is none. Raises as `read_header`."""
+    """Return the file's ``__metadata__``: free text by key, empty if there is none. Raises as `read_header`."""
     return _read(path)[1]
 
 
 def read_json(path: Path, advice: str, *, infinity: bool = False) -> dict[str, Any]:
-    """Read a JSON object from a file. ``advice`` says what to do where it is absent or broken.
+    """Read a JSON object from a file. ``advice`` says what to do if it is missing or broken.
 
     Args:
         path: The file.
-        advice: Ends messages.
+        advice: Advice at the end of messages.
         infinity: Whether infinite numbers are allowed, as Python writes them.
 
     Raises:
@@ -99,7 +99,7 @@ def read_json(path: Path, advice: str, *, infinity: bool = False) -> dict[str, A
 
 
 def read_bytes(path: Path, advice: str) -> bytes:
-    """A file that is to be parsed as JSON: of bounded size, and no Git LFS pointer.
+    """Read a file to be parsed as JSON; refuse oversized files and Git LFS pointers.
 
     Raises:
         MissingTensorError: If there is no such file.
@@ -123,17 +123,17 @@ def read_bytes(path: Path, advice: str) -> bytes:
 
 
 def load_json(data: bytes, where: str, advice: str = _AGAIN, *, unique: bool = True, infinity: bool = False) -> Any:
-    """Parse JSON that nobody vouches for: UTF-8, no NaN, no depth or number that breaks the parser.
+    """Parse untrusted JSON: UTF-8, no NaN, no depth or number that breaks the parser.
 
     Args:
         data: The text.
-        where: Opens messages.
-        advice: Ends messages.
+        where: Origin at the start of messages.
+        advice: Advice at the end of messages.
         unique: Whether a key may appear only once in an object.
         infinity: Whether infinite numbers are allowed, as Python writes them.
 
     Raises:
-        CorruptError: If it is not that.
+        CorruptError: If the data breaks one of these rules.
     """
 
     def constant(text: str) -> float:
@@ -164,10 +164,10 @@ def load_json(data: bytes, where: str, advice: str = _AGAIN, *, unique: bool = T
 
 
 def check_depth(value: Any, where: str, advice: str = _AGAIN, *, most: int = 64) -> None:
-    """Refuse JSON that nests deeper than ``most`` levels: copying and printing values is recursive.
+    """Refuse JSON nested deeper than ``most`` levels, because copying and printing values is recursive.
 
     Raises:
-        CorruptError: If it does. ``where`` opens the message, ``advice`` ends it.
+        CorruptError: If it is too deep. ``where`` starts the message, ``advice`` ends it.
     """
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(most):
@@ -183,7 +183,7 @@ def check_depth(value: Any, where: str, advice: str = _AGAIN, *, most: int = 64)
 
 
 def brief(value: object, limit: int = 120) -> str:
-    """A value from an untrusted file, fit for a message: quoted if text, and never longer than ``limit``."""
+    """Format a value from an untrusted file for a message: quoted if text, and at most ``limit`` characters."""
     try:
         text = str(value) if isinstance(value, Exception) else repr(value)
     except (RecursionError, ValueError):  # deep nesting; an integer of too many digits to print
@@ -192,14 +192,14 @@ def brief(value: object, limit: int = 120) -> str:
 
 
 def some(names: list[str]) -> str:
-    """The first three names, fit for a message, and how many more there are."""
+    """Format the first three names for a message, and the number of others."""
     return ", ".join(map(brief, names[:3])) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     where = path.name
     try:
-        # Asked before opening: to open a pipe would wait for its writer.
+        # Check before opening: opening a pipe would wait for its writer.
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"[{where}] must be a file, got something else at {path}. {_AGAIN}")
         with path.open("rb") as file:

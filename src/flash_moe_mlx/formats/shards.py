@@ -1,7 +1,7 @@
-"""Which of a directory's safetensors files are the checkpoint's, and the tensors of all of them.
+"""Finds which of a directory's safetensors files belong to the checkpoint, and all their tensors.
 
 mlx-lm reads every ``model*.safetensors`` and never the index. So an index may be left over from another build, or list
-tensors that a conversion dropped: it is believed only where it can tell an unfinished download from a finished one.
+tensors that a conversion dropped. It is used only to tell an unfinished download from a finished one.
 """
 
 import logging
@@ -25,14 +25,14 @@ logger = logging.getLogger(__name__)
 
 
 def read_shards(directory: Path) -> dict[str, TensorInfo]:
-    """Tensors of all of a directory's safetensors files by name, each found in exactly one file.
+    """Return the tensors of all of a directory's safetensors files by name, each in exactly one file.
 
     The files are those that model.safetensors.index.json names, where it is of this build; else all of
     ``model*.safetensors``, and without such files all of ``*.safetensors``. They may be links, as in a hub's cache.
 
     Raises:
-        MissingTensorError: If there is no file, or one or a tensor that index or names promise is absent.
-        CorruptError: If a file or the index breaks its format, or two files hold one tensor.
+        MissingTensorError: If there is no file, or a file or tensor that the index or file names promise is missing.
+        CorruptError: If a file or the index breaks its format, or two files contain the same tensor.
     """
     index = _read_index(directory)
     if index is None:
@@ -62,7 +62,7 @@ def read_shards(directory: Path) -> dict[str, TensorInfo]:
 
 
 def complete_by_name(names: Iterable[str]) -> list[str]:
-    """Files that need no index to be known as whole: all of one ``-of-N``, or model.safetensors alone; else none."""
+    """Return the files known to be complete without an index: all of one ``-of-N``, or model.safetensors; else none."""
     names = sorted(name for name in names if name.startswith("model"))
     if names == ["model.safetensors"]:
         return names
@@ -73,24 +73,24 @@ def complete_by_name(names: Iterable[str]) -> list[str]:
 
 
 def _numbering(name: str) -> tuple[str, str] | None:
-    """Stem and N of ``stem-00001-of-N.safetensors``; None of another name."""
+    """Return stem and N of ``stem-00001-of-N.safetensors``; None for other names."""
     match = _SHARD_OF.match(name)
     return (match[1], match[3]) if match else None
 
 
 def _promised(names: Iterable[str]) -> set[str]:
-    """Every file that numbered names say there is."""
+    """Return every file that numbered names imply."""
     numberings = {numbering for name in names if (numbering := _numbering(name))}
     return {f"{stem}-{i:05}-of-{count}.safetensors" for stem, count in numberings for i in range(1, int(count) + 1)}
 
 
 def _is_of_another_build(index: Mapping[str, str], tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether an index doesn't place every tensor where it lies."""
+    """Return whether an index contradicts the actual location of a tensor."""
     return any(index.get(name) != info.path.name for name, info in tensors.items())
 
 
 def _is_dropped(name: str) -> bool:
-    """Whether a tensor is of a part that text generation doesn't use, by its name: its absence is none."""
+    """Return whether text generation doesn't use a tensor, judging by its name, so that it may be missing."""
     return _DROPPED.search(name) is not None
 
 
@@ -120,7 +120,7 @@ def _read_index(directory: Path) -> dict[str, str] | None:
     if not isinstance(weight_map, dict) or not weight_map:
         raise CorruptError(f"[{INDEX_NAME}] weight_map must map tensors to files, got {brief(weight_map)}. {_AGAIN}")
     for name in weight_map.values():
-        # Only a plain name stays inside the directory; what it links to is the owner's choice.
+        # Only a plain name is sure to stay inside the directory; its link target is the owner's choice.
         if not isinstance(name, str) or not re.fullmatch(r"[^/\\:\x00-\x1f\ud800-\udfff]{1,200}\.safetensors", name):
             raise CorruptError(
                 f"[{INDEX_NAME}] weight_map must hold names of .safetensors files in the directory, "

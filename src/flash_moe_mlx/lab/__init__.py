@@ -1,1 +1,1 @@
-"""Measurement and pictures for notebooks and benchmarks: profiles, plots, kernels timed next to MLX's own."""
+"""Measurements and plots for notebooks and benchmarks: profiles, plots, kernel timings against MLX's own."""

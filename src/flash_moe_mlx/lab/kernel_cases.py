@@ -1,4 +1,4 @@
-"""The measured work: MoE layers, quantised matvecs and gated delta steps at real models' dimensions."""
+"""Benchmark cases: MoE layers, quantised matvecs and gated delta steps at real models' dimensions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ from .kernel_timing import Row, compare, relative_rms, sample
 GROUP = 64
 
 DeltaRule = Callable[..., tuple[mx.array, mx.array]]
-"""An op of the gated delta rule: (y, new state)."""
+"""An operation of the gated delta rule that returns (y, new state)."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """Dimensions of a Qwen3.5-MoE: hidden, expert width, and slots that exceed every cache."""
+    """Dimensions of a Qwen3.5-MoE: hidden size, expert width, and enough slots to exceed every processor cache."""
 
     name: str
     hidden: int
@@ -39,7 +39,7 @@ MODELS = (Model("397B", 4096, 1024, 64), Model("122B", 3072, 1024, 80), Model("3
 
 
 def expert_layout(hidden: int, width: int, bits: int) -> RecordLayout:
-    """An expert's record as mlx-lm quantises it: bfloat16 scales and biases, groups of 64."""
+    """Return the layout of an expert as mlx-lm quantises it: bfloat16 scales and biases, groups of 64."""
     specs = {}
     for projection in PROJECTIONS:
         out, columns = (hidden, width) if projection == "down_proj" else (width, hidden)
@@ -50,7 +50,7 @@ def expert_layout(hidden: int, width: int, bits: int) -> RecordLayout:
 
 
 def random_matrix(shape: tuple[int, ...], columns: int, bits: int) -> tuple[mx.array, mx.array, mx.array]:
-    """Random packed weights of zero mean and a scale that keeps the product near one."""
+    """Return random packed weights with zero mean and a scale that keeps products near one."""
     packed = (*shape, columns * bits // 32)
     high, low = (mx.random.randint(0, 2**16, packed, dtype=mx.uint32) for _ in range(2))
     weight = high * 2**16 + low
@@ -61,7 +61,7 @@ def random_matrix(shape: tuple[int, ...], columns: int, bits: int) -> tuple[mx.a
 
 
 class Layer:
-    """One MoE layer's experts, as our records and as mlx-lm's SwitchGLU, with the same bytes."""
+    """One MoE layer's experts, as our records and as mlx-lm's SwitchGLU with the same bytes."""
 
     def __init__(self, model: Model, bits: int):
         self.model, self.bits = model, bits
@@ -78,14 +78,14 @@ class Layer:
             pieces += [part.reshape(model.slots, -1).view(mx.uint32) for part in parts]
         used = sum(piece.shape[1] for piece in pieces)
         pieces.append(mx.zeros((model.slots, self.layout.record_bytes // 4 - used), mx.uint32))
-        # Made by the GPU, so that the bytes are where a kernel's output is; nothing has read them yet.
+        # Written by the GPU, so that the bytes are where a kernel's output would be; nothing has read them yet.
         array = mx.concatenate(pieces, axis=1)
         mx.eval(array, self.switch.parameters())
         self.bank = ExpertRecords(self.layout, array)
 
 
 def routes(model: Model, experts: int, calls: int) -> list[mx.array]:
-    """Slots of each call: distinct within it, random between."""
+    """Return the slots of each call: distinct within a call, random across calls."""
     made = [mx.random.permutation(model.slots)[None, :experts].astype(mx.uint32) for _ in range(calls)]
     mx.eval(made)
     return made
@@ -94,10 +94,10 @@ def routes(model: Model, experts: int, calls: int) -> list[mx.array]:
 def moe_layer(
     layer: Layer, experts: int, *, calls: int, samples: int, plan: ExpertPlan | None = None, launches: int = 2
 ) -> Row:
-    """A chain of routed layers, each the input of the next: gate, up, down, combine, residual.
+    """Time a chain of routed layers, each feeding the next: gate, up, down, combine, residual.
 
-    Theirs is mlx-lm's SwitchGLU with the same ending. With ``plan``, ours alone, with its spread over threads, in so
-    many launches.
+    The other side is mlx-lm's SwitchGLU with the same final steps. With ``plan``, only our side runs, with the plan's
+    thread layout.
     """
     model = layer.model
     slots = routes(model, experts, calls)
@@ -139,14 +139,14 @@ def spread_plan(
     down: tuple[int, int] | None = None,
     tile_rows: int | None = None,
 ) -> ExpertPlan:
-    """A plan whose kernels have other spreads over threads; None leaves the plan's own.
+    """Return a plan whose kernels use other thread layouts; None keeps the plan's own.
 
     Args:
-        layer: The layer.
+        layer: The layer to plan for.
         experts: K.
-        gate_up: Rows a lane and SIMD groups a threadgroup of expert_gate_up.
-        down: The same of expert_down.
-        tile_rows: Outputs a threadgroup of expert_down_combine.
+        gate_up: Rows per lane and SIMD groups per threadgroup of expert_gate_up.
+        down: The same for expert_down.
+        tile_rows: Outputs per threadgroup of expert_down_combine.
     """
     model, pair = layer.model, (layer.bits, GROUP)
     made = []
@@ -170,9 +170,9 @@ def matvec(
     samples: int,
     geometry: Geometry | None = None,
 ) -> Row:
-    """Products with ``copies`` matrices in turn, ``rounds`` times, beside ``mx.quantized_matmul``.
+    """Time products with ``copies`` matrices in turn, ``rounds`` times, against ``mx.quantized_matmul``.
 
-    They do not depend on each other: a GPU may overlap the end of one with the start of the next, on both sides.
+    The products are independent: on both sides, a GPU may overlap the end of one with the start of the next.
     """
     matrices = [random_matrix((outputs,), columns, bits) for _ in range(copies)]
     x = mx.random.normal((rows, columns)).astype(mx.bfloat16)
@@ -196,14 +196,14 @@ def matvec(
 
 
 def delta_inputs(steps: int, k_heads: int, v_heads: int, size: int) -> list[mx.array]:
-    """q, k, v, a, b, A_log, dt_bias of one layer, bfloat16 as in the model."""
+    """Return q, k, v, a, b, A_log and dt_bias of one layer, in bfloat16 as in the model."""
     shapes = [(k_heads, size), (k_heads, size), (v_heads, size), (v_heads,), (v_heads,)]
     arrays = [mx.random.normal((1, steps, *shape)).astype(mx.bfloat16) for shape in shapes]
     return [*arrays, mx.random.uniform(0, 2, (v_heads,)), mx.ones((v_heads,))]
 
 
 def delta_step(k_heads: int, v_heads: int, size: int, *, calls: int, states: int, samples: int, **tuning: int) -> Row:
-    """A chain of decode steps on the states of so many layers in turn: y of one is v of the next."""
+    """Time a chain of decode steps on the states of several layers in turn: y of one step is v of the next."""
     q, k, v, *rest = delta_inputs(1, k_heads, v_heads, size)
     own = [mx.random.normal((1, v_heads, size, size)) for _ in range(states)]
     mx.eval(q, k, v, rest, own)
@@ -221,7 +221,7 @@ def delta_step(k_heads: int, v_heads: int, size: int, *, calls: int, states: int
 
 
 def delta_conv_step(k_heads: int, v_heads: int, size: int, *, calls: int, states: int, samples: int) -> Row:
-    """The same with convolution and gated norm; the next step's convolution depends on this one's."""
+    """Time decode steps with convolution and gated norm; each step's convolution depends on the previous one's."""
     keys, values, share = k_heads * size, v_heads * size, v_heads // k_heads
     channels = 2 * keys + values
     b = channels + values
@@ -247,7 +247,7 @@ def delta_conv_step(k_heads: int, v_heads: int, size: int, *, calls: int, states
 
 
 def delta_prompt(steps: int, k_heads: int, v_heads: int, size: int, *, calls: int, samples: int, **tuning: int) -> Row:
-    """A prompt through a few layers, a launch each, beside the operations' loop: y of one is v of the next."""
+    """Time a prompt through a few layers, one launch per layer, against a loop of operations."""
     inputs = delta_inputs(steps, k_heads, v_heads, size)
     state = mx.random.normal((1, v_heads, size, size))
     mx.eval(inputs, state)
@@ -278,7 +278,7 @@ def delta_prompt(steps: int, k_heads: int, v_heads: int, size: int, *, calls: in
 
 
 def mlx_lm_prompt(steps: int, k_heads: int, v_heads: int, size: int) -> float:
-    """Microseconds of mlx-lm's own loop over so many tokens, compiled step, second run."""
+    """Return the microseconds of mlx-lm's own loop over the given tokens, with a compiled step, second run."""
     q, k, v, a, b, *_ = delta_inputs(steps, k_heads, v_heads, size)
     q, k = normalize_qk(q, k, inv_scale=size**-0.5, eps=1e-6)
     decay, beta = mx.exp(-mx.abs(a).astype(mx.float32)), mx.sigmoid(b)

@@ -1,7 +1,7 @@
-"""Each operation once, small, by its kernels and by its reference: what ``flash-moe doctor`` says of a GPU's kernels.
+"""Runs each operation once at a small size by kernel and by reference, for ``flash-moe doctor``.
 
-A Metal compiler that refuses a kernel says so when its result is evaluated, in the middle of an answer. Here it is
-asked beforehand, and its message is part of a report.
+If the Metal compiler rejects a kernel, the error appears only when its result is evaluated, in the middle of an
+answer. This check triggers compilation in advance and puts the message in a report.
 """
 
 import time
@@ -25,19 +25,19 @@ from .kernel_cases import GROUP, Layer, Model, random_matrix
 from .kernel_timing import relative_rms
 
 LARGEST_DIFFERENCE = 2e-2
-"""Relative RMS between a kernel and its reference in bfloat16, above which a kernel is wrong."""
+"""Maximum relative RMS between a correct kernel and its reference in bfloat16."""
 
 Operation = Callable[[], list[mx.array]]
 
 
 @dataclass(frozen=True)
 class KernelCheck:
-    """What came of one operation.
+    """Result of checking one operation.
 
     Attributes:
         name: The operation.
-        difference: Relative RMS between kernel and reference; None where there is no result.
-        seconds: Time of the kernel's first run, compilation included.
+        difference: Relative RMS between kernel and reference; None if there is no result.
+        seconds: Time of the kernel's first run, including compilation.
         error: The compiler's message, or None.
     """
 
@@ -48,7 +48,7 @@ class KernelCheck:
 
     @property
     def ok(self) -> bool:
-        """Whether the kernel compiled and computes what its reference does."""
+        """Whether the kernel compiled and matches its reference."""
         return self.difference is not None and self.difference <= LARGEST_DIFFERENCE
 
     def __str__(self) -> str:
@@ -60,14 +60,14 @@ class KernelCheck:
 
 
 def check_kernels() -> Iterator[KernelCheck]:
-    """Run every operation by the kernels of the default device, and by its reference."""
+    """Run every operation with the default device's kernels and with its reference."""
     mx.random.seed(0)
     for name, operation in operations():
         started = time.perf_counter()
         try:
             results = operation()
             mx.eval(results)
-        except RuntimeError as error:  # what MLX raises where a kernel doesn't compile or can't be launched
+        except RuntimeError as error:  # MLX raises this if a kernel doesn't compile or can't be launched
             yield KernelCheck(name, None, time.perf_counter() - started, str(error).strip())
             continue
         seconds = time.perf_counter() - started
@@ -79,7 +79,7 @@ def check_kernels() -> Iterator[KernelCheck]:
 
 
 def operations() -> Iterator[tuple[str, Operation]]:
-    """Every operation that has a GPU kernel, on random inputs in bfloat16, with its name."""
+    """Return every operation that has a GPU kernel, with its name, on random bfloat16 inputs."""
     hidden, experts, k = 128, 8, 2
     layer = Layer(Model("check", hidden, 128, experts), 4)
     x, residual = (mx.random.normal((1, hidden)).astype(mx.bfloat16) for _ in range(2))

@@ -1,4 +1,4 @@
-"""The table: which work is measured, and its lines."""
+"""The table of kernel timings: its cases and rows."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -18,20 +18,20 @@ Work = Callable[[], Row]
 
 @dataclass(frozen=True)
 class Size:
-    """How much is measured.
+    """Sizes of the benchmark cases.
 
     Attributes:
-        models: Layers' dimensions.
-        matrix: Outputs and columns of the matrix-vector products.
-        output_projection: The same of a whole vocabulary's, of which there are few copies.
-        heads: Key heads, value heads and their size in the gated delta rule.
-        tokens: Of a prompt in the gated delta rule.
-        calls: Calls in one sample, each on other inputs.
-        prompts: Calls of the gated delta rule on a prompt in one sample, one after the other.
-        copies: Matrices taken in turn.
-        states: States of the gated delta rule taken in turn.
-        samples: Samples of each side, of which the median counts.
-        copy_bytes: Of the array whose copy is the measure of bandwidth.
+        models: Dimensions of the layers.
+        matrix: Rows and columns of the matrix-vector products.
+        output_projection: Rows and columns of an output projection, of which there are few copies.
+        heads: Key heads, value heads and head size in the gated delta rule.
+        tokens: Prompt length in the gated delta rule.
+        calls: Calls per sample, each on different inputs.
+        prompts: Consecutive prompt calls of the gated delta rule per sample.
+        copies: Number of matrices used in turn.
+        states: Number of gated delta states used in turn.
+        samples: Samples per side; the median is reported.
+        copy_bytes: Size of the array copied to measure bandwidth.
     """
 
     models: tuple[cases.Model, ...] = cases.MODELS
@@ -53,7 +53,7 @@ QUICK = Size((cases.Model("small", 256, 128, 16),), (512, 256), (1024, 256), (2,
 
 @dataclass
 class Layers:
-    """MoE layers, made when they are first asked for."""
+    """MoE layers, created on first use."""
 
     made: dict[tuple[str, int], cases.Layer] = field(default_factory=dict)
 
@@ -64,7 +64,7 @@ class Layers:
 
 
 def standard_work(size: Size, layers: Layers) -> Iterator[Work]:
-    """What the table holds, a line each."""
+    """Yield the table's cases, one per row."""
     calls, samples, copies = size.calls, size.samples, size.copies
     for model, bits, choices in [
         *((model, 4, (4, 8, 10)) for model in size.models),
@@ -90,7 +90,7 @@ def _moe_layer(layers: Layers, model: cases.Model, bits: int, experts: int, **op
 
 
 class Table:
-    """Rows, handed to ``show`` as lines when they come.
+    """Table rows, passed to ``show`` as lines as they are measured.
 
     Attributes:
         copy: Copy bandwidth of the device in GB/s, bytes read plus bytes written.
@@ -105,7 +105,7 @@ class Table:
         show(HEADER)
 
     def add(self, row: Row) -> None:
-        """Take a row and show it."""
+        """Add a row and show it."""
         self.rows.append(row)
         other = f"{row.theirs_us:9.1f} {row.theirs_us / row.ours_us:6.2f}" if row.theirs_us else " " * 16
         close = f"{row.relative_rms:.1e}" if row.relative_rms is not None else ""
@@ -117,7 +117,7 @@ class Table:
         )
 
     def as_json(self) -> dict[str, Any]:
-        """Everything, for a JSON document."""
+        """Return the whole table for a JSON document."""
         return {
             "backend": backend(),
             "device": mx.device_info().get("device_name", "cpu"),

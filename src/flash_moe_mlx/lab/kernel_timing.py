@@ -1,4 +1,4 @@
-"""Timing: two sides in turn, inputs rotated, against the device's own copy bandwidth."""
+"""Alternating timing of two sides on rotating inputs, relative to the device's copy bandwidth."""
 
 import time
 from collections.abc import Callable
@@ -10,20 +10,20 @@ import mlx.core as mx
 from ..ops.backend import backend
 
 Work = Callable[[], list[mx.array]]
-"""Builds the graph of ``calls`` calls on rotating inputs; returns what has to be evaluated."""
+"""Function that builds the graph of ``calls`` calls on rotating inputs and returns the arrays to evaluate."""
 
 
 @dataclass
 class Row:
-    """One line of the table.
+    """One row of the table.
 
     Attributes:
-        name: What was computed.
-        ours_us: Median microseconds a call.
-        theirs_us: The same of the other side; None where there is none.
-        nbytes: Bytes a call must read and write once.
-        relative_rms: Difference of the two sides' results.
-        spread: Smallest and largest of our medians' samples.
+        name: Name of the case.
+        ours_us: Median microseconds per call of our side.
+        theirs_us: The same for the other side; None if there is none.
+        nbytes: Bytes that a call must read and write once.
+        relative_rms: Relative difference between the two sides' results.
+        spread: Smallest and largest of our samples.
     """
 
     name: str
@@ -52,7 +52,7 @@ def sample(work: Work, calls: int) -> float:
 
 
 def alternate(sides: list[Work], calls: int, samples: int) -> list[list[float]]:
-    """Samples of each side, taken in turn after one warm-up of each."""
+    """Sample both sides alternately, after one warm-up each."""
     for side in sides:
         sample(side, calls)
     taken: list[list[float]] = [[] for _ in sides]
@@ -65,7 +65,7 @@ def alternate(sides: list[Work], calls: int, samples: int) -> list[list[float]]:
 def compare(
     name: str, ours: Work, theirs: Work | None, calls: int, nbytes: int, samples: int, relative_rms: float | None = None
 ) -> Row:
-    """Time two sides of the same work."""
+    """Time two implementations of the same work."""
     sides = [ours] if theirs is None else [ours, theirs]
     taken = alternate(sides, calls, samples)
     other = None if theirs is None else median(taken[1])
@@ -73,13 +73,13 @@ def compare(
 
 
 def relative_rms(result: mx.array, reference: mx.array) -> float:
-    """Root of the squared differences over that of the reference's squares."""
+    """Return the RMS of the differences relative to the RMS of the reference."""
     result, reference = result.astype(mx.float32), reference.astype(mx.float32)
     return float(mx.sqrt(((result - reference) ** 2).sum() / (reference**2).sum()))
 
 
 def copy_bandwidth(nbytes: int, samples: int = 7) -> float:
-    """GB/s of an elementwise pass over a large array, bytes read plus bytes written."""
+    """Return the GB/s of an elementwise pass over a large array, counting bytes read plus bytes written."""
     array = mx.zeros((nbytes // 4,), mx.uint32)
     mx.eval(array)
 

@@ -1,6 +1,6 @@
-"""Pictures of where time goes, of routing, and of speed against memory limit. Needs matplotlib: the extra ``plot``.
+"""Plots of time by phase, routing, and speed against memory limit. Needs matplotlib (the extra ``plot``).
 
-Each function returns a matplotlib Figure, which a notebook shows; `save` writes one to a file.
+Each function returns a matplotlib Figure, which a notebook displays; `save` writes it to a file.
 """
 
 from collections.abc import Sequence
@@ -26,7 +26,7 @@ _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#
 
 
 def time_by_phase(profile: Profile) -> "Figure":
-    """Milliseconds a token by phase, prefill and decode, as stacked bars."""
+    """Plot milliseconds per token by phase, for prefill and decode, as stacked bars."""
     figure, axes = _figure(7, 2.8)
     bars = [
         (name, seconds, tokens)
@@ -47,7 +47,7 @@ def time_by_phase(profile: Profile) -> "Figure":
 
 
 def hits_by_layer(replay: Replay) -> "Figure":
-    """Share of the experts of decoded tokens that were in memory, layer by layer."""
+    """Plot the decode hit rate by layer."""
     figure, axes = _figure(7, 2.8)
     asked = (replay.hits + replay.misses)[1].clip(1)
     axes.bar(range(len(replay.layers)), 100 * replay.hits[1] / asked, color=_COLOURS[0])
@@ -59,7 +59,7 @@ def hits_by_layer(replay: Replay) -> "Figure":
 
 
 def expert_frequency(trace: RoutingTrace) -> "Figure":
-    """How often each expert of each layer was picked, the layer's experts sorted by it, as a heat map."""
+    """Plot how often each expert of each layer was picked as a heat map, sorted within each layer."""
     figure, axes = _figure(7, 3.6)
     counts = np.zeros((len(trace.layers), trace.num_experts))
     for column in range(len(trace.layers)):
@@ -73,7 +73,7 @@ def expert_frequency(trace: RoutingTrace) -> "Figure":
 
 
 def speed_by_limit(plan: Plan) -> "Figure":
-    """Expected decode speed against memory limit, the best one marked; hit rates where the speed is not known."""
+    """Plot expected decode speed against memory limit and mark the best limit; plot hit rates if speed is unknown."""
     figure, axes = _figure(7, 3.2)
     unit, size = ("GB", 1e9) if plan.sweep[-1].limit_bytes >= 1e9 else ("MB", 1e6)
     limits = [point.limit_bytes / size for point in plan.sweep]
@@ -91,10 +91,10 @@ def speed_by_limit(plan: Plan) -> "Figure":
 
 
 def save(figure: "Figure", path: str | Path) -> None:
-    """Write a figure to a file, in the format that its name ends in.
+    """Write a figure to a file, in the format given by its suffix.
 
     Raises:
-        RequestError: If matplotlib can't write such a file there.
+        RequestError: If matplotlib can't write this format or path.
     """
     try:
         figure.savefig(path)

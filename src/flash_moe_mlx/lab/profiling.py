@@ -1,4 +1,4 @@
-"""profile(): where the time of a model's forward passes goes, by waiting for each part before the next begins."""
+"""profile(): measures where forward passes spend time, by waiting for each part before the next starts."""
 
 import time
 from collections import defaultdict
@@ -17,7 +17,7 @@ from ..stats import table_html
 
 PHASES = ("attention", "router", "shared expert", "I/O wait", "experts", "lm_head", "other")
 
-# Modules by the last part of their path; what lies inside one of them counts for the inner one.
+# Modules by the last component of their path; nested modules count for the innermost.
 _PHASE_OF_NAME = {
     "self_attn": "attention", "linear_attn": "attention", "attention": "attention", "attn": "attention",
     "gate": "router", "router": "router", "shared_expert": "shared expert", "shared_experts": "shared expert",
@@ -27,10 +27,10 @@ _PHASE_OF_NAME = {
 
 @dataclass
 class Profile:
-    """Seconds by phase of what ran within `profile`. Prints as a table, and as HTML in a notebook.
+    """Seconds by phase of the work done within `profile`. Prints as a table, and as HTML in a notebook.
 
     Attributes:
-        prefill, decode: Seconds of each of PHASES, in passes of several tokens a sequence and of one.
+        prefill, decode: Seconds in each of PHASES, in passes of several tokens per sequence and of one.
         prefill_tokens, decode_tokens: Tokens of those passes.
     """
 
@@ -40,7 +40,7 @@ class Profile:
     decode_tokens: int = 0
 
     def rows(self) -> list[tuple[str, str, str]]:
-        """(phase, milliseconds a token in prefill, in decode), and the sum."""
+        """Return (phase, milliseconds per token in prefill, in decode), and the sum."""
         names = [*PHASES, "all"]
         columns = []
         for seconds, tokens in ((self.prefill, self.prefill_tokens), (self.decode, self.decode_tokens)):
@@ -63,17 +63,17 @@ class Profile:
 
 @contextmanager
 def profile(model: Any) -> Iterator[Profile]:
-    """Measure where the time of this model's forward passes goes, in one thread.
+    """Measure where this model's forward passes spend time, in one thread.
 
-    Each part is waited for before the next begins, and a decoder that runs several parts in one call is not used
-    meanwhile. Both cost time: read shares from it, not speeds. What is no part of a named phase, such as norms, is
+    Waits for each part before the next starts, and turns off the decoder that runs several parts in one call. Both
+    cost time, so rely on the shares, not the speeds. Work outside the named phases, such as norms, counts as
     "other".
 
     Args:
         model: A model that `load` returned.
 
     Yields:
-        The profile, which fills while the model runs.
+        The profile, which is updated while the model runs.
 
     Example:
         >>> with profile(model) as seconds:
@@ -98,18 +98,18 @@ def _phase(path: str, module: nn.Module) -> str | None:
         return "other"  # the model itself
     if isinstance(module, StreamingMoE | StreamingSwitchGLU):
         return "experts"
-    if isinstance(module, Embedding):  # called where it is the output projection as well
+    if isinstance(module, Embedding):  # called if it is also the output projection
         return "lm_head"
     return _PHASE_OF_NAME.get(path.rpartition(".")[2])
 
 
 class _Clock:
-    """Adds up what each call takes beyond the calls within it."""
+    """A clock that adds up each call's time, excluding nested calls."""
 
     def __init__(self, model: Any):
         self.profile = Profile()
         self._counters = model.streaming.counters
-        self._within: list[list[float]] = []  # seconds and waiting of the calls inside each call under way
+        self._within: list[list[float]] = []  # seconds and waiting time of nested calls, per active call
         self._seconds: dict[str, float] = defaultdict(float)
 
     def run(self, phase: str, call: Any, inputs: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -144,7 +144,7 @@ class _Clock:
 
 
 def _timed(cls: type, phase: str, clock: _Clock) -> type:
-    """The same class, whose calls are timed."""
+    """Return a subclass whose calls are timed."""
 
     def __call__(self: Any, *inputs: Any, **options: Any) -> Any:
         return clock.run(phase, lambda *a, **o: cls.__call__(self, *a, **o), inputs, options)

@@ -1,1 +1,1 @@
-"""Forecasts without a model: memory plan, simulated hit rate, expected speed."""
+"""Predictions without loading a model: memory plan, simulated hit rate, expected speed."""

@@ -1,4 +1,4 @@
-"""plan(): whether a model fits a memory limit, and how fast it will be. What it says; planner.py finds it out."""
+"""plan(): predicts whether a model fits a memory limit, and how fast it is. Result types; planner.py computes them."""
 
 import os
 from dataclasses import asdict, dataclass
@@ -14,26 +14,26 @@ from .speed import Speed
 
 SWEEP_POINTS = 10
 NEARLY = 0.97
-"""The best limit is the smallest whose speed is at least this share of the highest."""
+"""The best limit is the smallest one whose speed is at least this share of the highest."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model will need and do on this machine. Prints as tables, and as HTML in a notebook.
+    """Predicted memory use and speed of a model on this machine. Prints as tables, and as HTML in a notebook.
 
     Attributes:
         model: Path or repository.
-        limit_bytes: The limit that was asked for, or chosen.
-        at_limit: What it leads to; None where it doesn't hold.
-        smallest_limit_bytes: The smallest limit that works.
-        expert_bytes: Of all routed experts.
-        num_experts: Routed experts, all layers together.
+        limit_bytes: The requested or default limit.
+        at_limit: Prediction at this limit; None if the model doesn't fit.
+        smallest_limit_bytes: Smallest limit that works.
+        expert_bytes: Total size of all routed experts.
+        num_experts: Total number of routed experts in all layers.
         num_experts_per_tok: K.
-        record_bytes: Of one expert in a slot, of the layer that has the largest.
-        max_context: Tokens that there is room for.
-        speed: What the machine was measured or said to do.
-        sweep: Other limits, ascending, as far as this machine's memory goes.
-        assumptions: What the figures rest on.
+        record_bytes: Size of an expert in a slot, in the layer with the largest experts.
+        max_context: Context length that memory is reserved for, in tokens.
+        speed: Measured or given speed of the machine.
+        sweep: Predictions at other limits, ascending, up to this machine's memory.
+        assumptions: Assumptions behind the figures.
         host_limit_bytes: The limit on the host's memory, where ``limit_bytes`` is that of a GPU's own; else None.
     """
 
@@ -53,19 +53,19 @@ class Plan:
 
     @property
     def fits(self) -> bool:
-        """Whether the model runs at the limit."""
+        """Whether the model fits the limit."""
         return self.at_limit is not None
 
     @property
     def best(self) -> LimitPlan | None:
-        """Of the sweep, the smallest limit that is nearly as fast as the fastest, with the routing named first."""
+        """The smallest limit of the sweep that is nearly as fast as the fastest, for the first routing listed."""
         rates = [point.expectations[0].tokens_per_second or 0.0 for point in self.sweep]
         hits = [point.expectations[0].hit_rate for point in self.sweep]
         values = rates if any(rates) else hits
         return next((p for p, value in zip(self.sweep, values, strict=True) if value >= NEARLY * max(values)), None)
 
     def rows(self) -> list[tuple[str, str]]:
-        """(name, value) pairs in the order in which they are shown."""
+        """Return (name, value) pairs in display order."""
         rows = [
             ("model", self.model),
             ("experts", f"{self.num_experts:,} of {format_bytes(self.record_bytes)}, "
@@ -115,7 +115,7 @@ class Plan:
         return f"{table_html(self.rows())}{sweep}<ul>{notes}</ul>"
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything, of types that JSON knows."""
+        """Return the plan as JSON-compatible values."""
         best = self.best
         return {
             "model": self.model,
@@ -175,27 +175,27 @@ def plan(
     speed: Speed | None = None,
     trust_remote_code: bool = False,
 ) -> Plan:
-    """What a model will need and do on this machine, from its headers: no weights are downloaded or read.
+    """Predict a model's memory use and speed on this machine from its headers, without reading any weights.
 
     Args:
-        path_or_repo: Local directory, or a repository on the Hugging Face hub, of which only headers are fetched.
-        memory_limit: As for :func:`load`; None is what load would choose.
+        path_or_repo: Local directory, or a Hugging Face repository, of which only headers are downloaded.
+        memory_limit: As for :func:`load`; None for load's default.
         gpu_memory_limit: As for load. Where a GPU has its own memory, this is the limit that the plan's figures are of.
-        max_context: Tokens of prompt and answer that there must be room for.
+        max_context: Context length to reserve memory for (prompt plus answer), in tokens.
         num_experts_per_tok: As for load.
         revision: Branch, tag or commit of the repository.
-        trace: Recorded routing, whose hit rate is then expected beside that of local and of uniform routing.
-        disk_bytes_per_second: What the disk gives at random places. None probes the files of a local model for half
-            a second; of a repository it is not known then.
-        speed: A machine's figures. None measures this one, for a few seconds.
-        trust_remote_code: As for load; a model file must be in a local directory.
+        trace: Recorded routing to predict the hit rate of, in addition to local and uniform routing.
+        disk_bytes_per_second: Random-read rate of the disk. None probes the files of a local model for half a
+            second; for a repository the rate is then unknown.
+        speed: A machine's speed. None measures this machine, for a few seconds.
+        trust_remote_code: As for load; the model file must be in a local directory.
 
     Returns:
-        The plan; one that says so if the limit doesn't hold.
+        The plan, which says so if the model doesn't fit.
 
     Raises:
-        CheckpointError: If the headers can't be had or used.
-        RequestError: If an argument is not usable.
+        CheckpointError: If the headers can't be downloaded or are unusable.
+        RequestError: If an argument is invalid.
     """
     recorded = RoutingTrace.read(trace) if isinstance(trace, str | Path) else trace
     planner = Planner.open(

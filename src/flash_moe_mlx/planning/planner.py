@@ -1,4 +1,4 @@
-"""What plan() asks: how a limit divides, which hit rate and speed follow, for one model on one machine."""
+"""Computes plan()'s results for one model on one machine: the division of a limit, hit rate and speed."""
 
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -21,19 +21,19 @@ from .simulation import replay
 from .speed import Speed, TokenWork, measure_speed
 from .synthetic_routing import LOCAL, UNIFORM, make_routing
 
-_LAYERS, _TOKENS, _SKIPPED = 2, 320, 80  # of the routing that is made up
+_LAYERS, _TOKENS, _SKIPPED = 2, 320, 80  # of synthetic routing
 _PROBE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Expectation:
-    """What is expected of decode, with routing of one kind.
+    """Expected decode performance with one kind of routing.
 
     Attributes:
         routing: "local", "uniform" or "trace".
-        hit_rate: Share of a token's experts that are in memory, once the slots have filled.
-        missed_bytes: Read for a token.
-        tokens_per_second: None where the disk's rate is not known.
+        hit_rate: Share of a token's experts that are in memory, once the slots are full.
+        missed_bytes: Bytes read per token.
+        tokens_per_second: Decode speed; None if the disk's rate is unknown.
     """
 
     routing: str
@@ -44,7 +44,7 @@ class Expectation:
 
 @dataclass(frozen=True)
 class LimitPlan:
-    """A memory limit that works: how it divides, and what is expected of it."""
+    """A memory limit that works: its division and its expected performance."""
 
     limit_bytes: int
     budget: Budget
@@ -52,20 +52,20 @@ class LimitPlan:
 
     @property
     def num_slots(self) -> int:
-        """Experts that stay in memory, all layers together."""
+        """Total number of expert slots in all layers."""
         return sum(self.budget.num_slots.values())
 
 
 class Planner:
-    """One model, known from its headers, and one machine's speed.
+    """Planner for one model, known from its headers, and one machine's speed.
 
     Attributes:
-        limit_bytes: The limit that was asked for, or that load would choose.
-        smallest_limit_bytes: The smallest that works.
-        record_bytes, payload_bytes: Of an expert of each layer, in a slot and to be read.
-        num_experts: E of each layer.
-        k: Experts a token.
-        speed: The machine's.
+        limit_bytes: The requested limit, or load's default.
+        smallest_limit_bytes: Smallest limit that works.
+        record_bytes, payload_bytes: Size of an expert by layer, in a slot and as read.
+        num_experts: E by layer.
+        k: Experts per token.
+        speed: Speed of the machine.
     """
 
     def __init__(
@@ -76,7 +76,7 @@ class Planner:
         speed: Speed,
         trace: RoutingTrace | None = None,
     ):
-        """`Planner.open` finds all this."""
+        """Store the values that `Planner.open` determines."""
         layers = checkpoint.moe_layers
         if trace is not None and set(trace.layers) != set(layers):
             raise RequestError(
@@ -111,7 +111,7 @@ class Planner:
         speed: Speed | None = None,
         trust_remote_code: bool = False,
     ) -> "Planner":
-        """Read headers, and measure what isn't given. Arguments and errors as for `plan`."""
+        """Read headers and measure any speed that isn't given. Takes the arguments and raises the errors of `plan`."""
         config = StreamingConfig.from_arguments(
             memory_limit,
             max_context,
@@ -134,20 +134,20 @@ class Planner:
 
     @property
     def expert_bytes(self) -> int:
-        """Of all routed experts, as stored."""
+        """Total stored size of all routed experts."""
         return sum(count * self.payload_bytes[layer] for layer, count in self.num_experts.items())
 
     def divide(self, limit_bytes: int) -> Budget:
-        """As load divides it.
+        """Divide a limit as load does.
 
         Raises:
-            MemoryLimitError: If it can't hold.
+            MemoryLimitError: If the limit is too small.
         """
         limits = limit_bytes, self.host_limit_bytes
         return plan_memory(self._checkpoint, self._spec, self._config, *limits, probe=False).budget
 
     def limits(self, count: int) -> list[int]:
-        """Limits from the smallest to the largest that this machine holds, or to the one where all experts fit."""
+        """Return limits from the smallest to this machine's memory, or to the limit at which all experts fit."""
         smallest = self.smallest_limit_bytes
         missing = ((self.num_experts[layer] - self._asked(layer)) * size for layer, size in self.record_bytes.items())
         most = smallest + sum(missing)
@@ -155,13 +155,13 @@ class Planner:
         return sorted({round(smallest + i * (top - smallest) / (count - 1)) for i in range(count)})
 
     def at(self, limit_bytes: int) -> LimitPlan:
-        """What is expected of a limit that works: of the trace, if there is one, of local and of uniform routing."""
+        """Predict performance at a limit that works, for the trace (if any), local and uniform routing."""
         budget = self.divide(limit_bytes)
         kinds = ("local", "uniform") if self._trace is None else ("trace", "local", "uniform")
         return LimitPlan(limit_bytes, budget, tuple(self._expect(kind, budget.num_slots) for kind in kinds))
 
     def tokens_per_second(self, hit_rate: float) -> float | None:
-        """Decode speed at a hit rate, the same in every layer; None where the disk's rate is not known."""
+        """Return the decode speed at a hit rate equal in all layers; None if the disk's rate is unknown."""
         return self._tokens_per_second(dict.fromkeys(self.num_experts, hit_rate))[1]
 
     def _asked(self, layer: int) -> int:
@@ -187,13 +187,13 @@ class Planner:
         return Expectation(kind, hit_rate, *self._tokens_per_second(rates))
 
     def _tokens_per_second(self, rates: Mapping[int, float]) -> tuple[float, float | None]:
-        """Bytes that a token misses, and tokens a second."""
+        """Return the bytes missed per token and the tokens per second."""
         missed = sum((1 - r) * self._asked(layer) * self.payload_bytes[layer] for layer, r in rates.items())
         seconds = self.speed.token_seconds(self._work, missed)
         return missed, None if seconds is None else 1 / seconds
 
     def _of_made(self, kind: str, experts: int, slots: int) -> float:
-        """Hit rate of made-up routing."""
+        """Return the hit rate of synthetic routing."""
         if slots >= experts:
             return 1.0
         if (kind, experts) not in self._made:
@@ -213,7 +213,7 @@ class Planner:
 
 @contextmanager
 def _directory_of(path_or_repo: str | Path, revision: str | None) -> Iterator[tuple[Path, bool]]:
-    """Where the headers are, and whether the weights are there too."""
+    """Return the directory of the headers, and whether it also contains the weights."""
     if (path := local_directory(path_or_repo, "plan")) is not None:
         yield path, True
         return

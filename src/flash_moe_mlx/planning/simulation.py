@@ -1,4 +1,4 @@
-"""Replay a routing trace through slots and a policy: the hit rate that the engine would have, without a model."""
+"""Replays a routing trace through slots and a policy to get the engine's hit rate without a model."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ POLICIES: dict[str, PolicyMaker] = {
     "lru": lambda _: LRU(),
     "belady": Belady,
 }
-"""Policies by name: each makes one layer's, from the requests to come, which only Belady's looks at."""
+"""Policy factories by name. Each creates one layer's policy from its future requests, which only Belady's uses."""
 
 
 @dataclass(frozen=True)
 class Replay:
-    """What a replay counted.
+    """Counts of a replay.
 
     Attributes:
-        layers: The model's layer numbers.
-        hits, misses: Experts asked for that were, and were not, in memory. Shape (2, layers): prefill, decode.
-        tokens: Tokens of prefill and of decode.
+        layers: Layer numbers of the model.
+        hits, misses: Requested experts that were, and were not, in memory. Shape (2, layers): prefill, decode.
+        tokens: Number of tokens in prefill and in decode.
     """
 
     layers: tuple[int, ...]
@@ -37,17 +37,17 @@ class Replay:
 
     @property
     def hit_rate(self) -> float:
-        """Of prefill and decode together, as the engine counts: once a layer and forward pass."""
+        """Hit rate of prefill and decode together, counted like the engine's: once per layer and forward pass."""
         return _share(self.hits.sum(), self.misses.sum())
 
     @property
     def decode_hit_rate(self) -> float:
-        """Of decoded tokens alone."""
+        """Hit rate of decoded tokens only."""
         return _share(self.hits[DECODE].sum(), self.misses[DECODE].sum())
 
     @property
     def decode_misses_per_token(self) -> float:
-        """Records to be read for a decoded token."""
+        """Number of records read per decoded token."""
         return float(self.misses[DECODE].sum()) / max(self.tokens[DECODE], 1)
 
 
@@ -58,16 +58,16 @@ def _share(hits: float, misses: float) -> float:
 def replay(
     trace: RoutingTrace, num_slots: Mapping[int, int] | int, policy: str | PolicyMaker = "lfu", skip_passes: int = 0
 ) -> Replay:
-    """Hits and misses of a trace, from empty slots.
+    """Count the hits and misses of a trace, starting with empty slots.
 
     Args:
-        trace: Routing.
-        num_slots: Slots of each layer of the trace, by layer number, or of every layer.
-        policy: A name of POLICIES, or what makes a layer's policy from its requests.
-        skip_passes: Passes at the beginning, of each layer, that fill the slots and are not counted.
+        trace: Routing trace.
+        num_slots: Slots by layer number, or one number for all layers.
+        policy: Name in POLICIES, or a factory that creates a layer's policy from its requests.
+        skip_passes: Initial passes per layer that fill the slots and are not counted.
 
     Raises:
-        RequestError: If there is no such policy, or too few slots for a decoded token.
+        RequestError: If the policy is unknown, or there are too few slots for a decoded token.
     """
     if isinstance(policy, str) and policy not in POLICIES:
         raise RequestError(f"[simulate] policy must be one of {', '.join(POLICIES)}, got {policy!r}. Use one of these.")

@@ -1,4 +1,4 @@
-"""Tokens per second from measurable parts: weights through the processor, calls of a layer, records from the disk."""
+"""Predicts tokens per second from measurable parts: weight throughput, time per layer call, disk reads."""
 
 import time
 from collections.abc import Callable
@@ -15,20 +15,20 @@ from ..models.spec import ModelSpec
 from ..ops.dequant_matvec import dequant_matvec
 from ..runtime.loading import load_model
 
-_ROWS, _COLUMNS, _BITS, _GROUP_SIZE = 16384, 4096, 4, 64  # 38 MB: more than most caches hold
+_ROWS, _COLUMNS, _BITS, _GROUP_SIZE = 16384, 4096, 4, 64  # 38 MB: more than most processor caches hold
 _MATRICES = 4
 _STEPS = 24
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What one token costs on a machine.
+    """Speed of a machine, from which a token's time follows.
 
     Attributes:
-        weight_bytes_per_second: Quantised weights that pass through the processor.
-        layer_seconds: What a layer takes beside its weights: calls, norms, small products.
-        disk_bytes_per_second: Records read at random places; None if not known.
-        overlap: Share of the time of a layer's shared expert and of its experts in memory that reads go on in, 0 to 1.
+        weight_bytes_per_second: Throughput of products with quantised weights.
+        layer_seconds: Time of a layer besides its weights: calls, norms, small products.
+        disk_bytes_per_second: Random-read rate for records; None if unknown.
+        overlap: Share of the time of a layer's shared and cached experts that overlaps reads, 0 to 1.
     """
 
     weight_bytes_per_second: float
@@ -37,11 +37,11 @@ class Speed:
     overlap: float = 1.0
 
     def token_seconds(self, work: "TokenWork", missed_bytes: float) -> float | None:
-        """Seconds of one decoded token; None if something has to be read and the disk's rate is not known."""
+        """Return the seconds per decoded token; None if reads are needed and the disk's rate is unknown."""
         computing = work.weight_bytes / self.weight_bytes_per_second + work.layers * self.layer_seconds
         if not missed_bytes:
             return computing
-        if not self.disk_bytes_per_second:  # a probe that was held up may have seen no byte
+        if not self.disk_bytes_per_second:  # a delayed probe may have read nothing
             return None
         meanwhile = (work.shared_bytes + work.expert_bytes - missed_bytes) / self.weight_bytes_per_second
         return computing + max(missed_bytes / self.disk_bytes_per_second - self.overlap * meanwhile, 0.0)
@@ -49,13 +49,13 @@ class Speed:
 
 @dataclass(frozen=True)
 class TokenWork:
-    """What one decoded token of a model goes through.
+    """Work of one decoded token of a model.
 
     Attributes:
-        layers: Decoder layers.
-        weight_bytes: Dense weights and K experts of every layer, and recurrent states, read and written.
-        expert_bytes: Of them, routed experts'.
-        shared_bytes: Of them, shared experts'.
+        layers: Number of decoder layers.
+        weight_bytes: Bytes of dense weights, K experts per layer, and recurrent states (read and written).
+        expert_bytes: Part of them that belongs to routed experts.
+        shared_bytes: Part of them that belongs to shared experts.
     """
 
     layers: int
@@ -65,9 +65,9 @@ class TokenWork:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, spec: ModelSpec) -> "TokenWork":
-        """From headers alone."""
+        """Determine a model's work from its headers only."""
         names = {name for name in spec.weights if "embed_tokens" in name}
-        # Of the embeddings one row is read, unless they are the output projection as well.
+        # A token reads one row of the embeddings, unless they are also the output projection.
         tied = not any("lm_head" in name for name in spec.weights)
         skipped = 0 if tied else sum(spec.weights[name].nbytes for name in names)
         experts = sum(
@@ -81,10 +81,10 @@ class TokenWork:
 
 
 def measure_speed(disk_bytes_per_second: float | None = None) -> Speed:
-    """Measure this machine for a few seconds: products with large quantised matrices, and the embedded model's layers.
+    """Measure this machine for a few seconds: large quantised products, and the embedded model's layers.
 
     Args:
-        disk_bytes_per_second: What a probe found, or what the disk is said to do.
+        disk_bytes_per_second: Measured or stated read rate of the disk.
     """
     rate = _weight_rate()
     return Speed(rate, _layer_seconds(rate), disk_bytes_per_second)
@@ -107,7 +107,7 @@ def _weight_rate() -> float:
 
 
 def _layer_seconds(weight_bytes_per_second: float) -> float:
-    """Of the embedded model, whose weights are so few that calls are what takes the time."""
+    """Return the seconds per layer of the embedded model, whose weights are so few that calls dominate."""
     model = load_model(Path(str(files("flash_moe_mlx") / "demo")), memory_limit="200MB", max_context=256)
     with model.streaming:
         cache, token = model.make_cache(), mx.array([[5]])

@@ -1,8 +1,8 @@
-"""Routing made up by parameters, in the form of a trace: what policies and plans are tried on.
+"""Synthetic routing traces with given locality, for testing policies and plans.
 
-Real routing is local: a session uses a part of the experts, some far more than others, and a token often picks what
-the one before it picked. The defaults imitate the two real traces at hand (docs/performance.md); uniform routing is
-the worst case.
+Real routing is local: a session uses only some of the experts, some of them far more than others, and a token often
+picks the same experts as the previous one. The defaults imitate the two available real traces (docs/performance.md);
+uniform routing is the worst case.
 """
 
 from dataclasses import dataclass
@@ -14,14 +14,14 @@ from ..experts.trace import DECODE, PREFILL, RoutingTrace
 
 @dataclass(frozen=True)
 class Locality:
-    """How concentrated routing is.
+    """Parameters of how concentrated routing is.
 
     Attributes:
         zipf: Exponent of Zipf's law over the experts of the session; 0 is uniform.
         support: Share of all experts that the session uses.
-        sticky: Probability that an expert of the token before is picked again.
-        drift: Probability, each token and layer, that one expert of the session is replaced by one outside it.
-        spread: Layers differ: their exponents are ``zipf`` give or take at most this.
+        sticky: Probability that an expert of the previous token is picked again.
+        drift: Probability per token and layer that one expert of the session is replaced by one outside it.
+        spread: Maximum deviation of a layer's exponent from ``zipf``.
     """
 
     zipf: float = 1.0
@@ -46,17 +46,17 @@ def make_routing(
     turns: int = 1,
     seed: int = 0,
 ) -> RoutingTrace:
-    """Routing of a conversation: ``turns`` times a prompt, each one forward pass, and then decoded tokens.
+    """Generate the routing of a conversation: in each turn, a prompt in one forward pass, then decoded tokens.
 
     Args:
-        locality: How concentrated.
-        layers: Layers with experts.
+        locality: How concentrated the routing is.
+        layers: Number of layers with experts.
         num_experts: E.
         num_experts_per_tok: K.
-        prompt_tokens: Of each turn's prompt.
-        tokens: Decoded in each turn.
-        turns: How often.
-        seed: Same seed, same trace.
+        prompt_tokens: Length of each turn's prompt.
+        tokens: Decoded tokens per turn.
+        turns: Number of turns.
+        seed: Random seed; the same seed gives the same trace.
     """
     rng = np.random.default_rng(seed)
     k = num_experts_per_tok
@@ -73,7 +73,7 @@ def make_routing(
                 rng.choice(np.flatnonzero(np.isfinite(weights[layer]) == kind)) for kind in (True, False)
             )
             weights[layer, [inside, outside]] = weights[layer, [outside, inside]]
-        # Drawing without replacement, by Gumbel's trick.
+        # Sample without replacement, by the Gumbel trick.
         keys = weights + rng.gumbel(size=weights.shape)
         if token:
             kept, places = np.nonzero(rng.random((layers, k)) < locality.sticky)
