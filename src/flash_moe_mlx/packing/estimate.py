@@ -1,4 +1,4 @@
-"""Sizes of a packing before it is begun, from its plan alone."""
+"""Estimates a packing's sizes before it starts, from its plan only."""
 
 import shutil
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from .workspace import RESERVE_BYTES, Workspace
 
 @dataclass(frozen=True)
 class Estimate(NamedRows):
-    """Sizes and room. Prints as a short table, and as HTML in a notebook.
+    """Estimated sizes and disk space. Prints as a short table, and as HTML in a notebook.
 
     Attributes:
         source_bytes: Total size of the source's tensors.
