@@ -61,7 +61,7 @@ def conv1d_silu_reference(
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """``conv1d_silu`` in plain MLX operations."""
+    """Compute ``conv1d_silu`` in plain MLX operations."""
     taps = weight.shape[1]
     weight = weight.reshape(weight.shape[0], taps).astype(mx.float32)
     if mask is not None:
@@ -93,7 +93,7 @@ def gated_delta_reference(
     state: mx.array | None,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """``gated_delta`` in plain MLX operations: one token after the other."""
+    """Compute ``gated_delta`` in plain MLX operations: one token after the other."""
     dtype = q.dtype
     batch, steps, k_heads, k_dim = q.shape
     v_heads, v_dim = v.shape[2:]
@@ -125,7 +125,7 @@ def gated_delta_reference(
 
 
 def has_kernel(k_dim: int) -> bool:
-    """Tell whether the kernels know heads of this size."""
+    """Return whether the kernels know heads of this size."""
     return k_dim % SIMD_WIDTH == 0 and k_dim <= 256
 
 
@@ -142,7 +142,7 @@ class DeltaKernel:
     threadgroups: int
 
     def grid(self, heads: int) -> tuple[int, int, int]:
-        """Threads in all: a threadgroup for each head of each row of the batch, and each tile of its state."""
+        """Total number of threads: one threadgroup per head of each row of the batch and tile of its state."""
         return (SIMD_WIDTH * heads, self.kernel.threadgroup[1] * self.threadgroups, 1)
 
 
@@ -155,14 +155,14 @@ def delta_kernel(
     simd_groups: int,
     lanes: int = LANES,
 ) -> DeltaKernel:
-    """kernels/NAME.metal for one layer's heads.
+    """Return kernels/NAME.metal for one layer's heads.
 
     Args:
         name: "gated_delta" or "gated_delta_conv_step".
         heads: Hk, Hv, Dk, Dv.
         extra: The kernel's own constants.
-        rows: Rows that a lane holds.
-        simd_groups: SIMD groups a threadgroup.
+        rows: Number of rows that a lane holds.
+        simd_groups: SIMD groups per threadgroup.
         lanes: Lanes that share a row of the state, halved until pieces of four floats a lane fill a row.
     """
     k_heads, v_heads, k_dim, v_dim = heads
@@ -194,7 +194,7 @@ def gated_delta_kernel(
     mask: mx.array | None = None,
     **spread: int,
 ) -> tuple[mx.array, mx.array]:
-    """``gated_delta`` on the GPU: all tokens in one launch. Kernel: kernels/gated_delta.metal.
+    """Compute ``gated_delta`` on the GPU: all tokens in one launch. Kernel: kernels/gated_delta.metal.
 
     ``spread`` is handed to ``delta_kernel``: rows, simd_groups, lanes.
     """

@@ -21,13 +21,13 @@ MAX_HEAD = 128 * 128
 
 
 def has_step_kernel(k_dim: int, v_dim: int) -> bool:
-    """Tell whether the kernel knows heads of this size."""
+    """Return whether the kernel knows heads of this size."""
     return has_kernel(k_dim) and k_dim * v_dim <= MAX_HEAD
 
 
 @dataclass(frozen=True)
 class Columns:
-    """Where a row of joined projections holds what.
+    """Layout of the columns in a row of joined projections.
 
     Attributes:
         q, k: First query and key of the first key head.
@@ -50,7 +50,7 @@ class Columns:
 
 
 def key_heads(channels: int, v_heads: int, v_dim: int, k_dim: int) -> int:
-    """Hk of a layer whose convolution has so many channels."""
+    """Return Hk of a layer whose convolution has this many channels."""
     return (channels - v_heads * v_dim) // (2 * k_dim)
 
 
@@ -80,7 +80,7 @@ def gated_delta_conv_step_reference(
     state: mx.array,
     norm: Norm,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """``gated_delta_conv_step`` in plain MLX operations."""
+    """Compute ``gated_delta_conv_step`` in plain MLX operations."""
     batch, v_heads, v_dim, k_dim = state.shape
     k_heads = key_heads(conv_weight.shape[0], v_heads, v_dim, k_dim)
     qkv, z, b, a = split_columns(projected, columns, k_heads, v_heads, k_dim, v_dim)
@@ -110,7 +110,7 @@ def step_kernel(
     columns: Columns,
     eps: float,
 ) -> Kernel:
-    """kernels/gated_delta_conv_step.metal for one layer's dtypes (x, A_log, dt_bias) and heads (Hk, Hv, Dk, Dv)."""
+    """Return the kernel for one layer's dtypes (x, A_log, dt_bias) and heads (Hk, Hv, Dk, Dv)."""
     k_heads, v_heads, k_dim, v_dim = heads
     lanes = LANES
     while k_dim % (4 * lanes):
@@ -143,7 +143,7 @@ def gated_delta_conv_step_kernel(
     state: mx.array,
     norm: Norm,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """``gated_delta_conv_step`` on the GPU, in one launch. Kernel: kernels/gated_delta_conv_step.metal."""
+    """Compute ``gated_delta_conv_step`` on the GPU, in one launch. Kernel: kernels/gated_delta_conv_step.metal."""
     batch, v_heads, v_dim, k_dim = state.shape
     heads = (key_heads(conv_weight.shape[0], v_heads, v_dim, k_dim), v_heads, k_dim, v_dim)
     y, new_conv_state, new_state = kernel_source.launch(
@@ -184,7 +184,7 @@ def gated_delta_conv_step(
 
     Args:
         projected: Joined projections of one token per sequence. Shape (B, P), float32, bfloat16 or float16.
-        columns: Where queries, keys, values, gates and logits are.
+        columns: Positions of queries, keys, values, gates and logits.
         conv_state: Shape (B, taps - 1, 2 Hk Dk + Hv Dv).
         conv_weight: Shape (2 Hk Dk + Hv Dv, taps) or with a last axis of 1.
         A_log: Shape (Hv,).

@@ -28,7 +28,7 @@ class Matrix(NamedTuple):
         scales: Shape (N, H / group_size).
         biases: Shape (N, H / group_size), dtype of scales.
         bits: Bits per weight.
-        group_size: Weights that share a scale and a bias.
+        group_size: Number of weights that share a scale and a bias.
     """
 
     weight: mx.array
@@ -38,7 +38,7 @@ class Matrix(NamedTuple):
     group_size: int
 
     def reference(self, x: mx.array) -> mx.array:
-        """``x W^T`` in plain MLX operations."""
+        """Compute ``x W^T`` in plain MLX operations."""
         return dequant_matvec_reference(x, *self[:3], bits=self.bits, group_size=self.group_size)
 
 
@@ -58,7 +58,7 @@ class Gate(NamedTuple):
     pitch: int
 
     def reference(self, width: int) -> mx.array:
-        """The logits alone, shape (T, width)."""
+        """Return the logits alone, shape (T, width)."""
         places = mx.arange(width)
         return self.rows[:, self.start + places // self.head * self.pitch + places % self.head]
 
@@ -90,12 +90,12 @@ _residual_kernels: dict[tuple[object, ...], tuple[Kernel, Geometry]] = {}
 
 
 def norm_matvec_reference(x: mx.array, norm: Norm, matrix: Matrix, dtype: mx.Dtype) -> mx.array:
-    """``norm_matvec`` in plain MLX operations."""
+    """Compute ``norm_matvec`` in plain MLX operations."""
     return matrix.reference(norm.reference(x)).astype(dtype)
 
 
 def norm_matvec_kernel(x: mx.array, norm: Norm, matrix: Matrix, dtype: mx.Dtype) -> mx.array:
-    """``norm_matvec`` on the GPU, in one launch. Kernel: kernels/norm_matvec.metal."""
+    """Compute ``norm_matvec`` on the GPU, in one launch. Kernel: kernels/norm_matvec.metal."""
     key = (x.dtype, x.shape[1], matrix.weight.shape[0], matrix.scales.dtype, *matrix[3:], norm.eps, dtype)
     made = _norm_kernels.get(key)
     if made is None:
@@ -117,7 +117,7 @@ def norm_matvec(x: mx.array, norm: Norm, matrix: Matrix, dtype: mx.Dtype | None 
         x: Hidden states of a few tokens. Shape (T, H), float32, bfloat16 or float16.
         norm: The layer's norm.
         matrix: Joined projections, or the router.
-        dtype: What y is rounded to; None is the dtype of x.
+        dtype: Dtype of y; None is the dtype of x.
 
     Returns:
         Shape (T, N). Sums are float32, and the normalised x is not rounded.
@@ -128,7 +128,7 @@ def norm_matvec(x: mx.array, norm: Norm, matrix: Matrix, dtype: mx.Dtype | None 
 
 
 def matvec_residual_reference(x: mx.array, matrix: Matrix, residual: mx.array, gate: Gate | None) -> mx.array:
-    """``matvec_residual`` in plain MLX operations."""
+    """Compute ``matvec_residual`` in plain MLX operations."""
     wide = x.astype(mx.float32)
     if gate is not None:
         wide = wide * mx.sigmoid(gate.reference(x.shape[1]).astype(mx.float32))
@@ -136,7 +136,7 @@ def matvec_residual_reference(x: mx.array, matrix: Matrix, residual: mx.array, g
 
 
 def matvec_residual_kernel(x: mx.array, matrix: Matrix, residual: mx.array, gate: Gate | None) -> mx.array:
-    """``matvec_residual`` on the GPU, in one launch. Kernel: kernels/matvec_residual.metal."""
+    """Compute ``matvec_residual`` on the GPU, in one launch. Kernel: kernels/matvec_residual.metal."""
     place = (0, 0, 4, 4) if gate is None else (gate.rows.shape[1], *gate[1:])
     key = (x.dtype, x.shape[1], matrix.weight.shape[0], matrix.scales.dtype, *matrix[3:], gate is None, place)
     made = _residual_kernels.get(key)
@@ -163,7 +163,7 @@ def matvec_residual(x: mx.array, matrix: Matrix, residual: mx.array, gate: Gate 
         x: The mixer's output for a few tokens. Shape (T, H), float32, bfloat16 or float16.
         matrix: The output projection.
         residual: Shape (T, N).
-        gate: Where each value's gate is, or None for gates of one. Its head is a multiple of 4.
+        gate: Position of each value's gate, or None for gates of one. Its head is a multiple of 4.
 
     Returns:
         Shape (T, N), dtype of x. Sums are float32, rounded once.

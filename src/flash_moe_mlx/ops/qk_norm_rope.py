@@ -16,7 +16,7 @@ SIMD_GROUPS = 2
 
 @dataclass(frozen=True)
 class Heads:
-    """Where the heads lie in a row of joined projections.
+    """Layout of the heads in a row of joined projections.
 
     Attributes:
         queries: Query heads.
@@ -45,7 +45,7 @@ def rotation(position: int, dims: int, base: float) -> mx.array:
 def qk_norm_rope_reference(
     projected: mx.array, heads: Heads, q_norm: Norm, k_norm: Norm, turns: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """``qk_norm_rope`` in plain MLX operations."""
+    """Compute ``qk_norm_rope`` in plain MLX operations."""
     tokens, half = projected.shape[0], turns.shape[1] // 2
     cosine, sine = turns[:, None, :half], turns[:, None, half:]
 
@@ -66,7 +66,7 @@ def qk_norm_rope_reference(
 
 @cache
 def rope_kernel(dtype: mx.Dtype, pitch: int, heads: Heads, rotary: int, eps: float) -> Kernel:
-    """kernels/qk_norm_rope.metal for one layer's heads."""
+    """Return kernels/qk_norm_rope.metal for one layer's heads."""
     constants = (
         ("X", dtype),
         ("PITCH", pitch),
@@ -86,7 +86,7 @@ def rope_kernel(dtype: mx.Dtype, pitch: int, heads: Heads, rotary: int, eps: flo
 def qk_norm_rope_kernel(
     projected: mx.array, heads: Heads, q_norm: Norm, k_norm: Norm, turns: mx.array
 ) -> tuple[mx.array, mx.array]:
-    """``qk_norm_rope`` on the GPU, in one launch. Kernel: kernels/qk_norm_rope.metal."""
+    """Compute ``qk_norm_rope`` on the GPU, in one launch. Kernel: kernels/qk_norm_rope.metal."""
     tokens, pitch = projected.shape
     queries, keys = kernel_source.launch(
         rope_kernel(projected.dtype, pitch, heads, turns.shape[1], q_norm.eps),
@@ -104,7 +104,7 @@ def qk_norm_rope(
 
     Args:
         projected: Joined projections of a few tokens. Shape (T, P), float32, bfloat16 or float16.
-        heads: Where the heads are.
+        heads: Layout of the heads.
         q_norm: Norm of a query head.
         k_norm: Norm of a key head, with the same eps.
         turns: Cosines and sines of each token's position, as from ``rotation``. Shape (T, rotary dimensions), float32.

@@ -24,7 +24,7 @@ Parts = Mapping[str, mx.array]
 
 
 def has_kernels(layout: RecordLayout, backend: str) -> bool:
-    """Tell whether our kernels of a backend, "cpu" or "gpu", take a record's layout and quantised projections."""
+    """Return whether our kernels of a backend, "cpu" or "gpu", take a record's layout and quantised projections."""
     known = all(q is None or backend in q.scheme.kernels for _, q in layout.quantizations)
     if backend == "cpu":
         return known and all(_steps_over_rows(layout, *own) for own in layout.quantizations)
@@ -32,7 +32,7 @@ def has_kernels(layout: RecordLayout, backend: str) -> bool:
 
 
 def _steps_over_rows(layout: RecordLayout, projection: str, quantization: Quantization | None) -> bool:
-    """Tell whether the CPU's kernels read a projection's rows where they lie: in order, or every other one of codes."""
+    """Return whether the CPU's kernels read a projection's rows in place: in order, or every other one of codes."""
     apart = {part.rows_apart for part in layout.parts if part.projection == projection}
     return apart == {1} or (apart == {2} and quantization is not None and quantization.scheme.coded)
 
@@ -47,7 +47,7 @@ def pair_bytes(layout: RecordLayout) -> int:
 
 
 def come_one_by_one(layout: RecordLayout, pairs: int) -> bool:
-    """Tell whether so many pairs of a token and an expert are computed one after the other, to bound their scratch.
+    """Return whether so many pairs of a token and an expert are computed one after the other, to bound their scratch.
 
     A GPU's graph stays lazy, unless weights are dequantised by several operations.
     """
@@ -93,7 +93,7 @@ _DEQUANTISE = {"fp8": _fp8}
 
 
 def _multiplies(quantization: Quantization) -> bool:
-    """Tell whether MLX multiplies with matrices of this mode without dequantising them first."""
+    """Return whether MLX multiplies with matrices of this mode without dequantising them first."""
     return quantization.scheme.dequantise is None and quantization.mode not in _DEQUANTISE
 
 
