@@ -196,7 +196,7 @@ def test_a_batch_takes_its_memory_from_the_slots(
         forget_peak()
         for _ in range(2):
             mx.eval(model(mx.array(RNG.integers(1, VOCABULARY, batch[:2])), cache=caches, logits_to_keep=1))
-            with engine.forward_pass(*batch):
+            with engine.forward_pass(*batch, caches=caches):
                 assert K * LAYERS <= engine.stats().num_slots < EXPERTS * LAYERS // 4
         assert engine.stats().peak_memory_bytes <= limit
         with pytest.raises(MemoryLimitError, match="at least"):

@@ -242,12 +242,13 @@ class LocalToken:
         if ELSEWHERE in experts:
             ranks = [rank for rank in ranks if experts[rank] != ELSEWHERE]
             experts = [experts[rank] for rank in ranks]
-        self._fetch = fetch = self._reader.token(self._layer, experts)
+        fetch = self._reader.token(self._layer, experts)
         records = fetch.addresses(experts)
         self._reader.record(self._layer, (ids if traced is None else traced)[None], weights[None])
         if not fetch.misses:
             self.present.set(records, ranks)
             return False
+        self._fetch = fetch
         absent = set(fetch.misses)
         places = range(len(experts))
         here = [place for place in places if experts[place] not in absent]
@@ -258,8 +259,10 @@ class LocalToken:
 
     def finish(self) -> None:
         """Wait for the missing experts: see `TokenExperts.finish`."""
-        assert self._fetch is not None
-        self._fetch.wait()
+        # Kept no longer: it holds a layer's slots, which a resize or close is to free.
+        fetch, self._fetch = self._fetch, None
+        assert fetch is not None
+        fetch.wait()
         self.missing.set(*self._late)
 
     def exchange(self) -> None:

@@ -64,6 +64,7 @@ class Reservations:
         self._snapshots: list[weakref.ref[Snapshots]] = []
         self._recent = self._promised  # largest need since the whole of `reserved` was last needed
         self._passes = 0
+        self._asked = (batch, length, self._promised_states)
         self.reserved = self._promised
 
     @property
@@ -81,6 +82,7 @@ class Reservations:
     def needed(self, batch: int, tokens: int, length: int, caches: Sequence[Any] = ()) -> Room:
         """Return the room that a pass needs, in addition to the states of all other conversations."""
         states = self._costs.state_bytes(batch, length)
+        self._asked = (batch, length, states)
         others = self.state_bytes - self._nbytes(caches)
         scratch = self._costs.scratch_bytes(batch, tokens, length)
         needed = states + others + scratch
@@ -119,7 +121,9 @@ class Reservations:
         if not caches:
             return
         first, key = caches[0], id(caches[0])
-        nbytes = self._costs.state_bytes(batch, length)
+        *asked, nbytes = self._asked  # for the same pass: ten microseconds each time
+        if asked != [batch, length]:
+            nbytes = self._costs.state_bytes(batch, length)
         known = self._conversations.get(key)
         if known is not None and known.cache() is first:
             # Buffers don't shrink when a cache is cut back, but they do when sequences leave a batch.

@@ -81,6 +81,7 @@ def stream_generate(
         max_kv_size: Accepted for compatibility with mlx_lm; ignored by models that create their own caches.
         prompt_cache: Caches of the conversation so far, advanced in place. When generation ends they hold the prompt
             and every yielded token, as in mlx_lm; if the iterator is closed early, all but the last token.
+            Their states take memory from the expert slots for as long as anything holds the caches.
         prefill_step_size: Prompt tokens per forward pass. The exact bits depend on it, but never on the memory limit.
         kv_bits: Quantise the KV cache to this many bits (lossy).
         kv_group_size: Group size of a quantised KV cache.

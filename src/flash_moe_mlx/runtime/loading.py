@@ -115,6 +115,7 @@ def load(
         DistributedError: If the ranks differ, or one fails or doesn't arrive in time.
         MemoryLimitError: If the limit is too small. Raised before weights are read; names the smallest that works.
         RequestError: If an argument is not usable.
+        StoreError: If this process was forked from one that had computed: use multiprocessing's "spawn" method.
     """
     streaming = StreamingConfig.from_arguments(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
