@@ -167,7 +167,9 @@ class RankGroup:
     def _collect(self) -> None:
         while (words := self._requests.get()) is not None:
             try:
-                answer: np.ndarray | str = np.array(mx.distributed.all_sum(mx.array(words), group=self._group))
+                total = mx.distributed.all_sum(mx.array(words), group=self._group)
+                mx.eval(total)  # without Python's lock, which np.array would hold while it waits
+                answer: np.ndarray | str = np.array(total)
             except RuntimeError as error:
                 self._break(f"rank {self.rank} can't reach the others: {error}")
                 return
