@@ -1,10 +1,13 @@
+import gc
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from flash_moe_mlx.errors import ShapeError
 from flash_moe_mlx.formats.expert_layout import RecordLayout, RecordPart
-from flash_moe_mlx.ops.expert_ffn import expert_ffn, expert_ffn_kernel, expert_ffn_reference
+from flash_moe_mlx.ops.expert_ffn import expert_ffn, expert_ffn_kernel, expert_ffn_reference, plan_of
 
 from .oracle import REFERENCE_RMS, assert_close, expert_ffn_oracle, make_bank, wide
 
@@ -116,3 +119,13 @@ def test_refuses_parts_off_their_boundaries():
     bank.layout = RecordLayout(shifted, layout.quantizations, layout.record_bytes)
     with pytest.raises(ShapeError, match="16-byte boundaries"):
         expert_ffn_kernel(mx.zeros((1, 64)), bank, mx.zeros((1, 2), mx.uint32))
+
+
+def test_plans_go_with_their_layouts():
+    bank, _ = make_bank(128, 64, 2, [4] * 3, [32] * 3)
+    plan = plan_of(bank.layout)
+    assert plan_of(bank.layout) is plan
+    layout = weakref.ref(bank.layout)
+    del bank, plan
+    gc.collect()
+    assert layout() is None

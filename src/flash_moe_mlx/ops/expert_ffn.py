@@ -97,9 +97,6 @@ class ExpertPlan:
         return self.gate_up[key]
 
 
-_plans: dict[tuple[int, int], ExpertPlan] = {}
-
-
 def is_quantized(layout: RecordLayout) -> bool:
     """Return whether all projections are quantised in modes that the GPU's kernels support."""
     return has_kernels(layout, "gpu") and all(quantization for _, quantization in layout.quantizations)
@@ -213,11 +210,11 @@ def plan_experts(
 
 
 def plan_of(layout: RecordLayout, shared: RecordLayout | None = None) -> ExpertPlan:
-    """Return the plan of a layer's layouts, built on first use."""
-    key = (id(layout), id(shared))
-    plan = _plans.get(key)
+    """Return the plan of a layer's layouts, built on first use and kept with the layout as long as that lives."""
+    plans: dict[int, ExpertPlan] = vars(layout).setdefault("_gpu_plans", {})
+    plan = plans.get(id(shared))
     if plan is None:
-        plan = _plans[key] = plan_experts(layout, shared=shared)
+        plan = plans[id(shared)] = plan_experts(layout, shared=shared)
     return plan
 
 
