@@ -28,6 +28,9 @@ from ..formats.safetensors_header import brief
 MLX_LM_VERSION: str = _mlx_lm_version
 
 _FILE_NAME = re.compile(r"[\w-][\w.-]{0,100}\.py", re.ASCII)
+_FRACTIONS = {"partial_rotary_factor"}
+"""Fields that mlx-lm's mimo_v2_flash annotates as integers and multiplies with; config_fields.py checks them."""
+
 _LAYER_COUNTS = ("num_hidden_layers", "num_layers", "n_layers", "n_layer")
 
 
@@ -112,7 +115,7 @@ def _check_integer(checkpoint: Checkpoint, name: str, value: Any, expected: Any)
     if whole and name in _LAYER_COUNTS:
         checkpoint.require_layers(name, value)
     fraction = type(value) is float and not value.is_integer() and _fits(1, expected) and not _fits("", expected)
-    fraction = fraction and float not in (expected, *typing.get_args(expected))
+    fraction = fraction and float not in (expected, *typing.get_args(expected)) and name not in _FRACTIONS
     if fraction or (whole and not -MAX_DIMENSION <= value <= MAX_DIMENSION):
         raise CorruptError(
             f"[config.json] {name} must be an integer that fits an array's dimension, got {brief(value)}. "
