@@ -26,7 +26,7 @@ WITHOUT_MLX = [
     "errors", "forks", "stats", "system", "machine", "config", "formats", "storage.file_io", "storage.disk_probe",
     "storage.io_choice", "storage.record_check", "storage.io_threads", "experts.trace",
     "experts.policies", "experts.slots", "experts.budget", "experts.reservations", "experts.memory_plan",
-    "planning.synthetic_routing", "planning.simulation",
+    "models.config", "planning.synthetic_routing", "planning.simulation",
 ]  # fmt: skip
 
 MAX_LINES = 500

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from flash_moe_mlx.config import ModelConfig
 from flash_moe_mlx.errors import NonFiniteError, RequestError
 from flash_moe_mlx.models import checks, gpu_step, gpu_token
+from flash_moe_mlx.models.config import ModelConfig
 from flash_moe_mlx.models.qwen3_next import FusedGatedDeltaNet
 from flash_moe_mlx.ops.gated_delta_step import split_columns
 from flash_moe_mlx.ops.gpu import kernel_source

@@ -10,7 +10,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from ..config import ModelConfig, StreamingConfig
+from ..config import StreamingConfig
 from ..errors import NonFiniteError, RequestError
 from ..experts.engine import StreamingEngine
 from ..experts.thread_streams import borrow_stream
@@ -26,6 +26,7 @@ from ..ops.quantized import has_kernels, reference_bytes
 from . import gpu_step
 from .caches import ArraysCache, KVCache, context_length, unpadded_rows
 from .checks import DeferredChecks, check_tokens, checked_later, clamped, locate
+from .config import ModelConfig
 from .gpu_token import ResidentDecoder, layer_choice
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .memory import HybridMemory

@@ -6,8 +6,8 @@ measured peaks: each term names the arrays that are alive at the same time.
 
 from dataclasses import dataclass
 
-from ..config import ModelConfig
 from ..ops.expert_batch import grouped_rows
+from .config import ModelConfig
 from .mixers import MIXERS
 from .mixers.blocks import FLOAT32_BYTES
 

@@ -9,9 +9,10 @@ from collections.abc import Mapping
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..config import ModelConfig, StreamingConfig
+from ..config import StreamingConfig
 from ..formats.checkpoint import Checkpoint
 from ..formats.quantization import mlx_name
+from .config import ModelConfig
 from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
 from .mixers import MIXERS

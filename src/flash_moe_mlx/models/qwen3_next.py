@@ -8,8 +8,9 @@ from collections.abc import Mapping
 
 import mlx.core as mx
 
-from ..config import ModelConfig, StreamingConfig
+from ..config import StreamingConfig
 from ..formats.checkpoint import Checkpoint
+from .config import ModelConfig
 from .decoder import HybridModel, TextModel, prepare_hybrid
 from .layers import Linear, QuantizationOf
 from .mixers import MIXERS

@@ -10,12 +10,12 @@ import numpy as np
 from mlx_lm.models.base import create_attention_mask
 from mlx_lm.models.rope_utils import initialize_rope
 
-from ...config import ModelConfig
 from ...errors import CorruptError
 from ...formats.foreign import ForeignCode, say
 from ...formats.safetensors_header import brief
 from ...ops.attention import MAX_SCORE_BYTES, MIN_QUERY_BLOCK, attention
 from ..caches import KVCache
+from ..config import ModelConfig
 from ..layers import Linear, QuantizationOf
 from .blocks import FLOAT32_BYTES, KV_STEP, TokenMixer, mixer_block, other_cache
 

@@ -9,10 +9,10 @@ import mlx.nn as nn
 import numpy as np
 from mlx_lm.models.base import create_ssm_mask
 
-from ...config import ModelConfig
 from ...ops.gated_delta import conv1d_silu, gated_delta
 from ...ops.rms_norm_gated import rms_norm_gated
 from ..caches import ArraysCache
+from ..config import ModelConfig
 from ..layers import Linear, QuantizationOf
 from .blocks import FLOAT32_BYTES, TokenMixer, mixer_block, other_cache
 
