@@ -92,12 +92,15 @@ def _moe_layer(layers: Layers, model: cases.Model, bits: int, experts: int, **op
 class Table:
     """Table rows, passed to ``show`` as lines as they are measured.
 
+    Seeds MLX's generator, so that every run has the same inputs.
+
     Attributes:
         copy: Copy bandwidth of the device in GB/s, bytes read plus bytes written.
         rows: Rows so far.
     """
 
     def __init__(self, size: Size, show: Callable[[str], None]):
+        mx.random.seed(0)
         self.copy = copy_bandwidth(size.copy_bytes)
         self.rows: list[Row] = []
         self._show = show

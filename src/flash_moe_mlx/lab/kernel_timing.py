@@ -22,7 +22,7 @@ class Row:
         ours_us: Median microseconds per call of our side.
         theirs_us: The same for the other side; None if there is none.
         nbytes: Bytes that a call must read and write once.
-        relative_rms: Relative difference between the two sides' results.
+        relative_rms: Relative difference of our result from the other side's, computed in float32 where it can be.
         spread: Smallest and largest of our samples.
     """
 
