@@ -1,18 +1,21 @@
 """Predicts how mlx_lm.convert converts a checkpoint's dense tensors: names, dtypes and quantisation.
 
-Uses mlx-lm's own model class with its ``sanitize``, ``quant_predicate`` and ``cast_predicate``. Only `evaluate`
+Uses mlx-lm's own model class with its ``sanitize`` and ``cast_predicate``, and its ``quantize_model``. Only `evaluate`
 evaluates arrays.
 """
 
 import copy
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from io import StringIO
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
+from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-from mlx_lm.utils import _get_classes
+from mlx_lm.utils import _get_classes, quantize_model
 
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
 from ..formats.checkpoint import Checkpoint, layer_number
@@ -21,9 +24,9 @@ from ..formats.foreign import ForeignCode, say
 from ..formats.safetensors_header import TensorInfo
 from ..models.foreign_dense import dequantised
 from ..models.model_arguments import check_arguments, refuse, refuse_weights
+from ..ops.quantized import mlx_arguments
 from ..ops.slot_memory import DTYPE_NAMES, MLX_DTYPES
 from .quantiser import Bytes, to_bytes
-from .settings import MLX_LM_DTYPES
 
 
 @dataclass(frozen=True)
@@ -83,10 +86,7 @@ class MlxLmDense:
                 f"[{checkpoint.directory.name}] must have {missing[0]}, got {len(missing)} tensors absent. "
                 "Download the checkpoint again."
             )
-        section: dict[str, Any] = {}
-        if quantization is not None:
-            section = {"group_size": quantization.group_size, "bits": quantization.bits, "mode": "affine"}
-        modules = dict(self._model.named_modules())
+        chosen, section = self._quantised(config, quantization) if quantization else ({}, None)
         self.parameters: list[DenseParameter] = []
         for name, shape in expected.items():
             value = weights[name]
@@ -95,12 +95,9 @@ class MlxLmDense:
                     f"[{checkpoint.directory.name}] {name} must have shape {shape} by config.json, got {value.shape}. "
                     "Download the checkpoint again."
                 )
-            path = name.removesuffix(".weight")
-            chosen = None
-            if quantization is not None and name.endswith(".weight") and path in modules:
-                chosen = self._quantization(path, modules[path], quantization, section)
+            module = name.removesuffix(".weight") if name.endswith(".weight") else ""
             self.parameters.append(
-                DenseParameter(name, by_identity.get(id(value)), shape, self._dtype(name, value), chosen)
+                DenseParameter(name, by_identity.get(id(value)), shape, self._dtype(name, value), chosen.get(module))
             )
         matched = {parameter.source.name for parameter in self.parameters if parameter.source}
         self.unmatched = tuple(info for name, info in checkpoint.dense.items() if name not in matched)
@@ -121,8 +118,7 @@ class MlxLmDense:
             value = weights.pop(parameter.name).astype(MLX_DTYPES[parameter.dtype])
             made: tuple[mx.array, ...] = (mx.contiguous(value),)
             if parameter.quantization:
-                how = parameter.quantization
-                made = mx.quantize(value, group_size=how.group_size, bits=how.bits)
+                made = mx.quantize(value, **mlx_arguments(parameter.quantization))
             mx.eval(*made)
             yield tuple(to_bytes(array) for array in made)
 
@@ -149,20 +145,25 @@ class MlxLmDense:
             return DTYPE_NAMES[value.dtype]
         return cast
 
-    def _quantization(
-        self, path: str, module: Any, default: Quantization, section: dict[str, Any]
-    ) -> Quantization | None:
-        """Return the quantisation that mlx_lm's quantize_model chooses."""
-        if not hasattr(module, "to_quantized") or module.weight.shape[-1] % default.group_size:
-            return None
-        predicate = getattr(self._model, "quant_predicate", None)
-        chosen = True if predicate is None else predicate(path, module)
-        if not chosen:
-            return None
-        if not isinstance(chosen, dict):
-            return default
-        section[path] = chosen
-        return Quantization(chosen.get("bits", default.bits), chosen.get("group_size", default.group_size))
+    def _quantised(
+        self, config: dict[str, Any], default: Quantization
+    ) -> tuple[dict[str, Quantization], dict[str, Any]]:
+        """Let mlx_lm quantise a model of the same config, without weights and without its experts.
+
+        Returns:
+            The quantisation of each dense module that has one, by path; and config.json's section.
+        """
+        model = _build(self._checkpoint, config)
+        own = getattr(model, "quant_predicate", None) or (lambda path, module: True)
+
+        def predicate(path: str, module: Any) -> bool | dict[str, Any]:
+            return not f"{path}.".startswith(self._experts) and own(path, module)
+
+        with redirect_stdout(StringIO()):  # it prints bits per weight, of these weights
+            model, stated = quantize_model(model, {}, default.group_size, default.bits, quant_predicate=predicate)
+        modules = {path: module for path, module in model.named_modules() if hasattr(module, "bits")}
+        quantizations = {path: Quantization(m.bits, m.group_size, m.mode) for path, m in modules.items()}
+        return quantizations, stated["quantization"]
 
 
 def cast_dtype(config: Mapping[str, Any]) -> str | None:
@@ -171,7 +172,7 @@ def cast_dtype(config: Mapping[str, Any]) -> str | None:
     text = config.get("text_config")
     if dtype is None and isinstance(text, Mapping):
         dtype = text.get("dtype")
-    return MLX_LM_DTYPES.get(dtype) if isinstance(dtype, str) else None
+    return DTYPE_NAMES[getattr(mx, str(dtype))] if dtype in MODEL_CONVERSION_DTYPES else None
 
 
 def is_known(config: Mapping[str, Any]) -> bool:

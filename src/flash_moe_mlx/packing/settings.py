@@ -10,9 +10,6 @@ from ..formats.schemes import AFFINE, FLOAT_DTYPES
 
 DENSE = ("auto", "keep", "quantize")
 
-MLX_LM_DTYPES = {"float16": "F16", "bfloat16": "BF16", "float32": "F32"}
-"""config.json's dtypes to which mlx_lm.convert casts before it quantises, and their safetensors names."""
-
 
 @dataclass(frozen=True)
 class PackSettings:
