@@ -20,7 +20,6 @@ from flash_moe_mlx.ops.backend import backend
 FLOAT32 = "compares float32 logits, tokens or sizes with another implementation's; bfloat16 has other ones"
 CHILD = "compares with a child process, which computes on the CPU"
 CPU = "is about the CPU kernels in the model, which a GPU doesn't run"
-JOINED = "changes a loaded model's weights, of which a GPU's joined matrices are copies"
 OWN_GPU = "puts a GPU of its own in place, with kernels"
 SLOW = "has nothing to do with the backend and takes long"
 
@@ -54,7 +53,6 @@ EXCLUDED = {
     "tests/ops/test_dispatch.py::*": OWN_GPU,
     "tests/models/test_gpu_step.py::*": OWN_GPU,
     "tests/models/test_launches.py::*": OWN_GPU,
-    "tests/models/test_finite.py::*names*": JOINED,
     "tests/cli/test_generate.py::test_json_has_usage_and_streaming_figures": CPU,
     "tests/formats/test_mutated_files.py::*": SLOW,
     "tests/train_demo/*": SLOW,

@@ -34,7 +34,7 @@ from .mixers import MIXERS
 from .mixers.attention import GatedAttention
 from .mixers.blocks import mix
 from .mixers.gated_delta import GatedDeltaNet
-from .moe_block import StreamingMoE
+from .moe_block import StreamingMoE, take_unchecked
 from .spec import ModelSpec, convert, dense_bytes, load_bytes
 
 if TYPE_CHECKING:
@@ -286,10 +286,11 @@ class HybridModel(nn.Module):
             except NonFiniteError as error:
                 place = error.token or 0
                 raise self._located(embedded, place if rows is None else int(rows[place].item()), error) from None
+            finally:
+                unchecked = take_unchecked(self.layers)
             if later:
                 check_tokens(inputs, self.vocabulary_size)
-            if backend() != "cpu":
-                self._check_routers(embedded, rows)
+            self._check_routers(unchecked, embedded, rows)
         if logits_to_keep == 0:
             return self._no_logits(batch)
         if logits_to_keep is None and batch * tokens > MAX_ROWS:
@@ -319,14 +320,12 @@ class HybridModel(nn.Module):
         alone = embedded.reshape(-1, embedded.shape[-1])[token][None, None]
         if not is_finite(alone):
             return non_finite(None, "the embedding", token)
-        return locate(lambda: self.text_model(alone, self.make_cache()), self.text_model.layers, token, found)
+        error = locate(lambda: self.text_model(alone, self.make_cache()), self.text_model.layers, token, found)
+        take_unchecked(self.layers)
+        return error
 
-    def _check_routers(self, embedded: mx.array, rows: mx.array | None) -> None:
-        """Check what routers left unchecked on a GPU. NaN stays in the residual: if the last is fine, all are."""
-        routed = [layer.mlp for layer in self.layers if isinstance(layer.mlp, StreamingMoE)]
-        unchecked = [(r.layer, r.unchecked) for r in routed if r.unchecked is not None]
-        for r in routed:
-            r.unchecked = None
+    def _check_routers(self, unchecked: list[tuple[int, mx.array]], embedded: mx.array, rows: mx.array | None) -> None:
+        """Check the routers' weights of a pass. NaN stays in the residual: if the last are fine, all are."""
         if not unchecked or np.isfinite(np.array(unchecked[-1][1])).all():
             return
         for layer, weights in unchecked:

@@ -1,5 +1,8 @@
 """StreamingMoE: routes, computes the chosen experts through the executor, and combines. Knows no files or slots."""
 
+from collections.abc import Iterable
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 
@@ -33,6 +36,18 @@ def route(logits: mx.array, k: int, normalise: bool) -> tuple[mx.array, mx.array
         ids = mx.argsort(probabilities, axis=-1)[:, : -k - 1 : -1]
     weights = mx.take_along_axis(probabilities, ids, axis=-1)
     return ids, weights / weights.sum(axis=-1, keepdims=True) if normalise else weights
+
+
+def take_unchecked(layers: Iterable[Any]) -> list[tuple[int, mx.array]]:
+    """Return the router weights that a GPU's pass left unchecked, by layer, so that no later pass sees them."""
+    taken: list[tuple[int, mx.array]] = []
+    if backend() == "cpu":
+        return taken
+    for block in (layer.mlp for layer in layers):
+        if isinstance(block, StreamingMoE) and block.unchecked is not None:
+            taken.append((block.layer, block.unchecked))
+            block.unchecked = None
+    return taken
 
 
 class StreamingMoE(nn.Module):
