@@ -93,6 +93,7 @@ def test_bits_do_not_depend_on_how_many_slots_there_are(checkpoint: Path, launch
 def test_a_batch_of_tokens_takes_the_steps_too(checkpoint: Path, launched: list[str]):
     with streamed(checkpoint) as model:
         cache = model.make_cache()
+        launched.clear()
         batch = np.array(model(mx.array([[3], [4]]), cache=cache))
         assert launched.count("gated_delta_conv_step") == 3
         assert "qk_norm_rope" not in launched  # a batch's positions are on the GPU

@@ -12,6 +12,7 @@ import pytest
 from flash_moe_mlx.models import gpu_token
 from flash_moe_mlx.models.caches import ArraysCache, KVCache
 from flash_moe_mlx.ops.gpu import kernel_source
+from flash_moe_mlx.runtime import loading
 
 from ..support.models import make_converted, streamed
 from .test_gpu_step import router_in_eight_bits
@@ -48,6 +49,7 @@ def graphs_for_metal(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(kernel_source, "launch", launch)
     monkeypatch.setattr(import_module("flash_moe_mlx.ops.backend"), "backend", lambda: "metal")
+    monkeypatch.setattr(loading, "use_kernels", lambda: False)  # nothing is compiled at load
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", lambda queries, keys, values, **_: mx.erfinv(queries))
 
 

@@ -117,6 +117,10 @@ class StreamingModel:
             activation = None if type(module.activation) is SwiGLU else module.activation
             module.routed = engine.executor(module.layer, activation)
 
+    def layers_of_plain_swiglu(self) -> list[int]:
+        """Return the layers whose experts kernels compute on a GPU: those without an activation of their own."""
+        return [module.layer for module in self._switches() if type(module.activation) is SwiGLU]
+
     def _switches(self) -> list[StreamingSwitchGLU]:
         modules = self.named_modules()  # type: ignore[attr-defined]
         return [module for _, module in modules if isinstance(module, StreamingSwitchGLU)]

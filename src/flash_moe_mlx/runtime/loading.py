@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -48,7 +48,8 @@ from ..machine import (
 from ..models.foreign_dense import WORKSPACE, dequantised
 from ..models.registry import build_spec
 from ..models.spec import ModelSpec
-from ..ops.backend import backend, use_cpu_kernels
+from ..models.warm_up import KernelWarmUp, compiling
+from ..ops.backend import backend, use_cpu_kernels, use_kernels
 from ..ops.gpu import cuda_runtime
 from ..ops.gpu.cuda_slots import MappedMemory, PinnedMemory
 from ..ops.slot_memory import SlotMemory, UnifiedMemory
@@ -201,18 +202,33 @@ class _Prepared:
         return model
 
     def _load_dense(self) -> None:
-        """Read and convert the dense tensors, one at a time. Expert tensors are never evaluated."""
-        weights = self.spec.weights
-        for name in list(weights):
-            value = weights.pop(name)
+        """Read and convert the dense tensors, and compile a GPU's kernels meanwhile."""
+        if not use_kernels():
+            self._load_weights(list(self.spec.weights))
+            self._finish(self.spec.model.modules())
+            return
+        layouts = {layer: self.checkpoint.layout(layer) for layer in self.checkpoint.moe_layers}
+        warm_up = KernelWarmUp(self.spec.model, self.spec.weights, layouts, self.spec.num_experts_per_tok)
+        self._load_weights(warm_up.first)
+        self._finish(warm_up.modules())
+        with compiling(warm_up.run):
+            self._load_weights(warm_up.others)
+        self._finish(self.spec.model.modules())
+        if hasattr(self.spec.model, "prepare_steps"):
+            self.spec.model.prepare_steps()
+
+    def _load_weights(self, names: Sequence[str]) -> None:
+        """Load dense tensors one at a time. Expert tensors are never evaluated."""
+        for name in names:
+            value = self.spec.weights.pop(name)
             with ForeignCode(partial(_unread, name)):
                 mx.eval(value)
             self.spec.model.load_weights([(name, value)], strict=False)
-        # Arrays that modules created, such as rotary frequencies, are still lazy and usable by this thread only.
-        for module in self.spec.model.modules():
+
+    def _finish(self, modules: Iterable[Any]) -> None:
+        """Evaluate arrays that modules created, such as rotary frequencies: other threads can't use lazy ones."""
+        for module in modules:
             mx.eval([value for value in module.values() if isinstance(value, mx.array)])
-        if hasattr(self.spec.model, "prepare_steps"):
-            self.spec.model.prepare_steps()
 
 
 def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Checkpoint, ModelSpec]:

@@ -6,6 +6,7 @@ marker line, and the body. kernels/README.md describes the dialect that makes th
 
 import hashlib
 import re
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -217,8 +218,11 @@ class Kernel:
 
 
 @contextmanager
-def explain_refusals() -> Iterator[None]:
+def explain_refusals(kernel: str = "every kernel") -> Iterator[None]:
     """Within it, and around what it decorates, a kernel that the GPU's compiler refuses is told as one.
+
+    Args:
+        kernel: Name of the kernel, where a single one is evaluated.
 
     Raises:
         MemoryLimitError: If the GPU has no memory left.
@@ -236,9 +240,22 @@ def explain_refusals() -> Iterator[None]:
         if not any(refusal in message for refusal in _REFUSALS):
             raise
         raise FlashMoEError(
-            f"[kernels] every kernel must compile on this GPU, got: {message}\nSet {REFERENCE_SWITCH}=1 to run without "
+            f"[kernels] {kernel} must compile on this GPU, got: {message}\nSet {REFERENCE_SWITCH}=1 to run without "
             'kernels, and report what "flash-moe doctor --json" says.'
         ) from error
+
+
+@contextmanager
+def launched_at_once() -> Iterator[None]:
+    """Within it, this thread evaluates every launch at once, so that the error of one names its kernel."""
+    _thread.at_once = True
+    try:
+        yield
+    finally:
+        _thread.at_once = False
+
+
+_thread = threading.local()
 
 
 def launch(
@@ -257,6 +274,21 @@ def launch(
         grid: Threads in all, a multiple of the threadgroup.
         init_value: What the outputs hold before; tests poison them with NaN.
     """
+    if not getattr(_thread, "at_once", False):
+        return _run(kernel, inputs, outputs, grid, init_value)
+    with explain_refusals(f"the kernel {kernel.name}"):
+        results = _run(kernel, inputs, outputs, grid, init_value)
+        mx.eval(results)
+    return results
+
+
+def _run(
+    kernel: Kernel,
+    inputs: Sequence[mx.array],
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+    grid: tuple[int, int, int],
+    init_value: float | None,
+) -> list[mx.array]:
     run = kernel.metal if mx.metal.is_available() else kernel.cuda
     return run(
         inputs=inputs,
