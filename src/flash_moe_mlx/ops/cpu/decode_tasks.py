@@ -10,7 +10,7 @@ import numba
 import numpy as np
 
 from ..numerics import L2_EPS
-from .elementwise import CHANNELS, exponential, prepare, rms_scale, sigmoid
+from .elementwise import CHANNELS, add_scaled, exponential, prepare, rms_scale, sigmoid
 from .int8_ir import round_to_int8
 from .jit import VECTORISED, serial, task
 from .memory_ir import load_f32, pointer
@@ -277,8 +277,7 @@ def _combine(args, number):  # type: ignore[no-untyped-def]
     total = np.zeros(CHANNELS, np.float32)
     for k in range(a[1]):
         y, weight = floats_at(a[0] + 4 * (k * size + first), count), load_f32(a[3], k)
-        for i in range(count):
-            total[i] += weight * y[i]
+        add_scaled(total[:count], y, weight)
     gate = sigmoid(load_f32(a[5], 0))
     for i in range(count):
         hidden[i] += total[i] + gate * shared[i]

@@ -47,6 +47,13 @@ def swiglu(gate, up):  # type: ignore[no-untyped-def]
 
 
 @serial
+def add_scaled(total, x, weight):  # type: ignore[no-untyped-def]
+    """``total += weight * x`` in place."""
+    for i in range(len(total)):
+        total[i] += weight * x[i]
+
+
+@serial
 def rms_scale(x, eps):  # type: ignore[no-untyped-def]
     """``1 / sqrt(mean(x^2) + eps)``."""
     total = np.float32(0.0)

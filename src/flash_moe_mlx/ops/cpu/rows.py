@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 
 from .arrays import Output, floats
-from .elementwise import CHANNELS, rms_scale, sigmoid
+from .elementwise import CHANNELS, add_scaled, rms_scale, sigmoid
 from .jit import VECTORISED, compiled
 from .kernels import TASK_ROWS
 from .memory_ir import add_one
@@ -27,14 +27,12 @@ def _combine(y, weights, shared, gate, residual, out, progress):  # type: ignore
             total[:] = np.float32(0.0)
             for k in range(experts):
                 part, weight = y[t, k, first : first + count], weights[t, k]
-                for i in range(count):
-                    total[i] += weight * part[i]
+                add_scaled(total[:count], part, weight)
             if shared.size:
                 part, weight = shared[t, first : first + count], np.float32(1.0)
                 if gate.size:
                     weight = sigmoid(gate[t, 0])
-                for i in range(count):
-                    total[i] += weight * part[i]
+                add_scaled(total[:count], part, weight)
             target = out[t, first : first + count]
             if residual.size:
                 part = residual[t, first : first + count]
