@@ -34,7 +34,7 @@ MAX_ENVIRONMENT_VARIABLES = 5
 
 EXPORTED = {
     "load", "load_model", "generate", "stream_generate", "stream_generate_async", "GenerationResponse",
-    "PrefixCache", "chat_prompt", "Conversation", "load_tools",
+    "Grammar", "PrefixCache", "chat_prompt", "Conversation", "load_tools",
     "pack", "verify", "plan", "Plan", "profile",
     "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",

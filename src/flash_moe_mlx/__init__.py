@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .planning.plan import Plan, plan
     from .runtime.async_generation import stream_generate_async
     from .runtime.generation import GenerationResponse, generate, stream_generate
+    from .runtime.grammar import Grammar
     from .runtime.loading import load, load_model
     from .runtime.prefix_cache import PrefixCache
 
@@ -57,6 +58,7 @@ __all__ = [
     "stream_generate",
     "stream_generate_async",
     "GenerationResponse",
+    "Grammar",
     "PrefixCache",
     "chat_prompt",
     "Conversation",
@@ -95,6 +97,7 @@ _MODULES = {
     "Conversation": "chat.conversation",
     "load_tools": "chat.tools",
     "GenerationResponse": "runtime.generation",
+    "Grammar": "runtime.grammar",
     "pack": "packing",
     "verify": "packing.verification",
     "plan": "planning.plan",

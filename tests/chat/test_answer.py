@@ -6,8 +6,9 @@ import mlx.core as mx
 import pytest
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from flash_moe_mlx.chat.answer import ThinkingBudget, begins_thinking, thinking_at_end
+from flash_moe_mlx.chat.answer import ThinkingBudget, begins_thinking
 from flash_moe_mlx.errors import RequestError
+from flash_moe_mlx.runtime.thinking import thinking_at_end
 
 START, END, A, B = 0, 1, 2, 3
 

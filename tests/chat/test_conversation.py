@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from flash_moe_mlx import PrefixCache, RequestError, load
+from flash_moe_mlx import Grammar, PrefixCache, RequestError, load
 from flash_moe_mlx.chat import conversation as module
 from flash_moe_mlx.chat.answer import Part
 from flash_moe_mlx.chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
@@ -236,3 +236,22 @@ def test_the_embedded_model_calculates_over_two_turns(demo):
             assert len(ends) == 2
             assert ends[1].cached_tokens > ends[0].prompt_tokens  # the answer's own tokens, too
         assert ends[0].cached_tokens > ends[0].prompt_tokens / 2  # the first turn was not read again
+
+
+def test_an_answer_obeys_a_schema(demo: Any):
+    chat = Conversation(*demo)
+    text = "".join(e.text for e in chat.send("Is 7 prime?", schema=Grammar.regex("(yes|no)")) if isinstance(e, Part))
+    assert text in ("yes", "no")
+    assert chat.messages[-1]["content"] == text
+
+
+def test_a_schema_that_is_none_leaves_the_conversation_as_it_was(demo: Any):
+    chat = Conversation(*demo)
+    with pytest.raises(RequestError, match="Invalid type"):
+        list(chat.send("Hello", schema={"type": "foo"}))
+    assert chat.messages == []
+
+
+def test_a_schema_comes_without_tools(demo: Any):
+    with pytest.raises(RequestError, match="must come without tools"):
+        list(Conversation(*demo, tools=[CALCULATOR]).send("Hello", schema={"type": "object"}))

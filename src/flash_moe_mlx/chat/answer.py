@@ -7,8 +7,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from ..errors import RequestError
-
-_TAIL = 16  # tokens of the generation prompt in which a template opens or closes the thinking
+from ..runtime.thinking import thinking_at_end
 
 Kind = Literal["thinking", "text"]
 
@@ -46,22 +45,6 @@ class BadCall:
 def begins_thinking(tokenizer: Any, prompt: Sequence[int]) -> bool:
     """Return whether the end of the prompt opens the thinking, as the templates of thinking models do."""
     return thinking_at_end(tokenizer, prompt) == "open"
-
-
-def thinking_at_end(tokenizer: Any, prompt: Sequence[int]) -> Literal["open", "closed", "none"]:
-    """Return what the end of the prompt does to the thinking: what a user said of the markers earlier counts nothing.
-
-    Args:
-        tokenizer: From :func:`flash_moe_mlx.load`.
-        prompt: The prompt's tokens.
-    """
-    if not tokenizer.has_thinking or not len(prompt):
-        return "none"
-    tail = list(prompt[-_TAIL:])
-    ended = set(getattr(tokenizer, "eos_token_ids", ()))  # the end of somebody's turn
-    tail = tail[max((i + 1 for i, token in enumerate(tail) if token in ended), default=0) :]
-    start, end = tokenizer.rfind_think_start(tail), tokenizer.rfind_think_end(tail)
-    return "open" if start > end else "closed" if end >= 0 else "none"
 
 
 class ThinkingBudget:

@@ -120,10 +120,14 @@ class Conversation:
             )
         self._numbers = itertools.count(1)
 
-    def send(self, text: str) -> Generator[Event, None, None]:
+    def send(self, text: str, schema: Any = None) -> Generator[Event, None, None]:
         """Say something, and yield what the model does until it has answered.
 
         Closing the iterator, or an interrupt in it, keeps what was said until then.
+
+        Args:
+            text: The user's message.
+            schema: A schema or grammar that the answer obeys, as in :func:`stream_generate`; not with tools.
 
         Yields:
             Part: Thinking and text, as they are generated.
@@ -132,15 +136,18 @@ class Conversation:
             ToolOutcome: Its result.
 
         Raises:
-            RequestError: If the conversation has become longer than max_context; the message is forgotten.
+            RequestError: If the conversation has become longer than max_context, or the schema can't be used; the
+                message is forgotten.
             MemoryLimitError: As :func:`stream_generate`.
             StoreError: As :func:`stream_generate`.
         """
+        if schema is not None and self.tools:
+            raise RequestError("[schema] must come without tools, got both: a call would not obey it. Leave one out.")
         self.messages.append({"role": "user", "content": text})
         for tool_round in range(1, self.max_tool_rounds + 2):
             answer = _Answer()
             try:
-                yield from self._generate(answer)
+                yield from self._generate(answer, schema)
             finally:
                 calls = self._keep(answer)
             yield from self._end(answer, calls, tool_round <= self.max_tool_rounds)
@@ -160,7 +167,7 @@ class Conversation:
             enable_thinking=self.thinking,
         )
 
-    def _generate(self, answer: "_Answer") -> Generator[Event, None, None]:
+    def _generate(self, answer: "_Answer", schema: Any) -> Generator[Event, None, None]:
         prompt, points = self.prompt()
         reader = AnswerReader(self.tokenizer, prompt, [tool.schema for tool in self.tools])
         processors = list(self.logits_processors)
@@ -176,6 +183,7 @@ class Conversation:
             prefix_cache=self.prefix_cache,
             snapshot_at=points if self.prefix_cache is not None else None,
             prompt_progress_callback=self.progress,
+            schema=schema,
         ):
             answer.response = response
             for piece in reader.feed(response.token, response.finish_reason):

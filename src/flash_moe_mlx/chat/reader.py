@@ -11,7 +11,8 @@ from typing import Any
 
 from mlx_lm.generate import TextStateMachine
 
-from .answer import BadCall, Kind, Part, thinking_at_end
+from ..runtime.thinking import thinking_at_end
+from .answer import BadCall, Kind, Part
 from .calls import Call, NotACallError
 from .channels import ChannelReader
 from .dialect import Dialect, dialect_of

@@ -26,6 +26,8 @@ from ..models.caches import context_length, pending_states
 from ..models.checks import check_sampled, lazily_finite
 from ..ops.gpu.kernel_source import explain_refusals
 from ..stats import GenerationStats
+from .constraint import Constraint
+from .grammar import as_grammar
 from .prefix_cache import PrefixCache
 from .prompt_text import check_length, check_text
 
@@ -66,6 +68,7 @@ def stream_generate(
     input_embeddings: mx.array | None = None,
     prefix_cache: PrefixCache | None = None,
     snapshot_at: Sequence[int] | None = None,
+    schema: Any = None,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text, one response per token. Takes the arguments of :func:`mlx_lm.stream_generate`.
 
@@ -92,13 +95,16 @@ def stream_generate(
             snapshots are stored at ``snapshot_at`` and after the answer.
         snapshot_at: Prompt positions to snapshot, as :func:`flash_moe_mlx.chat_prompt` returns them; None takes a
             snapshot at the prompt's end.
+        schema: JSON schema that the answer obeys: a mapping, JSON text or a pydantic model; or a :class:`Grammar`.
+            Thinking stays free. If ``finish_reason`` is "length", the answer was cut and is not complete. Needs
+            llguidance: ``pip install 'flash_moe_mlx[schema]'``.
 
     Yields:
         Responses with mlx_lm's fields and ``.streaming``.
 
     Raises:
-        RequestError: If the prompt is empty or longer than max_context, if max_tokens is 0, or if prefix_cache belongs
-            to another model or is combined with options that exclude it.
+        RequestError: If the prompt is empty or longer than max_context, if max_tokens is 0, if prefix_cache belongs to
+            another model or is combined with options that exclude it, or if llguidance can't compile the schema.
         MemoryLimitError: If the limit can't hold a forward pass of this size.
         StoreError: If an expert can't be read, or this process was forked from the one that loaded the model.
     """
@@ -141,13 +147,16 @@ def stream_generate(
             f"[prompt] must leave the context at most max_context = {limit} tokens, got {context}. Shorten it, or "
             "load with a larger max_context."
         )
+    processors = list(logits_processors or [])
+    if schema is not None:
+        processors.append(Constraint(tokenizer, as_grammar(schema), tokens.tolist(), model.vocabulary_size))
     # The last token needs no room in the cache: it is never fed back.
     room = limit - context + 1
     steps = _Steps(
         model,
         caches,
         sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1)),
-        logits_processors or [],
+        processors,
         lambda: maybe_quantize_kv_cache(caches, quantized_kv_start, kv_group_size, kv_bits),
     )
     return _stream(
@@ -256,7 +265,9 @@ class _Steps:
         self.model = model
         self.caches = caches
         self._sampler = sampler
-        self._processors = processors
+        # Constraints come last, and need no history: keeping one costs an operation per token.
+        self._constraints = [p for p in processors if isinstance(p, Constraint)]
+        self._processors = [p for p in processors if not isinstance(p, Constraint)]
         self._quantize_caches = quantize_caches
         self._seen: mx.array | None = None
 
@@ -278,7 +289,12 @@ class _Steps:
     @property
     def run_ahead(self) -> bool:
         """Whether the next token may be built while the current one is computed, which takes lazy passes."""
-        return bool(getattr(self.model, "runs_ahead", False))
+        return not self._constraints and bool(getattr(self.model, "runs_ahead", False))
+
+    def advance(self, token: int) -> None:
+        """Let constraints compute what may follow a token; call it before :meth:`start` with that token."""
+        for constraint in self._constraints:
+            constraint.advance(token)
 
     @explain_refusals()
     def start(self, tokens: mx.array, embeddings: mx.array | None = None) -> "_Step":
@@ -291,6 +307,8 @@ class _Steps:
         finite = lazily_finite(logits)  # before processors: they may exclude tokens with -inf
         for processor in self._processors:
             logits = processor(self._seen, logits)
+        for constraint in self._constraints:
+            logits = constraint(tokens, logits)
         self._quantize_caches()
         # Always in float32: samplers sum as many probabilities as the vocabulary has entries.
         logits = logits.astype(mx.float32)
@@ -389,6 +407,8 @@ def _stream(
         )
         if last:
             return
+        if following is None:
+            steps.advance(token_id)
         step = following or steps.start(token)
         fed.append(token_id)
 
