@@ -118,7 +118,7 @@ class Writer:
             self._allowed = None
 
 
-def writer(tokenizer: TokenizerWrapper, prompt: str, grammar: Grammar, **how: Any) -> Writer:
+def writer(tokenizer: TokenizerWrapper, prompt: str, grammar: Grammar | None, **how: Any) -> Writer:
     tokens = tokenizer.encode(prompt, add_special_tokens=False)
     return Writer(tokenizer, Constraint(tokenizer, grammar, tokens, len(tokenizer), **how))
 
@@ -150,9 +150,10 @@ def test_no_thinking_where_the_prompt_closed_it(thinker: TokenizerWrapper):
     answer.write("yes")
 
 
-def test_a_part_is_bound_from_its_opening_to_its_end_again_and_again(thinker: TokenizerWrapper):
+def test_calls_are_bound_from_their_opening_to_their_end_again_and_again(thinker: TokenizerWrapper):
     opening = thinker.convert_tokens_to_ids("<tool_call>")
-    answer = writer(thinker, STORY, Grammar.lark('start: "x" <[5]>'), opening=opening)
+    call = Grammar.lark('start: "x" <[5]>')
+    answer = writer(thinker, STORY, None, calls=call, opening=opening)
     for _ in range(2):
         assert len(answer.allowed()) == answer.size
         answer.write("some words")
@@ -161,8 +162,26 @@ def test_a_part_is_bound_from_its_opening_to_its_end_again_and_again(thinker: To
         answer.write("x")
         assert answer.allowed() == {5}
         answer.write([5])
-    opened = writer(thinker, STORY, Grammar.regex("x"), opening=opening, opened=True)
+    opened = writer(thinker, STORY, None, calls=call, opening=opening, opened=True)
     assert opened.allowed() == set(thinker.encode("x", add_special_tokens=False))
+
+
+@pytest.mark.parametrize("prompt", [STORY, f"{STORY}<think>"], ids=["no-thinking", "thinking"])
+def test_an_answer_is_bound_or_begins_with_a_call(thinker: TokenizerWrapper, prompt: str):
+    opening = thinker.convert_tokens_to_ids("<tool_call>")
+    how: dict[str, Any] = {"calls": Grammar.lark("start: <[5]>"), "opening": opening}
+    answer = writer(thinker, prompt, Grammar.regex("yes"), **how)
+    if "<think>" in prompt:
+        answer.write("hm</think>\n")
+    answer.write([opening])
+    assert answer.allowed() == {5}
+    answer.write([5])
+    assert len(answer.allowed()) == answer.size
+    text = writer(thinker, prompt, Grammar.regex("yes"), **how)
+    if "<think>" in prompt:
+        text.write("hm</think>\n")
+    text.write("y")
+    assert opening not in text.allowed()
 
 
 def test_a_sampler_that_takes_another_token_is_refused(demo: Any):

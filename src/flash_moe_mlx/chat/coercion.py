@@ -48,7 +48,7 @@ def coerce_text(text: str, name: str, parameters: Mapping[str, Any]) -> Any:
     """
     schema = _property(name, parameters)
     types = allowed_types(schema, parameters)
-    constants = _constants(schema, parameters)
+    constants = constants_of(schema, parameters)
     if text in constants:
         return text
     for constant in constants:
@@ -121,7 +121,8 @@ def _property(name: str, parameters: Mapping[str, Any]) -> Any:
     return parameters.get("additionalProperties")
 
 
-def _constants(schema: Any, root: Mapping[str, Any]) -> list[Any]:
+def constants_of(schema: Any, root: Mapping[str, Any]) -> list[Any]:
+    """Return the values that a schema lists as its only ones; none where it lists none."""
     for _ in range(_MAX_REFERENCES):
         if not isinstance(schema, Mapping) or not isinstance(schema.get("$ref"), str):
             break

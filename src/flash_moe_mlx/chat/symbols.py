@@ -46,6 +46,11 @@ class Symbols:
         """Return the symbol that a token is, or None."""
         return self._tokens.get(token)
 
+    def token_of(self, marker: str) -> int | None:
+        """Return the token that a marker is, or None."""
+        symbol = self._symbols.get(marker)
+        return next((token for token, own in self._tokens.items() if own == symbol), None)
+
     def text(self, said: str) -> str:
         """Return a text with its symbols written out."""
         if said.isascii():

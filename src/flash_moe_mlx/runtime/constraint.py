@@ -6,8 +6,9 @@ computes the logits they are applied to.
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -23,11 +24,11 @@ _MAX_LINE_BREAKS = 2
 
 
 class Constraint:
-    """A logits processor that keeps an answer to a grammar. One object serves one generation.
+    """A logits processor that keeps an answer to a grammar, its tool calls to another, or both.
 
-    Where the prompt opens the model's thinking, or the model opens it itself, tokens are free up to its end. With
-    ``opening`` the grammar is that of a tool call: it holds from the opening marker until the call is complete, and
-    the text around calls is free.
+    Where the prompt opens the model's thinking, or the model opens it itself, tokens are free up to its end. The
+    grammar of calls holds from the token that opens a call until the call is complete; without a grammar for the
+    answer, the text around calls is free. One object serves one generation.
 
     :meth:`advance` may be called with each token as soon as it is known, so that the next mask is computed while the
     model runs; without it, the call does both.
@@ -36,45 +37,47 @@ class Constraint:
     def __init__(
         self,
         tokenizer: Any,
-        grammar: Grammar,
+        grammar: Grammar | None,
         prompt: Sequence[int],
         vocabulary_size: int,
         *,
+        calls: Grammar | None = None,
         opening: int | None = None,
         opened: bool = False,
     ):
-        """Compile the grammar and start computing the first mask.
+        """Compile the grammars and start computing the first mask.
 
         Args:
             tokenizer: The tokenizer that :func:`flash_moe_mlx.load` returned.
-            grammar: The grammar.
+            grammar: Grammar of the answer's text; None leaves it free.
             prompt: The prompt's tokens.
             vocabulary_size: Number of the model's logits.
-            opening: Token that opens what the grammar describes, if that is a part of the answer only.
+            calls: Grammar of what follows ``opening``; None leaves that, and everything after it, free.
+            opening: Token that opens a tool call, if the model may make one.
             opened: Whether the prompt ends with that token.
 
         Raises:
-            RequestError: If the grammar can't be used.
+            RequestError: If a grammar can't be used.
         """
-        self._grammar = grammar
-        self._matcher = grammar.compile(tokenizer, vocabulary_size)
-        self._opening = opening
+        self._answer = None if grammar is None else _Bound(grammar, grammar.compile(tokenizer, vocabulary_size))
+        self._calls = None if calls is None else _Bound(calls, calls.compile(tokenizer, vocabulary_size))
+        self._openings = () if opening is None else (opening,)
         self._think_start = _only(tokenizer.think_start_tokens) if tokenizer.has_thinking else None
         self._think_end = list(tokenizer.think_end_tokens or ()) if tokenizer.has_thinking else []
         breaks = [_only(tokenizer.encode(text, add_special_tokens=False)) for text in ("\n", "\n\n")]
         self._line_breaks = tuple(token for token in breaks if token is not None)
+        self._breaks_left = 0
         self._recent: list[int] = []
         self._mask: Future[np.ndarray] | None = None
         self._advanced = True  # the first call has no token of the answer yet
-        self._breaks_left = 0
         self._extra: tuple[int, ...] = ()  # tokens that may come now besides the grammar's
-        if opening is not None:
-            self._state: Literal["thinking", "free", "bound"] = "bound" if opened else "free"
-        else:
+        self._bound = self._calls if opened else self._answer  # None while tokens are free
+        self._thinking = False
+        if self._answer is not None and not opened:
             thinking = thinking_at_end(tokenizer, prompt)
-            self._state = "thinking" if thinking == "open" else "bound"
+            self._thinking, self._extra = thinking == "open", self._openings
             if thinking == "none" and self._think_start is not None:
-                self._extra = (self._think_start,)
+                self._extra = (self._think_start, *self._openings)
         self._look_ahead()
 
     def advance(self, token: int) -> None:
@@ -84,16 +87,15 @@ class Constraint:
             RequestError: If the grammar does not allow the token, or has become too complex.
         """
         self._advanced = True
-        if self._state == "thinking":
+        if self._thinking:
             self._recent = [*self._recent, token][-len(self._think_end) :]
             if self._recent == self._think_end:
-                self._state = "bound"
-                self._extra, self._breaks_left = self._line_breaks, _MAX_LINE_BREAKS
-        elif self._state == "free":
-            if token == self._opening:
-                self._state = "bound"
-        else:
-            self._take(token)
+                self._thinking = False
+                self._extra, self._breaks_left = (*self._line_breaks, *self._openings), _MAX_LINE_BREAKS
+        elif self._bound is not None:
+            self._take(self._bound, token)
+        elif token in self._openings:
+            self._bound = self._calls
         self._look_ahead()
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
@@ -106,36 +108,48 @@ class Constraint:
         if not self._advanced:
             self.advance(int(tokens[-1].item()))
         self._advanced = False
-        if self._mask is None:
+        if self._mask is None or self._bound is None:
             return logits
         allowed, size = self._mask.result(), logits.shape[-1]
-        self._grammar.check(self._matcher)
+        self._bound.grammar.check(self._bound.matcher)
         if self._extra:
             allowed[list(self._extra)] = 1
         if len(allowed) != size:
             allowed = np.pad(allowed[:size], (0, max(0, size - len(allowed))))
         return mx.where(mx.array(allowed.view(np.bool_)), logits, -mx.inf)
 
-    def _take(self, token: int) -> None:
+    def _take(self, bound: "_Bound", token: int) -> None:
         """Advance the matcher by a token, or leave the grammar by one of the others that are allowed."""
         extra, self._extra = self._extra, ()
-        if token in extra and self._matcher.validate_tokens([token]) == 0:
+        if token in extra and bound.matcher.validate_tokens([token]) == 0:
             if token == self._think_start:
-                self._state, self._recent = "thinking", []
+                self._thinking, self._recent = True, []
+            elif token in self._openings:
+                self._bound = self._calls
             elif self._breaks_left > 1:
                 self._extra, self._breaks_left = extra, self._breaks_left - 1
             return
-        if not self._matcher.consume_token(token):
+        if not bound.matcher.consume_token(token):
             raise RequestError(
-                f"[{self._grammar.where}] must allow token {token}, which the sampler took, got: "
-                f"{said_by(self._matcher)}. Simplify it, or use a sampler that never takes a token of probability 0."
+                f"[{bound.grammar.where}] must allow token {token}, which the sampler took, got: "
+                f"{said_by(bound.matcher)}. Simplify it, or use a sampler that never takes a token of probability 0."
             )
-        if self._opening is not None and self._matcher.is_stopped():
-            self._matcher.reset()
-            self._state = "free"
+        if bound is self._calls and bound.matcher.is_stopped():
+            bound.matcher.reset()
+            self._bound = None  # words and other calls may follow
 
     def _look_ahead(self) -> None:
-        self._mask = _mask_threads().submit(_allowed, self._matcher) if self._state == "bound" else None
+        self._mask = None
+        if self._bound is not None and not self._thinking:
+            self._mask = _mask_threads().submit(_allowed, self._bound.matcher)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """A grammar, and llguidance's matcher of it."""
+
+    grammar: Grammar
+    matcher: Any
 
 
 def _allowed(matcher: Any) -> np.ndarray:

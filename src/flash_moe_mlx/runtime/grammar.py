@@ -22,13 +22,14 @@ MAX_SCHEMA_DEPTH = 64
 _MAX_GRAMMAR_SYMBOLS = 100_000
 _MAX_LEXER_STATES = 20_000  # up to 2 kB each
 
-_JSON_OPTIONS = {
+JSON_OPTIONS = {
     "whitespace_flexible": True,
     # A space, or a line break and indentation: a model that repeats white space would never get to the next token.
     "whitespace_pattern": r"\x20|\x0D?\x0A[\x20\x09]{0,40}",
     # What is not enforced would be ignored in silence.
     "lenient": False,
 }
+"""llguidance's options for JSON schemas, which a schema inside a Lark grammar has under "x-guidance"."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Grammar:
         """
         text, llguidance = _schema_text(schema, where), _llguidance()
         try:
-            return cls(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=_JSON_OPTIONS), where)
+            return cls(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS), where)
         except ValueError as error:
             raise RequestError(f"[{where}] must be a JSON schema, got {error}. Mend it.") from error
 

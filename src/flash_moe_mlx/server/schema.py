@@ -11,8 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..chat.prompt import OWN_VARIABLES
+from ..runtime.grammar import Grammar
 from .api_error import ApiError
 from .messages import check_messages, check_tools
+from .structured import parse_grammar
 
 MAX_STOPS = 1000
 MAX_STOP_CHARACTERS = 1000
@@ -55,6 +57,7 @@ class GenerationRequest:
         tools: Tools for the prompt, unchanged.
         call_required: Whether the answer must begin with a tool call.
         parallel_tool_calls: Whether more than one call may be made.
+        grammar: Grammar that the answer's text obeys; None leaves it free.
         template_arguments: Variables of the chat template, such as whether and how hard to think.
         max_tokens: Maximum number of tokens to generate; None is what the context has room for.
         stop: Strings that end the answer and are not part of it.
@@ -74,6 +77,7 @@ class GenerationRequest:
     tools: list[dict[str, Any]] | None = None
     call_required: bool = False
     parallel_tool_calls: bool = True
+    grammar: Grammar | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -161,8 +165,6 @@ def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling)
             raise ApiError(400, f"{name} is not supported. {advice}", param=name, code="unsupported_parameter")
     if _integer(body, "n", 1, 1, 128) != 1:
         raise _wrong("n", "be 1", body["n"])
-    if _mapping(body, "response_format").get("type", "text") != "text":
-        raise _wrong("response_format", 'be {"type": "text"}', body["response_format"])
     stream = _boolean(body, "stream", False)
     return GenerationRequest(
         messages=None,
@@ -172,6 +174,7 @@ def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling)
         stop=_stop(body.get("stop")),
         top_logprobs=None,
         stream=stream,
+        grammar=parse_grammar(body),
         include_usage=_boolean(_mapping(body, "stream_options"), "include_usage", False),
     )
 

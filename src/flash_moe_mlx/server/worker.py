@@ -22,6 +22,7 @@ from ..chat.ids import CallIds
 from ..chat.prompt import chat_prompt
 from ..chat.text import token_table
 from ..errors import MemoryLimitError
+from ..runtime.constraint import Constraint
 from ..runtime.generation import GenerationResponse, stream_generate
 from ..runtime.prefix_cache import PrefixCache
 from ..runtime.prompt_text import PromptTooLongError, check_conversation, check_length
@@ -31,6 +32,7 @@ from .metrics import Metrics
 from .parts import AnswerParser, AnswerPart
 from .sampling import processors_for, sampler_for, token_logprob
 from .schema import GenerationRequest
+from .structured import constraint_for
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +56,7 @@ class _Prompt:
     tokens: list[int]
     snapshot_at: list[int] | None
     ids: CallIds
+    constraint: Constraint | None
 
 
 class Generation:
@@ -221,7 +224,16 @@ class Worker:
                 "--max-context.",
             )
         ids = CallIds() if request.messages is None else CallIds.for_conversation(self._tokenizer, request.messages)
-        return _Prompt(tokens, snapshot_at, ids)
+        _check_wanted(generation)
+        constraint = constraint_for(
+            self._tokenizer,
+            tokens,
+            self._model.vocabulary_size,
+            grammar=request.grammar,
+            tools=request.tools,
+            call_required=request.call_required,
+        )
+        return _Prompt(tokens, snapshot_at, ids, constraint)
 
     def _too_long(self, request: GenerationRequest, message: str) -> ApiError:
         param = "prompt" if request.messages is None else "messages"
@@ -269,7 +281,10 @@ class Worker:
             prompt.tokens,
             -1 if request.max_tokens is None else request.max_tokens,
             sampler=sampler_for(request.sampling, len(tokenizer)),
-            logits_processors=processors_for(request.sampling, len(prompt.tokens), limit),
+            logits_processors=[
+                *processors_for(request.sampling, len(prompt.tokens), limit),
+                *([] if prompt.constraint is None else [prompt.constraint]),
+            ],
             prefix_cache=self._prefix_cache,
             snapshot_at=prompt.snapshot_at,
         )
