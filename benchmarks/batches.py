@@ -20,17 +20,17 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from flash_moe_mlx import load_model
+from flash_moe_mlx import load_model, system
 
 ROOT = Path(__file__).resolve().parent.parent
 COLUMNS = "batch\ttok_s\ttok_s_a_sequence\texperts_a_token\tMB_a_token\thit_rate\tread_share"
 
 
 def drop_pages(model: Path) -> None:
-    """Ask the kernel to forget the checkpoint's pages. Needs Linux."""
+    """Ask the system to forget the checkpoint's pages."""
     for path in model.rglob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        system.drop_pages(descriptor)
         os.close(descriptor)
 
 

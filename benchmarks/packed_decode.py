@@ -12,13 +12,13 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 
-from flash_moe_mlx import load_model
+from flash_moe_mlx import load_model, system
 
 
 def drop(folder: Path) -> None:
     for path in folder.rglob("*.safetensors"):
         fd = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        system.drop_pages(fd)
         os.close(fd)
 
 

@@ -18,15 +18,18 @@ import sys
 import time
 from pathlib import Path
 
+from flash_moe_mlx import system
+
 CHILD = """
-import json, resource, sys, time
+import json, sys, time
 from pathlib import Path
 from flash_moe_mlx.packing import pack
+from flash_moe_mlx.system import peak_resident_bytes
 source, destination, options = sys.argv[1], sys.argv[2], json.loads(sys.argv[3])
 begin, cpu = time.perf_counter(), time.process_time()
 pack(source, destination, progress=False, **options)
 print(json.dumps({"seconds": time.perf_counter() - begin, "cpu_seconds": time.process_time() - cpu,
-                  "peak_rss_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9}))
+                  "peak_rss_gb": peak_resident_bytes() / 1e9}))
 """
 
 
@@ -36,7 +39,7 @@ def drop(folder: Path) -> None:
         if path.is_file():
             fd = os.open(path, os.O_RDONLY)
             os.fsync(fd)
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+            system.drop_pages(fd)
             os.close(fd)
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from flash_moe_mlx import MemoryLimitError, load, load_model, stream_generate
+from flash_moe_mlx import MemoryLimitError, load, load_model, stream_generate, system
 
 ROOT = Path(__file__).resolve().parent.parent
 PROMPT_TOKENS = 128
@@ -45,10 +45,10 @@ class Run:
 
 
 def drop_pages(model: Path) -> None:
-    """Ask the kernel to forget the checkpoint's pages. Needs Linux."""
+    """Ask the system to forget the checkpoint's pages."""
     for path in model.rglob("*.safetensors"):
         descriptor = os.open(path, os.O_RDONLY)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        system.drop_pages(descriptor)
         os.close(descriptor)
 
 

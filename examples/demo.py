@@ -8,14 +8,13 @@ memory: the limit leaves room for a part of its experts only, so that it runs as
 """
 
 import argparse
-import resource
-import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 from flash_moe_mlx import load, stream_generate
 from flash_moe_mlx.stats import format_bytes
+from flash_moe_mlx.system import peak_resident_bytes
 
 MEMORY_LIMIT = "14MB"
 MAX_CONTEXT = 128
@@ -66,7 +65,7 @@ def main() -> None:
 def report(stats: Any, model: Path, tokens_per_second: float) -> None:
     """Prints what the streaming did."""
     checkpoint_bytes = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
-    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    resident = peak_resident_bytes()
     rows = [
         ("speed", f"{tokens_per_second:.1f} tok/s"),
         ("hit rate", f"{stats.hit_rate:.1%} of the experts asked for were in memory"),

@@ -18,12 +18,12 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A wing (a folder, or a module of the package's root) imports only from those before it. docs/architecture.md says what
 # each holds. Inside a wing, and over all of them, no file may import in a circle.
 WINGS = [
-    "errors", "forks", "stats", "system", "machine", "formats", "config", "storage", "ops", "experts", "models",
+    "errors", "system", "forks", "stats", "machine", "formats", "config", "storage", "ops", "experts", "models",
     "packing", "runtime", "chat", "planning", "lab", "plot", "server", "cli",
 ]  # fmt: skip
 # Modules that must work without MLX: what reads headers, plans and simulates.
 WITHOUT_MLX = [
-    "errors", "forks", "stats", "system", "machine", "config", "formats", "storage.file_io", "storage.disk_probe",
+    "errors", "system", "forks", "stats", "machine", "config", "formats", "storage.file_io", "storage.disk_probe",
     "storage.io_choice", "storage.record_check", "storage.io_threads", "experts.trace",
     "experts.policies", "experts.slots", "experts.budget", "experts.reservations", "experts.memory_plan",
     "models.config", "planning.synthetic_routing", "planning.simulation",
@@ -230,6 +230,29 @@ def test_no_broad_except():
     assert {str(path): lines for path in python_files("src") if (lines := broad_handlers(path.read_text()))} == {}
     assert broad_handlers("try: f()\nexcept (OSError, Exception): pass") == [2]
     assert broad_handlers("try: f()\nexcept: pass") == [2]
+
+
+DIFFERENT_ON_MACOS = {
+    "F_FULLFSYNC", "F_NOCACHE", "O_DIRECT", "killpg", "mac_ver", "mallopt", "msync", "posix_fadvise", "preadv",
+    "pthread_set_qos_class_self_np", "ru_maxrss", "sched_getaffinity", "sysconf",
+}  # fmt: skip
+
+
+def platform_calls(source: str) -> set[str]:
+    """Names of what macOS does otherwise, used other than through the module `system`."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "system":
+            name = ast.unparse(node)
+            found |= {name} if node.attr in DIFFERENT_ON_MACOS or name == "sys.platform" else set()
+    return found
+
+
+def test_what_macos_does_otherwise_is_in_one_module():
+    sample = "import os, sys\nos.preadv(1, [], 0)\nsystem.preadv(1, [], 0)\nos.killpg(1, len(sys.platform))"
+    assert platform_calls(sample) == {"os.preadv", "sys.platform", "os.killpg"}
+    others = [path for path in python_files("src", "examples") if path != SRC / "system.py"]
+    assert {str(path): calls for path in others if (calls := platform_calls(path.read_text()))} == {}
 
 
 def environment_variables(source: str) -> set[str]:

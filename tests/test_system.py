@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import mlx.core as mx
@@ -224,6 +225,24 @@ def test_the_command_buffers_size_is_set_before_mlx_is_used():
 def test_io_threads_say_that_somebody_waits(mac: Mac):
     system.expect_waiters()
     assert mac.libc.qos == [(0x19, 0)]
+
+
+def test_cores_and_peak_memory_are_counted_as_macos_does(mac: Mac, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(os, "cpu_count", lambda: 14)
+    assert system.usable_cores() == 14
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=5_000_000))
+    assert system.peak_resident_bytes() == 5_000_000
+    monkeypatch.setattr(sys, "platform", "linux")
+    assert system.peak_resident_bytes() == 5_000_000 * 1024
+
+
+def test_forks_are_not_looked_for_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    monkeypatch.setattr(system, "PROCESS_STATUS", tmp_path / "stat")
+    assert not system.was_forked()
+    for flags, forked in ((0x400040, True), (0x400000, False)):
+        (tmp_path / "stat").write_text(f"7 (a name) R 1 7 7 0 -1 {flags} 5 5")
+        assert system.was_forked() == forked
 
 
 @pytest.mark.parametrize("answer", [ProcessLookupError, PermissionError])

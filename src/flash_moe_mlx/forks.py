@@ -3,28 +3,18 @@
 import os
 import sys
 import threading
-from pathlib import Path
 
 from .errors import StoreError
+from .system import was_forked
 
 _PROBE_SECONDS = 2.0
-_PF_FORKNOEXEC = 0x40  # linux/sched.h
 
 _in_use = False  # this process, or one it was forked from, has loaded a model
 _forked = False  # after that
 
 
-def _was_forked() -> bool:
-    """Return whether Linux reports this process as a fork that hasn't exec'd since."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return False
-    return bool(int(fields[6]) & _PF_FORKNOEXEC)
-
-
 # Forked from a process that had imported MLX and may have used it; this module may be imported after the fork.
-_doubtful = "mlx.core" in sys.modules and _was_forked()
+_doubtful = "mlx.core" in sys.modules and was_forked()
 
 
 def check_process(where: str) -> None:

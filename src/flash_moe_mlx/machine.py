@@ -102,13 +102,6 @@ def _default_limit(working_set: int | None, gpu_memory: int | None) -> tuple[int
     return max(limit, 0), reason
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 def cache_folder() -> Path:
     """Return this library's folder in the user's cache."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flash_moe_mlx"

@@ -14,6 +14,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 BLOCK_BYTES = 4096
@@ -40,9 +41,13 @@ ARENAS = 2
 TRIM_SECONDS = 5.0
 """Minimum time between two trims of the heap; one takes about 0.6 ms for 140 MB."""
 
+PROCESS_STATUS = Path("/proc/self/stat")
+"""Linux's description of this process."""
+
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8  # glibc's malloc.h
 _next_trim = 0.0
 _MS_INVALIDATE = 2  # the same value on both systems
+_PF_FORKNOEXEC = 0x40  # linux/sched.h
 _QOS_USER_INITIATED = 0x19  # sys/qos.h: work that a user is waiting for
 
 
@@ -117,6 +122,14 @@ def installed_memory_bytes() -> int:
         import mlx.core as mx
 
         return int(mx.device_info()["memory_size"])
+
+
+def peak_resident_bytes() -> int:
+    """Return the largest amount of memory that this process has had resident."""
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if is_macos() else peak * 1024  # Linux counts kibibytes
 
 
 def lift_command_buffer_size() -> None:
@@ -249,6 +262,22 @@ def expect_waiters() -> None:
     """
     if is_macos():
         _libc().pthread_set_qos_class_self_np(_QOS_USER_INITIATED, 0)
+
+
+def usable_cores() -> int:
+    """Return the number of cores that this process may use; macOS binds no process to cores."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def was_forked() -> bool:
+    """Return whether Linux reports this process as a fork that hasn't exec'd since; other systems don't say."""
+    try:
+        fields = PROCESS_STATUS.read_text().rpartition(")")[2].split()
+    except OSError:
+        return False
+    return bool(int(fields[6]) & _PF_FORKNOEXEC)
 
 
 def kill_group(leader: int) -> None:

@@ -15,7 +15,7 @@ from ..experts.buffer_cache import BufferCacheShare
 from ..formats.packed_format import Manifest, PackedLayer, StoredFile
 from ..formats.safetensors_header import TensorInfo
 from ..formats.shards import INDEX_NAME
-from ..machine import available_cores
+from ..system import usable_cores
 from .checksums import combine_segments
 from .journal import Journal
 from .plan import PackPlan
@@ -33,7 +33,7 @@ _COMMIT_SECONDS = 10.0
 _UNCOMMITTED_BYTES = 4 * _COMMIT_BYTES
 """Maximum bytes written ahead of the disk before all tasks wait for it."""
 _BUFFER_CACHE_BYTES = 128 << 20
-_THREADS = min(2 * available_cores(), 8)
+_THREADS = min(2 * usable_cores(), 8)
 """Number of worker threads. Each waits for the disk about half of the time and uses up to about 100 MB."""
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 from numba import types
 
-from ...machine import CGROUP_ROOT, available_cores
+from ...machine import CGROUP_ROOT
+from ...system import usable_cores
 from .jit import serial
 from .memory_ir import load_i64, pause
 
@@ -94,7 +95,7 @@ def _text(path: Path) -> str:
 @lru_cache(maxsize=1)
 def num_threads() -> int:
     """Return the number of threads of a kernel: the usable processors, at most the cgroup's quota rounded up."""
-    threads, quota = available_cores(), cgroup_cpus()
+    threads, quota = usable_cores(), cgroup_cpus()
     return max(1, threads if quota is None else min(threads, int(-(-quota // 1))))
 
 
