@@ -38,7 +38,7 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeRuntime]:
 
 
 def logits(model) -> np.ndarray:
-    return np.array(model(mx.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])))
+    return np.array(model(mx.array([[1, 2, 3, 4, 5, 6, 7, 8, 9, 10]])).astype(mx.float32))
 
 
 def refusal(directory: Path, **limits: int) -> int:

@@ -217,7 +217,10 @@ def test_a_model_has_the_same_bits(make: Make, slots: int, tmp_path: Path, monke
 
     def logits(model) -> list[np.ndarray]:
         cache = model.make_cache()
-        return [np.array(model(tokens, cache=cache)) for tokens in (prompt, *np.split(prompt[:, :4], 4, axis=1))]
+        return [
+            np.array(model(tokens, cache=cache).astype(mx.float32))
+            for tokens in (prompt, *np.split(prompt[:, :4], 4, axis=1))
+        ]
 
     limit = "1GB" if slots == EXPERTS else smallest_limit(directory)
     with streamed(directory, limit) as model:
