@@ -36,6 +36,9 @@ DEFS = {"Size": {"enum": ["s", "m", 3, None]}, "Point": {"type": "object", "prop
         ({"const": 3}, "3", 3), ({"enum": ["1", "2"]}, "1", "1"), ({"enum": [1, 2]}, "1", 1), ({"enum": [True]}, "true", True),
         (True, "5", "5"), (False, "x", "x"), ({}, "5", "5"), ({}, "[1]", [1]), (True, '{"a": 1}', {"a": 1}), (None, "x", "x"),
         ({"anyOf": [True, {"type": "integer"}]}, "5", "5"), ({"type": "str"}, "5", "5"), ({"type": "float"}, "5", 5),
+        *(({"type": ["number", "string"]}, text, text) for text in ("007", "1e3", "+5", "5.00", "True", "")),
+        ({"type": ["number", "string"]}, "5", 5), ({"type": "array"}, "(1, 'a')", [1, "a"]),
+        ({"anyOf": [{"type": "string"}, {"type": "boolean"}]}, "true", True),
         ({"type": "dict"}, "{}", {}), ({"type": 3}, "5", "5"), ({"type": []}, "x", "x"), ({"anyOf": 3, "enum": 3}, "x", "x"),
     ],
 )  # fmt: skip

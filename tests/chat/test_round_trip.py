@@ -72,8 +72,8 @@ def answers(draw: st.DrawFn, family: Family) -> dict[str, Any]:
     if family is KIMI:
         calls = [{**call, "id": f"functions.write_file:{i}"} for i, call in enumerate(calls)]
     message: dict[str, Any] = {"role": "assistant", "content": draw(said_words(family))}
-    if family.name in THINKERS and (thinking := draw(said_words(family))):
-        message["reasoning_content"] = thinking
+    # A field, be it empty, says that the content is the answer alone.
+    message["reasoning_content"] = draw(said_words(family)) if family.name in THINKERS else ""
     if family is GPT_OSS and calls and message.get("reasoning_content"):
         message["content"] = ""  # its template takes one of them only
     elif family is GPT_OSS and calls:
@@ -138,8 +138,7 @@ def meaning(message: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-# The same cases in every run. Still open: qwen3-next loses an answer that is literally "<think></think>".
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(deadline=None, max_examples=40)
 @given(st.data())
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_what_comes_out_is_what_went_in(family: Family, data: st.DataObject):
@@ -155,7 +154,7 @@ def test_what_comes_out_is_what_went_in(family: Family, data: st.DataObject):
     assert some == meaning(message)["calls"][: len(some)]
 
 
-@settings(deadline=None, max_examples=15, derandomize=True)
+@settings(deadline=None, max_examples=15)
 @given(st.data())
 @pytest.mark.parametrize("family", [f for f in FAMILIES if f is not GPT_OSS], ids=lambda family: family.name)
 def test_a_question_is_never_a_mark(family: Family, data: st.DataObject):

@@ -37,16 +37,16 @@ WRONG_CHAT: list[tuple[str, Any]] = [
     ("tools", [{"type": "function", "function": {"name": "f", "parameters": {"properties": {"a": 1}}}}]),
     ("tools", [WEATHER_TOOL] * 129), ("tool_choice", "required"), ("tool_choice", 3), ("tool_choice", {"function": []}),
     ("top_logprobs", 3), ("logprobs", 3), ("chat_template_kwargs", {"chat_template": "{{ 1 }}"}),
-    ("chat_template_kwargs", []), ("parallel_tool_calls", 1), ("max_completion_tokens", 0),
+    ("chat_template_kwargs", [1]), ("parallel_tool_calls", 1), ("max_completion_tokens", 0),
 ]  # fmt: skip
 WRONG_BOTH: list[tuple[str, Any]] = [
-    ("model", 3), ("n", 2), ("n", "1"), ("stream", "yes"), ("stream_options", []),
+    ("model", 3), ("n", 2), ("n", "1"), ("stream", "yes"), ("stream_options", [1]),
     ("temperature", "hot"), ("temperature", -0.1), ("temperature", 2.1), ("temperature", True), ("temperature", [1]),
     ("temperature", float("nan")), ("temperature", float("inf")), ("temperature", 10**400), ("top_p", 0),
     ("top_p", 1.1),
     ("top_k", -2), ("top_k", 1.5), ("min_p", 2), ("seed", "a"), ("seed", 2**64), ("repetition_penalty", 0),
     ("repetition_penalty", 1e-45), ("stop", "a" * 1001), ("stop", ["b", "a" * 4_000_000]),
-    ("presence_penalty", 3), ("frequency_penalty", -3), ("logit_bias", []), ("logit_bias", {"a": 1}),
+    ("presence_penalty", 3), ("frequency_penalty", -3), ("logit_bias", [1]), ("logit_bias", {"a": 1}),
     ("logit_bias", {"1000": 1}), ("logit_bias", {"-1": 1}), ("logit_bias", {"1": 101}), ("logit_bias", {"1": "x"}),
     ("logit_bias", {"٣": 1}), ("logit_bias", {str(i): 1 for i in range(1025)}), ("stop", 3),
     ("stop", ["a"] * 1001), ("stop", [3]), ("max_tokens", 0), ("max_tokens", -5),
@@ -176,6 +176,10 @@ def test_values_that_local_clients_send():
     for name in ("functions", "tools", "logit_bias", "suffix", "function_call", "audio", "response_format"):
         assert chat(**{name: {} if name in ("logit_bias", "response_format") else []}) == chat()
     assert chat(function_call="none", tool_choice="auto") == chat()
+    for name in ("logit_bias", "stream_options", "chat_template_kwargs", "response_format"):  # PHP's empty objects
+        assert chat(**{name: []}) == chat()
+    assert chat(model="", tool_choice="", reasoning_effort="", top_logprobs=0, logprobs=False) == chat()
+    assert chat(seed=-1).sampling.seed is None and chat(seed=-2).sampling.seed == -2
 
 
 def test_variables_of_templates():

@@ -59,12 +59,16 @@ _THINK = "<think>", "</think>"
 _CHATML = ("<|endoftext|>", "<|im_start|>")
 _TAGS = ("<tool_call>", "</tool_call>")
 
+# As published templates have it: an answer that holds the marker is taken apart, unless its thinking comes separately.
+_SPLIT = """{%- set content = m.content %}{%- set reasoning = m.reasoning_content if m.reasoning_content is string else '' %}{%- if m.role == 'assistant' and m.reasoning_content is not string and '</think>' in content %}{%- set reasoning = content.split('</think>')[0].rstrip('\\n').split('<think>')[-1].lstrip('\\n') %}{%- set content = content.split('</think>')[-1].lstrip('\\n') %}{%- endif %}"""
 _XML_CALLS = """{%- for c in m.tool_calls or [] %}{{- ('\\n\\n' if loop.first and m.content else '\\n' if not loop.first else '') + '<tool_call>\\n<function=' + c.function.name + '>\\n' }}{%- for k, v in c.function.arguments|items %}{{- '<parameter=' + k + '>\\n' + (v if v is string else v|tojson) + '\\n</parameter>\\n' }}{%- endfor %}{{- '</function>\\n</tool_call>' }}{%- endfor %}"""
 _JSON_CALLS = """{%- for tool_call in m.tool_calls or [] %}{%- set tool_call = tool_call.function %}{{- ('\\n' if not loop.first or m.content else '') + '<tool_call>\\n{"name": "' + tool_call.name + '", "arguments": ' + tool_call.arguments|tojson + '}\\n</tool_call>' }}{%- endfor %}"""
 
 QWEN3_5 = Family(
     "qwen3.5",
-    """{%- for m in messages %}{%- if m.role == 'system' and not loop.first %}{{- raise_exception('System message must be at the beginning.') }}{%- endif %}{{- '<|im_start|>' + m.role + '\n' }}{%- if m.role == 'assistant' %}{{- '<think>\n' + (m.reasoning_content|trim('\n') if m.reasoning_content else '') + '\n</think>\n\n' }}{%- endif %}{{- m.content }}"""
+    """{%- for m in messages %}{%- if m.role == 'system' and not loop.first %}{{- raise_exception('System message must be at the beginning.') }}{%- endif %}{{- '<|im_start|>' + m.role + '\n' }}"""
+    + _SPLIT
+    + """{%- if m.role == 'assistant' %}{{- '<think>\n' + reasoning|trim('\n') + '\n</think>\n\n' }}{%- endif %}{{- content }}"""
     + _XML_CALLS
     + """{{- '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' + ('<think>\n\n</think>\n\n' if enable_thinking is false else '<think>\n') }}{%- endif %}""",
     (*_CHATML, *_THINK, *_TAGS), "<|im_end|>", written=True,
@@ -85,7 +89,9 @@ QWEN3_NEXT = Family(
 )  # fmt: skip
 GLM = Family(
     "glm-4.6",
-    """[gMASK]{%- for m in messages %}{{- '<|' + m.role + '|>' }}{%- if m.role == 'assistant' %}{{- '\n<think>' + (m.reasoning_content or '') + '</think>' }}{%- endif %}{{- '\n' + m.content if m.content or m.role != 'assistant' else '' }}{%- for c in m.tool_calls or [] %}{{- '\n<tool_call>' + c.function.name }}{%- for k, v in c.function.arguments|items %}{{- '\n<arg_key>' + k + '</arg_key>\n<arg_value>' + (v if v is string else v|tojson) + '</arg_value>' }}{%- endfor %}{{- '\n</tool_call>' }}{%- endfor %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}""",
+    """[gMASK]{%- for m in messages %}{{- '<|' + m.role + '|>' }}"""
+    + _SPLIT
+    + """{%- if m.role == 'assistant' %}{{- '\n<think>' + reasoning + '</think>' }}{%- endif %}{{- '\n' + content if content or m.role != 'assistant' else '' }}{%- for c in m.tool_calls or [] %}{{- '\n<tool_call>' + c.function.name }}{%- for k, v in c.function.arguments|items %}{{- '\n<arg_key>' + k + '</arg_key>\n<arg_value>' + (v if v is string else v|tojson) + '</arg_value>' }}{%- endfor %}{{- '\n</tool_call>' }}{%- endfor %}{%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}""",
     ("[gMASK]", "<|endoftext|>", "<|system|>", "<|assistant|>", "<|tool|>", *_THINK, *_TAGS,
      "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"), "<|user|>", written=True,
 )  # fmt: skip
@@ -98,7 +104,7 @@ KIMI = Family(
 )  # fmt: skip
 DEEPSEEK = Family(
     "deepseek-v3.1",
-    """{%- set ns = namespace(system='') %}{%- for m in messages %}{%- if m.role == 'system' %}{%- set ns.system = ns.system + ('\n\n' if ns.system else '') + m.content %}{%- endif %}{%- endfor %}{{- '<｜begin▁of▁sentence｜>' + ns.system }}{%- for m in messages %}{%- if m.role == 'user' %}{{- '<｜User｜>' + m.content }}{%- elif m.role == 'tool' %}{{- '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}{%- elif m.role == 'assistant' %}{%- if loop.previtem is defined and loop.previtem.role != 'tool' %}{{- '<｜Assistant｜></think>' }}{%- endif %}{{- m.content }}{%- for c in m.tool_calls or [] %}{{- ('<｜tool▁calls▁begin｜>' if loop.first else '') + '<｜tool▁call▁begin｜>' + c['function']['name'] + '<｜tool▁sep｜>' + c['function']['arguments'] + '<｜tool▁call▁end｜>' }}{%- endfor %}{{- ('<｜tool▁calls▁end｜>' if m.tool_calls else '') + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{%- endif %}""",
+    """{%- set ns = namespace(system='') %}{%- for m in messages %}{%- if m.role == 'system' %}{%- set ns.system = ns.system + ('\n\n' if ns.system else '') + m.content %}{%- endif %}{%- endfor %}{{- '<｜begin▁of▁sentence｜>' + ns.system }}{%- for m in messages %}{%- if m.role == 'user' %}{{- '<｜User｜>' + m.content }}{%- elif m.role == 'tool' %}{{- '<｜tool▁output▁begin｜>' + m.content + '<｜tool▁output▁end｜>' }}{%- elif m.role == 'assistant' %}{%- if loop.previtem is defined and loop.previtem.role != 'tool' %}{{- '<｜Assistant｜></think>' }}{%- endif %}{{- m.content.split('</think>', 1)[1] if '</think>' in m.content else m.content }}{%- for c in m.tool_calls or [] %}{{- ('<｜tool▁calls▁begin｜>' if loop.first else '') + '<｜tool▁call▁begin｜>' + c['function']['name'] + '<｜tool▁sep｜>' + c['function']['arguments'] + '<｜tool▁call▁end｜>' }}{%- endfor %}{{- ('<｜tool▁calls▁end｜>' if m.tool_calls else '') + '<｜end▁of▁sentence｜>' }}{%- endif %}{%- endfor %}{%- if add_generation_prompt and messages[-1].role != 'tool' %}{{- '<｜Assistant｜>' + ('<think>' if thinking else '</think>') }}{%- endif %}""",
     ("<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", *_THINK, "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>",
      "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>", "<｜tool▁output▁begin｜>", "<｜tool▁output▁end｜>"),
     "<｜end▁of▁sentence｜>",
@@ -115,12 +121,14 @@ MISTRAL = Family(
 )  # fmt: skip
 MINIMAX = Family(
     "minimax-m2",
-    """{%- for m in messages %}{{- ']~b]' + m.role + '\n' }}{%- if m.role == 'assistant' %}{{- '<think>\n' + (m.reasoning_content or '') + '\n</think>\n\n' }}{%- endif %}{{- m.content }}{%- if m.tool_calls %}{{- '\n<minimax:tool_call>' }}{%- for c in m.tool_calls %}{{- '\n<invoke name="' + c.function.name + '">' }}{%- for k, v in c.function.arguments|items %}{{- '\n<parameter name="' + k + '">' + (v if v is string else v|tojson) + '</parameter>' }}{%- endfor %}{{- '\n</invoke>' }}{%- endfor %}{{- '\n</minimax:tool_call>' }}{%- endif %}{{- '[e~[\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- ']~b]assistant\n<think>\n' }}{%- endif %}""",
+    """{%- for m in messages %}{{- ']~b]' + m.role + '\n' }}"""
+    + _SPLIT
+    + """{%- if m.role == 'assistant' %}{{- '<think>\n' + reasoning + '\n</think>\n\n' }}{%- endif %}{{- content }}{%- if m.tool_calls %}{{- '\n<minimax:tool_call>' }}{%- for c in m.tool_calls %}{{- '\n<invoke name="' + c.function.name + '">' }}{%- for k, v in c.function.arguments|items %}{{- '\n<parameter name="' + k + '">' + (v if v is string else v|tojson) + '</parameter>' }}{%- endfor %}{{- '\n</invoke>' }}{%- endfor %}{{- '\n</minimax:tool_call>' }}{%- endif %}{{- '[e~[\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- ']~b]assistant\n<think>\n' }}{%- endif %}""",
     ("]~b]", *_THINK, "<minimax:tool_call>", "</minimax:tool_call>"), "[e~[", written=True,
 )  # fmt: skip
 GEMMA = Family(
     "gemma-4",
-    """{%- macro value(v) %}{%- if v is string %}{{- '<|"|>' + v + '<|"|>' }}{%- elif v is mapping %}{{- '{' }}{%- for k, x in v|items %}{{- (',' if not loop.first else '') + k + ':' }}{{- value(x) }}{%- endfor %}{{- '}' }}{%- elif v is sequence %}{{- '[' }}{%- for x in v %}{{- ',' if not loop.first else '' }}{{- value(x) }}{%- endfor %}{{- ']' }}{%- else %}{{- v|tojson }}{%- endif %}{%- endmacro %}{{- '<bos>' }}{%- for m in messages %}{{- '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}{%- if m.reasoning_content %}{{- '<|channel>thought\n' + m.reasoning_content + '<channel|>' }}{%- endif %}{{- m.content }}{%- for c in m.tool_calls or [] %}{{- '<|tool_call>call:' + c.function.name + '{' }}{%- for k, v in c.function.arguments|items %}{{- (',' if not loop.first else '') + k + ':' }}{{- value(v) }}{%- endfor %}{{- '}<tool_call|>' }}{%- endfor %}{{- '<turn|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|turn>model\n' }}{%- endif %}""",
+    """{%- macro visible(text) %}{%- for part in text.split('<channel|>') %}{{- part.split('<|channel>')[0] }}{%- endfor %}{%- endmacro %}{%- macro value(v) %}{%- if v is string %}{{- '<|"|>' + v + '<|"|>' }}{%- elif v is mapping %}{{- '{' }}{%- for k, x in v|items %}{{- (',' if not loop.first else '') + k + ':' }}{{- value(x) }}{%- endfor %}{{- '}' }}{%- elif v is sequence %}{{- '[' }}{%- for x in v %}{{- ',' if not loop.first else '' }}{{- value(x) }}{%- endfor %}{{- ']' }}{%- else %}{{- v|tojson }}{%- endif %}{%- endmacro %}{{- '<bos>' }}{%- for m in messages %}{{- '<|turn>' + ('model' if m.role == 'assistant' else m.role) + '\n' }}{%- if m.reasoning_content %}{{- '<|channel>thought\n' + m.reasoning_content + '<channel|>' }}{%- endif %}{{- visible(m.content) if m.role == 'assistant' else m.content }}{%- for c in m.tool_calls or [] %}{{- '<|tool_call>call:' + c.function.name + '{' }}{%- for k, v in c.function.arguments|items %}{{- (',' if not loop.first else '') + k + ':' }}{{- value(v) }}{%- endfor %}{{- '}<tool_call|>' }}{%- endfor %}{{- '<turn|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{- '<|turn>model\n' }}{%- endif %}""",
     ("<bos>", "<|turn>", "<|channel>", "<channel|>", "<|tool_call>", "<tool_call|>", '<|"|>'), "<turn|>",
 )  # fmt: skip
 

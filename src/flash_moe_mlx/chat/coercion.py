@@ -65,7 +65,10 @@ def coerce_text(text: str, name: str, parameters: Mapping[str, Any]) -> Any:
     for kind, read in _READERS:
         if kind in types:
             with suppress(*PARSER_ERRORS):
-                return read(stripped)
+                value = read(stripped)
+                # Where a string may be meant, "007" and "1e3" are no numbers.
+                if "string" not in types or isinstance(value, dict | list) or json.dumps(value) == stripped:
+                    return value
     return text
 
 
@@ -179,6 +182,8 @@ def _container(text: str, kind: type) -> Any:
         value = json.loads(text, strict=False)
     except (ValueError, RecursionError):
         value = ast.literal_eval(text)
+    if isinstance(value, tuple) and kind is list:
+        return list(value)
     if not isinstance(value, kind):
         raise TypeError("another type")
     return value

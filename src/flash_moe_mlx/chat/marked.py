@@ -14,20 +14,24 @@ from .dialect import template_of
 
 _BREAK = "\ufdd0"  # a non-character: Unicode keeps it for uses like this one
 _ESCAPED = "\\ufdd0"  # as JSON in ASCII has it
-_AS_THEY_ARE = frozenset(("role", "type", "id", "tool_call_id"))
+_WORDS = re.compile(r"[\w.:-]*")
+_KEPT = frozenset(("role", "type", "id", "tool_call_id"))  # templates compare and measure them
+_LOOKED_FOR = re.compile(
+    r"""\.(?:split|rsplit|partition|rpartition|startswith|endswith|find|index|replace|count)\(\s*(["'])(.+?)\1"""
+    r"""|(["'])((?:(?!\3).)+)\3\s+(?:not\s+)?in\b"""
+)
 
-_patterns: "WeakKeyDictionary[Any, tuple[str, re.Pattern[str] | None]]" = WeakKeyDictionary()
+_patterns: "WeakKeyDictionary[Any, tuple[str, re.Pattern[str]]]" = WeakKeyDictionary()
 
 
 def mark(tokenizer: Any, value: Any) -> Any:
-    """Break the control tokens in the texts of a value.
+    """Break the control tokens in the texts of a value, names of objects included.
 
     Args:
         tokenizer: From :func:`flash_moe_mlx.load`.
-        value: Messages or tools. Names of objects are left as they are.
+        value: Messages or tools.
     """
-    pattern = _control_tokens(tokenizer)
-    return value if pattern is None else _marked(pattern, value)
+    return _marked(_control_tokens(tokenizer), value)
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
@@ -57,21 +61,34 @@ def _marked(pattern: "re.Pattern[str]", value: Any) -> Any:
     if isinstance(value, str):
         return pattern.sub(lambda token: token.group()[0] + _BREAK + token.group()[1:], value.replace(_BREAK, ""))
     if isinstance(value, Mapping):
-        return {name: item if name in _AS_THEY_ARE else _marked(pattern, item) for name, item in value.items()}
+        return {_named(pattern, name): _item(pattern, name, item) for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [_marked(pattern, item) for item in value]
     return value
 
 
-def _control_tokens(tokenizer: Any) -> "re.Pattern[str] | None":
-    """Return what matches the tokens that a model reads as marks: special ones, and those that the template writes."""
+def _named(pattern: "re.Pattern[str]", name: Any) -> Any:
+    return name if isinstance(name, str) and _WORDS.fullmatch(name) else _marked(pattern, name)
+
+
+def _item(pattern: "re.Pattern[str]", name: Any, item: Any) -> Any:
+    return _named(pattern, item) if name in _KEPT else _marked(pattern, item)
+
+
+def _control_tokens(tokenizer: Any) -> "re.Pattern[str]":
+    """Return what matches the words that are read as marks.
+
+    The model reads special tokens and those that the template writes; the template, those that it looks for. The text
+    of an escaped break is one too: it would be taken for a break.
+    """
     template = template_of(tokenizer)
     known = _patterns.get(tokenizer)
     if known is None or known[0] != template:
         hub = getattr(tokenizer, "_tokenizer", tokenizer)
         added = getattr(hub, "added_tokens_decoder", {}).values()
         words = {str(t.content) for t in added if t.special or t.content in template}
+        looked_for = (found.group(2) or found.group(4) for found in _LOOKED_FOR.finditer(template))
+        words |= {word for word in looked_for if word[0] in "<[" and word[-1] in ">]"} | {_ESCAPED}
         longest_first = sorted((word for word in words if len(word.strip()) > 1), key=len, reverse=True)
-        pattern = re.compile("|".join(map(re.escape, longest_first))) if longest_first else None
-        known = _patterns[tokenizer] = (template, pattern)
+        known = _patterns[tokenizer] = (template, re.compile("|".join(map(re.escape, longest_first))))
     return known[1]

@@ -16,6 +16,7 @@ from .answer import BadCall, Kind, Part
 from .calls import Call, NotACallError
 from .channels import ChannelReader
 from .dialect import Dialect, dialect_of
+from .inline_thinking import SpokenMarkers
 from .syntax import Block, CallSyntax, Tools, UnfinishedError
 from .text import AnswerText
 
@@ -53,6 +54,7 @@ class AnswerReader:
         self._symbols = dialect.symbols
         self._ends = getattr(tokenizer, "eos_token_ids", ())
         self._text = AnswerText(tokenizer, prompt, message=True)
+        self._spoken = SpokenMarkers(tokenizer, "" if dialect.channels else dialect.think_end)
         self._words: _Words | ChannelReader
         if dialect.channels:
             self._words = ChannelReader(dialect, tools, self._said(tokenizer, prompt))
@@ -76,7 +78,11 @@ class AnswerReader:
             self._words.take(self.said)
         if finish_reason is not None:
             self._words.finish(cut=finish_reason == "length")
-        return self._words.pieces()
+        pieces = self._words.pieces()
+        for piece in pieces:
+            if isinstance(piece, BadCall) or (isinstance(piece, Part) and piece.kind == "text"):
+                self._spoken.take(piece.text)
+        return pieces
 
     @property
     def size(self) -> int:

@@ -19,6 +19,7 @@ from transformers.utils.chat_template_utils import get_json_schema
 from ..errors import RequestError
 from .calls import read_arguments
 from .dialect import dialect_of, template_of
+from .inline_thinking import has_reasoning, split_thinking
 from .template import NULL, TemplateFailure, render_templates
 
 Message = dict[str, Any]
@@ -82,8 +83,7 @@ def shape_messages(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> lis
     if not all(isinstance(message, Mapping) for message in messages):
         raise RequestError("[messages] must be objects with role and content, got others. See docs/server.md.")
     form = template_form(tokenizer)
-    thinking = (getattr(tokenizer, "think_start", None), getattr(tokenizer, "think_end", None))
-    shaped = [_with_reasoning(_normal(message), *thinking) for message in messages]
+    shaped = [_with_reasoning(tokenizer, _normal(message)) for message in messages]
     shaped = _with_ids(shaped, _id_style(tokenizer, form))
     shaped = _with_systems(shaped, form)
     if not form.results:
@@ -220,15 +220,12 @@ def _content(message: Mapping[str, Any]) -> str:
     return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False, default=str)
 
 
-def _with_reasoning(message: Message, start: str | None, end: str | None) -> Message:
+def _with_reasoning(tokenizer: Any, message: Message) -> Message:
     """Take apart an answer that came with its thinking in the content, as servers without a field for it send them."""
-    content = message["content"].lstrip()
-    if message["role"] != "assistant" or "reasoning_content" in message or not (start and end):
+    if message["role"] != "assistant" or has_reasoning(message):
         return message
-    if not content.startswith(start) or end not in content:
-        return message
-    thinking, _, rest = content.removeprefix(start).partition(end)
-    return {**message, "content": rest.lstrip("\n"), "reasoning_content": thinking.strip("\n")}
+    found = split_thinking(tokenizer, message["content"], has_calls="tool_calls" in message)
+    return message if found is None else {**message, "reasoning_content": found[0], "content": found[1]}
 
 
 def _normal_call(call: Any) -> dict[str, Any]:

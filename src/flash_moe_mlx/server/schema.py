@@ -90,7 +90,7 @@ def parse_chat(body: Any, model_id: str, vocabulary: int, defaults: Sampling) ->
     common = _parse_common(body, model_id, vocabulary, defaults)
     messages = check_messages(body.get("messages"))
     tools = check_tools(body.get("tools"))
-    choice = body.get("tool_choice")
+    choice = body.get("tool_choice") or None
     if isinstance(choice, Mapping):
         function = choice.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
@@ -100,7 +100,7 @@ def parse_chat(body: Any, model_id: str, vocabulary: int, defaults: Sampling) ->
         raise _wrong("tool_choice", 'be "none", "auto", "required" or name one of the tools', body.get("tool_choice"))
     alternatives = _integer(body, "top_logprobs", None, 0, MAX_TOP_LOGPROBS)
     wanted = _boolean(body, "logprobs", False)
-    if alternatives is not None and not wanted:
+    if alternatives and not wanted:
         raise _wrong("top_logprobs", "come with logprobs: true", alternatives)
     most = _limit(body, "max_completion_tokens")
     return replace(
@@ -152,7 +152,7 @@ def parse_completion(body: Any, model_id: str, vocabulary: int, defaults: Sampli
 def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
     if not isinstance(body, Mapping):
         raise ApiError(400, f"the body must be a JSON object, got {_shown(body)}. See docs/server.md.")
-    model = _text(body, "model", model_id)
+    model = _text(body, "model", model_id) or model_id
     if model != model_id:
         raise ApiError(
             404,
@@ -185,7 +185,7 @@ def _sampling(body: Mapping[str, Any], vocabulary: int, defaults: Sampling) -> S
         top_p=_number(body, "top_p", defaults.top_p, 0, 1),
         top_k=max(0, _integer(body, "top_k", defaults.top_k, -1, _INT64)),
         min_p=_number(body, "min_p", defaults.min_p, 0, 1),
-        seed=_integer(body, "seed", defaults.seed, -_INT64, _INT64),
+        seed=_seed(body, defaults.seed),
         repetition_penalty=_number(body, "repetition_penalty", defaults.repetition_penalty, MIN_REPETITION_PENALTY, 10),
         presence_penalty=_number(body, "presence_penalty", defaults.presence_penalty, -2, 2),
         frequency_penalty=_number(body, "frequency_penalty", defaults.frequency_penalty, -2, 2),
@@ -194,6 +194,12 @@ def _sampling(body: Mapping[str, Any], vocabulary: int, defaults: Sampling) -> S
     if result.top_p == 0:
         raise _wrong("top_p", "be above 0", 0)
     return result
+
+
+def _seed(body: Mapping[str, Any], default: int | None) -> int | None:
+    """Return the seed, or None for any, which local clients write as -1."""
+    seed = _integer(body, "seed", default, -_INT64, _INT64)
+    return None if seed == -1 else seed
 
 
 def _logit_bias(biases: Mapping[str, Any], vocabulary: int) -> dict[int, float] | None:
@@ -237,7 +243,7 @@ def _prompt(value: Any, vocabulary: int) -> str | list[int]:
 
 def _mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
     value = body.get(name)
-    if value is not None and not isinstance(value, Mapping):
+    if value not in (None, [], "") and not isinstance(value, Mapping):  # PHP writes an empty object as a list
         raise _wrong(name, "be an object", value)
     return value or {}
 
