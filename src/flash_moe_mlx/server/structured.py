@@ -54,7 +54,7 @@ def _extension(value: Mapping[str, Any]) -> Grammar:
 
 
 def _object(value: Any, name: str) -> Mapping[str, Any]:
-    if value is not None and not isinstance(value, Mapping):
+    if value not in (None, [], "") and not isinstance(value, Mapping):  # PHP writes an empty object as a list
         raise ApiError(400, f"{name} must be an object, got a {type(value).__name__}.", param=name.split(".")[0])
     return value or {}
 
