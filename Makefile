@@ -12,12 +12,14 @@ else
 BACKEND ?= cpu
 endif
 comma := ,
+USER_EXTRAS := $(if $(BACKEND),$(BACKEND)$(comma))all
 DEV_EXTRAS := $(if $(BACKEND),$(BACKEND)$(comma))dev
 
 .PHONY: demo test fake-metal lint format bench docs clean
 
 demo: $(VENV)/.installed
 	@$(BIN)/python examples/demo.py
+	@echo "To use flash-moe in this shell: . $(BIN)/activate"
 
 # Tests that measure the machine's memory or time run alone, after the others.
 test: $(VENV)/.installed-dev
@@ -61,7 +63,7 @@ $(VENV)/bin/python:
 
 $(VENV)/.installed: pyproject.toml | $(VENV)/bin/python
 	@echo "Installing into $(VENV), once; it takes about a minute."
-	@$(PIP) install --editable .$(if $(BACKEND),[$(BACKEND)])
+	@$(PIP) install --editable ".[$(USER_EXTRAS)]"
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(VENV)/bin/python

@@ -1,6 +1,6 @@
 """A FastAPI application that streams a model's answers from a route of its own.
 
-    pip install 'flash_moe_mlx[server]' fastapi
+    pip install -e '.[server]' fastapi
     python examples/embed_in_fastapi.py [--port 8000] [path/to/checkpoint]
     curl -N "http://127.0.0.1:8000/ask?question=What+is+17+%2B+25%3F"
 

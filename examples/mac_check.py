@@ -32,6 +32,7 @@ import mlx.core as mx
 import flash_moe_mlx
 from flash_moe_mlx import load, stream_generate, system
 from flash_moe_mlx.errors import FlashMoEError
+from flash_moe_mlx.installation import install_command
 from flash_moe_mlx.lab.kernel_check import check_kernels
 from flash_moe_mlx.machine import default_memory_limit_bytes, explain_default_memory_limit, physical_memory_bytes
 from flash_moe_mlx.ops.backend import backend
@@ -152,7 +153,7 @@ def check_server(_: argparse.Namespace) -> Outcome:
     try:
         version("uvicorn")
     except PackageNotFoundError:
-        return Outcome("left out: pip install 'flash_moe_mlx[server]'")
+        return Outcome(f"left out: {install_command('server')}")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

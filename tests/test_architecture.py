@@ -18,8 +18,8 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A wing (a folder, or a module of the package's root) imports only from those before it. docs/architecture.md says what
 # each holds. Inside a wing, and over all of them, no file may import in a circle.
 WINGS = [
-    "errors", "system", "forks", "stats", "machine", "formats", "config", "storage", "ops", "experts", "models",
-    "packing", "runtime", "chat", "planning", "lab", "plot", "server", "cli",
+    "errors", "installation", "system", "forks", "stats", "progress", "machine", "formats", "config", "storage", "ops",
+    "experts", "models", "packing", "runtime", "chat", "planning", "lab", "plot", "server", "cli",
 ]  # fmt: skip
 # Modules that must work without MLX: what reads headers, plans and simulates.
 WITHOUT_MLX = [
@@ -39,7 +39,7 @@ EXPORTED = {
     "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",
     "DistributedError",
-    "NonFiniteError", "RequestError",
+    "NonFiniteError", "BackendError", "RequestError",
     "__version__",
 }  # fmt: skip
 

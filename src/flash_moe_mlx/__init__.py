@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from .chat.prompt import chat_prompt
     from .chat.tools import load_tools
     from .errors import (
+        BackendError,
         CheckpointError,
         ChecksumError,
         CorruptError,
@@ -83,6 +84,7 @@ __all__ = [
     "DistributedError",
     "ShapeError",
     "RequestError",
+    "BackendError",
     "__version__",
 ]
 
@@ -110,7 +112,14 @@ def __getattr__(name: str) -> Any:
     """Import a public name on its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
+    try:
+        value = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
+    except ImportError as error:
+        from . import errors, installation
+
+        if isinstance(error, errors.BackendError) or not (fault := installation.explain_import(error)):
+            raise
+        raise errors.BackendError(fault) from error
     globals()[name] = value
     return value
 

@@ -14,6 +14,7 @@
     +-- ShapeError                 an array's shape breaks a kernel's contract
     +-- NonFiniteError             the model computed NaN or infinity
     +-- DistributedError           the ranks that share a model's experts can't compute together
+    +-- BackendError               MLX can't run on this machine as it is installed (also an ImportError)
     +-- RequestError               an argument of a call is not usable (also a ValueError)
 
 Messages follow ``[where] what must hold, got what. What to do.``
@@ -100,6 +101,10 @@ class NonFiniteError(FlashMoEError):
 
 class DistributedError(FlashMoEError):
     """Ranks that share a model's experts can't compute together: one has ended, hangs, failed or differs."""
+
+
+class BackendError(FlashMoEError, ImportError):
+    """MLX, or its backend for this machine, is not installed or can't be loaded."""
 
 
 class RequestError(FlashMoEError, ValueError):

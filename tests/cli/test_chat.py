@@ -6,7 +6,6 @@ import os
 import sys
 import termios
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +15,7 @@ from flash_moe_mlx.cli import chat as module
 from flash_moe_mlx.cli.chat_session import COMMANDS
 from flash_moe_mlx.cli.printable import printable
 from flash_moe_mlx.cli.terminal import AnswerView, finished
+from flash_moe_mlx.progress import Progress
 
 from ..support.command_line import refusal, succeed
 
@@ -86,14 +86,6 @@ def test_a_prefix_cache_that_does_not_fit_is_refused():
     assert module._prefix_cache(None, "0") is None
 
 
-def test_without_prompt_toolkit_there_is_a_note(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    monkeypatch.setitem(sys.modules, "prompt_toolkit", None)
-    monkeypatch.setattr(sys, "stdin", SimpleNamespace(isatty=lambda: True))
-    monkeypatch.setenv("TERM", "xterm")
-    assert module._reader(is_terminal=True).__name__ == "read_line"
-    assert "pip install 'flash_moe_mlx[chat]'" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     ("text", "done"),
     [
@@ -113,7 +105,7 @@ def drawn(thinking: str, *pieces: tuple[str, str]) -> str:
     """What is on the screen in the end: lines that were not erased again."""
     console = Console(file=io.StringIO(), force_terminal=True, width=40, height=10, legacy_windows=False)
     with AnswerView(console, thinking) as view:
-        view.progress(1, 2)
+        view.step(Progress("reading the prompt", 1, 2, "tokens"))
         for kind, text in pieces:
             view.write(kind, text)
     return console.file.getvalue()

@@ -70,7 +70,7 @@ def test_an_unfinished_packing_is_no_checkpoint(
     seen = []
     pack(source, tmp_path / "packed", bits=4, progress=seen.append)
     assert contents(tmp_path / "packed") == expected
-    assert seen[0].done_bytes > 0.3 * seen[0].total_bytes  # it went on, and did not begin anew
+    assert seen[0].done > 0.3 * seen[0].total  # it went on, and did not begin anew
 
 
 def test_bytes_reach_the_disk_before_the_journal_speaks_of_them(
@@ -261,7 +261,7 @@ def test_a_shard_replaced_while_it_is_packed(source: Path, tmp_path: Path, monke
     replaced = []
 
     def report(moment: Any) -> None:
-        if not replaced and moment.done_bytes > moment.total_bytes / 2:
+        if not replaced and moment.done > moment.total / 2:
             replaced.append(replace_shard(copy, keep_time=False))
 
     with pytest.raises(PackError, match="must stay as it is while it is packed"):

@@ -243,9 +243,9 @@ def test_progress_and_estimate(stock: Path, tmp_path: Path, monkeypatch: pytest.
     assert "disk needed" in str(estimate) and "<table>" in estimate._repr_html_()
     seen = []
     packed = pack(stock, tmp_path / "packed", bits=2, progress=seen.append)
-    done = [moment.done_bytes for moment in seen]
+    done = [moment.done for moment in seen]
     assert done == sorted(done)
-    assert done[-1] == seen[-1].total_bytes == estimate.remaining_bytes
+    assert done[-1] == seen[-1].total == estimate.remaining_bytes
     assert len(set(done)) > 5
     size = sum(len(data) for name, data in contents(packed).items() if "safetensors" in name and "json" not in name)
     assert size == estimate.result_bytes

@@ -49,7 +49,7 @@ def stop_at(share: float) -> Callable[[run.Progress], None]:
     """A progress function that ends the packing when that share is written."""
 
     def report(moment: run.Progress) -> None:
-        if moment.done_bytes >= share * moment.total_bytes:
+        if moment.done >= share * moment.total:
             raise KeyboardInterrupt
 
     return report

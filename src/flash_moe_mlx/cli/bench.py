@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RequestError
+from ..progress import report
 from ..system import can_drop_pages, drop_pages
 from .options import (
     ActivationBits,
@@ -65,6 +66,7 @@ def bench(
     with open_model(model, *how) as (loaded, tokenizer):
         measured = []
         for run in range(runs + 1):
+            report(f"run {run} of {runs}" if run else "warming up")
             if directory is not None:
                 loaded.streaming.clear()
                 _drop_pages(directory)
@@ -137,7 +139,12 @@ def _run(model: Any, tokenizer: Any, prompt_tokens: int, max_tokens: int) -> dic
         return logits
 
     for response in stream_generate(  # noqa: B007
-        model, tokenizer, [i % size for i in range(prompt_tokens)], max_tokens, logits_processors=[go_on]
+        model,
+        tokenizer,
+        [i % size for i in range(prompt_tokens)],
+        max_tokens,
+        logits_processors=[go_on],
+        progress=False,
     ):
         pass
     streaming = response.streaming

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from ..errors import MemoryLimitError
+from ..progress import report
 from .options import (
+    STARTING,
     ActivationBits,
     GpuMemoryLimit,
     Io,
@@ -81,6 +83,7 @@ def chat(
         flash-moe chat --tools examples/tools/read_file.py --tools examples/tools/shell.py
         echo "What is 17 + 25?" | flash-moe chat --no-calculator
     """
+    report(STARTING)
     from rich.console import Console
 
     from ..chat.conversation import Conversation
@@ -122,11 +125,7 @@ def _reader(is_terminal: bool) -> "Reader":
 
     if not (is_terminal and sys.stdin.isatty()) or os.environ.get("TERM") == "dumb":
         return read_line
-    try:
-        return editing_reader(Path(typer.get_app_dir("flash-moe")) / "chat_history", list(COMMANDS))
-    except ImportError:
-        echo("Without prompt_toolkit there is no editing: pip install 'flash_moe_mlx[chat]'.", err=True)
-        return read_line
+    return editing_reader(Path(typer.get_app_dir("flash-moe")) / "chat_history", list(COMMANDS))
 
 
 def _prefix_cache(model: Any, size: str | None) -> "PrefixCache | None":

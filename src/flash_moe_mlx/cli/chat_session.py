@@ -14,6 +14,7 @@ from ..chat.answer import Part
 from ..chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
 from ..errors import CheckpointError, FlashMoEError, RequestError
 from ..formats.safetensors_header import check_depth, load_json, read_bytes
+from ..progress import report, watching
 from ..runtime.prompt_text import check_text
 from ..stats import format_bytes
 from .printable import printable
@@ -44,7 +45,6 @@ class ChatSession:
         self._always: set[str] = set()
         self._view: AnswerView | None = None
         conversation.confirm = self._confirm
-        conversation.progress = self._progress
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
             "/clear": self._clear,
@@ -58,6 +58,7 @@ class ChatSession:
     def run(self) -> None:
         """Read and answer messages until end of input or /quit."""
         while True:
+            report("")
             try:
                 line = self._read("> ").strip()
             except EOFError:
@@ -82,7 +83,11 @@ class ChatSession:
         end: AnswerEnd | None = None
         check_text(text, "message")
         try:
-            with AnswerView(self._console, self._thinking) as self._view, closing(self._chat.send(text)) as events:
+            with (
+                AnswerView(self._console, self._thinking) as self._view,
+                watching(self._view.step),
+                closing(self._chat.send(text)) as events,
+            ):
                 for event in events:
                     match event:
                         case Part(kind=kind, text=piece):
@@ -135,10 +140,6 @@ class ChatSession:
                 return True
             if answer in ("n", "no"):
                 return False
-
-    def _progress(self, done: int, total: int) -> None:
-        if self._view is not None:
-            self._view.progress(done, total)
 
     def _say(self, markup: str) -> None:
         self._console.print(printable(markup), highlight=False)

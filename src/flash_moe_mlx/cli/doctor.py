@@ -8,11 +8,13 @@ from contextlib import closing
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
 from .. import __version__, system
+from ..installation import backend_fault, install_command
+from ..progress import report
 from .options import Json, Model, model_path, print_json
 from .printable import echo
 
@@ -23,6 +25,10 @@ PACKAGES = (
     "mlx", "mlx-lm", "transformers", "huggingface-hub", "numpy", "numba", "prompt_toolkit", "starlette", "uvicorn",
     "matplotlib",
 )  # fmt: skip
+EXTRAS = (
+    ("server", "uvicorn", "flash-moe serve"),
+    ("plot", "matplotlib", "flash-moe plan --plot"),
+)
 RECORD_BYTES = 1_769_472  # an expert of Qwen3.5-35B-A3B at 4 bits
 PROBE_FILE_BYTES = 256 << 20
 SLOW_DISK = 1e9
@@ -53,6 +59,9 @@ def doctor(
         flash-moe doctor --json
         flash-moe doctor --no-disk
     """
+    report("importing MLX")
+    if fault := backend_fault():
+        _without_backend(fault, json)
     found: dict[str, Any] = {
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
@@ -62,11 +71,13 @@ def doctor(
         "memory": _memory(),
         "default_memory_limit_reason": _limit_reason(),
     }
+    report("probing the disk")
     probe = (_probe_model(model) if model is not None else _probe_directory(directory)) if disk else None
     found["disk"] = None
     if probe is not None:
         rate = {"bytes_per_second": probe.bytes_per_second, "plausible": probe.is_plausible}
         found["disk"] = asdict(probe) | rate
+    report("checking kernels")
     found["kernels"] = _check_kernels() if kernels else None
     found["advice"] = _advice(found)
     if json:
@@ -77,6 +88,22 @@ def doctor(
     for name, value in rows:
         echo(f"{name:<{width}}  {value}")
     echo("\n" + ("\n".join(f"- {line}" for line in found["advice"]) or "Nothing to change."))
+
+
+def _without_backend(fault: str, json: bool) -> NoReturn:
+    """Report why nothing can run, and end with exit code 1."""
+    found = {
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "backend": None,
+        "versions": {"flash_moe_mlx": __version__, **{name: _version(name) for name in PACKAGES}},
+        "advice": [fault],
+    }
+    if json:
+        print_json(found)
+    else:
+        echo(f"flash-moe: {fault}", err=True)
+    raise typer.Exit(1)
 
 
 def _version(name: str) -> str | None:
@@ -193,11 +220,14 @@ def _advice(found: dict[str, Any]) -> list[str]:
             advice.append(f"{package} {installed} must be {specifier}: pip install '{package}{specifier}'.")
     if found["backend"] == "cpu":
         if os.path.exists("/dev/nvidiactl"):
-            advice.append("There is an NVIDIA GPU that MLX doesn't use: pip install 'flash_moe_mlx[cuda13]'.")
+            advice.append(f"There is an NVIDIA GPU that MLX doesn't use: {install_command('cuda13')}")
         if system.is_macos():
             advice.append("MLX runs on the CPU: use a Mac with Apple silicon and an arm64 Python.")
         elif _lacks_numba(found):
-            advice.append("The CPU kernels need numba: pip install 'flash_moe_mlx[cpu]'.")
+            advice.append(f"Everything is 10 to 50 times slower without numba: {install_command('cpu')}")
+    for extra, package, what in EXTRAS:
+        if found["versions"].get(package, "") is None:
+            advice.append(f"{what} needs {package}: {install_command(extra)}")
     if any(not check["ok"] for check in found["kernels"] or ()):
         advice.append(
             f"Kernels failed: report the output of flash-moe doctor --json. {REFERENCE_SWITCH}=1 runs without them."

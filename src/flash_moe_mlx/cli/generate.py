@@ -6,7 +6,9 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RequestError
+from ..progress import report
 from .options import (
+    STARTING,
     ActivationBits,
     GpuMemoryLimit,
     Io,
@@ -70,6 +72,7 @@ def generate(
             raise RequestError(
                 f"[prompt] must have at most {MAX_STDIN_CHARACTERS} characters, got more on standard input. Shorten it."
             )
+    report(STARTING)
     from .. import stream_generate
     from ..chat.text import AnswerText
     from ..runtime.prompt_text import check_text
@@ -92,6 +95,7 @@ def generate(
             text += piece
             if not json:
                 # A pipe gets the model's exact output; a terminal gets it without control characters.
+                report("")
                 (echo if sys.stdout.isatty() else typer.echo)(piece, nl=False)
         if json:
             print_json({"text": text, **_figures(response, loaded.streaming.stats())})

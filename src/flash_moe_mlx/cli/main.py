@@ -15,6 +15,7 @@ import errno
 import logging
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any
 
@@ -23,6 +24,8 @@ from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import FlashMoEError
+from ..installation import explain_import
+from ..progress import showing
 from . import bench, chat, doctor, generate, pack, plan, serve, simulate, trace, verify
 from .logs import log_to_stderr
 from .options import add_command, add_group
@@ -43,13 +46,19 @@ class _Commands(TyperGroup):
         make_streams_total()
         try:
             extra["standalone_mode"] = False
-            code = super().main(args, prog_name, *arguments, **extra)
+            with showing(True), warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                code = super().main(args, prog_name, *arguments, **extra)
         except typer.TyperException as error:  # wrong usage
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "flash-moe"
             code = _fail(error, f"{error.format_message().rstrip('.')}. See {path} --help.")
         except FlashMoEError as error:
             code = _fail(error, str(error))
+        except ImportError as error:
+            if not (fault := explain_import(error)):
+                raise
+            code = _fail(error, fault)
         except OSError as error:
             code = _fail(error, f"[{_where(error)}] {error.strerror or error}. {_advice(error)}")
         except (KeyboardInterrupt, typer.Abort):
@@ -65,6 +74,11 @@ class _Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(PIPE_CLOSED) from None
         return result
+
+
+def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:
+    """Print a warning as one line, without the source line that raised it."""
+    echo(f"flash-moe: warning: {' '.join(str(message).split())}", err=True)
 
 
 def _where(error: OSError) -> str:

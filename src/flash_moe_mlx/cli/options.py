@@ -10,6 +10,8 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import RequestError
+from ..installation import install_command
+from ..progress import report
 from .printable import escaped
 
 Model = Annotated[
@@ -52,6 +54,9 @@ TrustRemoteCode = Annotated[
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
 
+STARTING = "starting: importing MLX and transformers"
+
+
 def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
     """Register a command whose docstring is its help."""
     text, examples = _help(function)
@@ -89,6 +94,7 @@ def open_model(
     trust_remote_code: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """Load the model and its tokenizer with a command's options, and close the model at the end."""
+    report(STARTING)
     from .. import load
 
     loaded: Any = load(
@@ -119,11 +125,10 @@ def sampler(temperature: float, top_p: float, top_k: int, min_p: float, seed: in
 
 def print_json(value: Any) -> None:
     """Print the single JSON document of ``--json``; all other output goes to stderr."""
+    report("")
     typer.echo(escaped(json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False)))
 
 
 def missing_extra(package: str, extra: str) -> RequestError:
     """Return the error for a command whose optional dependencies are not installed."""
-    return RequestError(
-        f"[flash-moe] {package} must be installed for this, got none. Run: pip install 'flash_moe_mlx[{extra}]'"
-    )
+    return RequestError(f"[{package}] is not installed, and this needs it. Run: {install_command(extra)}")

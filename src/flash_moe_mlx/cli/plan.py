@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..progress import report
 from .options import (
+    STARTING,
     GpuMemoryLimit,
     Json,
     MaxContext,
@@ -47,9 +49,14 @@ def plan(
         flash-moe plan --memory-limit 14MB --max-context 128
         flash-moe plan --json --max-context 128 --disk-rate 3GB
     """
+    report(STARTING)
     from ..config import parse_size
     from ..planning.plan import plan as make_plan
 
+    if plot is not None:
+        from ..lab.plot import require_matplotlib, save, speed_by_limit
+
+        require_matplotlib()  # before anything is measured
     result = make_plan(
         model_path(model),
         memory_limit=memory_limit,
@@ -62,8 +69,6 @@ def plan(
         trust_remote_code=trust_remote_code,
     )
     if plot is not None:
-        from ..lab.plot import save, speed_by_limit
-
         save(speed_by_limit(result), plot)
     if json:
         print_json(result.to_dict())

@@ -7,6 +7,8 @@ from io import TextIOWrapper
 
 import typer
 
+from ..progress import report
+
 _SHOWN = frozenset("\n\t\u200c\u200d")  # Persian, Indic scripts and emoji join with the last two
 
 
@@ -19,6 +21,7 @@ def printable(text: str) -> str:
 
 def echo(text: object = "", *, nl: bool = True, err: bool = False) -> None:
     """Print untrusted text: file names, paths, error messages."""
+    report("")  # a status line would run into the text
     typer.echo(printable(str(text)), nl=nl, err=err)
 
 

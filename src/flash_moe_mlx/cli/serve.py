@@ -9,8 +9,11 @@ from typing import Annotated
 import typer
 
 from ..errors import RequestError
+from ..installation import explain_import
+from ..progress import report
 from .logs import log_to_stderr
 from .options import (
+    STARTING,
     ActivationBits,
     GpuMemoryLimit,
     Io,
@@ -73,12 +76,15 @@ def serve(
         flash-moe serve --model path/to/checkpoint --memory-limit 8GB --temperature 0.7 --top-p 0.8
         FLASH_MOE_API_KEY=secret flash-moe serve --host 0.0.0.0
     """
+    report(STARTING)
     try:
         import uvicorn
 
         from ..server.app import create_app
         from ..server.connection import BACKLOG, ConnectionLimits
     except ImportError as error:
+        if explain_import(error):
+            raise
         raise missing_extra(error.name or "starlette", "server") from error
     from ..config import parse_size
     from ..server.config import LOOPBACK, ServerConfig

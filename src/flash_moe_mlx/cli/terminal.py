@@ -13,6 +13,7 @@ from rich.markdown import Markdown
 from rich.segment import Segment
 from rich.text import Text
 
+from ..progress import Progress
 from .printable import printable
 
 REFRESH_SECONDS = 0.1
@@ -114,10 +115,10 @@ class AnswerView:
             self._block = self._block[done:]
         self._draw(_Tail(self._render(self._block)))
 
-    def progress(self, done: int, total: int) -> None:
-        """Show how many prompt tokens have been processed."""
-        if self._console.is_terminal and done < total:
-            self._draw(Text(f"reading the prompt, {done:,} of {total:,} tokens", style="dim"))
+    def step(self, moment: Progress) -> None:
+        """Show what the answer waits for, such as how many prompt tokens have been processed."""
+        if self._console.is_terminal and moment.step and not self._block:
+            self._draw(Text(printable(str(moment)), style="dim"))
 
     def finish(self) -> None:
         """Print the rest of the answer and release the terminal."""

@@ -5,7 +5,9 @@ from typing import Annotated
 
 import typer
 
+from ..progress import report
 from .options import (
+    STARTING,
     ActivationBits,
     GpuMemoryLimit,
     Io,
@@ -41,6 +43,7 @@ def trace(
     Examples:
         flash-moe trace "What is 17 + 25?" --output routing.npz
     """
+    report(STARTING)
     from .. import chat_prompt, stream_generate
     from ..runtime.prompt_text import check_text
 

@@ -21,8 +21,8 @@ def verify(
         flash-moe verify packed --full
         flash-moe verify packed --against Qwen3.5-35B-A3B-4bit --json
     """
-    from ..packing.progress import Progress, reporting
     from ..packing.verification import verify as check
+    from ..progress import Progress, reporting
 
     with reporting(not json, "verify") as report:
         result = check(path, full=full, against=against, progress=lambda done, total: report(Progress("", done, total)))

@@ -11,6 +11,7 @@ import numpy as np
 
 from ..errors import RequestError
 from ..experts.trace import NOT_RECORDED, RoutingTrace
+from ..installation import install_command
 from ..planning.plan import Plan
 from ..planning.simulation import Replay
 from .profiling import PHASES, Profile
@@ -104,13 +105,24 @@ def save(figure: "Figure", path: str | Path) -> None:
         ) from error
 
 
-def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
+def require_matplotlib() -> None:
+    """Check that matplotlib is installed.
+
+    Raises:
+        RequestError: If it is not; says how to install it.
+    """
     try:
-        from matplotlib.figure import Figure
+        import matplotlib  # noqa: F401
     except ImportError as error:
         raise RequestError(
-            "[plot] matplotlib must be installed, got none. Run: pip install 'flash_moe_mlx[plot]'"
+            f"[matplotlib] is not installed, and plots need it. Run: {install_command('plot')}"
         ) from error
+
+
+def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)

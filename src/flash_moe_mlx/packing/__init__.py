@@ -21,10 +21,10 @@ from ..errors import PackError, RequestError
 from ..formats.packed_format import MANIFEST_NAME, VERSION, read_manifest
 from ..formats.places import local_directory
 from ..formats.shards import INDEX_NAME
+from ..progress import Report, reporting
 from .estimate import Estimate, estimate
 from .journal import Journal
 from .plan import PackPlan, make_plan
-from .progress import Report, reporting
 from .run import Runner
 from .settings import PackSettings
 from .sources import LocalSource, Source

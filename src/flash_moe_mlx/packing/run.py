@@ -15,11 +15,11 @@ from ..experts.buffer_cache import BufferCacheShare
 from ..formats.packed_format import Manifest, PackedLayer, StoredFile
 from ..formats.safetensors_header import TensorInfo
 from ..formats.shards import INDEX_NAME
+from ..progress import Progress, Report
 from ..system import usable_cores
 from .checksums import combine_segments
 from .journal import Journal
 from .plan import PackPlan
-from .progress import Progress, Report
 from .quantiser import ErrorSums
 from .sources import Source
 from .tasks import SourceFiles, Task, TaskResult

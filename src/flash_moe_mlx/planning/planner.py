@@ -15,6 +15,7 @@ from ..formats.hub_headers import download_headers
 from ..formats.places import local_directory
 from ..machine import PROCESS_OVERHEAD_BYTES, usable_memory_bytes
 from ..models.spec import ModelSpec
+from ..progress import report
 from ..runtime.loading import choose_limits, inspect_checkpoint, plan_memory
 from ..storage.disk_probe import probe_disk
 from .simulation import replay
@@ -125,6 +126,7 @@ class Planner:
             if speed is None:
                 if disk_bytes_per_second is None and is_local:
                     record_bytes = min(checkpoint.layout(layer).payload_bytes for layer in checkpoint.moe_layers)
+                    report("probing the disk")
                     probe = probe_disk(checkpoint.expert_files, record_bytes, seconds=_PROBE_SECONDS)
                     disk_bytes_per_second = probe.bytes_per_second if probe.is_plausible else None
                 speed = measure_speed(disk_bytes_per_second)

@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -25,6 +26,7 @@ from ..forks import check_process
 from ..models.caches import context_length, pending_states
 from ..models.checks import check_sampled, lazily_finite
 from ..ops.gpu.kernel_source import explain_refusals
+from ..progress import Report, report, showing
 from ..stats import GenerationStats
 from .constraint import Constraint
 from .grammar import as_grammar
@@ -69,6 +71,7 @@ def stream_generate(
     prefix_cache: PrefixCache | None = None,
     snapshot_at: Sequence[int] | None = None,
     schema: Any = None,
+    progress: bool | Report = True,
 ) -> Generator[GenerationResponse, None, None]:
     """Generate text, one response per token. Takes the arguments of :func:`mlx_lm.stream_generate`.
 
@@ -98,6 +101,8 @@ def stream_generate(
         schema: JSON schema that the answer obeys: a mapping, JSON text or a pydantic model; or a :class:`Grammar`.
             Thinking stays free. If ``finish_reason`` is "length", the answer was cut and is not complete. Needs
             llguidance: ``pip install 'flash_moe_mlx[schema]'``.
+        progress: True shows what the first token waits for if that takes long: one line on a terminal's stderr, a bar
+            in a notebook, nothing elsewhere. A function receives each `Progress`. False shows nothing.
 
     Yields:
         Responses with mlx_lm's fields and ``.streaming``.
@@ -159,7 +164,7 @@ def stream_generate(
         processors,
         lambda: maybe_quantize_kv_cache(caches, quantized_kv_start, kv_group_size, kv_bits),
     )
-    return _stream(
+    responses = _stream(
         steps,
         tokenizer,
         tokens,
@@ -172,6 +177,7 @@ def stream_generate(
         if prefix_cache is None
         else _Snapshots(prefix_cache, cached, prefix_cache.points(snapshot_at, cached, length)),
     )
+    return _showing_first(responses, progress)
 
 
 def generate(
@@ -334,6 +340,17 @@ def _batched(embeddings: mx.array | None) -> mx.array | None:
     return None if embeddings is None else embeddings[None]
 
 
+def _showing_first(
+    responses: Generator[GenerationResponse, None, None], progress: bool | Report
+) -> Generator[GenerationResponse, None, None]:
+    """Yield the responses, and show what the first one waits for."""
+    with closing(responses):
+        with showing(progress):
+            first = next(responses)
+        yield first
+        yield from responses
+
+
 def _stream(
     steps: _Steps,
     tokenizer: TokenizerWrapper,
@@ -353,6 +370,7 @@ def _stream(
     if cached:
         steps.note(prompt[:cached])
     progress(done, length)
+    report("reading the prompt", done, length, "tokens")
     points = list(snapshots.points) if snapshots is not None else []
     # As in mlx_lm, the last prompt token is fed alone: the chunks before it need no logits.
     while length - done > 1:
@@ -362,6 +380,7 @@ def _stream(
         if snapshots is not None and points[:1] == [done]:
             snapshots.cache.store(prompt[: points.pop(0)].tolist(), steps.caches)
         progress(done, length)
+        report("reading the prompt", done, length, "tokens")
     step = steps.start(prompt[done:], _part(embeddings, done, 1))
     prompt_tps = 0.0
     fed: list[int] = []

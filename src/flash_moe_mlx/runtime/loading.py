@@ -38,6 +38,7 @@ from ..formats.foreign import ForeignCode, say
 from ..formats.hub_headers import HTTPError
 from ..formats.packed_format import EXPERTS_FOLDER
 from ..formats.places import local_directory
+from ..installation import install_command
 from ..machine import (
     PROCESS_OVERHEAD_BYTES,
     SAFE_SHARE,
@@ -54,6 +55,7 @@ from ..ops.gpu import cuda_runtime
 from ..ops.gpu.cuda_slots import MappedMemory, PinnedMemory
 from ..ops.slot_memory import SlotMemory, UnifiedMemory
 from ..packing.verification import check_other_files
+from ..progress import Report, report, showing
 from ..stats import format_bytes
 from ..storage.store import ExpertStore
 from ..system import raise_file_limit, return_freed_buffers
@@ -81,6 +83,7 @@ def load(
     trust_remote_code: bool = False,
     shard: bool | str | Path | None = None,
     rank_timeout: float = DEFAULT_TIMEOUT,
+    progress: bool | Report = True,
 ) -> tuple[Any, TokenizerWrapper] | tuple[Any, TokenizerWrapper, dict[str, Any]]:
     """Load a model whose routed experts are streamed from disk, and its tokenizer.
 
@@ -107,6 +110,8 @@ def load(
         shard: How the ranks that ``mlx.launch`` started share the experts. None divides them by number if there are
             several ranks; a path names a plan file; False makes each rank load the whole model.
         rank_timeout: Seconds that a rank waits for another one before it gives up.
+        progress: True shows what takes long: one line on a terminal's stderr, a bar in a notebook, nothing elsewhere.
+            A function receives each `Progress`. False shows nothing.
 
     Returns:
         (model, tokenizer), or (model, tokenizer, config).
@@ -121,11 +126,12 @@ def load(
     streaming = StreamingConfig.from_arguments(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
     )
-    with loading_together(shard, rank_timeout) as ranks:
+    with showing(progress), loading_together(shard, rank_timeout) as ranks:
         prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify, ranks, shard)
         with ExitStack() as undo:
             undo.callback(prepared.store.close)
             config = copy.deepcopy(dict(prepared.checkpoint.config))
+            report("loading the tokenizer")
             eos = end_tokens(prepared.checkpoint.directory, config)
             tokenizer = load_checked_tokenizer(
                 prepared.checkpoint.directory, eos, tokenizer_config, trust_remote_code=trust_remote_code
@@ -151,12 +157,13 @@ def load_model(
     trust_remote_code: bool = False,
     shard: bool | str | Path | None = None,
     rank_timeout: float = DEFAULT_TIMEOUT,
+    progress: bool | Report = True,
 ) -> Any:
     """Load a model without its tokenizer. Takes the arguments of :func:`load` and raises the same errors."""
     streaming = StreamingConfig.from_arguments(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
     )
-    with loading_together(shard, rank_timeout) as ranks:
+    with showing(progress), loading_together(shard, rank_timeout) as ranks:
         return _prepare(_resolve(path, revision), streaming, verify, ranks, shard).load()
 
 
@@ -164,6 +171,7 @@ def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
     if (directory := local_directory(path_or_repo, "load")) is not None:
         return directory
     name = str(path_or_repo)
+    report("")  # the hub draws bars of its own
     try:
         return Path(
             snapshot_download(
@@ -219,8 +227,11 @@ class _Prepared:
 
     def _load_weights(self, names: Sequence[str]) -> None:
         """Load dense tensors one at a time. Expert tensors are never evaluated."""
+        done, total = 0, sum(self.spec.weights[name].nbytes for name in names)
         for name in names:
             value = self.spec.weights.pop(name)
+            report("loading dense weights", done, total)
+            done += value.nbytes
             with ForeignCode(partial(_unread, name)):
                 mx.eval(value)
             self.spec.model.load_weights([(name, value)], strict=False)
@@ -271,7 +282,7 @@ def choose_limits(streaming: StreamingConfig) -> tuple[int, int | None]:
     if streaming.gpu_memory_limit_bytes is not None:
         raise RequestError(
             "[gpu_memory_limit] must be left out where no GPU has memory of its own, got one: memory_limit bounds all "
-            "of it. On CUDA install cuda-bindings, which flash-moe-mlx[cuda12] and [cuda13] do."
+            f"of it. On CUDA install cuda-bindings: {install_command('cuda13')}, or [cuda12]."
         )
     return _choose_limit(streaming), None
 
@@ -350,7 +361,7 @@ def _with_rounded_activations(spec: ModelSpec, bits: int) -> ModelSpec:
     if not (hasattr(spec.model, "activation_bits") and use_cpu_kernels()):
         raise RequestError(
             f"[activation_bits] must be left out where the CPU kernels don't decode, got {bits}. They decode "
-            'Qwen3.5-MoE and Qwen3-Next on the CPU, with numba: pip install "flash-moe-mlx[cpu]".'
+            f"Qwen3.5-MoE and Qwen3-Next on the CPU, with numba: {install_command('cpu')}."
         )
     spec.model.activation_bits = bits
     return replace(spec, lossy=(*spec.lossy, f"{bits}-bit activations in decode"))
@@ -364,6 +375,7 @@ def _prepare(
     shard: bool | str | Path | None = None,
 ) -> _Prepared:
     begin_use()
+    report("reading headers")
     return_freed_buffers()
     checkpoint, spec = inspect_checkpoint(directory, streaming)
     share = None if ranks is None else share_experts(ranks, checkpoint, streaming, shard)

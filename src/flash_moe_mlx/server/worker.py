@@ -287,6 +287,7 @@ class Worker:
             ],
             prefix_cache=self._prefix_cache,
             snapshot_at=prompt.snapshot_at,
+            progress=False,
         )
         with closing(responses):
             for response in self._counted(responses, generation):

@@ -13,6 +13,7 @@ from .. import system
 from ..errors import CheckpointError, RequestError, StoreError
 from ..formats.safetensors_header import load_json, read_bytes
 from ..machine import PROCESS_OVERHEAD_BYTES, cache_folder
+from ..progress import report
 from ..stats import format_bytes
 from .disk_probe import probe_disk
 from .file_io import ReadOnlyFile
@@ -110,6 +111,7 @@ def choose_threads(paths: Sequence[Path], record_bytes: int, expert_bytes: int, 
     if (threads := _remembered_threads(known.get(key))) in depths:
         return threads
     try:
+        report("probing the disk, once per disk")
         probes = [probe_disk(paths, record_bytes, seconds=_PROBE_SECONDS, num_threads=depth) for depth in depths]
     except (RequestError, StoreError) as error:
         logger.info("the disk could not be probed: %s", error)

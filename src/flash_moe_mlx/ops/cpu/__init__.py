@@ -5,11 +5,11 @@ lazily: they evaluate what they are given and return finished arrays. Modules he
 not, so that everything works without it.
 """
 
-import logging
+import warnings
 from functools import cache
 from importlib.util import find_spec
 
-logger = logging.getLogger(__name__)
+from ...installation import install_command
 
 
 @cache
@@ -17,8 +17,10 @@ def available() -> bool:
     """Tell whether numba is installed; warn once where it is not."""
     if find_spec("numba") is not None:
         return True
-    logger.warning(
-        "numba is not installed: on the CPU every operation runs MLX's own, 10 to 50 times slower. "
-        'Run: pip install "flash-moe-mlx[cpu]"'
+    warnings.warn(
+        "numba is not installed, so the CPU runs MLX's own operations, 10 to 50 times slower. "
+        f"Run: {install_command('cpu')}",
+        RuntimeWarning,
+        stacklevel=2,
     )
     return False

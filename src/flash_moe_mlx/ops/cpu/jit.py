@@ -8,9 +8,29 @@ from types import FunctionType
 from typing import Any
 
 import numba
+from numba.core import event
+
+from ...progress import is_watched, report
 
 VECTORISED = {"contract", "reassoc", "nsz"}
 """LLVM's freedom in loops that it may vectorise: NaN and infinity stay what they are."""
+
+
+class _CompilationListener(event.Listener):  # type: ignore[misc]
+    """Reports that kernels are being compiled: the first use on a machine takes seconds, later ones load the cache."""
+
+    def __init__(self) -> None:
+        self._count = 0
+
+    def on_start(self, event: Any) -> None:
+        if is_watched():
+            report(f"compiling CPU kernels for this machine, once: {self._count} done")
+
+    def on_end(self, event: Any) -> None:
+        self._count += 1
+
+
+event.register("numba:compile", _CompilationListener())
 
 
 @cache
@@ -42,6 +62,7 @@ def task(
 ) -> Any:
     """Compile a function of two int64 that other kernels call by its ``address``: an operation of a ``Program``."""
     copy = _bound(function, name, bindings or {})
+    report("preparing CPU kernels; the first use on a machine compiles them")
     return numba.cfunc("void(int64, int64)", cache=True, fastmath=fastmath, error_model="numpy")(copy)
 
 
