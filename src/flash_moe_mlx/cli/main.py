@@ -26,7 +26,7 @@ from .. import __version__
 from ..errors import FlashMoEError
 from ..installation import explain_import
 from ..progress import showing
-from . import bench, chat, doctor, generate, pack, plan, serve, simulate, trace, verify
+from . import bench, chat, doctor, generate, models, pack, plan, pull, serve, simulate, trace, verify
 from .logs import log_to_stderr
 from .options import add_command, add_group
 from .printable import echo, make_streams_total
@@ -139,6 +139,8 @@ def flash_moe(
 add_command(app, generate.generate)
 add_command(app, chat.chat)
 add_command(app, doctor.doctor)
+add_command(app, models.models)
+add_command(app, pull.pull)
 add_command(app, plan.plan)
 add_command(app, trace.trace)
 add_command(app, simulate.simulate)

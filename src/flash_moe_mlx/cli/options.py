@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.resources import files
@@ -17,7 +18,7 @@ from .printable import escaped
 Model = Annotated[
     str | None,
     typer.Option(
-        "--model", "-m", help="Checkpoint directory or hub repository. Default: the embedded demo.",
+        "--model", "-m", help="Directory, hub repository, or name from flash-moe models. Default: the demo.",
         show_default=False,
     ),
 ]  # fmt: skip
@@ -76,8 +77,14 @@ def _help(function: Callable[..., None]) -> tuple[str, str]:
 
 
 def model_path(model: str | None) -> str:
-    """Return the path of the named model, or of the embedded demo."""
-    return str(files("flash_moe_mlx") / "demo") if model is None else model
+    """Return the path or repository of the named model, or the path of the embedded demo."""
+    if model is None:
+        return str(files("flash_moe_mlx") / "demo")
+    if "/" in model or os.path.exists(model):
+        return model
+    from ..planning.presets import repository_of
+
+    return repository_of(model)
 
 
 @contextmanager

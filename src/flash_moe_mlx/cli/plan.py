@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from ..errors import RequestError
+from ..planning.presets import find
 from ..progress import report
 from .options import (
     STARTING,
@@ -29,6 +31,9 @@ Plot = Annotated[Path | None, typer.Option(help="Plot speed against memory limit
 
 
 def plan(
+    name: Annotated[
+        str | None, typer.Argument(help="Name from flash-moe models, directory or hub repository; as --model.")
+    ] = None,
     model: Model = None,
     memory_limit: MemoryLimit = None,
     gpu_memory_limit: GpuMemoryLimit = None,
@@ -43,12 +48,17 @@ def plan(
 ) -> None:
     """Predict whether a model fits a memory limit, where the memory goes, and how fast it runs.
 
-    Reads only headers. For a hub repository this downloads a few hundred kilobytes.
+    Reads only headers. For a hub repository this downloads a few hundred kilobytes, for a name from flash-moe models
+    nothing. Exits with code 1 if the model doesn't fit.
 
     Examples:
+        flash-moe plan qwen3.5-397b-4bit --memory-limit 34GB --disk-rate 5.5GB
         flash-moe plan --memory-limit 14MB --max-context 128
         flash-moe plan --json --max-context 128 --disk-rate 3GB
     """
+    if name is not None and model is not None:
+        raise RequestError(f"[plan] takes one model, got {name} and --model {model}. Leave one out.")
+    target = name if name is not None and find(name) is not None else model_path(model if name is None else name)
     report(STARTING)
     from ..config import parse_size
     from ..planning.plan import plan as make_plan
@@ -58,7 +68,7 @@ def plan(
 
         require_matplotlib()  # before anything is measured
     result = make_plan(
-        model_path(model),
+        target,
         memory_limit=memory_limit,
         gpu_memory_limit=gpu_memory_limit,
         max_context=max_context,
@@ -74,3 +84,5 @@ def plan(
         print_json(result.to_dict())
     else:
         echo(str(result))
+    if not result.fits:
+        raise typer.Exit(1)

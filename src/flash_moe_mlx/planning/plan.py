@@ -10,6 +10,7 @@ from ..experts.trace import RoutingTrace
 from ..runtime.loading import limit_reason
 from ..stats import format_bytes, table_html
 from .planner import Expectation, LimitPlan, Planner
+from .presets import find
 from .speed import Speed
 
 SWEEP_POINTS = 10
@@ -178,7 +179,8 @@ def plan(
     """Predict a model's memory use and speed on this machine from its headers, without reading any weights.
 
     Args:
-        path_or_repo: Local directory, or a Hugging Face repository, of which only headers are downloaded.
+        path_or_repo: Local directory, or a Hugging Face repository, of which only headers are downloaded, or a name
+            that ``flash-moe models`` lists, which needs no network.
         memory_limit: As for :func:`load`; None for load's default.
         gpu_memory_limit: As for load. Where a GPU has its own memory, this is the limit that the plan's figures are of.
         max_context: Context length to reserve memory for (prompt plus answer), in tokens.
@@ -222,9 +224,18 @@ def plan(
         max_context=max_context,
         speed=planner.speed,
         sweep=tuple(planner.at(limit) for limit in planner.limits(SWEEP_POINTS)),
-        assumptions=_assumptions(planner.speed, None if memory_limit is not None else limit_reason()),
+        assumptions=(
+            *_from_presets(path_or_repo),
+            *_assumptions(planner.speed, None if memory_limit is not None else limit_reason()),
+        ),
         host_limit_bytes=planner.host_limit_bytes,
     )
+
+
+def _from_presets(path_or_repo: str | Path) -> tuple[str, ...]:
+    if isinstance(path_or_repo, Path) or not (preset := find(path_or_repo)) or path_or_repo != preset.name:
+        return ()
+    return (f"Dimensions are those that this package knows of {preset.repository}; nothing was downloaded.",)
 
 
 def _assumptions(speed: Speed, limit_reason: str | None) -> tuple[str, ...]:

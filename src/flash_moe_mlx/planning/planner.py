@@ -1,5 +1,6 @@
 """Computes plan()'s results for one model on one machine: the division of a limit, hit rate and speed."""
 
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from ..models.spec import ModelSpec
 from ..progress import report
 from ..runtime.loading import choose_limits, inspect_checkpoint, plan_memory
 from ..storage.disk_probe import probe_disk
+from .presets import find, write_headers
 from .simulation import replay
 from .speed import Speed, TokenWork, measure_speed
 from .synthetic_routing import LOCAL, UNIFORM, make_routing
@@ -86,7 +88,7 @@ class Planner:
             )
         self._checkpoint, self._spec, self._config = checkpoint, spec, config
         self._trace = trace
-        self._work = TokenWork.of(checkpoint, spec)
+        self.work = TokenWork.of(checkpoint, spec)
         self._made: dict[tuple[str, int], RoutingTrace] = {}
         self._hit_rates: dict[tuple[str, int, int], float] = {}
         self.speed = speed
@@ -191,7 +193,7 @@ class Planner:
     def _tokens_per_second(self, rates: Mapping[int, float]) -> tuple[float, float | None]:
         """Return the bytes missed per token and the tokens per second."""
         missed = sum((1 - r) * self._asked(layer) * self.payload_bytes[layer] for layer, r in rates.items())
-        seconds = self.speed.token_seconds(self._work, missed)
+        seconds = self.speed.token_seconds(self.work, missed)
         return missed, None if seconds is None else 1 / seconds
 
     def _of_made(self, kind: str, experts: int, slots: int) -> float:
@@ -213,12 +215,27 @@ class Planner:
         return self._hit_rates[key]
 
 
+def local_hit_rate(num_experts: int, num_experts_per_tok: int, slots: int) -> float:
+    """Return the hit rate of synthetic local routing with this many slots per layer."""
+    if slots >= num_experts:
+        return 1.0
+    made = make_routing(
+        LOCAL, layers=_LAYERS, num_experts=num_experts, num_experts_per_tok=num_experts_per_tok, tokens=_TOKENS
+    )
+    return replay(made, slots, skip_passes=_SKIPPED).decode_hit_rate
+
+
 @contextmanager
 def _directory_of(path_or_repo: str | Path, revision: str | None) -> Iterator[tuple[Path, bool]]:
     """Return the directory of the headers, and whether it also contains the weights."""
-    if (path := local_directory(path_or_repo, "plan")) is not None:
+    known = None if os.path.exists(path_or_repo) or isinstance(path_or_repo, Path) else find(path_or_repo)
+    if known is None and (path := local_directory(path_or_repo, "plan")) is not None:
         yield path, True
         return
     with tempfile.TemporaryDirectory(prefix="flash-moe-") as directory:
+        if known is not None and path_or_repo == known.name:
+            write_headers(known.config, known.bits, Path(directory))
+            yield Path(directory), False
+            return
         download_headers(str(path_or_repo), Path(directory), revision)
         yield Path(directory), False

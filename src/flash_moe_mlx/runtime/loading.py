@@ -14,7 +14,6 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
-from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from ..config import StreamingConfig
 from ..errors import (
@@ -36,7 +35,6 @@ from ..formats.checkpoint import Checkpoint
 from ..formats.config_files import end_tokens
 from ..formats.foreign import ForeignCode, say
 from ..formats.hub_headers import HTTPError
-from ..formats.packed_format import EXPERTS_FOLDER
 from ..formats.places import local_directory
 from ..installation import install_command
 from ..machine import (
@@ -59,6 +57,7 @@ from ..progress import Report, report, showing
 from ..stats import format_bytes
 from ..storage.store import ExpertStore
 from ..system import raise_file_limit, return_freed_buffers
+from .downloads import PATTERNS
 from .sharding import loading_together, share_experts
 from .tokenizer_files import load_checked_tokenizer
 
@@ -173,11 +172,7 @@ def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
     name = str(path_or_repo)
     report("")  # the hub draws bars of its own
     try:
-        return Path(
-            snapshot_download(
-                name, revision=revision, allow_patterns=[*DEFAULT_ALLOW_PATTERNS, f"{EXPERTS_FOLDER}/*.safetensors"]
-            )
-        )
+        return Path(snapshot_download(name, revision=revision, allow_patterns=list(PATTERNS)))
     # OSError covers "not in the local cache".
     except (HTTPError, HFValidationError, OSError) as error:
         raise CheckpointError(
