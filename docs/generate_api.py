@@ -10,6 +10,7 @@ from flash_moe_mlx.stats import GenerationStats, StreamingStats
 
 API = Path(__file__).with_name("api.md")
 ENGINE = ("stats", "reset_stats", "resize", "trace", "clear", "close")
+CONSTANTS = {"CALCULATOR": "Path of the built-in calculator, a file of tools for `load_tools`."}
 SECTION = re.compile(r"^(Args|Attributes|Returns|Yields|Raises|Note|Example):$")
 
 HEAD = """# API
@@ -57,7 +58,7 @@ def entry(name: str, value: object, level: str = "##") -> str:
     is_error = isinstance(value, type) and issubclass(value, Exception)
     if callable(value) and not is_error:
         parts.append(f"```python\n{signature(name, value)}\n```")
-    return "\n\n".join([*parts, prose(inspect.getdoc(value))])
+    return "\n\n".join([*parts, CONSTANTS.get(name) or prose(inspect.getdoc(value))])
 
 
 def render() -> str:
@@ -66,7 +67,8 @@ def render() -> str:
     values = {name: getattr(flash_moe_mlx, name) for name in names}
     errors = {n: v for n, v in values.items() if isinstance(v, type) and issubclass(v, Exception)}
     pages = [HEAD.strip()]
-    pages += [entry(name, value) for name, value in values.items() if name not in errors]
+    shown_below = {*errors, "StreamingEngine"}
+    pages += [entry(name, value) for name, value in values.items() if name not in shown_below]
     pages.append("## model.streaming\n\n" + prose(inspect.getdoc(StreamingEngine)))
     pages += [entry(name, getattr(StreamingEngine, name), "###") for name in ENGINE]
     pages += [f"## {value.__name__}\n\n" + prose(inspect.getdoc(value)) for value in (StreamingStats, GenerationStats)]

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from flash_moe_mlx.planning import planner, presets  # noqa: F401  # all that asks for the backend is imported by planner
+from flash_moe_mlx.planning import preset_figures, presets
 
 FILE = Path(presets.__file__).with_name("presets.json")
 
@@ -35,7 +35,7 @@ def main() -> None:
     entries = json.loads(FILE.read_text())
     for entry in entries:
         with tempfile.TemporaryDirectory() as directory, pretending():
-            entry["figures"] = presets.measure(
+            entry["figures"] = preset_figures.measure(
                 entry["config"], entry["bits"], Path(directory), lambda: pretend("metal")
             )
         print(entry["name"], {key: round(value / 1e9, 2) for key, value in entry["figures"].items()})

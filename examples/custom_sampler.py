@@ -11,7 +11,7 @@ from mlx_lm.sample_utils import make_sampler
 
 from flash_moe_mlx import chat_prompt, generate, load
 
-path = sys.argv[1] if len(sys.argv) > 1 else files("flash_moe_mlx") / "demo"
+path = sys.argv[1] if len(sys.argv) > 1 else str(files("flash_moe_mlx") / "demo")
 
 
 def typical(logprobs: mx.array) -> mx.array:

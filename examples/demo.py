@@ -12,8 +12,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from flash_moe_mlx import load, stream_generate
-from flash_moe_mlx.stats import format_bytes
+from flash_moe_mlx import format_bytes, load, stream_generate
 from flash_moe_mlx.system import peak_resident_bytes
 
 MEMORY_LIMIT = "14MB"
@@ -35,8 +34,8 @@ REQUESTS: list[tuple[str, list[dict[str, Any]] | None]] = [
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", default=files("flash_moe_mlx") / "demo", help="checkpoint directory")
+    parser = argparse.ArgumentParser(description="Streams the embedded model's experts from disk under a memory limit.")
+    parser.add_argument("model", nargs="?", default=str(files("flash_moe_mlx") / "demo"), help="checkpoint directory")
     parser.add_argument("--memory-limit", default=MEMORY_LIMIT)
     parser.add_argument("--max-tokens", type=int, default=80)
     arguments = parser.parse_args()
@@ -56,9 +55,10 @@ def main() -> None:
             )
             for response in stream_generate(model, tokenizer, prompt, max_tokens=arguments.max_tokens):
                 print(response.text, end="", flush=True)
+                if response.finish_reason:
+                    tokens += response.generation_tokens
+                    seconds += response.generation_tokens / response.generation_tps
             print("\n")
-            tokens += response.generation_tokens
-            seconds += response.generation_tokens / response.generation_tps
         report(streaming.stats(), Path(arguments.model), tokens / seconds)
 
 

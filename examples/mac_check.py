@@ -74,7 +74,7 @@ def check_system(_: argparse.Namespace) -> Outcome:
 
 def check_device(_: argparse.Namespace) -> Outcome:
     info = mx.device_info()
-    working_set = info.get("max_recommended_working_set_size")
+    working_set: Any = info.get("max_recommended_working_set_size")
     sizes = {key: format_bytes(value) for key, value in info.items() if isinstance(value, int) and value > 1 << 20}
     got = f"{backend()}, {info.get('device_name')}, {sizes}; default limit "
     got += f"{format_bytes(default_memory_limit_bytes(working_set))}: {explain_default_memory_limit(working_set)}"
@@ -209,11 +209,12 @@ def check_model(options: argparse.Namespace) -> Outcome:
 def answer(model: Any, tokenizer: Any, question: str, max_tokens: int = 40) -> tuple[str, float, float]:
     """Returns (text, seconds to the first token, tokens per second after it)."""
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True)
-    text, first, started = "", 0.0, time.perf_counter()
+    text, first, rate, started = "", 0.0, 0.0, time.perf_counter()
     for response in stream_generate(model, tokenizer, prompt, max_tokens=max_tokens):
         first = first or time.perf_counter() - started
         text += response.text
-    return text, first, response.generation_tps
+        rate = response.generation_tps
+    return text, first, rate
 
 
 STEPS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
@@ -231,7 +232,7 @@ STEPS: dict[str, Callable[[argparse.Namespace], Outcome]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", help="a checkpoint's directory, larger than memory at best")
     parser.add_argument("--limits", nargs="+", default=["8GB"], help="memory limits to try with it")
     parser.add_argument("--max-tokens", type=int, default=100)

@@ -7,12 +7,18 @@ import sys
 from importlib.resources import files
 from pathlib import Path
 
-from flash_moe_mlx import Conversation, PrefixCache, load, load_tools
-from flash_moe_mlx.chat.answer import Part
-from flash_moe_mlx.chat.conversation import ToolCall, ToolOutcome
-from flash_moe_mlx.chat.tools import CALCULATOR
+from flash_moe_mlx import (
+    CALCULATOR,
+    Conversation,
+    Part,
+    PrefixCache,
+    ToolCall,
+    ToolOutcome,
+    load,
+    load_tools,
+)
 
-path = sys.argv[1] if len(sys.argv) > 1 else files("flash_moe_mlx") / "demo"
+path = sys.argv[1] if len(sys.argv) > 1 else str(files("flash_moe_mlx") / "demo")
 WEATHER = Path(__file__).parent / "tools" / "weather.py"
 
 

@@ -18,7 +18,7 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A wing (a folder, or a module of the package's root) imports only from those before it. docs/architecture.md says what
 # each holds. Inside a wing, and over all of them, no file may import in a circle.
 WINGS = [
-    "errors", "installation", "system", "forks", "stats", "progress", "machine", "formats", "config", "storage", "ops",
+    "errors", "system", "installation", "forks", "stats", "progress", "machine", "formats", "config", "storage", "ops",
     "experts", "models", "packing", "runtime", "chat", "planning", "lab", "plot", "server", "cli",
 ]  # fmt: skip
 # Modules that must work without MLX: what reads headers, plans and simulates.
@@ -33,6 +33,8 @@ MAX_LINES = 500
 MAX_ENVIRONMENT_VARIABLES = 5
 
 EXPORTED = {
+    "StreamingModel", "StreamingEngine", "Progress", "CALCULATOR", "Part", "ToolCall", "ToolOutcome", "AnswerEnd",
+    "RoutingTrace", "replay", "format_bytes",
     "load", "load_model", "generate", "stream_generate", "stream_generate_async", "GenerationResponse",
     "Grammar", "PrefixCache", "chat_prompt", "Conversation", "load_tools",
     "pack", "verify", "plan", "Plan", "profile",

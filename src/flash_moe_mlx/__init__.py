@@ -16,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 from . import system
 
 if TYPE_CHECKING:
-    from .chat.conversation import Conversation
+    from .chat.answer import Part
+    from .chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
     from .chat.prompt import chat_prompt
-    from .chat.tools import load_tools
+    from .chat.tools import CALCULATOR, load_tools
     from .errors import (
         BackendError,
         CheckpointError,
@@ -37,15 +38,21 @@ if TYPE_CHECKING:
         StoreError,
         UnsupportedModelError,
     )
+    from .experts.engine import StreamingEngine
+    from .experts.trace import RoutingTrace
     from .lab.profiling import profile
     from .packing import pack
     from .packing.verification import verify
     from .planning.plan import Plan, plan
+    from .planning.simulation import replay
+    from .progress import Progress
     from .runtime.async_generation import stream_generate_async
     from .runtime.generation import GenerationResponse, generate, stream_generate
     from .runtime.grammar import Grammar
     from .runtime.loading import load, load_model
+    from .runtime.model_type import StreamingModel
     from .runtime.prefix_cache import PrefixCache
+    from .stats import format_bytes
 
 __version__ = "0.1.0"
 
@@ -59,16 +66,27 @@ __all__ = [
     "stream_generate",
     "stream_generate_async",
     "GenerationResponse",
+    "StreamingModel",
+    "StreamingEngine",
+    "Progress",
     "Grammar",
     "PrefixCache",
     "chat_prompt",
     "Conversation",
+    "Part",
+    "ToolCall",
+    "ToolOutcome",
+    "AnswerEnd",
     "load_tools",
+    "CALCULATOR",
     "pack",
     "verify",
     "plan",
     "Plan",
     "profile",
+    "RoutingTrace",
+    "replay",
+    "format_bytes",
     "FlashMoEError",
     "CheckpointError",
     "MissingTensorError",
@@ -98,6 +116,17 @@ _MODULES = {
     "chat_prompt": "chat.prompt",
     "Conversation": "chat.conversation",
     "load_tools": "chat.tools",
+    "CALCULATOR": "chat.tools",
+    "Part": "chat.answer",
+    "ToolCall": "chat.conversation",
+    "ToolOutcome": "chat.conversation",
+    "AnswerEnd": "chat.conversation",
+    "StreamingModel": "runtime.model_type",
+    "StreamingEngine": "experts.engine",
+    "Progress": "progress",
+    "RoutingTrace": "experts.trace",
+    "replay": "planning.simulation",
+    "format_bytes": "stats",
     "GenerationResponse": "runtime.generation",
     "Grammar": "runtime.grammar",
     "pack": "packing",

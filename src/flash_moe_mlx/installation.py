@@ -11,6 +11,8 @@ from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from itertools import pairwise
 from pathlib import Path
 
+from . import system
+
 NAME = "flash_moe_mlx"
 
 _TELLS = {"cpu": "numba", "cuda12": "mlx-cuda-12", "cuda13": "mlx-cuda-13", "server": "uvicorn", "plot": "matplotlib",
@@ -39,7 +41,7 @@ def install_command(extra: str) -> str:
 
 def backend_extra() -> str:
     """Return the extra that gives MLX a backend on this machine."""
-    if sys.platform == "darwin":
+    if system.is_macos():
         return ""
     return "cuda13" if os.path.exists("/dev/nvidiactl") else "cpu"
 
@@ -59,7 +61,7 @@ def explain_import(error: ImportError) -> str | None:
     text = str(error)
     if "libmlx" not in text and (error.name or "").partition(".")[0] != "mlx":
         return None
-    if sys.platform == "darwin" and platform.machine() != "arm64":
+    if system.is_macos() and platform.machine() != "arm64":
         return "[mlx] needs an arm64 Python on a Mac with Apple silicon; this one is for Intel."
     if extra := backend_extra():
         return (

@@ -9,8 +9,15 @@ import mlx_lm.utils
 import pytest
 
 from flash_moe_mlx import CorruptError
+from flash_moe_mlx.cli.options import sampling_of
 from flash_moe_mlx.formats.config_fields import GENERAL_FIELDS, HYBRID_FIELDS, MAX_DIMENSION, ROPE_FIELDS, number
-from flash_moe_mlx.formats.config_files import check_config, end_tokens, read_config
+from flash_moe_mlx.formats.config_files import (
+    SamplingDefaults,
+    check_config,
+    end_tokens,
+    read_config,
+    sampling_defaults,
+)
 
 
 def write(directory: Path, config: Any, generation: Any = None) -> Path:
@@ -91,3 +98,30 @@ def test_numbers_that_no_float_holds_are_compared_and_refused():
     assert not number(0, 1e30).accepts(10**400)
     assert not number(0, 1).accepts(True)
     assert number(0, 1).accepts(1) and not number(0, 1).accepts(0)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "greedy"),
+        ({}, "greedy"),
+        ({"eos_token_id": 3}, "greedy"),
+        ({"do_sample": True, "temperature": 0.6, "top_p": 0.95, "top_k": 20}, "temperature 0.6, top-p 0.95, top-k 20"),
+        ({"temperature": 0.7, "min_p": 0.05}, "temperature 0.7, min-p 0.05"),
+        ({"top_k": 20}, "temperature 1, top-k 20"),
+        ({"do_sample": False, "temperature": 0.6}, "greedy"),
+        ({"do_sample": True, "temperature": "hot", "top_p": 7, "top_k": True}, "greedy"),
+        ({"temperature": 0}, "greedy"),
+    ],
+)
+def test_sampling_is_what_the_checkpoint_recommends(content: object, said: str, tmp_path: Path):
+    if content is not None:
+        (tmp_path / "generation_config.json").write_text(json.dumps(content))
+    assert str(sampling_defaults(tmp_path)) == said
+
+
+def test_options_replace_what_they_name_only():
+    own = SamplingDefaults(0.6, 0.95, 20)
+    assert str(sampling_of(own, None, None, None, None)) == str(own)
+    assert str(sampling_of(own, 0.0, None, None, None)) == "greedy"
+    assert str(sampling_of(own, 1.0, None, 0, 0.1)) == "temperature 1, top-p 0.95, min-p 0.1"

@@ -7,7 +7,7 @@ import pytest
 
 from flash_moe_mlx import plan
 from flash_moe_mlx.errors import DiskFullError
-from flash_moe_mlx.planning import presets
+from flash_moe_mlx.planning import preset_figures, presets
 from flash_moe_mlx.planning.speed import Speed
 from flash_moe_mlx.runtime import downloads
 
@@ -29,7 +29,7 @@ def test_sizes_are_those_of_the_published_files(name: str, size: float):
 @pytest.mark.parametrize("name", ["qwen3.5-35b-4bit", "gpt-oss-20b"])
 def test_figures_follow_from_the_dimensions(name: str, tmp_path: Path):
     preset = presets.require(name)
-    measured = presets.measure(preset.config, preset.bits, tmp_path, lambda: None)
+    measured = preset_figures.measure(preset.config, preset.bits, tmp_path, lambda: None)
     stored = vars(preset.figures)
     assert {key: value for key, value in measured.items() if "limit" not in key} == {
         key: value for key, value in stored.items() if "limit" not in key
@@ -48,7 +48,7 @@ def test_a_plan_by_name_needs_no_network(monkeypatch: pytest.MonkeyPatch):
     assert preset.repository in found.assumptions[0]
     slots = figures.slots(8 * 10**9, "cpu")
     assert found.at_limit.num_slots / figures.layers == pytest.approx(slots, rel=0.05)
-    hit_rate, rate = presets.expect(figures, slots, SPEED)
+    hit_rate, rate = preset_figures.expect(figures, slots, SPEED)
     local = found.at_limit.expectations[0]
     assert hit_rate == pytest.approx(local.hit_rate, abs=0.03)
     assert rate == pytest.approx(local.tokens_per_second, rel=0.1)

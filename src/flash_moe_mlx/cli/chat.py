@@ -29,6 +29,7 @@ from .options import (
     Verify,
     open_model,
     sampler,
+    sampling_of,
 )
 from .printable import echo
 
@@ -54,10 +55,10 @@ def chat(
     ] = "show",
     thinking_budget: Annotated[int | None, typer.Option(help="Maximum thinking tokens per answer.", min=0)] = None,
     max_tokens: MaxTokens = 2048,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
     seed: Seed = None,
     prefix_cache: Annotated[
         str | None, typer.Option(help='Memory for the prefix cache of earlier turns, such as "500MB"; 0 turns it off.')
@@ -98,6 +99,7 @@ def chat(
     limits = memory_limit, gpu_memory_limit
     how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
+        sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
         if calculator and tokenizer.has_tool_calling:
             offered += load_tools(CALCULATOR)
         conversation = Conversation(
@@ -107,7 +109,7 @@ def chat(
             tools=offered,
             prefix_cache=_prefix_cache(loaded, prefix_cache),
             max_tokens=max_tokens,
-            sampler=sampler(temperature, top_p, top_k, min_p, seed),
+            sampler=sampler(sampling, seed),
             thinking=thinking != "off",
             thinking_budget=thinking_budget,
             max_tool_rounds=max_tool_rounds,

@@ -29,6 +29,7 @@ from .options import (
     open_model,
     print_json,
     sampler,
+    sampling_of,
 )
 from .printable import echo
 
@@ -41,10 +42,10 @@ def generate(
     system: Annotated[str, typer.Option(help="System prompt.")] = "",
     raw: Annotated[bool, typer.Option("--raw", help="Continue the raw prompt; don't apply the chat template.")] = False,
     max_tokens: MaxTokens = 256,
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
     seed: Seed = None,
     memory_limit: MemoryLimit = None,
     gpu_memory_limit: GpuMemoryLimit = None,
@@ -75,6 +76,7 @@ def generate(
     report(STARTING)
     from .. import stream_generate
     from ..chat.text import AnswerText
+    from ..formats.config_files import SamplingDefaults
     from ..runtime.prompt_text import check_text
 
     check_text(prompt)
@@ -89,7 +91,7 @@ def generate(
             tokenizer,
             prompt if raw else _messages(tokenizer, prompt, system),
             max_tokens,
-            sampler=sampler(temperature, top_p, top_k, min_p, seed),
+            sampler=sampler(sampling_of(SamplingDefaults(), temperature, top_p, top_k, min_p), seed),
         ):
             piece = "" if response.token in tokenizer.eos_token_ids else words.piece(response.token)
             text += piece

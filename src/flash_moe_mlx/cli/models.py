@@ -86,7 +86,7 @@ def models(
 def _describe(
     preset: "Preset", limit_bytes: int, backend: str, speed: "Speed | None", present: dict[str, int]
 ) -> dict[str, Any]:
-    from ..planning.presets import expect
+    from ..planning.preset_figures import expect
 
     figures = preset.figures
     smallest = figures.smallest_limit_bytes(backend)

@@ -5,8 +5,9 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from importlib.resources import files
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -14,6 +15,9 @@ from ..errors import RequestError
 from ..installation import install_command
 from ..progress import report
 from .printable import escaped
+
+if TYPE_CHECKING:
+    from ..formats.config_files import SamplingDefaults
 
 Model = Annotated[
     str | None,
@@ -41,13 +45,16 @@ ActivationBits = Annotated[
 Verify = Annotated[str, typer.Option(help="Packed records to check against their checksums: sample, full or none.")]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate; -1 for no limit.")]
-Temperature = Annotated[float, typer.Option(help="Sampling temperature; 0 always takes the likeliest token.", min=0)]
+Temperature = Annotated[
+    float | None,
+    typer.Option(help="Sampling temperature; 0: the likeliest token. Default: the model's own; in generate 0.", min=0),
+]
 TopP = Annotated[
-    float,
+    float | None,
     typer.Option(help="Sample from the likeliest tokens up to this total probability; 1: all.", min=0.001, max=1),
 ]
-TopK = Annotated[int, typer.Option(help="Sample from this many of the likeliest tokens; 0 for all.", min=0)]
-MinP = Annotated[float, typer.Option(help="Drop tokens below this share of the top probability.", min=0, max=1)]
+TopK = Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens; 0 for all.", min=0)]
+MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the top probability.", min=0, max=1)]
 Seed = Annotated[int | None, typer.Option(help="Random seed, for repeatable sampling.", min=0)]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="Run Python files that come with the checkpoint.")
@@ -120,14 +127,22 @@ def open_model(
         yield loaded
 
 
-def sampler(temperature: float, top_p: float, top_k: int, min_p: float, seed: int | None) -> Callable[[Any], Any]:
-    """Return mlx_lm's sampler for a command's options."""
+def sampling_of(
+    own: "SamplingDefaults", temperature: float | None, top_p: float | None, top_k: int | None, min_p: float | None
+) -> "SamplingDefaults":
+    """Return the model's own sampling with a command's options in place of what they name."""
+    given: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "min_p": min_p}
+    return replace(own, **{name: value for name, value in given.items() if value is not None})
+
+
+def sampler(sampling: "SamplingDefaults", seed: int | None) -> Callable[[Any], Any]:
+    """Return mlx_lm's sampler."""
     import mlx.core as mx
     from mlx_lm.sample_utils import make_sampler
 
     if seed is not None:
         mx.random.seed(seed)
-    return make_sampler(temp=temperature, top_p=top_p, top_k=top_k, min_p=min_p)
+    return make_sampler(temp=sampling.temperature, top_p=sampling.top_p, top_k=sampling.top_k, min_p=sampling.min_p)
 
 
 def print_json(value: Any) -> None:

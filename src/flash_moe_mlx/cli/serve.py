@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import typer
@@ -30,6 +31,7 @@ from .options import (
     Verify,
     missing_extra,
     open_model,
+    sampling_of,
 )
 from .printable import echo
 
@@ -52,10 +54,10 @@ def serve(
     prefix_cache: Annotated[
         str, typer.Option(help='Memory for the prefix cache of earlier turns: auto, 0 (off) or a size like "500MB".')
     ] = "auto",
-    temperature: Temperature = 0.0,
-    top_p: TopP = 1.0,
-    top_k: TopK = 0,
-    min_p: MinP = 0.0,
+    temperature: Temperature = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
     memory_limit: MemoryLimit = None,
     gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,
@@ -68,8 +70,8 @@ def serve(
 ) -> None:
     """Serve a model through an OpenAI-compatible API, with a status page.
 
-    The sampling options are defaults for requests that don't set their own. Without --api-key, anyone who can reach
-    the address can use the model.
+    The sampling options are defaults for requests that don't set their own; without them, the model's own values
+    apply. Without --api-key, anyone who can reach the address can use the model.
 
     Examples:
         flash-moe serve
@@ -100,14 +102,16 @@ def serve(
             max_body_bytes=parse_size(max_body),
             prefix_cache=None if prefix_cache == "0" else prefix_cache,
             allowed_hosts=(*LOOPBACK, *(allow_host or ())) if local or allow_host else None,
-            sampling=Sampling(temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p),
         )
         limits = memory_limit, gpu_memory_limit
         how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
         with open_model(model, *how) as (loaded, tokenizer):
+            sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
+            config = replace(config, sampling=Sampling(**asdict(sampling)))
             app = create_app(loaded, tokenizer, config)
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
             echo(f"Serving {config.model_id} at {address}/v1, status page at {address}/. Ctrl-C ends it.")
+            echo(f"Sampling, where a request doesn't say: {sampling}.")
             if not local and api_key is None:
                 echo("Everybody on the network may use it: set FLASH_MOE_API_KEY to a key.", err=True)
             log_to_stderr()  # failures are always shown

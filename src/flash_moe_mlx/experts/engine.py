@@ -14,6 +14,7 @@ import mlx.core as mx
 from ..config import parse_size
 from ..errors import MemoryLimitError, NonFiniteError, RequestError, StoreError
 from ..forks import check_process, is_forked
+from ..formats.config_files import SamplingDefaults
 from ..ops.gpu.kernel_source import explain_refusals
 from ..ops.numerics import Activation
 from ..ops.slot_memory import SlotMemory, UnifiedMemory
@@ -68,6 +69,7 @@ class StreamingEngine:
         self._reservations = Reservations(demand.costs, 1, demand.prefill_step_size, demand.max_context)
         self._budget = plan.budget
         self._closed = False
+        self.sampling = SamplingDefaults()  # the checkpoint's own, from generation_config.json; set by load
         self.slow_decode = ""  # why single tokens are not decoded on the fast path; set by the model
         self.lock = threading.RLock()
         # Created before the slots, so that they are wired as they are allocated.
@@ -275,6 +277,18 @@ class StreamingEngine:
     def counters(self) -> Counters:
         """Running totals since load. Never reset, so that differences are always valid."""
         return self._reader.counters
+
+    def __repr__(self) -> str:
+        if self._closed:
+            return "StreamingEngine(closed)"
+        total = sum(self._plan.demand.num_experts.values())
+        return (
+            f"StreamingEngine({self._cache.total_slots:,} of {total:,} experts in "
+            f"{format_bytes(self._budget.limit_bytes)}, read by {self._store.io})"
+        )
+
+    def _repr_html_(self) -> str:
+        return repr(self) if self._closed else self.stats()._repr_html_()
 
     def stats(self) -> StreamingStats:
         """Return counters and memory use at this moment."""

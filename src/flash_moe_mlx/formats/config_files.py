@@ -7,6 +7,7 @@ config.json's, and a generation_config.json that isn't JSON is ignored. Only val
 import logging
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,61 @@ def end_tokens(directory: Path, config: Mapping[str, Any]) -> int | list[int] | 
         if (ids := read_field(source, _END_TOKENS, GENERATION_CONFIG_NAME)) is not None:
             return ids
     return None
+
+
+@dataclass(frozen=True)
+class SamplingDefaults:
+    """Sampling that a checkpoint's authors recommend.
+
+    Attributes:
+        temperature: Temperature; 0 is greedy.
+        top_p: Total probability of the tokens to sample from; 1 for all.
+        top_k: Number of tokens to sample from; 0 for all.
+        min_p: Share of the top probability below which tokens are dropped.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+
+    def __str__(self) -> str:
+        """Return one phrase, such as "temperature 0.6, top-p 0.95, top-k 20"."""
+        if self.temperature == 0:
+            return "greedy"
+        parts = [f"temperature {self.temperature:g}"]
+        parts += [f"top-p {self.top_p:g}"] if self.top_p < 1 else []
+        parts += [f"top-k {self.top_k}"] if self.top_k else []
+        parts += [f"min-p {self.min_p:g}"] if self.min_p else []
+        return ", ".join(parts)
+
+
+def sampling_defaults(directory: Path) -> SamplingDefaults:
+    """Return the sampling that generation_config.json recommends; greedy if it recommends none.
+
+    A value that no sampler takes is left out with a warning, because nothing but the default depends on it.
+    """
+    found = _read_generation_config(directory)
+    kept: dict[str, Any] = {}
+    for name, (kind, least, most) in _SAMPLING.items():
+        value = found.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, kind) or not least <= value <= most:
+            logger.warning("%s of %s is left out: %s", name, directory / GENERATION_CONFIG_NAME, brief(value))
+            continue
+        kept[name] = value
+    if found.get("do_sample") is False or not kept:
+        return SamplingDefaults()
+    return SamplingDefaults(**{"temperature": 1.0, **kept})
+
+
+_SAMPLING: dict[str, tuple[Any, float, float]] = {
+    "temperature": ((int, float), 0.0, 100.0),
+    "top_p": ((int, float), 0.001, 1.0),
+    "top_k": (int, 0, 1 << 31),
+    "min_p": ((int, float), 0.0, 1.0),
+}
 
 
 def _read_generation_config(directory: Path) -> dict[str, Any]:

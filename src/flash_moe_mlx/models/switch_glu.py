@@ -108,6 +108,12 @@ class StreamingModel:
     streaming: StreamingEngine
     vocabulary_size: int
 
+    def __repr__(self) -> str:
+        """Return one line; `mlx.nn.Module` would list every module of every layer."""
+        streaming = getattr(self, "streaming", None)
+        layers: Any = getattr(self, "layers", ())
+        return f"{type(self).__name__}({len(layers)} layers, {streaming!r})"
+
     def attach(self, engine: StreamingEngine) -> None:
         """Use ``engine`` as the source of every layer's routed experts."""
         self.streaming = engine

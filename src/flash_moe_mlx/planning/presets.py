@@ -1,23 +1,20 @@
 """Models that people use, known without a network: repositories, their dimensions, and what follows from them.
 
-``presets.json`` holds what config.json and the conversion say: dimensions, bits, and the figures that `measure` derives
-from them. A preset's headers can be written to a folder as a checkpoint whose data are holes, which plan() then reads
-like any other. Sizes are of the language model; a repository that adds a vision tower is larger by that.
+``presets.json`` holds what config.json and the conversion say, dimensions and bits, and the figures that
+preset_figures.py derives from them. A preset's headers can be written to a folder as a checkpoint whose data are holes,
+which plan() then reads like any other. Sizes are of the language model, without vision towers.
 """
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..errors import RequestError
-
-if TYPE_CHECKING:
-    from .speed import Speed
 
 GROUP_SIZE = 64
 CONTEXT = 8192
@@ -88,18 +85,6 @@ def presets() -> tuple[Preset, ...]:
     """Return all presets, by family and size."""
     entries = json.loads((files(__package__) / "presets.json").read_text())
     return tuple(Preset(**{**entry, "figures": Figures(**entry["figures"])}) for entry in entries)
-
-
-def expect(figures: Figures, slots: int, speed: "Speed") -> tuple[float, float | None]:
-    """Return the hit rate and the tokens per second that local routing gives with this many slots per layer."""
-    from .planner import local_hit_rate
-    from .speed import TokenWork
-
-    hit_rate = local_hit_rate(figures.num_experts, figures.num_experts_per_tok, slots)
-    asked_bytes = figures.layers * figures.num_experts_per_tok * figures.record_bytes
-    work = TokenWork(figures.layers, figures.token_bytes, asked_bytes, figures.shared_bytes)
-    seconds = speed.token_seconds(work, (1 - hit_rate) * asked_bytes)
-    return hit_rate, None if seconds is None else 1 / seconds
 
 
 def find(name: str) -> Preset | None:
@@ -176,39 +161,3 @@ def _tensors(parameters: list[tuple[str, Any]]) -> Iterator[tuple[str, str, tupl
     for name, value in parameters:
         dtype, size = names.get(str(value.dtype).rpartition(".")[2], ("BF16", 2))
         yield name, dtype, value.shape, size * math.prod(value.shape)
-
-
-def measure(config: dict[str, Any], bits: int, directory: Path, on_gpu: Callable[[], None]) -> dict[str, int]:
-    """Return the figures of a preset, from headers that are written to an empty directory.
-
-    Args:
-        config: What decides in config.json.
-        bits: Bits of affine quantisation.
-        directory: Empty directory.
-        on_gpu: Function that makes the library plan as on a GPU from then on.
-    """
-    from .planner import Planner
-    from .speed import Speed
-
-    write_headers(config, bits, directory)
-    speed = Speed(1e10, 1e-3, 1e9)
-    planner = Planner.open(directory, memory_limit="1TB", max_context=CONTEXT, speed=speed)
-    on_gpu()
-    gpu_limit_bytes = Planner.open(directory, memory_limit="1TB", max_context=CONTEXT, speed=speed).smallest_limit_bytes
-    (record_bytes,) = set(planner.record_bytes.values())
-    (num_experts,) = set(planner.num_experts.values())
-    checkpoint_bytes = (directory / "model.safetensors").stat().st_size
-    return asdict(
-        Figures(
-            checkpoint_bytes=checkpoint_bytes,
-            dense_bytes=checkpoint_bytes - planner.expert_bytes,
-            cpu_limit_bytes=planner.smallest_limit_bytes,
-            gpu_limit_bytes=gpu_limit_bytes,
-            record_bytes=record_bytes,
-            layers=len(planner.num_experts),
-            num_experts=num_experts,
-            num_experts_per_tok=planner.k,
-            token_bytes=planner.work.weight_bytes,
-            shared_bytes=planner.work.shared_bytes,
-        )
-    )

@@ -12,6 +12,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from ..errors import RequestError
+from ..installation import install_command
 
 MAX_GRAMMAR_BYTES = 64 << 10
 """Maximum size of a grammar. Compiling takes time in proportion to its square in the worst case, a second here."""
@@ -171,8 +172,7 @@ def _llguidance() -> Any:
         import llguidance
     except ImportError as error:
         raise RequestError(
-            "[schema] llguidance must be installed for answers that obey a schema, got none. Run: pip install "
-            "'flash_moe_mlx[schema]'"
+            f"[llguidance] is not installed, and answers that obey a schema need it. Run: {install_command('schema')}"
         ) from error
     return llguidance
 

@@ -7,7 +7,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import mlx.core as mx
 from huggingface_hub import snapshot_download
@@ -32,7 +32,7 @@ from ..experts.memory_plan import MemoryDemand, MemoryPlan
 from ..experts.ranks import DEFAULT_TIMEOUT, RankGroup
 from ..forks import begin_use
 from ..formats.checkpoint import Checkpoint
-from ..formats.config_files import end_tokens
+from ..formats.config_files import end_tokens, sampling_defaults
 from ..formats.foreign import ForeignCode, say
 from ..formats.hub_headers import HTTPError
 from ..formats.places import local_directory
@@ -58,12 +58,55 @@ from ..stats import format_bytes
 from ..storage.store import ExpertStore
 from ..system import raise_file_limit, return_freed_buffers
 from .downloads import PATTERNS
+from .model_type import StreamingModel
 from .sharding import loading_together, share_experts
 from .tokenizer_files import load_checked_tokenizer
 
 logger = logging.getLogger(__name__)
 
 _SMALL_BUFFER_CACHE = 4 << 20
+
+
+@overload
+def load(
+    path_or_repo: str | Path,
+    *,
+    memory_limit: int | str | None = ...,
+    gpu_memory_limit: int | str | None = ...,
+    max_context: int = ...,
+    num_experts_per_tok: int | None = ...,
+    io: str = ...,
+    activation_bits: int | None = ...,
+    verify: str | bool = ...,
+    revision: str | None = ...,
+    tokenizer_config: dict[str, Any] | None = ...,
+    return_config: Literal[False] = ...,
+    trust_remote_code: bool = ...,
+    shard: bool | str | Path | None = ...,
+    rank_timeout: float = ...,
+    progress: bool | Report = ...,
+) -> tuple[StreamingModel, TokenizerWrapper]: ...
+
+
+@overload
+def load(
+    path_or_repo: str | Path,
+    *,
+    memory_limit: int | str | None = ...,
+    gpu_memory_limit: int | str | None = ...,
+    max_context: int = ...,
+    num_experts_per_tok: int | None = ...,
+    io: str = ...,
+    activation_bits: int | None = ...,
+    verify: str | bool = ...,
+    revision: str | None = ...,
+    tokenizer_config: dict[str, Any] | None = ...,
+    return_config: Literal[True],
+    trust_remote_code: bool = ...,
+    shard: bool | str | Path | None = ...,
+    rank_timeout: float = ...,
+    progress: bool | Report = ...,
+) -> tuple[StreamingModel, TokenizerWrapper, dict[str, Any]]: ...
 
 
 def load(
@@ -83,7 +126,7 @@ def load(
     shard: bool | str | Path | None = None,
     rank_timeout: float = DEFAULT_TIMEOUT,
     progress: bool | Report = True,
-) -> tuple[Any, TokenizerWrapper] | tuple[Any, TokenizerWrapper, dict[str, Any]]:
+) -> tuple[StreamingModel, TokenizerWrapper] | tuple[StreamingModel, TokenizerWrapper, dict[str, Any]]:
     """Load a model whose routed experts are streamed from disk, and its tokenizer.
 
     Args:
@@ -157,7 +200,7 @@ def load_model(
     shard: bool | str | Path | None = None,
     rank_timeout: float = DEFAULT_TIMEOUT,
     progress: bool | Report = True,
-) -> Any:
+) -> StreamingModel:
     """Load a model without its tokenizer. Takes the arguments of :func:`load` and raises the same errors."""
     streaming = StreamingConfig.from_arguments(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
@@ -200,6 +243,7 @@ class _Prepared:
             memory = slot_memory(self.store, self.plan)
             engine = StreamingEngine(self.store, self.plan, memory, self.spec.lossy, self.share)
             undo.pop_all()
+        engine.sampling = sampling_defaults(self.checkpoint.directory)
         model.attach(engine)
         model.eval()
         return model

@@ -1,0 +1,32 @@
+"""The type of the models that load() returns, for editors and type checkers."""
+
+from typing import Any, Protocol
+
+from ..experts.engine import StreamingEngine
+
+
+class StreamingModel(Protocol):
+    """A model whose experts are streamed: an ``mlx.nn.Module`` of any family, with its engine.
+
+    Attributes:
+        streaming: The engine: counters, traces, limits.
+        layers: The decoder layers.
+        vocabulary_size: Number of token ids.
+    """
+
+    streaming: StreamingEngine
+
+    @property
+    def layers(self) -> list[Any]: ...
+
+    @property
+    def vocabulary_size(self) -> int: ...
+
+    def __call__(self, inputs: Any, cache: Any = None, **options: Any) -> Any:
+        """Return logits of shape (B, L, vocabulary) of token ids of shape (B, L)."""
+
+    def make_cache(self) -> list[Any]:
+        """Return empty caches for a conversation, one per layer."""
+
+    def parameters(self) -> dict[str, Any]:
+        """Return the dense weights by module; routed experts are not among them."""
