@@ -1,5 +1,6 @@
 """Experts shared by processes over MLX's ring: the bits of one process, and bounded ends of failures."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ from flash_moe_mlx.experts.placement import Placement
 
 from ..support.models import chat_config, make_converted, smallest_limit, streamed
 from ..support.rank_child import digest_of, logits_of
-from ..support.ranks import run_ranks
+from ..support.ranks import Ranks, ranks_running
 
 EXPERTS, K, LAYERS = 16, 3, range(4)
 
@@ -20,7 +21,13 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_converted(tmp_path_factory.mktemp("checkpoint"), config=config, bits=4)
 
 
-def test_ranks_give_the_bits_of_one(directory: Path, tmp_path: Path):
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with ranks_running() as running:
+        yield running
+
+
+def test_ranks_give_the_bits_of_one(directory: Path, tmp_path: Path, ranks: Ranks):
     """Prompts, single tokens and batches, with equal and uneven shares, and with the fewest slots."""
     with streamed(directory) as model:
         expected = digest_of(logits_of(model))
@@ -28,8 +35,8 @@ def test_ranks_give_the_bits_of_one(directory: Path, tmp_path: Path):
     uneven = tmp_path / "uneven.json"
     Placement(2, {layer: (np.arange(EXPERTS) == layer).astype(np.int64) for layer in LAYERS}).write(uneven)
     loads = [{}, {"shard": str(uneven)}, {"memory_limit": smallest_limit(directory)}, {"shard": False}]
-    two = run_ranks(2, directory, tmp_path, {"do": "logits", "loads": loads})
-    four = run_ranks(4, directory, tmp_path, {"do": "logits"})
+    two = ranks.run(2, directory, tmp_path, {"do": "logits", "loads": loads})
+    four = ranks.run(4, directory, tmp_path, {"do": "logits"})
     for rank in (*two, *four):
         assert rank.status == 0, rank.stderr
         assert [result["digest"] for result in rank.results] == [expected] * len(rank.results)
@@ -39,3 +46,45 @@ def test_ranks_give_the_bits_of_one(directory: Path, tmp_path: Path):
         read = [rank.results[number]["bytes_read"] for rank in two]
         assert sum(read) == everything.bytes_read and min(read) > 0
     assert [rank.results[0]["num_experts"] for rank in four] == [16] * 4
+
+
+def test_ranks_sample_the_same_tokens(directory: Path, tmp_path: Path, ranks: Ranks):
+    ended = ranks.run(2, directory, tmp_path, {"do": "tokens", "numba": False})
+    assert all(rank.status == 0 for rank in ended), [rank.stderr for rank in ended]
+    tokens = [rank.results[0]["tokens"] for rank in ended]
+    assert tokens[0] == tokens[1] and len(set(tokens[0])) > 1
+
+
+FAULTS = {  # exchanges 0 to 3 are the prompt's
+    "killed-in-a-prompt": {"rank": 1, "kind": "kill", "at": 1},
+    "killed-in-decode": {"rank": 1, "kind": "kill", "at": 10},
+    "rank-0-killed": {"rank": 0, "kind": "kill", "at": 10},
+    "killed-while-loading": {"rank": 1, "kind": "kill", "at": "load"},
+    "cannot-read": {"rank": 1, "kind": "read", "at": 9},
+    "interrupted": {"rank": 0, "kind": "interrupt", "at": 9},
+    "frozen": {"rank": 1, "kind": "freeze", "at": 9},
+    "hangs": {"rank": 0, "kind": "hang", "at": 9},
+}
+TIMEOUT = 8.0
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_fault_of_one_rank_ends_all_with_a_typed_error(directory: Path, tmp_path: Path, ranks: Ranks, fault: str):
+    own = FAULTS[fault]["rank"]
+    what = {"do": "logits", "numba": False, "fault": FAULTS[fault], "loads": [{"rank_timeout": TIMEOUT}]}
+    ended_by = own if FAULTS[fault]["kind"] in ("freeze", "hang") else None
+    ended = ranks.run(2, directory, tmp_path, what, ended_by=ended_by)
+    struck, other = ended[own], ended[1 - own]
+    assert [result["error"] for result in other.results] == ["DistributedError"], other.stderr
+    at = float(struck.stderr.split("struck ")[1].split()[0])
+    bound = TIMEOUT if FAULTS[fault]["kind"] in ("freeze", "hang") else 2.0
+    assert other.results[0]["at"] - at < bound + 4.0  # seconds for a busy machine
+    if FAULTS[fault]["kind"] == "read":
+        assert struck.results[0]["error"] == "StoreError" and "the disk must be whole" in other.results[0]["message"]
+
+
+def test_ranks_that_are_not_alike_are_refused(directory: Path, tmp_path: Path, ranks: Ranks):
+    other = make_converted(tmp_path, config=chat_config(num_experts=EXPERTS, num_experts_per_tok=K), bits=4, seed=1)
+    what = {"do": "logits", "numba": False, "directories": {"1": str(other)}}
+    for rank in ranks.run(2, directory, tmp_path, what):
+        assert rank.results[0]["error"] == "DistributedError" and "checkpoint" in rank.results[0]["message"]

@@ -1,25 +1,32 @@
-"""Run as each rank by tests of distributed experts: load, compute what is asked for, print one JSON document.
+"""Forks ranks for tests: each loads, computes what is asked for, and writes one JSON document.
 
-    python rank_child.py DIRECTORY JSON
-
-The JSON: what to do ("do": "logits" or "tokens"), once for each set of load's arguments ("loads"), other directories of
-some ranks ("directories"), and a fault ("fault"): its rank, its kind, and in which exchange it strikes, or "load".
+Reads runs from standard input, one JSON object per line: the checkpoint's "directory", each rank's "environments" and
+"outputs", and "what": what to do ("do": see DOINGS), once for each set of load's arguments ("loads"), other
+directories of some ranks ("directories"), whether to use numba ("numba"), and a fault ("fault"): its rank, its kind,
+and in which exchange it strikes, or "load". Writes a line with the process ids, then one as each rank ends.
 """
 
+import atexit
+import faulthandler
 import hashlib
 import json
 import os
 import signal
 import sys
+import threading
 import time
+import traceback
+from concurrent.futures import CancelledError
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from flash_moe_mlx import FlashMoEError, StoreError, load, load_model, stream_generate
+from flash_moe_mlx import FlashMoEError, PrefixCache, StoreError, load, load_model, stream_generate
 from flash_moe_mlx.experts.distributed import Share
 from flash_moe_mlx.experts.ranks import RankGroup
+from flash_moe_mlx.runtime.following import led
+from flash_moe_mlx.runtime.tokenizer_files import load_checked_tokenizer  # noqa: F401  imports transformers
 
 VOCABULARY = 320
 TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, (1, 120)).astype(np.uint32)
@@ -82,14 +89,51 @@ def generate_tokens(directory: str, how: dict[str, Any]) -> dict[str, Any]:
         return {"tokens": [r.token for r in stream_generate(model, tokenizer, "Hello there", 12, sampler=sampler)]}
 
 
-DOINGS = {"logits": compute_logits, "tokens": generate_tokens}
+PROMPT = "The quick brown fox jumps over the lazy dog again and again."
 
 
-def main() -> None:
-    directory, text = sys.argv[1:]
-    what = json.loads(text)
+def led_work(model: Any, tokenizer: Any) -> list[Any]:
+    """Conversations with a prefix cache, an answer that is cancelled in a pass, one that is left, and a resize."""
+    done: list[Any] = []
+
+    def tokens(prompt: str, **options: Any) -> list[int]:
+        return [response.token for response in stream_generate(model, tokenizer, prompt, 5, **options)]
+
+    with PrefixCache(model, "200KB") as cache:
+        done.append(tokens(PROMPT, prefix_cache=cache))
+        done.append(tokens(PROMPT + " And so on.", prefix_cache=cache))
+        stop = threading.Event()
+        with model.streaming.cancellable(stop):
+            try:
+                for _ in stream_generate(model, tokenizer, PROMPT, 5, prefix_cache=cache):
+                    stop.set()
+            except CancelledError:
+                done.append("cancelled")
+        left = stream_generate(model, tokenizer, PROMPT, 5)
+        next(left)
+        left.close()
+        model.streaming.resize(int(model.streaming.limit_bytes * 0.9))
+        done.append(tokens(PROMPT, prefix_cache=cache))
+    done.append(tokens("Once", kv_bits=8, kv_group_size=32, quantized_kv_start=0))
+    return done
+
+
+def lead(directory: str, how: dict[str, Any]) -> dict[str, Any]:
+    model, tokenizer = load(directory, **how)
+    with model.streaming:
+        with led(model) as is_mine:
+            done = led_work(model, tokenizer) if is_mine else None
+        return {"done": done, "limit": model.streaming.limit_bytes}
+
+
+DOINGS = {"lead": lead, "logits": compute_logits, "tokens": generate_tokens}
+
+
+def child(directory: str, what: dict[str, Any], output: str) -> None:
     own_rank = int(os.environ.get("MLX_RANK", "0"))
     directory = what.get("directories", {}).get(str(own_rank), directory)
+    if not what.get("numba", True):
+        sys.modules["numba"] = None  # type: ignore[assignment]
     fault = what.get("fault")
     if fault and fault["at"] != "load":
         prepare(fault)
@@ -101,7 +145,39 @@ def main() -> None:
             results.append(DOINGS[what["do"]](directory, how))
         except FlashMoEError as error:
             results.append({"error": type(error).__name__, "message": str(error), "at": time.time()})
-    print(json.dumps(results), flush=True)
+    with open(output, "w") as file:
+        json.dump(results, file)
+
+
+def fork(run: dict[str, Any], rank: int) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    os.environ.update(run["environments"][rank])
+    errors = os.open(f"{run['outputs'][rank]}.err", os.O_WRONLY | os.O_CREAT)
+    os.dup2(errors, 2)
+    os.dup2(os.open(os.devnull, os.O_RDWR), 0)
+    os.dup2(0, 1)
+    status = 1
+    faulthandler.dump_traceback_later(100, file=2)  # to be seen in the message of a test that waited too long
+    try:
+        child(run["directory"], run["what"], run["outputs"][rank])
+        status = 0
+    except KeyboardInterrupt:
+        traceback.print_exc()
+    finally:
+        atexit._run_exitfuncs()
+        os._exit(status)  # without Python's own end, which takes long in a forked process
+
+
+def main() -> None:
+    for line in sys.stdin:
+        run = json.loads(line)
+        pids = [fork(run, rank) for rank in range(len(run["outputs"]))]
+        print(json.dumps({"pids": pids}), flush=True)
+        for _ in pids:
+            pid, status = os.wait()
+            print(json.dumps({"pid": pid, "status": os.waitstatus_to_exitcode(status)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
-"""Processes that share a model over MLX's ring on this machine, as `mlx.launch` starts them."""
+"""Processes that share a model over MLX's ring on this machine, forked from one that has imported everything."""
 
 import json
 import os
+import queue
+import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,7 @@ CHILD = Path(__file__).parent / "rank_child.py"
 
 @dataclass
 class Ended:
-    """How one rank ended: exit status, what its JSON document says, one entry a load, and the seconds it took."""
+    """How one rank ended: exit status, its results (one entry per load), and the seconds until it had ended."""
 
     status: int
     results: list[dict[str, Any]]
@@ -25,9 +29,9 @@ class Ended:
 
 
 def rank_environments(count: int, directory: Path) -> list[dict[str, str]]:
-    """The environment of each rank of a ring on free ports."""
+    """Return the variables of each rank of a ring on free ports."""
     if count == 1:
-        return [dict(os.environ)]
+        return [{}]
     with ExitStack() as held:
         sockets = [held.enter_context(socket.socket()) for _ in range(count)]
         for one in sockets:
@@ -35,26 +39,92 @@ def rank_environments(count: int, directory: Path) -> list[dict[str, str]]:
         hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
     hostfile = directory / f"hosts-{hosts[0][0].rpartition(':')[2]}.json"
     hostfile.write_text(json.dumps(hosts))
-    return [{**os.environ, "MLX_HOSTFILE": str(hostfile), "MLX_RANK": str(rank)} for rank in range(count)]
+    return [{"MLX_HOSTFILE": str(hostfile), "MLX_RANK": str(rank)} for rank in range(count)]
 
 
-def run_ranks(count: int, directory: Path, scratch: Path, what: dict[str, Any], timeout: float = 240) -> list[Ended]:
-    """Run rank_child.py as each rank, and wait for all. One that doesn't end in time is killed, and the test fails."""
-    command = [sys.executable, str(CHILD), str(directory), json.dumps({"loads": [{}], **what})]
-    started = time.monotonic()
-    processes = [
-        subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        for env in rank_environments(count, scratch)
-    ]
-    ended: list[Ended] = []
+class Ranks:
+    """A process that forks ranks. One run at a time."""
+
+    def __init__(self) -> None:
+        self._process = subprocess.Popen(
+            [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+        threading.Thread(target=self._read, daemon=True).start()
+
+    def _read(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self._lines.put(line)
+
+    def run(
+        self,
+        count: int,
+        directory: Path,
+        scratch: Path,
+        what: dict[str, Any],
+        timeout: float = 240,
+        ended_by: int | None = None,
+        during: Callable[[list[int]], None] | None = None,
+    ) -> list[Ended]:
+        """Run a child as each rank and wait for all. If one doesn't end in time, it is killed and the test fails.
+
+        Args:
+            count: Number of ranks.
+            directory: The checkpoint.
+            scratch: Directory for files of the run.
+            what: See rank_child.py.
+            timeout: Seconds until all must have ended.
+            ended_by: Rank that can't end by itself: it is killed once the others have ended.
+            during: Called with the ranks' process ids once they have started.
+        """
+        outputs = [scratch / f"rank-{time.monotonic_ns()}-{rank}" for rank in range(count)]
+        run = {
+            "directory": str(directory),
+            "what": {"loads": [{}], **what},
+            "environments": rank_environments(count, scratch),
+            "outputs": list(map(str, outputs)),
+        }
+        started = time.monotonic()
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps(run) + "\n")
+        pids: list[int] = json.loads(self._lines.get(timeout=60))["pids"]
+        ended: dict[int, tuple[int, float]] = {}
+        try:
+            if during is not None:
+                during(pids)
+            while len(ended) < count:
+                if ended_by is not None and set(pids) - set(ended) == {pids[ended_by]}:
+                    os.kill(pids[ended_by], signal.SIGKILL)
+                line = json.loads(self._lines.get(timeout=max(timeout - (time.monotonic() - started), 0.1)))
+                ended[line["pid"]] = line["status"], time.monotonic() - started
+        except queue.Empty:
+            left = [rank for rank, pid in enumerate(pids) if pid not in ended]
+            said = [Path(f"{outputs[rank]}.err").read_text() for rank in left]
+            raise AssertionError(f"ranks {left} did not end within {timeout} s: {said}") from None
+        finally:
+            for pid in set(pids) - set(ended):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                self._lines.get(timeout=60)
+        return [self._ended(output, *ended[pid]) for output, pid in zip(outputs, pids, strict=True)]
+
+    @staticmethod
+    def _ended(output: Path, status: int, seconds: float) -> Ended:
+        text = output.read_text() if output.exists() else ""
+        return Ended(status, json.loads(text or "[]"), Path(f"{output}.err").read_text(), seconds)
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(30)
+
+
+@contextmanager
+def ranks_running() -> Iterator[Ranks]:
+    """Start a process that forks ranks, and end it."""
+    ranks = Ranks()
     try:
-        for process in processes:
-            left = max(timeout - (time.monotonic() - started), 0.1)
-            out, err = process.communicate(timeout=left)
-            results = json.loads(out) if out.strip() else []
-            ended.append(Ended(process.returncode, results, err, time.monotonic() - started))
+        yield ranks
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
-    return ended
+        ranks.close()

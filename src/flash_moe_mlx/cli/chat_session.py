@@ -12,7 +12,7 @@ from rich.text import Text
 
 from ..chat.answer import Part
 from ..chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
-from ..errors import CheckpointError, FlashMoEError, RequestError
+from ..errors import CheckpointError, DistributedError, FlashMoEError, RequestError
 from ..formats.safetensors_header import check_depth, load_json, read_bytes
 from ..progress import report, watching
 from ..runtime.prompt_text import check_text
@@ -76,6 +76,8 @@ class ChatSession:
                     self._commands.get(name, self._unknown)(rest.strip())
                 elif line:
                     self._turn(line)
+            except DistributedError:
+                raise
             except FlashMoEError as error:
                 self._console.print(Text(printable(str(error)), style="red"))
 

@@ -26,6 +26,7 @@ from .options import (
     TopP,
     TrustRemoteCode,
     Verify,
+    leads,
     open_model,
     print_json,
     sampler,
@@ -65,6 +66,8 @@ def generate(
         flash-moe generate --json --memory-limit 14MB --max-context 128 "Tell me a story about a small fox."
         echo "Explain mixture-of-experts in one line." | flash-moe generate
     """
+    if prompt is None and not leads():
+        prompt = ""  # rank 0 has it
     if prompt is None:
         if sys.stdin.isatty():
             raise RequestError('[prompt] must be given, got none. Try flash-moe generate "Hello".')

@@ -106,10 +106,17 @@ def open_model(
     activation_bits: int | None,
     verify: str,
     trust_remote_code: bool = False,
+    *,
+    alone: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
-    """Load the model and its tokenizer with a command's options, and close the model at the end."""
+    """Load the model and its tokenizer with a command's options, and close the model at the end.
+
+    Where ranks share the experts, rank 0 leads: the other ranks follow it here until it ends, and then exit. A command
+    that must run ``alone`` is refused.
+    """
     report(STARTING)
     from .. import load
+    from ..runtime.following import led
 
     loaded: Any = load(
         model_path(model),
@@ -123,8 +130,23 @@ def open_model(
         verify=verify != "none" and verify,
         trust_remote_code=trust_remote_code,
     )
-    with loaded[0].streaming:
-        yield loaded
+    with loaded[0].streaming as engine:
+        if alone and engine.ranks > 1:
+            raise RequestError(
+                f"[flash-moe] this command must run in one process, got {engine.ranks} ranks. Start it alone."
+            )
+        with led(loaded[0]) as is_mine:
+            if not is_mine:
+                raise typer.Exit
+            yield loaded
+
+
+def leads() -> bool:
+    """Return whether this process is rank 0, or on its own. Joins the ranks that it was started with."""
+    from ..experts.ranks import join_ranks
+
+    ranks = join_ranks()
+    return ranks is None or ranks.rank == 0
 
 
 def sampling_of(

@@ -4,6 +4,7 @@ import errno
 import logging
 import os
 import socket
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from typing import Annotated
 
@@ -29,6 +30,7 @@ from .options import (
     TopP,
     TrustRemoteCode,
     Verify,
+    leads,
     missing_extra,
     open_model,
     sampling_of,
@@ -93,8 +95,8 @@ def serve(
     from ..server.schema import Sampling
 
     local = host in LOCAL_HOSTS
-    # Bind before loading the model, so that a port in use is reported at once.
-    with _listen(host, port) as listener:
+    # Bind before loading the model, so that a port in use is reported at once. Only rank 0 serves.
+    with _listen(host, port) if leads() else nullcontext() as listener:
         config = ServerConfig(
             model_id=name or ("demo" if model is None else _checkpoint_name(model)),
             api_key=api_key or None,
@@ -106,6 +108,7 @@ def serve(
         limits = memory_limit, gpu_memory_limit
         how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
         with open_model(model, *how) as (loaded, tokenizer):
+            assert listener is not None
             sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
             config = replace(config, sampling=Sampling(**asdict(sampling)))
             app = create_app(loaded, tokenizer, config)
@@ -129,7 +132,14 @@ def serve(
                 backlog=BACKLOG,
                 timeout_graceful_shutdown=2,
             )
-            uvicorn.Server(settings).run(sockets=[listener])
+            server = uvicorn.Server(settings)
+
+            def end() -> None:
+                server.should_exit = True
+
+            loaded.streaming.when_ranks_fail(end)
+            server.run(sockets=[listener])
+            loaded.streaming.check_ranks()
 
 
 def _listen(host: str, port: int) -> socket.socket:

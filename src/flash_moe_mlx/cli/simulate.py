@@ -22,14 +22,26 @@ def simulate(
     disk_rate: Annotated[
         str | None, typer.Option(help='With --model: disk bytes per second, such as "3GB". Default: probe the disk.')
     ] = None,
+    hosts: Annotated[
+        list[int] | None,
+        typer.Option(
+            help="Number of hosts that share the experts; may be repeated. Predicts speed from the times below."
+        ),
+    ] = None,
+    link_us: Annotated[float, typer.Option(help="Microseconds per message between two hosts.", min=0)] = 40.0,
+    read_us: Annotated[float, typer.Option(help="Microseconds per expert read by a host.", min=0)] = 1000.0,
+    layer_us: Annotated[float, typer.Option(help="Microseconds per layer without its reads.", min=0)] = 300.0,
+    replicas: Annotated[int, typer.Option(help="Hottest experts per layer that every host keeps.", min=0)] = 0,
     json: Json = False,
 ) -> None:
     """Predict the hit rate of recorded routing at other memory limits and eviction policies.
 
-    With --model, predict its decode speed at that hit rate too.
+    With --model, predict its decode speed at that hit rate too. With --hosts, predict decode over hosts that share the
+    experts, placed by number and by heat; each host has the given slots.
 
     Examples:
         flash-moe simulate routing.npz --slots 4 --slots 8 --policy lfu --policy lru --policy belady
+        flash-moe simulate routing.npz --slots 16 --hosts 1 --hosts 2 --hosts 8 --link-us 20
     """
     from ..errors import RequestError
     from ..experts.trace import RoutingTrace
@@ -52,6 +64,9 @@ def simulate(
         every = routing.num_experts
         least = routing.experts.shape[2]
         shares = [(str(n), n) for n in sorted({max(least, every * part // 8) for part in (1, 2, 4, 6, 8)})]
+    if hosts:
+        _print_hosts(routing, hosts, shares, (link_us, read_us, layer_us, replicas), json)
+        return
     results = []
     for name, num_slots in shares:
         for kind in policy:
@@ -75,4 +90,48 @@ def simulate(
         echo(
             f"{r['slots']:>10}  {r['policy']:<6}  {r['hit_rate']:8.1%}  {r['decode_hit_rate']:6.1%}  "
             f"{r['misses_per_token']:14.1f}{speed}"
+        )
+
+
+def _print_hosts(
+    routing: Any, hosts: list[int], shares: list[tuple[str, Any]], times: tuple[float, float, float, int], json: bool
+) -> None:
+    from ..errors import RequestError
+    from ..planning.hosts import replay_hosts
+
+    link_us, read_us, layer_us, replicas = times
+    results = []
+    for name, slots in shares:
+        if not isinstance(slots, int):
+            raise RequestError("[simulate] --hosts must come with --slots, got --memory-limit. Name the slots.")
+        for count in hosts:
+            for placement in ("number", "heat"):
+                found = replay_hosts(
+                    routing,
+                    count,
+                    slots,
+                    read_us=read_us,
+                    layer_us=layer_us,
+                    link_us=link_us,
+                    by_heat=placement == "heat",
+                    replicas=replicas,
+                )
+                results.append(
+                    {
+                        "slots": name,
+                        "hosts": count,
+                        "placement": placement,
+                        "hit_rate": found.hit_rate,
+                        "longest_reads_per_token": found.longest_reads,
+                        "tokens_per_second": found.tokens_per_second,
+                    }
+                )
+    if json:
+        print_json({"results": results})
+        return
+    echo("slots  hosts  placed by  hit rate  longest reads   tok/s")
+    for r in results:
+        echo(
+            f"{r['slots']:>5}  {r['hosts']:>5}  {r['placement']:>9}  {r['hit_rate']:8.1%}  "
+            f"{r['longest_reads_per_token']:13.1f}  {r['tokens_per_second']:6.2f}"
         )

@@ -50,7 +50,7 @@ def trace(
     check_text(prompt)
     limits = memory_limit, gpu_memory_limit
     how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
-    with open_model(model, *how) as (loaded, tokenizer):
+    with open_model(model, *how, alone=True) as (loaded, tokenizer):
         tokens, _ = chat_prompt(tokenizer, [{"role": "user", "content": prompt}])
         with loaded.streaming.trace(output):
             for response in stream_generate(loaded, tokenizer, tokens, max_tokens):

@@ -5,10 +5,12 @@ the places of the others, and one sum over the ranks of those outputs' bits, as 
 computed an output, its bits are the same, and they are combined in the router's order as on one host.
 """
 
+import threading
 import zlib
 from collections.abc import Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -33,8 +35,11 @@ _PART_WORDS = 1 << 20
 
 _REFUSED = 0
 
+COMPILE_SECONDS = 60.0
+"""Additional seconds that a rank waits for another in the first pass of each kind, which may compile kernels."""
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)
 class Share:
     """One rank's share of a model's experts.
 
@@ -45,6 +50,8 @@ class Share:
 
     ranks: RankGroup
     placement: Placement
+    _known: set[tuple[int, bool]] = field(default_factory=set, repr=False)
+    _local: threading.local = field(default_factory=threading.local, repr=False)
 
     @property
     def num_experts(self) -> dict[int, int]:
@@ -60,16 +67,21 @@ class Share:
         return np.where(self.placement.owners[layer][ids] == self.ranks.rank, ids, ELSEWHERE)
 
     @contextmanager
-    def beginning(self, *shape: int) -> Iterator[None]:
+    def beginning(self, batch: int, tokens: int, length: int) -> Iterator[None]:
         """Make room for a pass, then wait until all ranks have done so for the same pass.
 
         Args:
-            *shape: Sizes that must be the same on all ranks.
+            batch: Number of sequences. These three must be the same on all ranks.
+            tokens: New tokens per sequence.
+            length: Tokens of context at the end of the pass.
 
         Raises:
             DistributedError: If a rank couldn't make room, fails, doesn't come in time or begins another pass.
         """
-        ranks = self.ranks
+        ranks, shape = self.ranks, (batch, tokens, length)
+        kind = batch, tokens > 1
+        ranks.allowance = 0.0 if kind in self._known else COMPILE_SECONDS
+        self._known.add(kind)
         try:
             yield
         except FlashMoEError:
@@ -96,6 +108,23 @@ class Share:
         words = own if self.ranks.rank == 0 else np.zeros_like(own)
         return mx.array(self.ranks.sum(words.reshape(-1)).reshape(own.shape)).astype(tokens.dtype)
 
+    @contextmanager
+    def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
+        """End a forward pass of this thread, and of all other ranks, at the next exchange once ``cancelled`` is set.
+
+        Raises:
+            concurrent.futures.CancelledError: From the forward pass, on every rank.
+        """
+        before = getattr(self._local, "cancelled", ())
+        self._local.cancelled = (*before, cancelled)
+        try:
+            yield
+        finally:
+            self._local.cancelled = before
+
+    def _is_cancelled(self) -> bool:
+        return any(cancelled.is_set() for cancelled in getattr(self._local, "cancelled", ()))
+
     def exchange(self, layer: int, ids: np.ndarray, own: np.ndarray, y: np.ndarray) -> None:
         """Complete outputs in place.
 
@@ -106,14 +135,16 @@ class Share:
             y: Output of each, of which those elsewhere may hold anything. Shape (N, H), float32.
 
         Raises:
+            CancelledError: If a rank's pass has been cancelled.
             DistributedError: If a rank fails or doesn't come, or its router chose other experts.
         """
         rows = max(_PART_WORDS // y.shape[1], 1)
         for start in range(0, len(y), rows):
             part = slice(start, start + rows)
             bits = y[part].view(np.uint32)
-            words = np.zeros(bits.size + 1, np.uint32)
-            words[:-1].reshape(bits.shape)[own[part] != ELSEWHERE] = bits[own[part] != ELSEWHERE]
+            words = np.zeros(bits.size + 2, np.uint32)
+            words[-2] = self._is_cancelled()
+            words[:-2].reshape(bits.shape)[own[part] != ELSEWHERE] = bits[own[part] != ELSEWHERE]
             # Sums to zero over the ranks if all of them have rank 0's.
             choice = zlib.crc32(np.ascontiguousarray(ids[part], np.int64).tobytes(), layer)
             words[-1] = (choice * (self.ranks.size - 1) if self.ranks.rank == 0 else -choice) % (1 << 32)
@@ -121,7 +152,9 @@ class Share:
             if total[-1]:
                 self.ranks.fail(f"found that routers of layer {layer} chose other experts on other ranks")
                 self.ranks.check()
-            bits[:] = total[:-1].reshape(bits.shape)
+            if total[-2]:
+                raise CancelledError
+            bits[:] = total[:-2].reshape(bits.shape)
 
 
 class DistributedExperts:

@@ -4,7 +4,8 @@ import gc
 import logging
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache
 from .distributed import DistributedExperts, Share
 from .executor import ExpertExecutor
+from .leading import Leader
 from .local import LocalExperts
 from .memory_plan import MemoryPlan
 from .reader import ExpertReader
@@ -70,6 +72,7 @@ class StreamingEngine:
         self._budget = plan.budget
         self._closed = False
         self.sampling = SamplingDefaults()  # the checkpoint's own, from generation_config.json; set by load
+        self.leader: Leader | None = None
         self.slow_decode = ""  # why single tokens are not decoded on the fast path; set by the model
         self.lock = threading.RLock()
         # Created before the slots, so that they are wired as they are allocated.
@@ -77,6 +80,9 @@ class StreamingEngine:
         self._memory: SlotMemory = UnifiedMemory(store) if memory is None else memory
         self._cache = ExpertCache(self._memory, demand.layouts, self._budget.num_slots)
         self._reader = ExpertReader(self._cache, demand.layouts, demand.num_experts)
+        if share is not None:
+            counters = self._reader.counters
+            share.ranks.progress = lambda: counters.bytes_read + counters.hits + counters.misses
         self._counted_from = self._reader.counters.copy()
         self._applied = self._budget
         self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes) + demand.costs.kept_bytes)
@@ -122,6 +128,8 @@ class StreamingEngine:
             StoreError: If the engine is closed, or this process was forked from the one that loaded it.
         """
         check_process("model.streaming")
+        if self.leader is not None:
+            self.leader.check_announced()
         with self.lock:
             with nullcontext() if self._share is None else self._share.beginning(batch, tokens, length):
                 self._begin_pass(batch, tokens, length, caches)
@@ -151,8 +159,8 @@ class StreamingEngine:
         self._make_room(batch, tokens, length, caches)
 
     def _abandon_pass(self, error: BaseException | None) -> None:
-        # All ranks find the same non-finite numbers; after any other error they are out of step.
-        if self._share is not None and not isinstance(error, NonFiniteError):
+        # All ranks find the same non-finite numbers and cancel together; after any other error they are out of step.
+        if self._share is not None and not isinstance(error, NonFiniteError | CancelledError):
             self._share.ranks.fail(f"ended a pass: {type(error).__name__} {error}")
         self._memory.drain()  # cancel reads for experts that would have come next
 
@@ -185,6 +193,21 @@ class StreamingEngine:
             room = self._reservations.least()
             return self._divide(limit_bytes, room), room
 
+    def _divide_on_all(self, limit_bytes: int) -> tuple[Budget, Room]:
+        """Divide anew; where ranks follow one that leads, all of them must have room."""
+        led = None if self._share is None or not self._share.ranks.is_led else self._share.ranks
+        try:
+            divided = self._divide_anew(limit_bytes)
+        except MemoryLimitError:
+            if led is not None:
+                led.gather(0)
+            raise
+        if led is not None and 0 in (found := led.gather(1)):
+            raise MemoryLimitError(
+                f"[memory_limit] every rank must have room, got a refusal of rank {found.index(0)}. Raise its limit."
+            )
+        return divided
+
     def _apply(self, budget: Budget, room: Room | None = None) -> None:
         self._reader.settle()
         self._reader.count_used()
@@ -215,6 +238,61 @@ class StreamingEngine:
 
     # Methods for generation and snapshots.
 
+    @property
+    def rank(self) -> int:
+        """This process's number among those that share the experts; 0 if it is alone."""
+        return 0 if self._share is None else self._share.ranks.rank
+
+    @property
+    def ranks(self) -> int:
+        """Number of processes that share the experts; 1 if it is alone."""
+        return 1 if self._share is None else self._share.ranks.size
+
+    def lead(self) -> None:
+        """Announce what this rank does to the others from now on, where there are others."""
+        if self._share is not None:
+            self.leader = Leader(self._share.ranks, self.lock)
+
+    def end_lead(self) -> None:
+        """Let the ranks that follow leave."""
+        leader, self.leader = self.leader, None
+        if leader is not None:
+            leader.end()
+
+    def next_command(self) -> dict[str, Any]:
+        """Return what the rank that leads announces next.
+
+        Raises:
+            DistributedError: If the group fails.
+        """
+        assert self._share is not None
+        return self._share.ranks.next_command()
+
+    def check_ranks(self) -> None:
+        """Check that the ranks can still compute together.
+
+        Raises:
+            DistributedError: If they can't.
+        """
+        if self._share is not None:
+            self._share.ranks.check()
+
+    def when_ranks_fail(self, call: Callable[[], None]) -> None:
+        """Call a function once on another thread if the ranks can't compute together any more."""
+        if self._share is not None:
+            self._share.ranks.on_failure = call
+
+    def agreed(self, tokens: mx.array) -> mx.array:
+        """Return the tokens that rank 0 has sampled: others may have drawn others.
+
+        Raises:
+            DistributedError: If a rank fails or doesn't come in time.
+        """
+        if self._share is None or self._share.ranks.is_led:
+            return tokens
+        with self.lock:
+            return self._share.agreed(tokens)
+
     def cancellable(self, cancelled: threading.Event) -> AbstractContextManager[None]:
         """End a forward pass of this thread early once ``cancelled`` is set, before the next group's reads.
 
@@ -223,7 +301,7 @@ class StreamingEngine:
         Raises:
             concurrent.futures.CancelledError: From the forward pass.
         """
-        return self._reader.cancellable(cancelled)
+        return (self._reader if self._share is None else self._share).cancellable(cancelled)
 
     def add_snapshots(self, snapshots: Snapshots) -> None:
         """Reserve ``snapshots.max_bytes``, taken from the expert slots.
@@ -237,7 +315,7 @@ class StreamingEngine:
             self._check_open()
             self._reservations.add_snapshots(snapshots)
             try:
-                budget, room = self._divide_anew(self._limit_bytes)
+                budget, room = self._divide_on_all(self._limit_bytes)
             except MemoryLimitError:
                 self._reservations.remove_snapshots(snapshots)
                 raise
@@ -361,9 +439,14 @@ class StreamingEngine:
         if wanted is None or other is not None:
             raise RequestError(f"[model.streaming] resize must be given {name} alone here. Slots are in that memory.")
         limit_bytes = parse_size(wanted, name)
+        with nullcontext() if self.leader is None else self.leader.announced("resize", limit_bytes=limit_bytes):
+            self.resize_slots(limit_bytes)
+
+    def resize_slots(self, limit_bytes: int) -> None:
+        """Change the limit on the memory that holds the slots, as `resize` does, on this rank."""
         with self.lock:
             self._check_open()
-            budget, room = self._divide_anew(limit_bytes)
+            budget, room = self._divide_on_all(limit_bytes)
             self._apply(budget, room)
             self._limit_bytes = limit_bytes
             self._wired.resize(limit_bytes)
@@ -371,7 +454,7 @@ class StreamingEngine:
     def clear(self) -> None:
         """Drop all experts from memory, so that the next ones are read again."""
         check_process("model.streaming")
-        with self.lock:
+        with self.lock, nullcontext() if self.leader is None else self.leader.announced("empty"):
             self._reader.settle()
             self._cache.clear()
 

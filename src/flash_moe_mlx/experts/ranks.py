@@ -1,42 +1,53 @@
 """RankGroup: the processes that share a model, with collectives that end within a bounded time.
 
-MLX moves the numbers (``mx.distributed``: ring, JACCL, NCCL or MPI). Its collectives wait for ever for a rank that has
-gone, and can't be interrupted. So each is run by a thread that may be abandoned, while the caller waits for the result,
-for news of a failure, or for the time to be up. News travels over a side channel, one TCP connection from each rank to
-rank 0, authenticated by a key that MLX has carried: signs of life, "I failed, because ...", "I leave".
+MLX moves the numbers (``mx.distributed``: ring, JACCL, NCCL or MPI). Its collectives wait for ever for a rank that
+hangs, and can't be interrupted. So each is run by a thread that may be abandoned, while the caller waits for the
+result, for news of a failure, or for the time to be up. News travels over a side channel (rank_links.py): signs of life
+and of progress, "I failed, because ...", "I leave", and the commands of a rank that leads.
 
-A group that has failed stays failed, since its ranks are out of step: every later call raises the first reason. As the
-abandoned thread can't be stopped, such a process ends by ``os._exit`` with code 1 when its main thread has finished.
+A group that has failed stays failed, since its ranks are out of step: every later call raises the first reason. As an
+abandoned thread can't be stopped, a process that has one ends by ``os._exit`` with code 1 when its main thread has
+finished.
+
+MLX's ring waits for a message by asking the socket again and again, which takes a core. Ranks that share a host would
+take the cores from each other, so they meet on the side channel before each collective.
 """
 
 import atexit
 import contextlib
-import json
 import logging
+import math
 import os
 import queue
-import secrets
-import socket
+import signal
 import sys
 import threading
 import time
-from multiprocessing.connection import Client, Connection, Listener, wait
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
 from ..errors import DistributedError
+from .rank_links import RankLinks
 
 logger = logging.getLogger(__name__)
 
 DEFAULT_TIMEOUT = 10.0
-"""Seconds that a rank waits for another one."""
+"""Seconds that a rank waits for another one that makes no progress."""
+
+START_SECONDS = 60.0
+"""Seconds in which all ranks must have started."""
+
+END = "end"
+"""Command after which ranks no longer follow."""
 
 BACKENDS = ("ring", "jaccl", "nccl")
-_GRACE = 0.5  # seconds in which results that a rank sent before it left may still arrive
-_WELCOME_WORDS = 1024
-_CALL = {"op": "beat"}
+_GRACE = 0.5  # seconds in which results that a rank sent before it died may still arrive
+_LEAVE_GRACE = 2.0  # the same of a rank that left
 
 
 class RankGroup:
@@ -44,8 +55,12 @@ class RankGroup:
 
     Attributes:
         rank: This process's number.
-        size: How many there are.
-        timeout: Seconds that one waits for another.
+        size: Number of ranks.
+        timeout: Seconds that one waits for another that makes no progress.
+        progress: Returns a number that changes while this rank works.
+        on_failure: Called once, on another thread, when the group fails.
+        allowance: Seconds added to ``timeout``, while kernels may be compiled.
+        is_led: Whether one rank leads and the others follow, so that none may leave before the leader ends it.
     """
 
     def __init__(self, group: mx.distributed.Group, timeout: float = DEFAULT_TIMEOUT):
@@ -56,16 +71,32 @@ class RankGroup:
         """
         self._group = group
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
+        self.progress: Callable[[], int] = lambda: 0
+        self.on_failure: Callable[[], None] = lambda: None
+        self.is_led = False
+        self.allowance = 0.0
         self._failure = ""
         self._closed = False
-        self._lock = threading.Lock()
-        self._requests: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
-        self._answers: queue.SimpleQueue[np.ndarray | str] = queue.SimpleQueue()
-        self._links: dict[int, Connection] = {}
+        self._changed = threading.Condition()  # of all that follows
+        self._gone: dict[int, str] = {}
+        self._gone_at = 0.0
+        self._answers: list[np.ndarray] = []  # none or one
+        self._computing = False
+        self._round = 0
+        self._arrived: dict[int, int] = {}  # the round in which each other rank is, as far as it has said
         self._seen: dict[int, float] = {}
+        self._worked: dict[int, int] = {}
+        self._moved = time.monotonic()
+        self._commands: deque[dict[str, Any]] = deque()
+        self._requests: queue.SimpleQueue[np.ndarray | None] = queue.SimpleQueue()
+        self._links: RankLinks | None = None
         threading.Thread(target=self._collect, name="collectives", daemon=True).start()
         atexit.register(self.close)
-        self._connect()
+        try:
+            self._links = RankLinks(self.rank, self.size, timeout, self.sum)
+        except (ConnectionError, EOFError) as error:
+            self.fail(str(error))
+            self.check()
         threading.Thread(target=self._watch, name="ranks", daemon=True).start()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "RankGroup":
@@ -82,29 +113,20 @@ class RankGroup:
             patient: Whether to wait as long as all ranks show signs of life.
 
         Raises:
-            DistributedError: If a rank has ended, failed or doesn't come in time.
+            DistributedError: If a rank has ended, failed or makes no progress for too long.
         """
         self.check()
+        if self._links is not None and self._links.share_a_host:
+            self._meet(patient)
         self._requests.put(words)
-        answer: np.ndarray | str | None = None
-        try:
-            answer = self._answers.get(timeout=None if patient else self.timeout)
-        except queue.Empty:
-            answer = None
-        finally:
-            # An interrupt among others: the ranks are out of step then.
-            if answer is None:
-                interrupted = sys.exception() is not None
-                self.fail("was interrupted" if interrupted else f"waited {self.timeout:g} s for another rank")
-        if not isinstance(answer, np.ndarray):
-            self.check()
-        return answer  # type: ignore[return-value]
+        self._await(lambda: bool(self._answers), patient)
+        return self._answers.pop()
 
     def broadcast(self, data: bytes | None = None, *, patient: bool = False) -> bytes:
         """Send rank 0's bytes to all.
 
         Args:
-            data: On rank 0 the bytes, elsewhere anything.
+            data: The bytes on rank 0; ignored elsewhere.
             patient: As for `sum`.
 
         Raises:
@@ -117,12 +139,38 @@ class RankGroup:
         return self.sum(words).tobytes()[:length] if length else b""
 
     def gather(self, value: int, *, patient: bool = False) -> list[int]:
-        """Collect a number of 32 bits from each rank."""
+        """Collect a number of 32 bits from each rank. Raises as `sum`."""
         words = np.zeros(self.size, np.uint32)
         words[self.rank] = value
         return [int(word) for word in self.sum(words, patient=patient)]
 
+    # Commands.
+
+    def command(self, message: dict[str, Any]) -> None:
+        """Send a command of rank 0 to the ranks that follow.
+
+        Raises:
+            DistributedError: If the group has failed.
+        """
+        self.check()
+        assert self._links is not None
+        self._links.send({"op": "command", "command": message})
+
+    def next_command(self) -> dict[str, Any]:
+        """Return the next command of rank 0, however long it takes.
+
+        Raises:
+            DistributedError: If the group fails.
+        """
+        self._await(lambda: bool(self._commands), patient=True)
+        return self._commands.popleft()
+
     # Failures.
+
+    @property
+    def failed(self) -> bool:
+        """Whether the group has failed."""
+        return bool(self._failure)
 
     def check(self) -> None:
         """Raise the reason if the group has failed.
@@ -145,121 +193,127 @@ class RankGroup:
         if self._closed:
             return
         self._closed = True
-        self._tell({"op": "leave"})
+        self._tell({"op": "leave", "rank": self.rank})
         self._requests.put(None)
-        if self._failure:
+        if self._computing:
             logging.shutdown()
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
 
     def _break(self, reason: str) -> None:
-        with self._lock:
+        with self._changed:
             if self._failure or self._closed:
                 return
             self._failure = reason
+            self._changed.notify_all()
         logger.warning("[rank %d] %s", self.rank, reason)
-        self._answers.put(reason)
         self._tell({"op": "fail", "reason": reason})
+        self.on_failure()
+
+    def _tell(self, message: dict[str, Any], but: int = -1) -> None:
+        if self._links is not None:
+            self._links.send(message, but)
+
+    # Waiting.
+
+    def _await(self, ready: Callable[[], bool], patient: bool) -> None:
+        """Wait for something to be so, while the others live and make progress. Fails the group otherwise."""
+        started, done = time.monotonic(), False
+        try:
+            with self._changed:
+                while not (done := ready()) and not self._failure:
+                    limit = math.inf if patient else max(started, self._moved) + self.timeout + self.allowance
+                    if self._gone:
+                        limit = max(started, self._gone_at) + _LEAVE_GRACE
+                    if (left := limit - time.monotonic()) <= 0:
+                        break
+                    self._changed.wait(None if patient and not self._gone else left)
+        finally:
+            if not done:
+                # An interrupt among others: the ranks are out of step then.
+                late = f"waited {self.timeout:g} s for another"
+                late = next((f"saw that {how}" for how in self._gone.values()), late)
+                self.fail("was interrupted" if sys.exception() is not None else late)
+        self.check()
+
+    def _meet(self, patient: bool) -> None:
+        self._round += 1
+        self._tell({"op": "at", "round": self._round})
+        if self.rank == 0:
+            self._await(lambda: all(self._arrived.get(r, 0) >= self._round for r in range(1, self.size)), patient)
+            self._tell({"op": "at", "round": self._round})
+        else:
+            self._await(lambda: self._arrived.get(0, 0) >= self._round, patient)
 
     # The thread of collectives.
 
     def _collect(self) -> None:
         while (words := self._requests.get()) is not None:
+            self._computing = True
             try:
                 total = mx.distributed.all_sum(mx.array(words), group=self._group)
                 mx.eval(total)  # without Python's lock, which np.array would hold while it waits
-                answer: np.ndarray | str = np.array(total)
+                answer = np.array(total)
             except RuntimeError as error:
                 self._break(f"rank {self.rank} can't reach the others: {error}")
                 return
-            self._answers.put(answer)
+            self._computing = False
+            with self._changed:
+                self._answers.append(answer)
+                self._changed.notify_all()
 
-    # The side channel.
-
-    def _connect(self) -> None:
-        welcome: dict[str, Any] = {}
-        listener = None
-        if self.rank == 0:
-            key = secrets.token_bytes(32)
-            listener = Listener(("", 0), backlog=self.size, authkey=key)
-            welcome = {"port": listener.address[1], "hosts": _own_addresses(), "key": key.hex()}  # type: ignore[index]
-        words = np.zeros(_WELCOME_WORDS, np.uint32)
-        text = json.dumps(welcome).encode() if welcome else b""
-        words.view(np.uint8)[: len(text)] = np.frombuffer(text, np.uint8)
-        welcome = json.loads(self.sum(words).tobytes().rstrip(b"\0"))
-        if listener is None:
-            self._links[0] = self._call(welcome["hosts"], welcome["port"], bytes.fromhex(welcome["key"]))
-            self._tell({"op": "hello", "rank": self.rank})
-        else:
-            accepting = threading.Thread(target=self._accept, args=(listener,), daemon=True)
-            accepting.start()
-            accepting.join(self.timeout)
-            if accepting.is_alive():
-                self.fail(f"was called by {len(self._links)} of {self.size - 1} ranks within {self.timeout:g} s")
-                self.check()
-        self._seen = dict.fromkeys(self._links, time.monotonic())
-
-    def _accept(self, listener: Listener) -> None:
-        while len(self._links) < self.size - 1:
-            # Whoever doesn't know the key, and a rank that only looked whether the port answers, are passed over.
-            with contextlib.suppress(OSError, EOFError, ValueError, KeyError):
-                link = listener.accept()
-                self._links[int(json.loads(link.recv_bytes())["rank"])] = link
-        listener.close()
-
-    def _call(self, hosts: list[str], port: int, key: bytes) -> Connection:
-        for host in hosts:
-            with contextlib.suppress(OSError, EOFError):
-                socket.create_connection((host, port), timeout=1).close()
-                return Client((host, port), authkey=key)
-        self.fail(f"can't reach rank 0 at {', '.join(hosts)}, port {port}")
-        self.check()
-        raise AssertionError
-
-    def _tell(self, message: dict[str, Any], but: int = -1) -> None:
-        text = json.dumps(message).encode()
-        for rank, link in list(self._links.items()):
-            if rank != but:
-                with contextlib.suppress(OSError):
-                    link.send_bytes(text)
+    # The thread of the side channel.
 
     def _watch(self) -> None:
+        assert self._links is not None
         beat = min(max(self.timeout / 4, 0.05), 1.0)
         told = 0.0
+        self._seen = dict.fromkeys(self._links.ranks, time.monotonic())
         while not (self._failure or self._closed):
             if time.monotonic() - told >= beat:
-                self._tell(_CALL)
+                # Rank 0 tells each of all others; its own number must not come back to it.
+                others = sum(self._worked.values()) if self.rank == 0 else 0
+                self._tell({"op": "beat", "worked": self.progress() + others})
                 told = time.monotonic()
-            for link in wait(list(self._links.values()), timeout=beat):
-                rank = next(r for r, candidate in self._links.items() if candidate is link)
-                self._hear(rank, link)  # type: ignore[arg-type]
-            for rank, seen in self._seen.items():
-                if time.monotonic() - seen > self.timeout:
+            for rank in self._links.ready(beat):
+                self._hear(rank)
+            for rank in self._links.ranks:
+                if time.monotonic() - self._seen[rank] > self.timeout:
                     self._break(f"rank {rank} has shown no sign of life for {self.timeout:g} s")
 
-    def _hear(self, rank: int, link: Connection) -> None:
+    def _hear(self, rank: int) -> None:
+        assert self._links is not None
         try:
-            message = json.loads(link.recv_bytes())
+            message = self._links.receive(rank)
         except (OSError, EOFError):
-            message = {"op": "leave", "died": True}
+            self._links.drop(rank)
+            if rank not in self._gone:
+                time.sleep(_GRACE)
+                self._break(f"rank {rank} has died")
+            return
         self._seen[rank] = time.monotonic()
+        with self._changed:
+            match message["op"]:
+                case "beat":
+                    if self._worked.get(rank) != message["worked"]:
+                        self._worked[rank] = message["worked"]
+                        self._moved = time.monotonic()
+                case "at":
+                    self._arrived[rank] = message["round"]
+                case "command":
+                    self._commands.append(message["command"])
+                    self.is_led = message["command"]["op"] != END
+                case "leave":
+                    self._gone[int(message["rank"])] = f"rank {message['rank']} has left"
+                    self._gone_at = time.monotonic()
+            self._changed.notify_all()
         if message["op"] == "fail":
             self._break(str(message["reason"]))
         elif message["op"] == "leave":
-            time.sleep(_GRACE)
-            self._break(f"rank {rank} has {'died' if message.get('died') else 'left'}")
-
-
-def _own_addresses() -> list[str]:
-    """Return this machine's addresses, those that other machines may reach first."""
-    found = []
-    with contextlib.suppress(OSError):
-        found = [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None, socket.AF_INET)]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # no packet is sent: it only chooses the route's address
-        found.append(str(probe.getsockname()[0]))
-    return sorted({*found, "127.0.0.1"}, key=lambda address: (address.startswith("127."), address))
+            self._tell(message, but=rank)
+            if self.is_led:
+                self._break(self._gone[int(message["rank"])])
 
 
 _joined: list[RankGroup] = []
@@ -273,7 +327,7 @@ def join_ranks(timeout: float = DEFAULT_TIMEOUT) -> RankGroup | None:
     """
     if not _joined:
         for backend in BACKENDS:
-            group = mx.distributed.init(backend=backend) if mx.distributed.is_available(backend) else None
+            group = _initialise(backend) if mx.distributed.is_available(backend) else None
             if group is not None and group.size() > 1:
                 _joined.append(RankGroup(group, timeout))
                 break
@@ -282,3 +336,30 @@ def join_ranks(timeout: float = DEFAULT_TIMEOUT) -> RankGroup | None:
     _joined[0].check()
     _joined[0].timeout = timeout
     return _joined[0]
+
+
+def _initialise(backend: str) -> mx.distributed.Group:
+    try:
+        with _alarm(START_SECONDS):
+            return mx.distributed.init(backend=backend)
+    except RuntimeError as error:
+        raise DistributedError(
+            f"[ranks] all ranks must start within {START_SECONDS:g} s, got {error}. Start all of them again, and check "
+            "hosts and ports."
+        ) from error
+
+
+@contextmanager
+def _alarm(seconds: float) -> Iterator[None]:
+    """Interrupt a system call that MLX waits in with Python's lock held, such as accept."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, lambda *_: None)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        with contextlib.suppress(TypeError):  # a handler that wasn't installed by Python
+            signal.signal(signal.SIGALRM, before)

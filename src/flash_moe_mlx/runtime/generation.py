@@ -8,7 +8,7 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import DEFAULT_PREFILL_STEP_SIZE
 from ..errors import RequestError
+from ..experts.leading import Leader
 from ..experts.thread_streams import borrow_stream
 from ..forks import check_process
 from ..models.caches import context_length, pending_states
@@ -157,13 +158,21 @@ def stream_generate(
         processors.append(Constraint(tokenizer, as_grammar(schema), tokens.tolist(), model.vocabulary_size))
     # The last token needs no room in the cache: it is never fed back.
     room = limit - context + 1
+    kv = quantized_kv_start, kv_group_size, kv_bits
     steps = _Steps(
         model,
         caches,
         sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1)),
         processors,
-        lambda: maybe_quantize_kv_cache(caches, quantized_kv_start, kv_group_size, kv_bits),
+        lambda: maybe_quantize_kv_cache(caches, *kv),
     )
+    if model.streaming.leader is not None:
+        if prompt_cache is not None or input_embeddings is not None:
+            raise RequestError(
+                "[generate] prompt_cache and input_embeddings must be left out where rank 0 leads the others, got one "
+                "of them. Run the same program on every rank to use them."
+            )
+        steps.lead(tokens.tolist(), prefix_cache, max_kv_size, kv)
     responses = _stream(
         steps,
         tokenizer,
@@ -276,6 +285,29 @@ class _Steps:
         self._processors = [p for p in processors if not isinstance(p, Constraint)]
         self._quantize_caches = quantize_caches
         self._seen: mx.array | None = None
+        self._leader: Leader | None = None
+        self._number = 0
+
+    def lead(
+        self, tokens: list[int], prefix_cache: PrefixCache | None, max_kv_size: int | None, kv: tuple[int, int, Any]
+    ) -> None:
+        """Announce this generation to the ranks that follow, and later each of its passes."""
+        leader: Leader = self.model.streaming.leader
+        self._leader, self._number = leader, leader.number(self)
+        prefix = None if prefix_cache is None else prefix_cache.number
+        with self._announced("begin", tokens=tokens, prefix=prefix, max_kv_size=max_kv_size, kv=kv):
+            pass
+
+    def _announced(self, op: str, **fields: Any) -> AbstractContextManager[None]:
+        return nullcontext() if self._leader is None else self._leader.announced(op, number=self._number, **fields)
+
+    def _feeding(self, op: str, tokens: mx.array) -> AbstractContextManager[None]:
+        return nullcontext() if self._leader is None else self._announced(op, tokens=tokens.tolist())
+
+    def snapshot(self, cache: PrefixCache, tokens: list[int]) -> None:
+        """Store a copy of the caches, which hold exactly ``tokens``."""
+        with self._announced("store", prefix=cache.number, tokens=tokens):
+            cache.store(tokens, self.caches)
 
     def note(self, tokens: mx.array) -> None:
         """Append tokens to the history that logits processors receive."""
@@ -286,7 +318,8 @@ class _Steps:
     def prefill(self, tokens: mx.array, embeddings: mx.array | None) -> None:
         """Advance the caches by a chunk of the prompt; no logits are computed."""
         borrow_stream()
-        self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=0)
+        with self._feeding("prefill", tokens):
+            self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=0)
         self.note(tokens)
         self._quantize_caches()
         mx.eval(pending_states(self.caches), self._seen)
@@ -306,9 +339,9 @@ class _Steps:
     def start(self, tokens: mx.array, embeddings: mx.array | None = None) -> "_Step":
         """Feed tokens and start computing the next one."""
         borrow_stream()
-        logits = self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=1)[
-            :, -1, :
-        ]
+        given = _batched(embeddings)
+        with self._feeding("start", tokens):
+            logits = self.model(tokens[None], cache=self.caches, input_embeddings=given, logits_to_keep=1)[:, -1, :]
         self.note(tokens)
         finite = lazily_finite(logits)  # before processors: they may exclude tokens with -inf
         for processor in self._processors:
@@ -319,7 +352,7 @@ class _Steps:
         # Always in float32: samplers sum as many probabilities as the vocabulary has entries.
         logits = logits.astype(mx.float32)
         logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        token, logprobs = self._sampler(logprobs), logprobs.squeeze(0)
+        token, logprobs = self.model.streaming.agreed(self._sampler(logprobs)), logprobs.squeeze(0)
         # Start everything that outlives the step: only this thread could evaluate it later if it stayed lazy.
         mx.async_eval(token, logprobs, pending_states(self.caches), self._seen, finite)
         return _Step(token, logprobs, finite, tokens, embeddings)
@@ -331,7 +364,8 @@ class _Steps:
         if not self.run_ahead:
             mx.eval(pending_states(self.caches), self._seen)
         if step.finite is not None and not step.finite.item():
-            raise self.model.diagnose(step.fed[None], _batched(step.embeddings))
+            with self._announced("diagnose"):
+                raise self.model.diagnose(step.fed[None], _batched(step.embeddings))
         check_sampled(step.token, step.logprobs.shape[-1])
         return step.token, step.logprobs
 
@@ -378,7 +412,7 @@ def _stream(
         steps.prefill(prompt[done : done + size], _part(embeddings, done, size))
         done += size
         if snapshots is not None and points[:1] == [done]:
-            snapshots.cache.store(prompt[: points.pop(0)].tolist(), steps.caches)
+            steps.snapshot(snapshots.cache, prompt[: points.pop(0)].tolist())
         progress(done, length)
         report("reading the prompt", done, length, "tokens")
     step = steps.start(prompt[done:], _part(embeddings, done, 1))
@@ -405,7 +439,7 @@ def _stream(
             elif count < room_to_keep:
                 steps.prefill(token, None)
             if snapshots is not None:
-                snapshots.cache.store([*prompt.tolist(), *fed], steps.caches)
+                steps.snapshot(snapshots.cache, [*prompt.tolist(), *fed])
         streaming = GenerationStats.from_counters(steps.model.streaming.counters.since(before))
         if last:
             figures = (length, cached, count, streaming.hit_rate, streaming.bytes_read)

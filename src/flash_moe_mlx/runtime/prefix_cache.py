@@ -11,6 +11,7 @@ import copy
 import logging
 import threading
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,7 +81,10 @@ class PrefixCache:
         self._lock = threading.Lock()
         self._snapshots: list[_Snapshot] = []  # least recently used first
         self._closed = False
-        model.streaming.add_snapshots(self)
+        self._leader = model.streaming.leader
+        self._number = 0 if self._leader is None else self._leader.number(self)
+        with self._announced("prefix", number=self._number, max_bytes=self.max_bytes):
+            model.streaming.add_snapshots(self)
 
     def __len__(self) -> int:
         """Return the number of copies held."""
@@ -156,7 +160,7 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Drop all copies. The memory stays reserved."""
-        with self._lock:
+        with self._announced("clear", prefix=self._number), self._lock:
             self._snapshots = []
 
     def close(self) -> None:
@@ -164,13 +168,24 @@ class PrefixCache:
         with self._lock:
             self._closed = True
             self._snapshots = []
-        self.model.streaming.remove_snapshots(self)
+        with self._announced("close", prefix=self._number):
+            self.model.streaming.remove_snapshots(self)
 
     def __enter__(self) -> "PrefixCache":
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    @property
+    def number(self) -> int:
+        """Number by which other ranks know their copy, if this rank leads them."""
+        return self._number
+
+    def _announced(self, op: str, **fields: Any) -> AbstractContextManager[None]:
+        if self._leader is None or self._leader is not self.model.streaming.leader:
+            return nullcontext()
+        return self._leader.announced(op, **fields)  # type: ignore[no-any-return]
 
     def _check_open(self) -> None:
         if self._closed:
