@@ -98,7 +98,7 @@ def test_a_model_used_by_another_thread_than_loaded_it(loaded: Loaded, expected:
 def test_trace_holds_the_routing(loaded: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     model, _ = loaded
     chosen: list[np.ndarray] = []
-    reader = model.streaming._reader
+    reader = model.streaming.debug_state().reader
     inner = reader.record
 
     def note(layer: int, ids: np.ndarray, weights: Any) -> None:

@@ -126,7 +126,7 @@ def test_an_interrupt_anywhere_in_a_read(loaded: Loaded):
     Locks that Python's own classes hold (Event, Semaphore, Future) stay locked if it comes between two of their
     instructions, and the I/O threads would wait for them for ever.
     """
-    store = loaded[0].streaming._store
+    store = loaded[0].streaming.debug_state().store
     layout = store.checkpoint.layout(0)
     whole, buffer = (bytearray(layout.record_bytes) for _ in range(2))
     store.read_into([ReadRequest(0, 0, memoryview(whole))])

@@ -10,8 +10,8 @@ import pytest
 from flash_moe_mlx.lab.profiling import PHASES, Profile, profile
 from flash_moe_mlx.runtime.loading import load_model
 
+from ..support.faulty_models import replace_store
 from ..support.models import make_converted, make_small
-from ..support.stores import FaultyStore
 from ..support.switch_configs import make_config
 from ..support.switch_models import write_model
 
@@ -50,7 +50,7 @@ def test_waiting_for_reads_is_no_computing(tmp_path: Path):
     with model.streaming as engine:
         run(model)
         engine.clear()
-        engine._store = engine._memory.source = FaultyStore(engine._store, delay=0.3)
+        replace_store(engine, delay=0.3)
         with profile(model) as found:
             model(PROMPT)
         assert found.prefill["I/O wait"] > 0.6, "four layers read"

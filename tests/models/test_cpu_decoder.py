@@ -103,7 +103,7 @@ def test_a_prompt_without_logits_leaves_out_what_only_they_need(directory: Path,
         model.streaming.clear()
         model.streaming.reset_stats()
         assert model(prompt, cache=caches, logits_to_keep=0).shape == (1, 0, VOCABULARY)
-        assert len(model.streaming._cache.present(last)) == 0
+        assert len(model.streaming.debug_state().cache.present(last)) == 0
         assert 0 < model.streaming.stats().bytes_read < asked
         assert np.array_equal(decode(model, caches, PROMPT, PROMPT + 4), decode(model, whole, PROMPT, PROMPT + 4))
         with model.streaming.trace(tmp_path / "trace.npz"):

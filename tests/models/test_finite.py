@@ -68,7 +68,7 @@ def seen_by_model(place: str) -> bool:
 
 def slots_whole(model: Any) -> bool:
     """Whether every slot is free or holds an expert."""
-    layers = model.streaming._cache._layers.values()
+    layers = model.streaming.debug_state().layers.values()
     return all(sorted([*t.free, *t.present.values(), *t.filling.values()]) == list(range(t.num_slots)) for t in layers)
 
 
@@ -121,7 +121,7 @@ def test_in_one_expert(value: float, loaded: Any) -> None:
     cache = model.make_cache()
     token = mx.array([PROMPT[:1]])
     mx.eval(model(token, cache=cache))
-    table = model.streaming._cache._layers[LAYER]
+    table = model.streaming.debug_state().layers[LAYER]
     part = table.bank.layout.by_name["up_proj.scales"]
     for slot in range(table.num_slots):
         bits = np.frombuffer(table.bank.slot(slot), np.uint8)[part.offset : part.offset + part.nbytes].view(np.uint16)

@@ -146,14 +146,14 @@ def test_a_token_without_the_host_has_the_bits_of_one_that_asks_it(checkpoint: P
         assert not model.runs_ahead
         for layer in range(len(model.layers)):
             wanted = list(range(chat_config()["num_experts"]))
-            model.streaming._cache.acquire(layer, wanted).wait()
+            model.streaming.debug_state().cache.acquire(layer, wanted).wait()
         before = model.streaming.counters.copy()
         assert np.array_equal(logits(model), expected)
         assert model.runs_ahead
         since = model.streaming.counters.since(before)
         assert since.misses == 0 and since.hits >= len(TOKENS) * len(model.layers)
         model.streaming.resize(model.streaming.stats().memory_limit_bytes - 1)  # tells policies what was used
-        assert not model.streaming._reader._used
+        assert not model.streaming.debug_state().reader._used
         layer = model.layers[0].linear_attn.in_proj_z
         layer.scales = layer.scales * 2
         changed = logits(model)
@@ -166,7 +166,7 @@ def test_what_is_wrong_with_a_lazy_token_is_raised_two_tokens_later(
     monkeypatch.setattr(checks, "backend", lambda: "metal")
     with streamed(checkpoint) as model:
         for layer in range(len(model.layers)):
-            model.streaming._cache.acquire(layer, list(range(chat_config()["num_experts"]))).wait()
+            model.streaming.debug_state().cache.acquire(layer, list(range(chat_config()["num_experts"]))).wait()
         cache = model.make_cache()
         mx.eval(model(mx.array([PROMPT]), cache=cache))
         model(mx.array([[VOCABULARY]]), cache=cache)

@@ -83,7 +83,7 @@ def test_a_layer_is_few_launches(kind: str, dtype: mx.Dtype, tmp_path: Path):
         model.set_dtype(dtype)
         mx.eval(model.parameters())
         index = model.config.layer_types.index(kind)
-        layer, bank = model.layers[index], model.streaming._cache.bank(index)
+        layer, bank = model.layers[index], model.streaming.debug_state().cache.bank(index)
 
         def token(x: mx.array, table: mx.array, *state: mx.array) -> list[mx.array]:
             cache = cache_of(kind, list(state))

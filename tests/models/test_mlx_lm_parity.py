@@ -75,7 +75,7 @@ def test_a_wrong_expert_would_be_seen(tmp_path: Path):
     ids = mx.array(np.random.default_rng(2).integers(0, VOCABULARY, (1, 7)))
     with streamed(directory) as model:
         right = model(ids)
-        for layer in model.streaming._cache._layers.values():
+        for layer in model.streaming.debug_state().layers.values():
             (one, slot), (other, other_slot), *_ = layer.present.items()
             layer.present.update({one: other_slot, other: slot})
         with pytest.raises(AssertionError, match="relative RMS"):

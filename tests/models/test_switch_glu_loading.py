@@ -99,7 +99,7 @@ def test_load_reads_no_expert(conversion: str, tmp_path: Path):
     read, peak = read_bytes() - before, mx.get_peak_memory() - held
     with model.streaming:
         stats = model.streaming.stats()
-        experts = 3 * 64 * model.streaming._plan.demand.layouts[0].record_bytes
+        experts = 3 * 64 * model.streaming.debug_state().demand.layouts[0].record_bytes
         assert experts > 0.9 * size
         assert read < 1.1 * (size - experts) + 200_000, "headers are read twice, and in blocks"
         assert peak <= stats.dense_bytes + stats.slot_bytes + 2_000_000

@@ -67,7 +67,7 @@ def test_an_answer_compiles_nothing(checkpoint: Path, compiler: Compiler):
         for token in (7, 9):
             mx.eval(model(mx.array([[token]]), cache=cache))
         for layer in range(len(model.layers)):  # and with all experts in slots, where the host sees no ids
-            model.streaming._cache.acquire(layer, list(range(model.config.num_experts))).wait()
+            model.streaming.debug_state().cache.acquire(layer, list(range(model.config.num_experts))).wait()
         mx.eval(model(mx.array([[11]]), cache=cache))
         assert model.runs_ahead
     assert {label: thread for label, thread in compiler.compiled.items() if label not in at_load} == {}

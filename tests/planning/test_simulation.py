@@ -58,7 +58,7 @@ def test_a_trace_says_what_went_together(trace: RoutingTrace):
 @pytest.mark.parametrize("slots", [K, 5, 11])
 def test_a_replay_predicts_the_engine(directory: Path, trace: RoutingTrace, slots: int):
     with streamed(directory) as model:
-        record_bytes = model.streaming._plan.demand.layouts[0].record_bytes
+        record_bytes = model.streaming.debug_state().demand.layouts[0].record_bytes
     limit = smallest_limit(directory) + (slots - K) * record_bytes * len(trace.layers)
     with streamed(directory, limit) as model:
         assert model.streaming.stats().num_slots == slots * len(trace.layers)

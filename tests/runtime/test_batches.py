@@ -88,7 +88,7 @@ def union(singles: list[tuple[list[int], np.ndarray]], size: int, step: int) -> 
 
 
 def record_bytes(model: Any) -> int:
-    return next(iter(model.streaming._plan.demand.layouts.values())).record_bytes
+    return next(iter(model.streaming.debug_state().demand.layouts.values())).record_bytes
 
 
 @pytest.mark.parametrize("few_slots", [False, True], ids=["all slots", "K slots"])

@@ -72,7 +72,7 @@ def assert_same(results: list[np.ndarray], expected: list[np.ndarray]) -> None:
 def limit_of_slots(directory: Path, slots: int) -> int:
     """A limit that holds this many slots a layer."""
     with streamed(directory) as model:
-        record_bytes = next(iter(model.streaming._cache._layouts.values())).record_bytes
+        record_bytes = next(iter(model.streaming.debug_state().demand.layouts.values())).record_bytes
         return smallest_limit(directory) + (slots - K) * record_bytes * len(model.layers)
 
 
@@ -111,7 +111,7 @@ def test_records_that_come_by_way_of_staging_buffers(
     limit = limit_of_slots(directory, slots)
     monkeypatch.setattr(loading, "slot_memory", lambda store, plan: StagingMemory(store))
     with streamed(directory, limit) as model:
-        assert isinstance(model.streaming._cache.bank(0), StagingSlots)
+        assert isinstance(model.streaming.debug_state().cache.bank(0), StagingSlots)
         assert_same(everything(model), resident)
         model.streaming.resize("1GB")
         model.streaming.resize(limit)
@@ -136,7 +136,7 @@ def test_many_waves_are_taken(directory: Path, resident: list[np.ndarray]):
     for slots in (K, EXPERTS):
         with streamed(directory, limit_of_slots(directory, slots)) as model:
             waves: list[int] = []
-            model.streaming._cache.acquire = noting(waves, model.streaming._cache.acquire)
+            model.streaming.debug_state().cache.acquire = noting(waves, model.streaming.debug_state().cache.acquire)
             assert np.array_equal(bits(model(PROMPT)), resident[0])
             assert np.array_equal(bits(model(BATCH)), resident[-2])
             counts.append(len(waves))

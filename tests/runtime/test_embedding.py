@@ -26,8 +26,8 @@ import flash_moe_mlx
 from flash_moe_mlx import RequestError, StoreError, generate, stream_generate, stream_generate_async
 from flash_moe_mlx.models.qwen3_5_moe import Model
 
+from ..support.faulty_models import replace_store
 from ..support.models import VOCABULARY, chat_config, make_converted, smallest_limit, with_fewest_slots
-from ..support.stores import FaultyStore
 
 CHILD = Path(__file__).parents[1] / "support" / "embedding_child.py"
 PROMPT = np.random.default_rng(8).integers(1, VOCABULARY, 20).tolist()
@@ -96,8 +96,7 @@ def run(loaded: Loaded, **options: Any) -> list[int]:
 
 def delay_reads(loaded: Loaded) -> None:
     """Each layer's reads take READ_SECONDS."""
-    engine = loaded[0].streaming
-    engine._store = engine._memory.source = FaultyStore(engine._store, delay=READ_SECONDS)
+    replace_store(loaded[0].streaming, delay=READ_SECONDS)
 
 
 POOLS = ("flash-moe-io", "faulty-store")
@@ -204,7 +203,7 @@ def test_two_models_of_different_sizes_at_once(directory: Path, other_directory:
         for model, _ in models:
             limits.append(cache_limit())
             model.streaming.close()
-        assert max(limits) <= sum(model.streaming._budget.buffer_bytes for model, _ in models)
+        assert max(limits) <= sum(model.streaming.debug_state().budget.buffer_bytes for model, _ in models)
         assert cache_limit() == 77 << 20  # the application's own choice is back
     finally:
         mx.set_cache_limit(limit_before)
@@ -223,7 +222,7 @@ def test_states_of_several_generations_are_counted(directory: Path, expected: li
     limit = smallest_limit(directory, max_context=context) + int(1.2 * state)
     model, tokenizer = flash_moe_mlx.load(directory, memory_limit=limit, max_context=context)
     with model.streaming as engine:
-        assert 0.8 * state < engine._budget.state_bytes < 1.2 * state
+        assert 0.8 * state < engine.debug_state().budget.state_bytes < 1.2 * state
         slots, kept = [], []
         for _ in range(2):
             kept.append(model.make_cache())
@@ -243,17 +242,17 @@ def test_states_of_several_generations_are_counted(directory: Path, expected: li
 
 
 def test_conversations_count_while_their_caches_live(loaded: Loaded):
-    engine, state = loaded[0].streaming, loaded[0].streaming._costs.state_bytes
+    engine, state = loaded[0].streaming, loaded[0].streaming.debug_state().demand.costs.state_bytes
     gc.collect()
-    assert engine._reservations.state_bytes == 0
+    assert engine.debug_state().reserved_state_bytes == 0
     first, second = (stream_generate(*loaded, prompt, 5) for prompt in (PROMPT, PROMPT[:7]))
     next(first), next(second), next(second)
-    assert engine._reservations.state_bytes == state(1, 20) + state(1, 8)
+    assert engine.debug_state().reserved_state_bytes == state(1, 20) + state(1, 8)
     second.close()
     del second
-    assert engine._reservations.state_bytes == state(1, 20)
+    assert engine.debug_state().reserved_state_bytes == state(1, 20)
     assert len(list(first)) == 4
-    assert engine._reservations.state_bytes == 0
+    assert engine.debug_state().reserved_state_bytes == 0
 
 
 # --- asyncio ---
@@ -347,7 +346,7 @@ def test_async_generation_ends_early(loaded: Loaded, expected: list[int], how: s
     assert settled() == before
     assert len(received) <= 3
     done = loaded[0].streaming.counters.tokens - passes
-    loaded[0].streaming._memory.source.delay = 0.0
+    loaded[0].streaming.debug_state().memory.source.delay = 0.0
     assert loaded[0].streaming.counters.tokens - passes == done  # nothing goes on behind our back
     assert not loaded[0].streaming.lock._is_owned()
     assert asyncio.run(collect(loaded)) == expected
@@ -424,13 +423,15 @@ def test_interrupted_at_random_moments(loaded: Loaded, expected: list[int]):
         signal.signal(signal.SIGALRM, old)
     assert hits > INTERRUPTS // 2
     assert held(*POOLS) == before
-    assert sum(t.name.startswith("flash-moe-io") for t in threading.enumerate()) <= engine._store.num_threads
-    assert not engine._store._under_way
-    assert engine._reservations.state_bytes == 0
+    assert (
+        sum(t.name.startswith("flash-moe-io") for t in threading.enumerate()) <= engine.debug_state().store.num_threads
+    )
+    assert not engine.debug_state().store._under_way
+    assert engine.debug_state().reserved_state_bytes == 0
     assert max(memory) - min(memory) < 1 << 20
     assert in_thread(lambda: engine.lock.acquire(timeout=1) and (engine.lock.release() or True))
     assert run(loaded) == expected
-    for layer in engine._cache._layers.values():
+    for layer in engine.debug_state().layers.values():
         used = [*layer.present.values(), *layer.free]
         assert sorted(used) == list(range(layer.bank.num_slots))
         assert not layer.filling

@@ -81,7 +81,7 @@ def test_files_are_mapped_where_the_host_has_room_and_else_staged_with_the_same_
     ):
         limit = limits.pop("memory_limit")
         with streamed(directory, limit, gpu_memory_limit=gpu, **limits) as model:
-            assert isinstance(model.streaming._memory, kind)
+            assert isinstance(model.streaming.debug_state().memory, kind)
             assert np.array_equal(logits(model), expected)
             assert model.streaming.stats().host_bytes <= limit
             if kind is MappedMemory:

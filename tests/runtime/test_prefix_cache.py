@@ -170,7 +170,7 @@ def test_an_interrupt_leaves_what_is_remembered(loaded: Loaded, cache: PrefixCac
     held = len(cache)
     for layer in (0, 2):  # a prompt doesn't ask for the last one's experts
         with monkeypatch.context() as patch:
-            reader = loaded[0].streaming._reader
+            reader = loaded[0].streaming.debug_state().reader
             patch.setattr(reader, "record", lambda number, *_, at=layer: stop() if number == at else None)
             with pytest.raises(KeyboardInterrupt):
                 run(loaded, PROMPT, prefix_cache=cache, snapshot_at=[30, 45])

@@ -14,6 +14,7 @@ import pytest
 import flash_moe_mlx
 from flash_moe_mlx import StoreError
 
+from ..support.faulty_models import replace_store
 from ..support.models import chat_config, make_converted, smallest_limit
 from ..support.serving import client, post, served, stats, wait_until
 from ..support.stores import FaultyStore
@@ -35,7 +36,7 @@ def served_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str
     limit = smallest_limit(directory) + 2_000_000
     model, tokenizer = flash_moe_mlx.load(directory, memory_limit=limit)
     engine = model.streaming
-    store = engine._store = engine._memory.source = FaultyStore(engine._store)
+    store = replace_store(engine)
     store.engine, store.tokenizer = engine, tokenizer
     with engine, served(model, tokenizer, max_queue=1, max_body_bytes=20_000) as address:
         yield address, store

@@ -1,11 +1,13 @@
 """What tests of faults do with a small model: prompts, a run of it, a store that fails under it."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from flash_moe_mlx import stream_generate
+from flash_moe_mlx.experts.engine import StreamingEngine
 from flash_moe_mlx.models.qwen3_5_moe import Model
 
 from .models import VOCABULARY
@@ -22,6 +24,11 @@ def run(loaded: Loaded, prompt: list[int] = PROMPT) -> list[int]:
 
 def inject(model: Model, fault: Callable[[int, int], BaseException | None]) -> FaultyStore:
     """Put a store that fails between the model and its own."""
-    engine = model.streaming
-    engine._store = engine._memory.source = FaultyStore(engine._store, fault=fault)
-    return engine._store
+    return replace_store(model.streaming, fault=fault)
+
+
+def replace_store(engine: StreamingEngine, **faults: Any) -> FaultyStore:
+    """Put a FaultyStore between an engine and its own store."""
+    store = FaultyStore(engine.debug_state().store, **faults)
+    engine._store = engine._memory.source = store
+    return store

@@ -66,7 +66,7 @@ def write_model(
 def quarter_limit(directory: Path) -> int:
     """The limit at which every layer has slots for a quarter of its experts."""
     with streamed(directory, "1GB", max_context=MAX_CONTEXT) as model:
-        demand = model.streaming._plan.demand
+        demand = model.streaming.debug_state().demand
         spare = QUARTER - demand.num_experts_per_tok
         records = sum(spare * layout.record_bytes for layout in demand.layouts.values())
     return smallest_limit(directory, max_context=MAX_CONTEXT) + records
@@ -108,7 +108,7 @@ def compare(directory: Path) -> Comparison:
             rms,
             tuple(greedy(resident, prompt, GREEDY_TOKENS)[0]),
             tuple(greedy(model, prompt, GREEDY_TOKENS)[0]),
-            model.streaming._plan.demand.num_experts_per_tok,
+            model.streaming.debug_state().demand.num_experts_per_tok,
             stats.num_slots,
             stats.num_experts,
             model.streaming.stats().misses,

@@ -110,6 +110,11 @@ class ExpertCache:
     def _allocate(self, layer: int, num_slots: int) -> LayerSlots:
         return LayerSlots(self._memory.allocate(layer, self._layouts[layer], num_slots), self._policies[layer])
 
+    @property
+    def layers(self) -> Mapping[int, LayerSlots]:
+        """Slot table of each layer, live."""
+        return self._layers
+
     def num_slots(self, layer: int) -> int:
         return self._layers[layer].bank.num_slots
 

@@ -25,6 +25,7 @@ from ..system import trim_heap
 from .budget import Budget, buffer_cache_bytes
 from .buffer_cache import BufferCacheShare
 from .cache import ExpertCache
+from .debug_state import DebugState
 from .distributed import DistributedExperts, Share
 from .executor import ExpertExecutor
 from .leading import Leader
@@ -328,6 +329,19 @@ class StreamingEngine:
         with self.lock:
             if self._reservations.remove_snapshots(snapshots) and not self._closed:
                 self._apply(*self._divide_anew(self._limit_bytes))
+
+    def debug_state(self) -> DebugState:
+        """Return the engine's parts as they are now, for tests and debugging."""
+        return DebugState(
+            budget=self._budget,
+            demand=self._plan.demand,
+            reserved_state_bytes=self._reservations.state_bytes,
+            store=self._store,
+            memory=self._memory,
+            cache=self._cache,
+            layers=self._cache.layers,
+            reader=self._reader,
+        )
 
     # Methods for users.
 
