@@ -15,7 +15,7 @@ pytest.importorskip("numba")
 from flash_moe_mlx.ops.cpu import coded_ir
 from flash_moe_mlx.ops.cpu.arrays import address, empty
 from flash_moe_mlx.ops.cpu.elementwise import read_float
-from flash_moe_mlx.ops.cpu.kernels import Format, format_of, order
+from flash_moe_mlx.ops.cpu.kernels import Format, format_of, permutation
 from flash_moe_mlx.ops.cpu.matmul import Matrices, block_products, coded_matmul, row_products
 from flash_moe_mlx.ops.cpu.vector_ir import E4M3, E8M0
 
@@ -146,4 +146,4 @@ def test_formats_have_names_of_their_own():
     ]
     assert len({form.name for form in formats}) == len(formats)
     assert E4M3 in {form.kind for form in formats}
-    assert order(formats[-1])[0] == 8
+    assert permutation(formats[-1])[0] == 8

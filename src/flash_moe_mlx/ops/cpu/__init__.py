@@ -1,8 +1,8 @@
-"""Kernels for processors: numba where Python's loops would do, LLVM vector code where speed is memory's.
+"""CPU kernels: numba for plain loops, LLVM vector code where memory bandwidth is the limit.
 
-MLX's own CPU backend multiplies quantised matrices at a twentieth of the memory's speed. These run at once instead of
-lazily: they evaluate what they are given and return finished arrays. Modules here import numba; this one does
-not, so that everything works without it.
+MLX's own CPU backend multiplies quantised matrices at a twentieth of the memory's speed. These kernels run eagerly:
+they evaluate their arguments and return finished arrays. Modules here import numba; this one does not, so that
+everything works without it.
 """
 
 import warnings
@@ -14,7 +14,7 @@ from ...installation import install_command
 
 @cache
 def available() -> bool:
-    """Tell whether numba is installed; warn once where it is not."""
+    """Return whether numba is installed; log one warning if it is not."""
     if find_spec("numba") is not None:
         return True
     warnings.warn(

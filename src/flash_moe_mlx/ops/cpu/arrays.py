@@ -77,6 +77,6 @@ class Output:
             self.array = empty(*shape)
 
     def result(self, dtype: mx.Dtype) -> mx.array:
-        """As an MLX array of ``dtype``, lazily where that is not float32."""
+        """Return the memory as an MLX array of ``dtype``, lazily converted unless that is float32."""
         result = mx.array(self.array) if self._made is None else self._made
         return result if dtype == mx.float32 else result.astype(dtype)

@@ -1,7 +1,7 @@
 """Scaled dot-product attention, block by block of keys with a running softmax: no matrix of scores.
 
-MLX's CPU backend takes 3 s for 256 queries and 2048 keys of 16 heads of 256, and writes all scores. Here a thread
-takes ROWS rows (tokens of the heads that share keys) and goes through the keys KEYS at a time.
+MLX's CPU backend takes 3 s for 256 queries and 2048 keys of 16 heads of 256, and writes all scores. Here a task
+takes ROWS rows (tokens of the heads that share keys) and passes over the keys KEYS at a time.
 """
 
 import mlx.core as mx
@@ -16,12 +16,12 @@ from .tile_ir import MR, NR, PACK_BLOCK, make_multiply, make_unpack
 from .vector_ir import F32, LANES, make_dense_dots
 
 ROWS = 128
-"""Rows of queries a thread takes at once: their sums and a block of scores stay in the second-level cache."""
+"""Rows of queries per task: their sums and a block of scores stay in the second-level cache."""
 
 KEYS = NR
 
 DOT_ROWS = 16
-"""Up to this many rows, keys and values are read where they are: copying them into tiles would cost more."""
+"""Up to this many rows, keys and values are read in place: copying them into tiles would cost more."""
 
 MASKED = np.float32(-3.4e38)
 """Score of a masked key, as MLX's: a row without any key becomes an average, not NaN."""
@@ -45,9 +45,11 @@ _product_kernel = compiled(_product)
 
 
 def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type: ignore[no-untyped-def]
-    """Queries, keys and values are (address, bytes a row of the batch, a head, a token); y is (B, L, heads, D).
+    """Attend to all keys, ROWS rows of queries per task.
 
-    sizes is (kv heads, keys); mask is (address, bytes a row of the batch, a head, a token, a key), for mode ARRAY.
+    Queries, keys and values are (address, bytes per row of the batch, per head, per token); y is (B, L, heads, D).
+    sizes is (kv heads, keys); for mode ARRAY, mask is (address, bytes per row of the batch, per head, per token, per
+    key).
     """
     batch, length, heads, dims = y.shape
     kv_heads, total = sizes
@@ -118,7 +120,7 @@ def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type:
                 for i in range(KEYS):
                     s[i] = exponential(s[i] - top)
                 for i in range(count, KEYS):
-                    s[i] = np.float32(0.0)  # also where every key is masked
+                    s[i] = np.float32(0.0)  # even if every key is masked
                 # Over all KEYS: the order of a sum must not depend on how many keys there are.
                 added = np.float32(0.0)
                 for i in range(KEYS):
@@ -144,7 +146,7 @@ def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type:
             for i in range(dims):
                 y[n, t, head, i] = sums[row, i] / weight[row]
         add_one(counter + 8)
-    memory[0] = np.float32(0.0)  # keeps it alive: the loops have its address too
+    memory[0] = np.float32(0.0)  # keeps it alive: the loops have only its address
     return tasks
 
 
@@ -152,17 +154,17 @@ _attend_kernel = compiled(_attend, fastmath=VECTORISED)
 
 
 def scratch_bytes(head_dim: int, threads: int) -> int:
-    """Memory that one call takes beside its inputs and its result."""
+    """Return the memory that one call takes besides its inputs and its result."""
     return 4 * threads * (2 * ROWS * head_dim + ROWS * KEYS + head_dim * KEYS)
 
 
 def takes(queries: mx.array, mask: mx.array | str | None) -> bool:
-    """Tell whether ``attention`` takes these: heads of a multiple of 64, no mask that is added to scores."""
+    """Return whether ``attention`` supports these: head sizes that are multiples of 64, and no additive mask."""
     return queries.shape[-1] % NR == 0 and (not isinstance(mask, mx.array) or mask.dtype == mx.bool_)
 
 
 def _place(array: mx.array) -> tuple[np.ndarray, tuple[int, ...]]:
-    """float32 memory of (B, heads, T, D), and its address and strides; only D has to be contiguous."""
+    """Return float32 memory of an array (B, heads, T, D), its address and strides; only D has to be contiguous."""
     memory = np.asarray(array) if array.dtype == mx.float32 else floats(array)
     if memory.strides[-1] != 4:
         memory = np.ascontiguousarray(memory)
@@ -172,23 +174,24 @@ def _place(array: mx.array) -> tuple[np.ndarray, tuple[int, ...]]:
 def attention(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None = None
 ) -> mx.array:
-    """As ``mx.fast.scaled_dot_product_attention``.
+    """Compute ``mx.fast.scaled_dot_product_attention``.
 
     Args:
-        queries: Shape (B, Hq, L, D), D a multiple of 64.
-        keys: Shape (B, Hkv, S, D). Slices of a cache are read where they are.
-        values: Shape (B, Hkv, S, D).
-        scale: Of the scores.
+        queries: Queries. Shape (B, Hq, L, D); D is a multiple of 64.
+        keys: Keys. Shape (B, Hkv, S, D). Slices of a cache are read in place.
+        values: Values. Shape (B, Hkv, S, D).
+        scale: Factor on the scores.
         mask: "causal" (the last query sees all keys), a boolean array that broadcasts to (B, Hq, L, S), or None.
 
     Returns:
-        Shape (B, Hq, L, D), dtype of queries. Bits of a row depend on no other row, but on whether there are few.
+        The output. Shape (B, Hq, L, D), dtype of queries. The bits of a row depend on no other row, only on whether
+        there are more than DOT_ROWS.
 
     Cost: reads keys and values once for each ROWS rows of queries; see ``scratch_bytes``.
     """
     batch, heads, length, dims = queries.shape
     kv_heads, total = keys.shape[1:3]
-    mx.eval(queries, keys, values)  # at once: each evaluation costs about 0.1 ms
+    mx.eval(queries, keys, values)  # together: each evaluation costs about 0.1 ms
     memory = [_place(array) for array in (queries, keys, values)]
     mode, allowed = NO_MASK, np.ones((1, 1, 1, 1), np.bool_)
     if isinstance(mask, mx.array):

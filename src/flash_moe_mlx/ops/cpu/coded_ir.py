@@ -1,7 +1,7 @@
-"""Vector code of matrices whose 4-bit codes stand for values in a table (E2M1 of mxfp4 and nvfp4), 16 lanes.
+"""Vector code, 16 lanes wide, for matrices whose 4-bit codes index a table of values (E2M1 of mxfp4 and nvfp4).
 
-A table in place of ``q * scale + bias``: one permutation looks up 16 lanes' values where the processor has it. A lane
-takes eight consecutive weights, as in `vector_ir`. Rows may lie apart, for matrices whose rows alternate.
+The table replaces ``q * scale + bias``: one permutation looks up the values of 16 lanes, on processors that have it. A
+lane takes eight consecutive weights, as in `vector_ir`. Rows may lie apart, for matrices whose rows alternate.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,7 +17,7 @@ E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 CODE_BITS = 4
 LANE_CODES = 8
-"""Codes of a word: consecutive weights of a row that a lane takes."""
+"""Codes per word: consecutive weights of a row that a lane takes."""
 
 _I8, _I32, _I64, _F32 = ir.IntType(8), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VI8, _VI32, _VF32 = ir.VectorType(_I8, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
@@ -40,11 +40,11 @@ def instructions() -> str:
 
 
 def values(emit: Emitter, words: ir.Value, field: int, how: str) -> ir.Value:
-    """Values of one code of each of 16 words, as float32: the ``field``-th from the low end."""
+    """Look up one code of each of 16 words, the ``field``-th from the low end, as float32."""
     builder = emit.builder
     shift = CODE_BITS * field
     index = builder.lshr(words, _constant(shift)) if shift else words
-    if how == "avx512f":  # permutations look at the low four bits alone
+    if how == "avx512f":  # permutations use only the low four bits of an index
         table = ir.Constant(_VF32, [*E2M1, *(-value for value in E2M1)])
         return _call(emit, "llvm.x86.avx512.permvar.sf.512", _VF32, [table, index])
     if how == "avx2":
@@ -66,7 +66,7 @@ def values(emit: Emitter, words: ir.Value, field: int, how: str) -> ir.Value:
 
 
 def _fields(emit: Emitter, vectors: list[ir.Value]) -> list[ir.Value]:
-    """128 consecutive values as 8 vectors: the i-th holds each lane's i-th of eight."""
+    """Rearrange 128 consecutive values into 8 vectors, the i-th of which holds each lane's i-th value of eight."""
     even, odd = list(range(0, 2 * LANES, 2)), list(range(1, 2 * LANES, 2))
     groups = [vectors]
     while len(groups) < LANE_CODES:
@@ -82,14 +82,14 @@ def _fields(emit: Emitter, vectors: list[ir.Value]) -> list[ir.Value]:
 def make_coded_dots(
     group_size: int, kind: int, rows: int, rows_apart: int, how: str | None = None
 ) -> Callable[..., None]:
-    """Build ``dots`` as of ``make_quantized_dots`` for 4-bit codes of E2M1, without biases, and for whole rows.
+    """Build the ``dots`` of ``make_quantized_dots`` for E2M1 codes, without biases and including partial steps.
 
     Args:
-        group_size: Weights that share a scale: 16 or 32.
-        kind: How scales are stored: E8M0 or E4M3.
-        rows: Rows at once.
+        group_size: Number of weights that share a scale: 16 or 32.
+        kind: Floating-point format of the scales: E8M0 or E4M3.
+        rows: Number of rows multiplied at once.
         rows_apart: Rows of scales from one row of the matrix to the next.
-        how: As of ``instructions``; None asks the processor.
+        how: Instructions to use, as ``instructions`` names them; None asks the processor.
     """
     step_weights = LANES * LANE_CODES
     taken, size = step_weights // group_size, FLOAT_BYTES[kind]
@@ -124,7 +124,7 @@ def make_coded_dots(
                     add(row, emit.load(_VI32, emit.offset(starts[row], at)), fields, few)
             left = builder.sub(emit.scaled(groups, group_size), emit.scaled(steps, step_weights))
             with builder.if_then(builder.icmp_signed(">", left, _I64(0))):
-                # What is left of whole steps: x lies as it was there, and loads must not leave the row.
+                # The part beyond whole steps: x is not permuted there, and loads must not leave the row.
                 counts = ir.Constant(_VI32, list(range(LANES)))
 
                 def below(limit: ir.Value) -> ir.Value:

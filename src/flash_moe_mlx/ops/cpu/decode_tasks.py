@@ -1,7 +1,7 @@
 """Tasks of a ``Program`` for one token in a layer: norms, convolution, delta rule, attention, router.
 
-All numbers are float32. Every function takes the address of its arguments, int64 each in the order in which they are
-unpacked first, and the number of the task. Tasks of one operation write to different places.
+All numbers are float32. Every function takes the address of its arguments, one int64 each in the order that its
+docstring lists, and the number of the task. Tasks of one operation write to different places.
 """
 
 import math
@@ -10,13 +10,13 @@ import numba
 import numpy as np
 
 from ..numerics import L2_EPS
-from .elementwise import CHANNELS, add_scaled, exponential, prepare, rms_scale, sigmoid
+from .elementwise import CHANNELS, add_scaled, exponential, permute_for_dots, rms_scale, sigmoid
 from .int8_ir import round_to_int8
 from .jit import VECTORISED, serial, task
 from .memory_ir import load_f32, pointer
 
 SPLIT = 256
-"""Keys that one task attends to. A constant: bits must not depend on the number of threads."""
+"""Keys per attention task. A constant, because bits must not depend on the number of threads."""
 
 _EPS = np.float32(L2_EPS)
 _LOWEST = np.float32(-3.4e38)
@@ -24,18 +24,21 @@ _LOWEST = np.float32(-3.4e38)
 
 @serial
 def words(address, count):  # type: ignore[no-untyped-def]
-    """``count`` int64 at an address, as an array."""
+    """Return ``count`` int64 at an address as an array."""
     return numba.carray(pointer(address), (count,), np.int64)
 
 
 @serial
 def floats_at(address, count):  # type: ignore[no-untyped-def]
-    """``count`` float32 at an address, as an array."""
+    """Return ``count`` float32 at an address as an array."""
     return numba.carray(pointer(address), (count,), np.float32)
 
 
 def _norm(args, _):  # type: ignore[no-untyped-def]
-    """(x, added, weight, size, eps, y): ``x += added`` unless that is 0, then ``y = rms_norm(x) * weight``."""
+    """Compute ``x += added``, unless that is 0, and ``y = rms_norm(x) * weight``.
+
+    Arguments: x, added, weight, size, eps, y.
+    """
     a = words(args, 6)
     x, weight, y = floats_at(a[0], a[3]), floats_at(a[2], a[3]), floats_at(a[5], a[3])
     if a[1]:
@@ -47,19 +50,25 @@ def _norm(args, _):  # type: ignore[no-untyped-def]
         y[i] = x[i] * scale * weight[i]
 
 
-def _order(args, number):  # type: ignore[no-untyped-def]
-    """(x, size, lane weights, factors, group size, ordered, sums, ranks): ``prepare`` of row ranks[number], a task."""
+def _permute(args, number):  # type: ignore[no-untyped-def]
+    """Run ``permute_for_dots`` on one row per task, row ranks[number].
+
+    Arguments: x, size, lane weights, factors, group size, ordered, sums, ranks.
+    """
     a = words(args, 8)
     row = words(a[7], number + 1)[number] if a[7] else 0
     size, groups = a[1], a[1] // a[4]
     x = numba.carray(pointer(a[0] + 4 * row * size), (1, size), np.float32)
     ordered = numba.carray(pointer(a[5] + 4 * row * size), (1, size), np.float32)
     sums = numba.carray(pointer(a[6] + 4 * row * groups), (1, groups), np.float32)
-    prepare(x, a[2], floats_at(a[3], max(a[2], 1)), a[4], ordered, sums)
+    permute_for_dots(x, a[2], floats_at(a[3], max(a[2], 1)), a[4], ordered, sums)
 
 
 def _round(args, number):  # type: ignore[no-untyped-def]
-    """(x, size, group size, rounded, sums, ranks): ``round_to_int8`` of row ranks[number], a task."""
+    """Run ``round_to_int8`` on one row per task, row ranks[number].
+
+    Arguments: x, size, group size, rounded, sums, ranks.
+    """
     a = words(args, 6)
     size, groups = a[1], a[1] // a[2]
     row = words(a[5], number + 1)[number] if a[5] else 0
@@ -69,7 +78,7 @@ def _round(args, number):  # type: ignore[no-untyped-def]
 
 
 def _gather(args, _):  # type: ignore[no-untyped-def]
-    """(x, index, size, y): ``y[i] = x[index[i]]``."""
+    """Compute ``y[i] = x[index[i]]``. Arguments: x, index, size, y."""
     a = words(args, 4)
     index, y = words(a[1], a[2]), floats_at(a[3], a[2])
     for i in range(len(y)):
@@ -77,7 +86,10 @@ def _gather(args, _):  # type: ignore[no-untyped-def]
 
 
 def _convolve(args, number):  # type: ignore[no-untyped-def]
-    """(x, window, weight, channels, taps, y): SiLU of a causal convolution, CHANNELS a task; the window moves on."""
+    """Compute SiLU of a causal convolution, CHANNELS per task, and shift the window by one token.
+
+    Arguments: x, window, weight, channels, taps, y.
+    """
     a = words(args, 6)
     channels, taps, first = a[3], a[4], number * CHANNELS
     count = min(CHANNELS, channels - first)
@@ -99,9 +111,9 @@ def _convolve(args, number):  # type: ignore[no-untyped-def]
 
 
 def _delta(args, head):  # type: ignore[no-untyped-def]
-    """(qkv, a, b, A_log, dt_bias, state, z, norm weight, k heads, v heads, k dim, v dim, eps, y): a value head a task.
+    """Compute one step of the gated delta rule in place, then ``rms_norm(y) * silu(z)``; one value head per task.
 
-    One step of the gated delta rule on the head's state, in place, then ``rms_norm(y) * silu(z)``.
+    Arguments: qkv, a, b, A_log, dt_bias, state, z, norm weight, k heads, v heads, k dim, v dim, eps, y.
     """
     a = words(args, 14)
     k_heads, v_heads, k_dim, v_dim = a[8], a[9], a[10], a[11]
@@ -143,7 +155,7 @@ def _delta(args, head):  # type: ignore[no-untyped-def]
 
 @serial
 def _rotate(x, scale, weight, cos, sin, half, y):  # type: ignore[no-untyped-def]
-    """``y`` = x times scale and weight, its first 2 * half values rotated in pairs (i, i + half)."""
+    """Compute ``y = x * scale * weight`` and rotate its first 2 * half values in pairs (i, i + half)."""
     for i in range(len(x)):
         y[i] = x[i] * scale * weight[i]
     for i in range(half):
@@ -153,10 +165,12 @@ def _rotate(x, scale, weight, cos, sin, half, y):  # type: ignore[no-untyped-def
 
 
 def _place_heads(args, head):  # type: ignore[no-untyped-def]
-    """(q and gate, k, v, q weight, k weight, cos, sin, heads, kv heads, dim, half, eps, q, keys, values, stride, at).
+    """Normalise and rotate queries and keys, and write keys and values to the cache; one head per task, q's first.
 
-    A head a task, those of k and v behind those of q: queries normalised and rotated; keys likewise, and values, into
-    row ``at`` of the cache, whose heads are ``stride`` floats apart.
+    Keys and values go to row ``at`` of the cache, whose heads are ``stride`` floats apart.
+
+    Arguments: q and gate, k, v, q weight, k weight, cos, sin, heads, kv heads, dim, half, eps, q, keys, values, stride,
+    at.
     """
     a = words(args, 17)
     heads, dim, half, eps = a[7], a[9], a[10], load_f32(args, 22)
@@ -173,9 +187,12 @@ def _place_heads(args, head):  # type: ignore[no-untyped-def]
 
 
 def _attend(args, number):  # type: ignore[no-untyped-def]
-    """(q, keys, values, stride, length, heads, kv heads, dim, scale, partial): SPLIT keys of a kv head a task.
+    """Attend to SPLIT keys of one kv head per task.
 
-    partial is (split, head, dim + 2): sums of values, then the highest score and the sum of weights.
+    ``partial`` has shape (splits, heads, dim + 2): weighted sums of values, then the highest score and the sum of
+    weights.
+
+    Arguments: q, keys, values, stride, length, heads, kv heads, dim, scale, partial.
     """
     a = words(args, 10)
     length, heads, kv_heads, dim = a[4], a[5], a[6], a[7]
@@ -214,7 +231,10 @@ def _attend(args, number):  # type: ignore[no-untyped-def]
 
 
 def _join(args, head):  # type: ignore[no-untyped-def]
-    """(partial, length, heads, dim, q and gate, y): a head's splits, in order, times ``sigmoid(gate)``."""
+    """Combine a head's splits, in order, and multiply with ``sigmoid(gate)``; one head per task.
+
+    Arguments: partial, length, heads, dim, q and gate, y.
+    """
     a = words(args, 6)
     heads, dim = a[2], a[3]
     y = floats_at(a[5] + 4 * head * dim, dim)
@@ -237,9 +257,11 @@ def _join(args, head):  # type: ignore[no-untyped-def]
 
 
 def _choose(args, _):  # type: ignore[no-untyped-def]
-    """(logits, experts, K, normalise, ids, weights): softmax, then the K most probable, most probable first.
+    """Apply softmax to the router's logits and pick the K most probable experts, most probable first.
 
-    Of equals the one of the higher index comes first, as in ``route``. Where the softmax is not finite, ids are -1.
+    Of equals the one with the higher index comes first, as in ``route``. If the softmax is not finite, ids are -1.
+
+    Arguments: logits, experts, K, normalise, ids, weights.
     """
     a = words(args, 6)
     logits, ids, weights = floats_at(a[0], a[1]), words(a[4], a[2]), floats_at(a[5], a[2])
@@ -266,9 +288,9 @@ def _choose(args, _):  # type: ignore[no-untyped-def]
 
 
 def _combine(args, number):  # type: ignore[no-untyped-def]
-    """(y, K, size, weights, shared, gate, hidden): CHANNELS a task.
+    """Compute ``hidden += sum_k weights_k y_k + sigmoid(gate) shared``, in the router's order; CHANNELS per task.
 
-    ``hidden += sum_k weights_k y_k + sigmoid(gate) shared``, in the router's order.
+    Arguments: y, K, size, weights, shared, gate, hidden.
     """
     a = words(args, 7)
     size, first = a[2], number * CHANNELS
@@ -283,7 +305,19 @@ def _combine(args, number):  # type: ignore[no-untyped-def]
         hidden[i] += total[i] + gate * shared[i]
 
 
-norm, order, round_x, gather, convolve, delta, place_heads, attend, join, choose, combine = (
+norm, permute, round_x, gather, convolve, delta, place_heads, attend, join, choose, combine = (
     task(function, fastmath=VECTORISED)
-    for function in (_norm, _order, _round, _gather, _convolve, _delta, _place_heads, _attend, _join, _choose, _combine)
+    for function in (
+        _norm,
+        _permute,
+        _round,
+        _gather,
+        _convolve,
+        _delta,
+        _place_heads,
+        _attend,
+        _join,
+        _choose,
+        _combine,
+    )
 )

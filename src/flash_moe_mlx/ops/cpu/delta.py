@@ -13,17 +13,17 @@ from .memory_ir import add_one, load_f32
 from .threads import run
 
 STATE_ROWS = 16
-"""Rows of a head's state that a thread draws at once."""
+"""Rows of a head's state per task."""
 
 _EPS = np.float32(L2_EPS)
 
 
 @serial
 def _normalise(q, k, heads, dims, ratio, a, b, a_log, dt_bias, keys, gates):  # type: ignore[no-untyped-def]
-    """Unit queries and keys, decay, beta and q.k of each token and head.
+    """Compute unit queries and keys, decay, beta and q.k of each token and head.
 
-    q and k are (address, stride of a row, stride of a token) in floats; keys is the result (B, T, heads, 2, dims),
-    gates (B, T, value heads, 3): decay, beta, q.k.
+    q and k are (address, stride of a row, stride of a token) in floats. Results are keys, shape (B, T, heads, 2, dims),
+    and gates, shape (B, T, value heads, 3): decay, beta, q.k.
     """
     batch, steps = keys.shape[:2]
     for row in range(batch):
@@ -51,10 +51,10 @@ def _normalise(q, k, heads, dims, ratio, a, b, a_log, dt_bias, keys, gates):  # 
 
 
 def _delta(keys, gates, v, v_row, v_step, mask, state, y, progress):  # type: ignore[no-untyped-def]
-    """Every token through rows of the state, in place.
+    """Advance rows of the state, in place, by all tokens.
 
     With S k and S q of the state before the token, ``y = g S q + delta q.k``: one pass reads a row, one writes it.
-    mask has shape (B, T), or (0, 0) where every token counts.
+    mask has shape (B, T), or (0, 0) if every token counts.
     """
     batch, steps, k_heads, _, dims = keys.shape
     heads, rows = state.shape[1:3]
@@ -88,7 +88,7 @@ def _delta(keys, gates, v, v_row, v_step, mask, state, y, progress):  # type: ig
 
 
 def _convolve(x, x_row, x_step, window, weight, mask, y, progress):  # type: ignore[no-untyped-def]
-    """Depthwise convolution with SiLU. window is (B, taps - 1, C), weight (C, taps), y (B, T, C)."""
+    """Compute a depthwise convolution with SiLU. window is (B, taps - 1, C), weight (C, taps), y (B, T, C)."""
     batch, steps, channels = y.shape
     taps = weight.shape[1]
     blocks = (channels + CHANNELS - 1) // CHANNELS
@@ -117,7 +117,7 @@ def _convolve(x, x_row, x_step, window, weight, mask, y, progress):  # type: ign
         for i in range(count):
             out[i] *= sigmoid(out[i])
         add_one(counter + 8)
-    zeros[0] = np.float32(0.0)  # keeps it alive: the loop has its address alone
+    zeros[0] = np.float32(0.0)  # keeps it alive: the loop has only its address
     return tasks
 
 
@@ -126,7 +126,7 @@ _convolve_kernel = compiled(_convolve, fastmath=VECTORISED)
 
 
 def _strided(array: mx.array) -> np.ndarray:
-    """An array of (B, T, ...) as float32 whose tokens are contiguous, without a copy of a slice of channels."""
+    """Return an array (B, T, ...) as float32 with contiguous tokens, without copying a slice of channels."""
     if array.dtype != mx.float32:
         return floats(array)
     taken = np.asarray(array)
@@ -135,7 +135,7 @@ def _strided(array: mx.array) -> np.ndarray:
 
 
 def _place(array: np.ndarray) -> tuple[int, int, int]:
-    """Address, floats from row to row and from token to token."""
+    """Return the address, and the number of floats from row to row and from token to token."""
     return address(array), array.strides[0] // 4, array.strides[1] // 4
 
 
@@ -154,11 +154,11 @@ def gated_delta(
     state: mx.array | None,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """As ``ops.gated_delta``. Cost: reads and writes the state once, and q and k once a row of it."""
+    """Compute ``ops.gated_delta``. Cost: reads and writes the state once, and q and k once per row of the state."""
     batch, steps, k_heads, k_dim = q.shape
     v_heads, v_dim = v.shape[2:]
     keys, gates = empty(batch, steps, k_heads, 2, k_dim), empty(batch, steps, v_heads, 3)
-    mx.eval(q, k, v, a, b)  # at once: each evaluation hands over to MLX's thread and back, about 0.1 ms
+    mx.eval(q, k, v, a, b)  # together: each evaluation switches to MLX's thread and back, about 0.1 ms
     queries, own_keys, values = _strided(q), _strided(k), _strided(v)
     _normalise(
         _place(queries),
@@ -178,7 +178,7 @@ def gated_delta(
         new_state = mx.zeros(shape, mx.float32)
         mx.eval(new_state)
     else:
-        new_state = mx.array(floats(state))  # a copy: the caller's stays what it was
+        new_state = mx.array(floats(state))  # a copy: the caller's must not change
     y = Output(batch, steps, v_heads, v_dim)
     rows = view(new_state, np.float32).reshape(shape)
     run(_delta_kernel, keys, gates, *_place(values), _mask(mask), rows, y.array)
@@ -192,7 +192,7 @@ def conv1d_silu(
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """As ``ops.conv1d_silu``."""
+    """Compute ``ops.conv1d_silu``."""
     batch, steps, channels = x.shape
     taps = weight.shape[1]
     inputs, window, kept = _strided(x), floats(conv_state.astype(x.dtype)), _mask(mask)

@@ -1,4 +1,4 @@
-"""Small functions of kernels: exponential, SiLU, reading stored numbers, ordering x for the dot products."""
+"""Small functions for kernels: exponential, SiLU, reading stored numbers, permuting x for the dot products."""
 
 import math
 
@@ -9,7 +9,7 @@ from .memory_ir import load_bf16, load_e4m3, load_e8m0, load_f16, load_f32, load
 from .vector_ir import BF16, E4M3, E8M0, F16, LANES
 
 CHANNELS = 1024
-"""Channels of a token that one task convolves or combines: they stay in the first-level cache."""
+"""Channels of a token per task of convolving or combining: they stay in the first-level cache."""
 
 _LOG2E = np.float32(1.44269504)
 _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
@@ -17,7 +17,7 @@ _LN2_HIGH, _LN2_LOW = np.float32(0.693359375), np.float32(-2.12194440e-4)
 
 @serial
 def exponential(x):  # type: ignore[no-untyped-def]
-    """``exp(x)`` of a float32, 0 below -87, at most exp(88); NaN stays NaN. Loops of Cephes' polynomial vectorise."""
+    """Return ``exp(x)`` of a float32: 0 below -87, at most exp(88), NaN for NaN. The polynomial is Cephes'."""
     top = np.float32(88.0)
     t = top if x > top else x
     n = np.floor(t * _LOG2E + np.float32(0.5))
@@ -35,27 +35,27 @@ def exponential(x):  # type: ignore[no-untyped-def]
 
 @serial
 def sigmoid(x):  # type: ignore[no-untyped-def]
-    """Logistic function of a float32."""
+    """Return the logistic function of a float32."""
     return np.float32(1.0) / (np.float32(1.0) + exponential(-x))
 
 
 @serial
 def swiglu(gate, up):  # type: ignore[no-untyped-def]
-    """``gate = silu(gate) * up`` in place. Shapes (n,), float32."""
+    """Compute ``gate = silu(gate) * up`` in place. Shapes (n,), float32."""
     for i in range(len(gate)):
         gate[i] = gate[i] * sigmoid(gate[i]) * up[i]
 
 
 @serial
 def add_scaled(total, x, weight):  # type: ignore[no-untyped-def]
-    """``total += weight * x`` in place."""
+    """Compute ``total += weight * x`` in place."""
     for i in range(len(total)):
         total[i] += weight * x[i]
 
 
 @serial
 def rms_scale(x, eps):  # type: ignore[no-untyped-def]
-    """``1 / sqrt(mean(x^2) + eps)``."""
+    """Return ``1 / sqrt(mean(x^2) + eps)``."""
     total = np.float32(0.0)
     for i in range(len(x)):
         total += x[i] * x[i]
@@ -64,7 +64,7 @@ def rms_scale(x, eps):  # type: ignore[no-untyped-def]
 
 @serial
 def read_float(source, index, kind):  # type: ignore[no-untyped-def]
-    """The number ``index`` of those stored as ``kind`` at address ``source``."""
+    """Read the number ``index`` of those stored as ``kind`` at address ``source``."""
     if kind == BF16:
         return load_bf16(source, index)
     if kind == F16:
@@ -78,7 +78,7 @@ def read_float(source, index, kind):  # type: ignore[no-untyped-def]
 
 @serial
 def affine_tail(weights, bits, group_size, kind, first, count, x, scales):  # type: ignore[no-untyped-def]
-    """Sum of ``q * scale * x`` over weights ``first`` to ``count`` of a row: what is left of whole steps."""
+    """Sum ``q * scale * x`` over weights ``first`` to ``count`` of a row, which whole steps leave over."""
     total = np.float32(0.0)
     last_byte = (count * bits - 1) // 8
     for i in range(first, count):
@@ -93,7 +93,7 @@ def affine_tail(weights, bits, group_size, kind, first, count, x, scales):  # ty
 
 @serial
 def dense_tail(weights, kind, first, count, x):  # type: ignore[no-untyped-def]
-    """Sum of ``w * x`` over weights ``first`` to ``count`` of an unquantised row."""
+    """Sum ``w * x`` over weights ``first`` to ``count`` of an unquantised row."""
     total = np.float32(0.0)
     for i in range(first, count):
         total += read_float(weights, i, kind) * load_f32(x, i)
@@ -101,15 +101,15 @@ def dense_tail(weights, kind, first, count, x):  # type: ignore[no-untyped-def]
 
 
 @serial
-def prepare(x, lane_weights, factors, group_size, ordered, sums):  # type: ignore[no-untyped-def]
-    """Order rows of x as the dot products read them, and sum them a group.
+def permute_for_dots(x, lane_weights, factors, group_size, ordered, sums):  # type: ignore[no-untyped-def]
+    """Permute rows of x into the order in which the dot products read them, and sum each group.
 
     Args:
-        x: Shape (T, inputs), float32.
-        lane_weights: Consecutive weights a lane takes in a step; 0 leaves the order alone.
-        factors: What each of a lane's values is multiplied with. Shape (lane_weights,), float32.
-        group_size: Values that are summed.
-        ordered: Result, shape (T, inputs): (step, field, lane) for whole steps, then what is left as it was.
+        x: Rows. Shape (T, inputs), float32.
+        lane_weights: Number of consecutive weights that a lane takes per step; 0 keeps the order.
+        factors: Factor on each of a lane's values. Shape (lane_weights,), float32.
+        group_size: Number of values per sum.
+        ordered: Result, shape (T, inputs): (step, field, lane) for whole steps, then the rest unchanged.
         sums: Result, shape (T, groups).
     """
     inputs = x.shape[1]

@@ -1,4 +1,4 @@
-"""SwiGLU feed-forward of routed experts, straight on the bytes of their records."""
+"""SwiGLU feed-forward of routed experts, computed directly on the bytes of their records."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -15,8 +15,8 @@ from .matmul import Matrices, block_products, row_products
 from .tile_ir import PACK_BLOCK
 
 BLOCK_ROWS = 512
-"""(token, expert) pairs that a prefill computes at once. Bounds its scratch, three rows of the experts' width a pair;
-bits don't depend on it."""
+"""(token, expert) pairs that prefill computes at once. Bounds the scratch memory, three rows of the experts' width per
+pair; bits don't depend on it."""
 
 FEW_ROWS = 4
 """Experts with up to this many rows are multiplied row by row: unpacking their weights would cost more."""

@@ -1,4 +1,4 @@
-"""Products of 4-bit weights with x in 8 bits: integer sums a group, as llama.cpp's. Lossy, and asked for by name."""
+"""Products of 4-bit weights with x in 8 bits: integer sums per group, as in llama.cpp. Lossy, therefore opt-in."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from .jit import serial
 from .vector_ir import LANES, Emitter, Step, make_group_dots
 
 INT8_STEP = 128
-"""Weights of a row that a step takes: 64 bytes."""
+"""Weights per step of a row: 64 bytes."""
 
 _I32, _F32 = ir.IntType(32), ir.FloatType()
 _VI32, _VF32 = ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
@@ -22,7 +22,7 @@ def _constant(value: int) -> ir.Value:
 
 
 def _add_products(emit: Emitter, total: ir.Value, weights: ir.Value, x: ir.Value, vnni: bool) -> ir.Value:
-    """``total`` plus, a lane, the sum of its four unsigned bytes times four signed ones."""
+    """Add to each lane of ``total`` the sum of its four unsigned bytes times four signed ones."""
     builder = emit.builder
     if vnni:
         type_ = ir.FunctionType(_VI32, [_VI32] * 3)
@@ -36,10 +36,15 @@ def _add_products(emit: Emitter, total: ir.Value, weights: ir.Value, x: ir.Value
 
 
 def make_int8_dots(group_size: int, kind: int, rows: int, *, vnni: bool | None = None) -> Callable[..., None]:
-    """Build ``dots`` as of ``make_quantized_dots`` for 4 bits, x and sums from ``round_to_int8``.
+    """Build the ``dots`` of ``make_quantized_dots`` for 4-bit weights, with x and sums from ``round_to_int8``.
 
-    Integer sums are exact, so bits do not depend on whether the processor has instructions for them (``vnni``; None
-    asks it).
+    Integer sums are exact, so bits do not depend on whether the processor has an instruction for them.
+
+    Args:
+        group_size: Number of weights that share a scale and a bias.
+        kind: Floating-point format of scales and biases.
+        rows: Number of rows multiplied at once.
+        vnni: Whether to use AVX-512 VNNI; None asks the processor.
     """
     taken = INT8_STEP // group_size
     has_vnni = binding.get_host_cpu_features().get("avx512vnni", False) if vnni is None else vnni
@@ -64,13 +69,13 @@ def make_int8_dots(group_size: int, kind: int, rows: int, *, vnni: bool | None =
 
 @serial
 def round_to_int8(x, group_size, rounded, sums):  # type: ignore[no-untyped-def]
-    """Round a row of x to 8 bits a group.
+    """Round a row of x to 8 bits, with one scale per group.
 
     Args:
-        x: Shape (inputs,), float32, a multiple of INT8_STEP.
-        group_size: Values that share a scale.
-        rounded: Result, shape (inputs,), int8. Of each INT8_STEP values those that meet the low halves of the weights'
-            bytes, in order, then those that meet the high halves.
+        x: Row of x. Shape (inputs,), float32; inputs is a multiple of INT8_STEP.
+        group_size: Number of values that share a scale.
+        rounded: Result, shape (inputs,), int8. Of each INT8_STEP values, first those that are multiplied with the low
+            halves of the weights' bytes, then those for the high halves.
         sums: Result, shape (2, groups), float32: sum of the rounded x of each group, and its scale.
     """
     for group in range(len(x) // group_size):
@@ -79,7 +84,7 @@ def round_to_int8(x, group_size, rounded, sums):  # type: ignore[no-untyped-def]
         for i in range(first, first + group_size):
             largest = max(largest, abs(x[i]))
             poison += x[i] * np.float32(0.0)
-        scale = largest / np.float32(127.0) + poison  # NaN if one is NaN or infinite, which the maximum passes over
+        scale = largest / np.float32(127.0) + poison  # NaN if a value is NaN or infinite, which the maximum ignores
         inverse = np.float32(1.0) / scale if scale > 0 else np.float32(0.0)
         total = 0
         for i in range(first, first + group_size):

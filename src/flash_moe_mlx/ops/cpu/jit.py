@@ -13,7 +13,7 @@ from numba.core import event
 from ...progress import is_watched, report
 
 VECTORISED = {"contract", "reassoc", "nsz"}
-"""LLVM's freedom in loops that it may vectorise: NaN and infinity stay what they are."""
+"""fastmath flags that let LLVM vectorise loops. NaN and infinity keep their meaning."""
 
 
 class _CompilationListener(event.Listener):  # type: ignore[misc]
@@ -35,7 +35,7 @@ event.register("numba:compile", _CompilationListener())
 
 @cache
 def _sources_digest() -> str:
-    """Changes with any source of this package: numba's cache looks at one file's time alone."""
+    """Hash all sources of this package: numba's cache only compares the time of one file."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parent.glob("*.py")):
         digest.update(path.read_bytes())
@@ -48,10 +48,10 @@ def compiled(
     bindings: Mapping[str, Any] | None = None,
     fastmath: bool | set[str] = False,
 ) -> Callable[..., Any]:
-    """A compiled copy of ``function``, cached on disk, in which the globals in ``bindings`` have their own values.
+    """Compile a copy of ``function``, cached on disk, in which the globals named in ``bindings`` have other values.
 
-    numba finds a cached kernel by its name. Values in a closure would be part of the key too, but those
-    of intrinsics differ from process to process. Kernels run without the interpreter's lock.
+    numba finds a cached kernel by its name. Values in a closure would be part of the key as well, but those
+    of intrinsics differ between processes. Kernels run without the GIL.
     """
     copy = _bound(function, name, bindings or {})
     return numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")(copy)
@@ -74,5 +74,5 @@ def _bound(function: Any, name: str, bindings: Mapping[str, Any]) -> FunctionTyp
 
 
 def serial(function: Any) -> Callable[..., Any]:
-    """Decorator of small functions: those that run in the calling thread, and those that kernels call."""
+    """Compile a small function that runs in the calling thread or is called by kernels. A decorator."""
     return compiled(function, fastmath=VECTORISED)

@@ -1,7 +1,7 @@
-"""The two parallel kernels of stored matrices: rows of x one at a time (decode), and tiles (prefill).
+"""The two parallel kernels for stored matrices: rows of x one at a time (decode), and tiles (prefill).
 
-Both take jobs: addresses of one matrix and of what it is multiplied with, so that the same code runs on MLX
-arrays, on slots of a bank and on mapped files. Each is compiled once a format, when first used.
+Both take jobs: the addresses of one matrix and of its operands, so that the same code runs on MLX
+arrays, on expert slots and on mapped files. Each is compiled once per format, on first use.
 """
 
 from collections.abc import Callable
@@ -36,26 +36,32 @@ FLOAT_KINDS = {"BF16": BF16, "F16": F16, "F32": F32, "E8M0": E8M0, "E4M3": E4M3}
 WEIGHTS, SCALES, BIASES, BIAS, X, SUMS, Y, ROWS = range(8)
 FACTOR = BIASES
 COLUMNS = 8
-"""Columns of a job: addresses, and rows of x. BIAS is 0 where there is none; tiles need no SUMS, rows no ROWS. Coded
-matrices have a FACTOR in place of BIASES: the address of a float32 that products are multiplied with, or 0."""
+"""Number of columns of a job: addresses, and the number of rows of x. BIAS is 0 if there is none; tiles need no SUMS,
+rows no ROWS. Coded matrices have a FACTOR instead of BIASES: the address of a float32 factor on the products, or 0."""
 
 TASK_ROWS = 64
-"""Rows of a matrix that a thread draws at once: 16 to 64 KiB of weights."""
+"""Rows of a matrix per task: 16 to 64 KiB of weights."""
 
 DOT_ROWS = 2
-"""Of them, rows whose products are computed side by side. They are half a task apart: processors read ahead in
-streams, and those of neighbours end with the row (experiment 051)."""
+"""Rows of a task multiplied side by side. They are half a task apart: processors prefetch along streams, and the
+streams of neighbouring rows end with the row (experiment 051)."""
 
 TILE_K = 512
-"""Weights of a row that are unpacked at once: a tile is 128 KiB and stays in the second-level cache."""
+"""Weights of a row unpacked at once: a tile is 128 KiB and stays in the second-level cache."""
 
 
 class Format(NamedTuple):
-    """How a matrix is stored: ``bits`` in groups of ``group_size``, or with bits 0 unquantised.
+    """Storage format of a matrix.
 
-    ``kind`` is that of scales and biases, or of the unquantised weights: BF16, F16 or F32, and E8M0 or E4M3 for scales
-    of ``coded`` weights, which are E2M1 and have no biases. With ``int8``, x is rounded to 8 bits a group: lossy.
-    ``excess`` is subtracted from each code in place of biases. Rows lie ``rows_apart`` stored rows from each other.
+    Attributes:
+        bits: Bits per weight; 0 if unquantised.
+        group_size: Number of weights that share a scale.
+        kind: Floating-point format of scales and biases, or of the unquantised weights: BF16, F16 or F32; E8M0 or E4M3
+            for the scales of ``coded`` weights.
+        int8: Whether x is rounded to 8 bits, with a scale per group (lossy).
+        coded: Whether weights are E2M1 codes, without biases.
+        excess: Number subtracted from each code instead of biases.
+        rows_apart: Stored rows from one row of the matrix to the next.
     """
 
     bits: int
@@ -74,23 +80,23 @@ class Format(NamedTuple):
         return f"{name}x8" if self.int8 else name
 
     def rounded(self, inputs: int) -> "Format":
-        """The same with x in 8 bits, where there are products of its weights with integers."""
+        """Return this format with x in 8 bits if there are integer products for its weights, else itself."""
         plain = self.bits == 4 and not self.coded and not self.excess
         return self._replace(int8=plain and inputs % INT8_STEP == 0)
 
     def row_bytes(self, inputs: int) -> int:
-        """Bytes from one row of the packed weights to the next."""
+        """Return the number of bytes from one row of the packed weights to the next."""
         row = inputs * self.bits // 8 if self.bits else inputs * FLOAT_BYTES[self.kind]
         return row * self.rows_apart
 
     def groups(self, inputs: int) -> int:
-        """Groups of a row; 0 where it is unquantised."""
+        """Return the number of groups per row; 0 if unquantised."""
         return inputs // self.group_size if self.bits else 0
 
 
 @cache
-def order(format_: Format) -> tuple[int, np.ndarray]:
-    """Lane weights and factors, as ``prepare`` takes them."""
+def permutation(format_: Format) -> tuple[int, np.ndarray]:
+    """Return the lane weights and factors that ``permute_for_dots`` takes."""
     if not format_.bits:
         return 0, np.ones(1, np.float32)
     scales = [1.0] * LANE_CODES if format_.coded else field_scales(format_.bits)
@@ -98,12 +104,12 @@ def order(format_: Format) -> tuple[int, np.ndarray]:
 
 
 def format_of(quantization: Quantization | None, dtype: str, rows_apart: int = 1) -> Format:
-    """Format of stored matrices.
+    """Return the format of stored matrices.
 
     Args:
-        quantization: Theirs, in a mode that these kernels read; None where they are unquantised.
-        dtype: Safetensors name of their scales' dtype, or of the unquantised weights'.
-        rows_apart: Stored rows from one row to the next.
+        quantization: Quantisation in a mode that these kernels read; None if unquantised.
+        dtype: Dtype of the scales, or of the unquantised weights, as safetensors names it.
+        rows_apart: Stored rows from one row of the matrix to the next.
     """
     if quantization is None:
         return dense(FLOAT_KINDS[dtype])
@@ -119,16 +125,16 @@ def format_of(quantization: Quantization | None, dtype: str, rows_apart: int = 1
 
 
 def affine(bits: int, group_size: int, kind: int) -> Format:
-    """Format of affine-quantised matrices whose scales are stored as ``kind``."""
+    """Return the format of affine-quantised matrices whose scales are stored as ``kind``."""
     return Format(bits, group_size, kind)
 
 
 def dense(kind: int) -> Format:
-    """Format of unquantised matrices."""
+    """Return the format of unquantised matrices."""
     return Format(0, 0, kind)
 
 
-# Names that `compiled` binds a format's values to.
+# Names to which `compiled` binds a format's values.
 BITS = GROUP_SIZE = KIND = STEP = SCALE_BYTES = EXCESS = 0
 CODED = False
 APART = 1
@@ -141,7 +147,7 @@ multiply_one: Any = None
 
 
 def _rows(weights, row_bytes, scales, biases, x, sums, y, count, inputs):  # type: ignore[no-untyped-def]
-    """Products of ``count`` rows of a matrix with x, written to y."""
+    """Write the products of ``count`` rows of a matrix with x to y."""
     groups = inputs // GROUP_SIZE if BITS else 0
     steps = inputs // STEP
     scale_bytes = groups * SCALE_BYTES * APART
@@ -249,7 +255,7 @@ def _tiles(jobs, outputs, inputs, row_bytes, bias_kind, state):  # type: ignore[
             for row in range(rows // MR * MR, rows):
                 multiply_one(x + 8 * row, 4 * k, tile_address, 4 * NR, depth, y + 8 * row, 4 * first, count, begin)
         add_one(next_task + 8)
-    tile[0] = np.float32(0.0)  # keeps it alive: the loop has its address alone
+    tile[0] = np.float32(0.0)  # keeps it alive: the loop has only its address
     return tasks
 
 
@@ -267,9 +273,9 @@ def _constants(format_: Format) -> dict[str, Any]:
 
 @cache
 def product_rows_of(format_: Format) -> Callable[..., None]:
-    """``f(weights, row_bytes, scales, biases, x, sums, y, count, inputs)``, all int64, for kernels to call.
+    """Compile ``f(weights, row_bytes, scales, biases, x, sums, y, count, inputs)``, all int64, for kernels to call.
 
-    Writes the products of ``count`` consecutive rows with x, as ``prepare`` ordered it, to y.
+    The function writes the products of ``count`` consecutive rows with x, permuted by ``permute_for_dots``, to y.
     """
     bits, group_size, kind, int8, coded, excess, rows_apart = format_
 
@@ -291,9 +297,9 @@ def product_rows_of(format_: Format) -> Callable[..., None]:
 
 @cache
 def matvec_kernel(format_: Format) -> Callable[..., int]:
-    """``kernel(jobs, outputs, inputs, row_bytes, bias_kind, state)``: a row of x a job.
+    """Compile ``kernel(jobs, outputs, inputs, row_bytes, bias_kind, state)``, which multiplies one row of x per job.
 
-    Writes (outputs,) float32 to each job's Y from x that ``prepare`` ordered. jobs has shape (P, 8), int64.
+    It writes (outputs,) float32 to each job's Y from x permuted by ``permute_for_dots``. jobs has shape (P, 8), int64.
     """
     bindings = {**_constants(format_), "product_rows": product_rows_of(format_)}
     return compiled(_matvec, format_.name, bindings)
@@ -301,9 +307,9 @@ def matvec_kernel(format_: Format) -> Callable[..., int]:
 
 @cache
 def tiles_kernel(format_: Format) -> Callable[..., int]:
-    """``kernel`` as of ``matvec_kernel`` for ROWS rows of x a job, in their own order: writes (ROWS, outputs).
+    """Compile the kernel that multiplies ROWS rows of x per job, with the arguments of ``matvec_kernel``.
 
-    A job's X and Y are addresses of the rows' addresses.
+    Rows are in their own order, and the result is (ROWS, outputs). A job's X and Y point to the rows' addresses.
     """
     bindings = {
         **_constants(format_),

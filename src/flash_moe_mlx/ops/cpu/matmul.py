@@ -8,7 +8,7 @@ import numpy as np
 
 from ...formats.expert_layout import Quantization
 from .arrays import KINDS, NAMES, Output, address, empty, floats, view
-from .elementwise import prepare
+from .elementwise import permute_for_dots
 from .kernels import (
     BIAS,
     BIASES,
@@ -25,7 +25,7 @@ from .kernels import (
     dense,
     format_of,
     matvec_kernel,
-    order,
+    permutation,
     tiles_kernel,
 )
 from .threads import ALONE_BYTES, run
@@ -37,7 +37,7 @@ MATVEC_ROWS = 8
 
 @dataclass(frozen=True)
 class Matrices:
-    """P matrices of one shape and format, as addresses: in MLX arrays, slots of a bank or mapped files.
+    """P matrices of one shape and format, by address: in MLX arrays, expert slots or mapped files.
 
     The owner keeps the memory alive for as long as a product runs.
 
@@ -62,7 +62,7 @@ class Matrices:
     bias_kind: int = 0
 
     def followed_by(self, other: "Matrices") -> "Matrices | None":
-        """These matrices and then the other ones, or None where shapes or formats differ."""
+        """Concatenate these matrices and others. Returns None if shapes or formats differ."""
 
         def described(matrices: Matrices) -> tuple[object, ...]:
             bias_kind = None if matrices.bias is None else matrices.bias_kind
@@ -84,7 +84,7 @@ class Matrices:
         )
 
     def jobs(self, index: np.ndarray) -> np.ndarray:
-        """Jobs of the matrices at ``index``, without x and y."""
+        """Return the jobs of the matrices at ``index``, without x and y."""
         jobs = np.zeros((len(index), COLUMNS), np.int64)
         parts = ((WEIGHTS, self.weights), (SCALES, self.scales), (BIASES, self.biases), (BIAS, self.bias))
         for column, part in parts:
@@ -96,30 +96,30 @@ class Matrices:
 
 
 def _places(array: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Addresses of rows, int64."""
+    """Return the addresses of rows, int64."""
     return address(array) + rows.astype(np.int64) * array.strides[0]
 
 
 def row_products(
     x: np.ndarray, matrices: Matrices, index: np.ndarray, y: np.ndarray, x_rows: np.ndarray, y_rows: np.ndarray
 ) -> None:
-    """``y[y_rows[i]] = W[index[i]] x[x_rows[i]]``: one row each, the path of decode.
+    """Compute ``y[y_rows[i]] = W[index[i]] x[x_rows[i]]``, one row each; used in decode.
 
     Args:
-        x: Shape (T, inputs), contiguous float32.
-        matrices: Matrices.
+        x: Rows. Shape (T, inputs), contiguous float32.
+        matrices: Matrices W.
         index: Matrix of each product. Shape (P,).
         y: Result, shape (Q, outputs), contiguous float32.
         x_rows: Row of x of each product. Shape (P,).
         y_rows: Row of y of each product. Shape (P,).
 
-    Bits of a product depend on no other.
+    The bits of a product depend on no other product.
     """
     form, inputs = matrices.format, x.shape[1]
     jobs = matrices.jobs(index)
     if form.bits:
         ordered, sums = empty(*x.shape), empty(len(x), form.groups(inputs))
-        prepare(x, *order(form), form.group_size, ordered, sums)
+        permute_for_dots(x, *permutation(form), form.group_size, ordered, sums)
         jobs[:, SUMS] = _places(sums, x_rows)
         x = ordered
     jobs[:, X], jobs[:, Y] = _places(x, x_rows), _places(y, y_rows)
@@ -138,19 +138,19 @@ def block_products(
     starts: np.ndarray,
     counts: np.ndarray,
 ) -> None:
-    """``y[y_rows[i]] = W x[x_rows[i]]`` for ``counts[p]`` consecutive i from ``starts[p]`` on: the path of prefill.
+    """Compute ``y[y_rows[i]] = W[index[p]] x[x_rows[i]]`` for ``counts[p]`` consecutive i; used in prefill.
 
     Args:
-        x: Shape (T, inputs), contiguous float32.
-        matrices: Matrices.
+        x: Rows. Shape (T, inputs), contiguous float32.
+        matrices: Matrices W.
         index: Matrix of each product. Shape (P,).
         y: Result, shape (Q, outputs), contiguous float32.
         x_rows: Row of x of each row of the products. Shape (R,).
-        y_rows: Row of y of each.
-        starts: First row of each product. Shape (P,).
-        counts: Number of its rows. Shape (P,).
+        y_rows: Row of y of each row of the products. Shape (R,).
+        starts: First i of each product. Shape (P,).
+        counts: Number of rows of each product. Shape (P,).
 
-    Bits of a row depend on no other row.
+    The bits of a row depend on no other row.
     """
     form, inputs = matrices.format, x.shape[1]
     jobs, sources, targets = matrices.jobs(index), _places(x, x_rows), _places(y, y_rows)

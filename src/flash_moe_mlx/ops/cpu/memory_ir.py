@@ -1,4 +1,4 @@
-"""Memory by address in kernels: numbers as they are stored, arrays, functions, and the counters that threads share."""
+"""Access to memory by address in kernels: stored numbers, arrays, functions, and counters shared by threads."""
 
 import platform
 from collections.abc import Callable
@@ -34,7 +34,7 @@ load_bf16, load_f16, load_f32, load_e8m0, load_e4m3 = (_make_load(kind) for kind
 
 @intrinsic
 def load_u8(typing_context, address, index):  # type: ignore[no-untyped-def]
-    """``load_u8(address, index)``: one byte as int64."""
+    """Load one byte as int64: ``load_u8(address, index)``."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.zext(builder.load(Emitter(builder).element(_I8, *arguments), align=1, typ=_I8), _I64)
@@ -44,7 +44,7 @@ def load_u8(typing_context, address, index):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped-def]
-    """``store_f32(address, index, value)``."""
+    """Store a float32: ``store_f32(address, index, value)``."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         builder.store(arguments[2], Emitter(builder).element(_F32, *arguments[:2]), align=4)
@@ -55,7 +55,7 @@ def store_f32(typing_context, address, index, value):  # type: ignore[no-untyped
 
 @intrinsic
 def add_one(typing_context, address):  # type: ignore[no-untyped-def]
-    """``add_one(address)``: the int64 there, which is one more afterwards. Atomic: threads draw tasks with it."""
+    """Increment an int64 atomically and return its previous value: ``add_one(address)``. Threads draw tasks with it."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.inttoptr(arguments[0], ir.PointerType())
@@ -66,7 +66,7 @@ def add_one(typing_context, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def load_i64(typing_context, address):  # type: ignore[no-untyped-def]
-    """``load_i64(address)``, atomic: sees what other threads finished."""
+    """Load an int64 atomically, with acquire ordering: ``load_i64(address)``. Sees what other threads finished."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         pointer = builder.inttoptr(arguments[0], ir.PointerType())
@@ -77,7 +77,7 @@ def load_i64(typing_context, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def pause(typing_context):  # type: ignore[no-untyped-def]
-    """``pause()``: tell the processor that this thread spins, which leaves its core to the other thread on it."""
+    """Tell the processor that this thread spins: ``pause()``. The core's other hardware thread then runs faster."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -91,7 +91,7 @@ def pause(typing_context):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def pointer(typing_context, address):  # type: ignore[no-untyped-def]
-    """``pointer(address)``: for ``numba.carray``."""
+    """Convert an address to a pointer for ``numba.carray``: ``pointer(address)``."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         return builder.inttoptr(arguments[0], context.get_value_type(types.voidptr))
@@ -101,7 +101,7 @@ def pointer(typing_context, address):  # type: ignore[no-untyped-def]
 
 @intrinsic
 def call(typing_context, function, arguments_, task):  # type: ignore[no-untyped-def]
-    """``call(function, arguments, task)``: run the function at an address on two int64."""
+    """Call the function at an address with two int64: ``call(function, arguments, task)``."""
 
     def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
         type_ = ir.FunctionType(ir.VoidType(), [_I64, _I64])

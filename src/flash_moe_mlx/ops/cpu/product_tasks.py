@@ -10,14 +10,17 @@ from .kernels import TASK_ROWS, Format, product_rows_of
 from .memory_ir import load_f32, store_f32
 from .vector_ir import FLOAT_BYTES
 
-# Names that `task` binds a format's values to.
+# Names to which `task` binds a format's values.
 SCALE_BYTES = GROUP_SIZE = 0
-X_BYTES, SUMS_BYTES = 4, 4  # of a value of x, and of what is known of a group of them
+X_BYTES, SUMS_BYTES = 4, 4  # per value of x, and per group of them
 product_rows: Any = None
 
 
 def _matrix(args, number):  # type: ignore[no-untyped-def]
-    """(weights, scales, biases, bias, bias kind, x, sums, outputs, inputs, row bytes, y): TASK_ROWS rows a task."""
+    """Multiply TASK_ROWS rows of a dense matrix with x per task.
+
+    Arguments: weights, scales, biases, bias, bias kind, x, sums, outputs, inputs, row bytes, y.
+    """
     a = words(args, 11)
     first = number * TASK_ROWS
     count = min(TASK_ROWS, a[7] - first)
@@ -30,9 +33,10 @@ def _matrix(args, number):  # type: ignore[no-untyped-def]
 
 
 def _gate_up(args, number):  # type: ignore[no-untyped-def]
-    """(records, x, sums, gate offsets of weight, scales, biases, those of up, I, H, row bytes, h, u, ranks).
+    """Compute ``h[rank] = silu(W_gate x) * (W_up x)``, TASK_ROWS rows of one expert per task.
 
-    Tasks are (expert, TASK_ROWS rows): ``h[rank] = silu(W_gate x) * (W_up x)``, u is scratch of its shape.
+    Arguments: records, x, sums, offsets of gate's weight, scales and biases, offsets of up's, I, H, row bytes, h, u
+    (scratch of the same shape), ranks.
     """
     a = words(args, 15)
     outputs, inputs, row_bytes = a[9], a[10], a[11]
@@ -60,9 +64,9 @@ def _gate_up(args, number):  # type: ignore[no-untyped-def]
 
 
 def _down(args, number):  # type: ignore[no-untyped-def]
-    """(records, x, sums, offsets of weight, scales, biases, H, I, row bytes, y, ranks): tasks are (expert, rows).
+    """Compute ``y[rank] = W_down x[rank]``, TASK_ROWS rows of one expert per task.
 
-    x, sums and y have a row a rank: ``y[rank] = W_down x[rank]``.
+    Arguments: records, x, sums, offsets of weight, scales and biases, H, I, row bytes, y, ranks.
     """
     a = words(args, 11)
     outputs, inputs, row_bytes = a[6], a[7], a[8]
@@ -98,20 +102,20 @@ def _task_of(function: Any, format_: Format) -> Any:
 
 
 def matrix(format_: Format) -> Any:
-    """Task of one dense matrix."""
+    """Return the task that multiplies one dense matrix."""
     return _task_of(_matrix, format_)
 
 
 def gate_up(format_: Format) -> Any:
-    """Task of experts' gate and up projections with SwiGLU."""
+    """Return the task of experts' gate and up projections with SwiGLU."""
     return _task_of(_gate_up, format_)
 
 
 def down(format_: Format) -> Any:
-    """Task of experts' down projections."""
+    """Return the task of experts' down projections."""
     return _task_of(_down, format_)
 
 
 def blocks(outputs: int) -> int:
-    """Tasks of a matrix, or of one expert's."""
+    """Return the number of tasks of a matrix with this many rows."""
     return -(-outputs // TASK_ROWS)

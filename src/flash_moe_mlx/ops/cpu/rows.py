@@ -1,4 +1,4 @@
-"""Passes over the rows of a prompt that MLX would make with one thread and a temporary an operation."""
+"""Passes over the rows of a prompt, for which MLX would use one thread and a temporary per operation."""
 
 import mlx.core as mx
 import numpy as np
@@ -14,7 +14,7 @@ _ABSENT = np.empty((0, 0), np.float32)
 
 
 def _combine(y, weights, shared, gate, residual, out, progress):  # type: ignore[no-untyped-def]
-    """A token a task. y is (T, K, H), weights (T, K), gate (T, 1); what is absent has size 0."""
+    """Combine one token per task. y is (T, K, H), weights (T, K), gate (T, 1); absent arrays have size 0."""
     tokens, experts, hidden = y.shape
     counter = progress.ctypes.data
     total = np.empty(CHANNELS, np.float32)
@@ -46,7 +46,7 @@ def _combine(y, weights, shared, gate, residual, out, progress):  # type: ignore
 
 
 def _norm_gated(x, gate, weight, eps, out, progress):  # type: ignore[no-untyped-def]
-    """TASK_ROWS rows a task. x, gate and out are (R, D), weight (D,)."""
+    """Normalise TASK_ROWS rows per task. x, gate and out are (R, D), weight (D,)."""
     rows, dims = x.shape
     counter = progress.ctypes.data
     tasks = (rows + TASK_ROWS - 1) // TASK_ROWS
@@ -75,8 +75,8 @@ def moe_combine(
     residual: mx.array | None,
     dtype: mx.Dtype,
 ) -> mx.array:
-    """As ``ops.moe_combine``, in ``dtype``."""
-    mx.eval([array for array in (y, weights, shared, shared_gate, residual) if array is not None])  # at once
+    """Compute ``ops.moe_combine`` in ``dtype``."""
+    mx.eval([array for array in (y, weights, shared, shared_gate, residual) if array is not None])  # together
     out = Output(y.shape[0], y.shape[2])
     parts = (_ABSENT if array is None else floats(array) for array in (shared, shared_gate, residual))
     run(_combine_kernel, floats(y), floats(weights), *parts, out.array, alone=y.shape[0] == 1)
@@ -84,8 +84,8 @@ def moe_combine(
 
 
 def rms_norm_gated(x: mx.array, gate: mx.array, weight: mx.array, eps: float) -> mx.array:
-    """As ``ops.rms_norm_gated``."""
-    mx.eval(x, gate, weight)  # at once
+    """Compute ``ops.rms_norm_gated``."""
+    mx.eval(x, gate, weight)  # together
     dims = x.shape[-1]
     out = Output(*x.shape)
     rows = (part.reshape(-1, dims) for part in (floats(x), floats(gate)))

@@ -1,7 +1,7 @@
-"""Vector code of matrix products: weights are unpacked into a tile that stays in the cache, then multiplied.
+"""Vector code for matrix products: weights are unpacked into a tile that stays in the cache, then multiplied.
 
 A tile is (k, NR) float32: k weights of NR rows of the matrix, so that NR outputs are computed side by side.
-Each output is one chain of fused multiply-adds over k: its bits do not depend on how many rows x has.
+Each output is one chain of fused multiply-adds over k, so its bits do not depend on the number of rows of x.
 """
 
 from collections.abc import Callable
@@ -14,23 +14,23 @@ from .coded_ir import LANE_CODES, instructions, values
 from .vector_ir import BF16, F16, F32, LANES, Emitter
 
 NR = 64
-"""Outputs a tile."""
+"""Outputs per tile."""
 
 MR = 4
-"""Rows of x that are multiplied at once: MR * NR / 16 sums stay in registers."""
+"""Rows of x multiplied at once: their MR * NR / 16 sums stay in registers."""
 
 PACK_BLOCK = 32
-"""Weights that are unpacked at once: the smallest group."""
+"""Weights unpacked at once: the smallest group."""
 
 _I1, _I32, _I64, _F32 = ir.IntType(1), ir.IntType(32), ir.IntType(64), ir.FloatType()
 _VI1, _VI32, _VF32 = ir.VectorType(_I1, LANES), ir.VectorType(_I32, LANES), ir.VectorType(_F32, LANES)
 
 
 def _words(emit: Emitter, rows: list[ir.Value], base: ir.Value, count: int) -> list[ir.Value]:
-    """``count`` consecutive words of each of 16 rows: a vector of all rows a word.
+    """Load ``count`` consecutive words of each of 16 rows, as one vector of all rows per word.
 
-    Four words of a row, or two, are loaded at once and transposed in registers: to insert each by itself takes more
-    instructions.
+    Four or two words of a row are loaded at once and transposed in registers: inserting them one by one would take
+    more instructions.
     """
     words: list[ir.Value] = []
     while len(words) < count:
@@ -42,10 +42,10 @@ def _words(emit: Emitter, rows: list[ir.Value], base: ir.Value, count: int) -> l
 
 
 def _transposed(emit: Emitter, rows: list[ir.Value], width: int) -> list[ir.Value]:
-    """16 vectors of ``width`` words, a row each, as ``width`` vectors of 16. Steps stay within quarters of a vector."""
+    """Transpose 16 vectors of ``width`` words into ``width`` vectors of 16, within quarters of a vector."""
 
     def quarters(a: ir.Value, b: ir.Value, picks: tuple[int, ...]) -> ir.Value:
-        """In each quarter, what ``picks`` says of a's four words (0 to 3) and b's (4 to 7)."""
+        """Pick in each quarter from the four words of a (0 to 3) and those of b (4 to 7)."""
         return emit.pick(a, b, [4 * quarter + pick % 4 + pick // 4 * LANES for quarter in range(4) for pick in picks])
 
     if width == 1:
@@ -65,7 +65,7 @@ def _transposed(emit: Emitter, rows: list[ir.Value], width: int) -> list[ir.Valu
 
 
 def _affine_values(emit: Emitter, words: list[ir.Value], bits: int) -> list[ir.Value]:
-    """The PACK_BLOCK weights of 16 rows, as floats."""
+    """Convert the PACK_BLOCK weights of 16 rows to floats."""
     builder = emit.builder
 
     def constant(value: int) -> ir.Value:
@@ -98,17 +98,22 @@ def _dense_values(emit: Emitter, words: list[ir.Value], kind: int) -> list[ir.Va
 
 
 def _coded_values(emit: Emitter, words: list[ir.Value], how: str) -> list[ir.Value]:
-    """The PACK_BLOCK values of 16 rows of 4-bit codes."""
+    """Look up the PACK_BLOCK values of 16 rows of 4-bit codes."""
     return [values(emit, words[index // LANE_CODES], index % LANE_CODES, how) for index in range(PACK_BLOCK)]
 
 
 def make_unpack(bits: int, kind: int, group_size: int, *, coded: bool = False) -> Callable[..., None]:
     """Build ``unpack(weights, row_bytes, last, first_block, blocks, scales, biases, tile)``.
 
-    Unpacks ``blocks`` blocks of 32 weights, from ``first_block`` on, of the 16 rows from address ``weights`` on into
-    16 columns of the tile. Rows past ``last`` repeat it. ``scales`` and ``biases`` are float32 of shape
-    (groups, NR), at this column. All arguments are int64. bits is 0 for rows stored unquantised as ``kind``.
-    ``coded`` rows hold codes of E2M1, in groups that may be half a block.
+    The function unpacks ``blocks`` blocks of 32 weights, beginning with ``first_block``, of the 16 rows at address
+    ``weights`` into 16 columns of the tile. Rows after ``last`` are copies of it. ``scales`` and ``biases`` are float32
+    of shape (groups, NR), at this column. All arguments are int64.
+
+    Args:
+        bits: Bits per weight; 0 for unquantised rows.
+        kind: Floating-point format of unquantised rows.
+        group_size: Number of weights that share a scale; may be half a block if ``coded``.
+        coded: Whether the rows hold E2M1 codes.
     """
     blocks_a_group, groups_a_block = max(group_size // PACK_BLOCK, 1), max(PACK_BLOCK // max(group_size, 1), 1)
     how = instructions() if coded else ""
@@ -159,9 +164,13 @@ def make_unpack(bits: int, kind: int, group_size: int, *, coded: bool = False) -
 def make_multiply(rows: int, *, gathered: bool = False) -> Callable[..., None]:
     """Build ``multiply(x, x_stride, tile, tile_stride, count, y, y_stride, outputs, start)``.
 
-    Adds ``x[:rows, :count] @ tile[:count]`` to y, whose first ``outputs`` columns exist. ``start`` is 0 to add to
-    y, -1 to start from zero, else the address of NR float32 to start from. Strides are in bytes; all int64. With
-    ``gathered``, x and y are addresses of the rows' addresses, and an offset into a row stands in a stride's place.
+    The function adds ``x[:rows, :count] @ tile[:count]`` to y, of which only the first ``outputs`` columns exist.
+    ``start`` is 0 to add to y, -1 to start from zero, or the address of NR float32 to start from. Strides are in
+    bytes, and all arguments int64.
+
+    Args:
+        rows: Number of rows of x.
+        gathered: Whether x and y are addresses of the rows' addresses. Strides are then offsets into the rows.
     """
     vectors = NR // LANES
 

@@ -1,8 +1,8 @@
 """Vector code for the hot loops, written as LLVM IR: 16 lanes, explicit fused multiply-adds.
 
 LLVM's own vectoriser sums each group of weights to a scalar, which costs as much as the products. Here a
-row keeps 16 partial sums to its end. Every order of operations is written down, so bits do not depend on how
-many rows, tokens or threads there are. LLVM splits the vectors to what the processor has.
+row keeps 16 partial sums to its end. The order of all operations is fixed, so bits do not depend on the number of
+rows, tokens or threads. LLVM splits the vectors to the width that the processor has.
 """
 
 from collections.abc import Callable
@@ -23,23 +23,23 @@ BF16, F16, F32, E8M0, E4M3 = 0, 1, 2, 3, 4
 
 FLOAT_BYTES = (2, 2, 4, 1, 1)
 DENSE_FIELDS = 4
-"""Vectors of 16 weights that a step takes of an unquantised row."""
+"""Vectors of 16 weights per step of an unquantised row."""
 
 
 def lane_weights(bits: int) -> int:
-    """Consecutive weights of a row that one lane takes in a step: a word's, or those of 3 or 5 bytes."""
+    """Return how many consecutive weights of a row one lane takes per step: those of a word, or of 3 or 5 bytes."""
     return {2: 16, 3: 8, 4: 8, 5: 8, 6: 4, 8: 4}[bits]
 
 
 def field_shifts(bits: int) -> list[int]:
-    """Where each of a lane's weights begins in the 32-bit word it is taken from."""
+    """Return the bit at which each of a lane's weights begins in the 32-bit word that holds it."""
     if bits == 5:
         return [0, 5, 10, 15, 4, 9, 14, 19]
     return [bits * field for field in range(lane_weights(bits))]
 
 
 def field_scales(bits: int) -> list[float]:
-    """What x is multiplied with in advance, a field: weights are masked in place, not shifted (exact: powers of 2)."""
+    """Return the factor on x of each field. Weights are masked in place instead of shifted; powers of 2 are exact."""
     return [1.0 if _is_top(bits, shift) else 2.0**-shift for shift in field_shifts(bits)]
 
 
@@ -48,13 +48,13 @@ def _is_top(bits: int, shift: int) -> bool:
 
 
 class Emitter:
-    """Shorthands around one IRBuilder."""
+    """Shorthand for instructions of one IRBuilder."""
 
     def __init__(self, builder: ir.IRBuilder):
         self.builder = builder
 
     def element(self, type_: ir.Type, address: ir.Value, index: ir.Value) -> ir.Value:
-        """Pointer to an element: one base for a whole loop, or LLVM would not vectorise it."""
+        """Return a pointer to an element. A loop needs one base throughout, or LLVM doesn't vectorise it."""
         return self.builder.gep(self.builder.inttoptr(address, ir.PointerType()), [index], source_etype=type_)
 
     def load(self, type_: ir.Type, address: ir.Value, align: int = 1) -> ir.Value:
@@ -65,12 +65,12 @@ class Emitter:
         self.builder.store(value, self.builder.inttoptr(address, ir.PointerType()), align=align)
 
     def masked_load(self, address: ir.Value, mask: ir.Value) -> ir.Value:
-        """16 floats, zero where the mask is false."""
+        """Load 16 floats, zero where the mask is false."""
         arguments = [self.builder.inttoptr(address, ir.PointerType()), _I32(4), mask, ir.Constant(_VF32, [0.0] * LANES)]
         return self._masked(_VF32, "llvm.masked.load.v16f32.p0", arguments)
 
     def masked_words(self, address: ir.Value, mask: ir.Value, word: ir.IntType) -> ir.Value:
-        """16 integers as they are stored, zero where the mask is false."""
+        """Load 16 integers as they are stored, zero where the mask is false."""
         vector = ir.VectorType(word, LANES)
         pointer = self.builder.inttoptr(address, ir.PointerType())
         arguments = [pointer, _I32(1), mask, ir.Constant(vector, [0] * LANES)]
@@ -107,18 +107,18 @@ class Emitter:
         return self.pick(vector, vector, indices)
 
     def pick(self, a: ir.Value, b: ir.Value, indices: list[int]) -> ir.Value:
-        """Elements of two vectors, b's behind a's."""
+        """Return the elements at ``indices`` of two vectors, those of b numbered after those of a."""
         return self.builder.shuffle_vector(a, b, ir.Constant(ir.VectorType(_I32, len(indices)), indices))
 
     def joined(self, parts: list[ir.Value]) -> ir.Value:
-        """Vectors of one length behind one another; a power of two of them."""
+        """Concatenate vectors of one length; their number must be a power of two."""
         while len(parts) > 1:
             width = 2 * parts[0].type.count
             parts = [self.pick(a, b, list(range(width))) for a, b in zip(parts[::2], parts[1::2], strict=True)]
         return parts[0]
 
     def sum(self, vector: ir.Value) -> ir.Value:
-        """Sum of all lanes, by halves."""
+        """Sum all lanes, halving the vector each time."""
         width = LANES
         while width > 1:
             width //= 2
@@ -132,7 +132,7 @@ class Emitter:
         return pointer
 
     def field(self, word: ir.Value, bits: int, shift: int) -> ir.Value:
-        """A weight as float, times 2**shift unless it is the word's top field."""
+        """Return a weight as float, times 2**shift unless it is the word's top field."""
         vector = word.type
         if _is_top(bits, shift):
             word = self.builder.lshr(word, ir.Constant(vector, [shift] * LANES))
@@ -141,7 +141,7 @@ class Emitter:
         return self.builder.uitofp(word, _VF32)
 
     def floats(self, word: ir.Value, kind: int) -> ir.Value:
-        """Vector of stored numbers (i16 or i32 lanes) as float32."""
+        """Convert a vector of stored numbers (i8, i16 or i32 lanes) to float32."""
         width = word.type.count
         if kind == F32:
             return self.builder.bitcast(word, ir.VectorType(_F32, width))
@@ -167,11 +167,11 @@ class Emitter:
         return self.half(wide)
 
     def _of(self, like: ir.Value, value: int) -> ir.Value:
-        """A vector of one integer, of the type of another."""
+        """Return a constant vector of the same type as another vector."""
         return ir.Constant(like.type, [value] * like.type.count)
 
     def half(self, wide: ir.Value) -> ir.Value:
-        """Float16 in the low half of i32 lanes as float32, by integer arithmetic: not every processor converts."""
+        """Convert float16 in the low half of i32 lanes to float32 with integers, as not all processors can."""
         width = wide.type.count
 
         def constant(value: int) -> ir.Value:
@@ -190,9 +190,9 @@ class Emitter:
     def add_biases(
         self, totals: list[ir.Value], biases: list[ir.Value], sums: ir.Value, groups: ir.Value, kind: int, excess: int
     ) -> None:
-        """Add to the totals of several rows the products of their biases, stored as ``kind``, with x's sums.
+        """Add to the totals of several rows the products of their biases, stored as ``kind``, with the sums of x.
 
-        With an ``excess``, biases are that many times the scales, subtracted.
+        With an ``excess``, that many times the scales are subtracted instead.
         """
         builder, (word, size) = self.builder, (_I32 if kind == F32 else _I16, FLOAT_BYTES[kind])
         vectors = builder.udiv(self.offset(groups, LANES - 1), _I64(LANES))
@@ -208,7 +208,7 @@ class Emitter:
                 builder.store(self.fma(self.floats(stored, kind), values, builder.load(total)), total)
 
     def words(self, address: ir.Value, bits: int) -> list[ir.Value]:
-        """The 16 lanes' words of one step, one for each field."""
+        """Load the words of one step for all 16 lanes: one vector per field."""
         if bits in (2, 4, 8):
             return [self.load(_VI32, address)] * lane_weights(bits)
         stride = 5 if bits == 5 else 3
@@ -221,20 +221,20 @@ class Emitter:
 
 
 def signature_of(argument_count: int, result: types.Type) -> Any:
-    """``argument_count`` int64 to ``result``."""
+    """Return the type of a function of ``argument_count`` int64."""
     return result(*[types.int64] * argument_count)
 
 
 @dataclass(frozen=True)
 class Step:
-    """What the loop over a row's weights knows in one step.
+    """Values available in one step of the loop over a row's weights.
 
     Attributes:
-        index: Of the step.
-        rows: Addresses of the rows' first bytes.
+        index: Number of the step.
+        rows: Address of each row's first byte.
         x: Address of x.
-        groups: A row.
-        sums: Address of x's sums a group.
+        groups: Number of groups per row.
+        sums: Address of the sums of x per group.
     """
 
     index: ir.Value
@@ -245,20 +245,20 @@ class Step:
 
 
 StepProducts = Callable[[Emitter, Step], tuple[list[ir.Value], ir.Value, ir.Value | None]]
-"""One step's products of q and x, 16 lanes a row; the step's first group; x's own scales of its groups, if it has."""
+"""Returns a step's products of q and x, 16 lanes per row; the step's first group; the scales of x's groups, or None."""
 
 
 def make_group_dots(
     step_products: StepProducts, taken: int, kind: int, rows: int, excess: int = 0
 ) -> Callable[..., None]:
-    """Build the ``dots`` of ``make_quantized_dots``: what all forms of x share.
+    """Build the ``dots`` of ``make_quantized_dots`` for any form of x.
 
     Args:
-        step_products: The products of a step of weights.
-        taken: Groups that a step touches.
-        kind: How scales and biases are stored.
-        rows: Rows at once.
-        excess: Subtracted from each code, in place of stored biases; ``biases`` are the scales again then.
+        step_products: Emits the products of one step.
+        taken: Number of groups that a step touches.
+        kind: Floating-point format of scales and biases.
+        rows: Number of rows multiplied at once.
+        excess: Number subtracted from each code instead of stored biases; ``biases`` is then the scales' address.
     """
     word, size = (_I32 if kind == F32 else _I16), FLOAT_BYTES[kind]
 
@@ -293,11 +293,11 @@ def make_group_dots(
 def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int, excess: int = 0) -> Callable[..., None]:
     """Build ``dots(weights, row_bytes, x, scales, biases, sums, groups, steps, out, apart)``.
 
-    Writes the sums of ``q * scale * x`` over whole steps plus those of ``bias * sum(x)`` over all groups. All arguments
-    are int64: addresses of the first row's packed bytes, of x as ``prepare`` orders it, of the rows' scales and biases,
-    stored as ``kind``, ``groups`` a row, of x's sums a group, and of the results, float32; ``steps`` of 16 lanes.
-    Several rows at once, ``apart`` rows from each other, share the loads of x and fill the multiplier's latency; each
-    row's bits are those of a row alone.
+    The function writes the sum of ``q * scale * x`` over whole steps plus that of ``bias * sum(x)`` over all groups.
+    Its arguments are int64: the addresses of the first row's packed bytes, of x as ``permute_for_dots`` orders it, of
+    the rows' scales and biases (stored as ``kind``, ``groups`` per row), of the sums of x per group and of the float32
+    results; and the number of steps of 16 lanes. Rows are multiplied several at once, ``apart`` rows from each other:
+    they share the loads of x and hide the multiplier's latency. A row's bits are the same as if it were alone.
     """
     step_weights = LANES * lane_weights(bits)
     groups_a_step, steps_a_group = step_weights // group_size, group_size // step_weights
@@ -319,7 +319,7 @@ def make_quantized_dots(bits: int, group_size: int, kind: int, rows: int, excess
 
 
 def make_dense_dots(kind: int, rows: int) -> Callable[..., None]:
-    """Build ``dots`` as of ``make_quantized_dots`` for rows stored as ``kind``; x in its own order, groups unused."""
+    """Build the ``dots`` of ``make_quantized_dots`` for unquantised rows; x is in its own order, groups are unused."""
     word = _I32 if kind == F32 else _I16
     stride = LANES * FLOAT_BYTES[kind]
 

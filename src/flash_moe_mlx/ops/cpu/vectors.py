@@ -7,7 +7,7 @@ import numpy as np
 
 from . import decode_tasks as tasks
 from .arrays import empty
-from .kernels import Format, order
+from .kernels import Format, permutation
 from .program import Operation
 
 
@@ -57,7 +57,7 @@ class Vector:
             else:
                 ordered, sums = empty(self._rows, self.size), empty(self._rows, groups)
                 how = (form.group_size, ordered, sums, ranks)
-                operation = Operation(tasks.order, self._rows, self.data, self.size, *order(form), *how)
+                operation = Operation(tasks.permute, self._rows, self.data, self.size, *permutation(form), *how)
             operation.row[3] = int(bool(self.permutes))
             self.permutes.append(operation)
             self._ordered[key] = ordered, sums
