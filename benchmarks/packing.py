@@ -74,7 +74,7 @@ def pack(source: Path, work: Path, bits: str) -> dict[str, float]:
 
 
 def kill(source: Path, work: Path, bits: str, times: int, seed: int) -> None:
-    """Kill a packing at random moments, go on, and compare the result with that of one that nobody killed."""
+    """Kill a packing at random moments, resume it, and compare the result with that of an undisturbed one."""
     chosen = random.Random(seed)
     options = json.dumps({"bits": None if bits == "unchanged" else int(bits)})
 

@@ -61,7 +61,7 @@ def experts(places: Places, folder: Path, layers: int, alternations: int) -> Non
     )
     half[more] += round((limits[more][2] - half[more]) * (fewer_hits - hits) / (1 - hits))
     bad = False
-    print("slots\texperts\tms a token\tmin\tmax\thit rate")
+    print("slots\texperts\tms per token\tmin\tmax\thit rate")
     for share, limit in (("all", {count: which[2] for count, which in limits.items()}), ("half", half)):
         runs: dict[int, list[Run]] = {count: [] for count in models}
         for _ in range(alternations):

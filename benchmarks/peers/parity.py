@@ -75,7 +75,7 @@ def main() -> None:
     distinct = np.mean([len(np.unique(experts[:, layer])) for layer in range(experts.shape[1])])
     print(f"same experts: {np.nanmean(same):.2%}, first layer {layers[0]:.2%}, worst layer {layers.min():.2%}")
     print(f"logits: relative RMS {error:.2e}; same most probable token: {greedy:.0%} of {len(logits)}")
-    print(f"distinct experts a layer over {len(tokens)} tokens: {distinct:.1f}")
+    print(f"distinct experts per layer over {len(tokens)} tokens: {distinct:.1f}")
     if np.nanmean(same) < arguments.same_experts:
         raise SystemExit(
             f"fewer than {arguments.same_experts:.0%} of the experts agree: these are not the same weights"

@@ -165,7 +165,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--rate", type=float, default=Recipe.learning_rate)
     parser.add_argument("--quantized-from", type=float, default=Recipe.quantized_from)
-    parser.add_argument("--start", type=Path, help="checkpoint to go on from, instead of from scratch")
+    parser.add_argument("--start", type=Path, help="checkpoint to continue from, instead of starting from scratch")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     parser.add_argument("--no-compile", action="store_true", help="no fused operations")
     options = parser.parse_args()

@@ -152,7 +152,7 @@ def open_direct(path: str | os.PathLike[str], flags: int) -> int:
     F_NOCACHE still copies pages that are in memory: see `drop_pages`.
 
     Raises:
-        OSError: As for ``os.open``; with EINVAL if the file system doesn't support direct I/O.
+        OSError: From ``os.open``; with EINVAL if the file system doesn't support direct I/O.
     """
     opened = os.open(path, flags | getattr(os, "O_DIRECT", 0))
     try:

@@ -167,7 +167,7 @@ def test_caches_that_a_caller_keeps_are_counted(loaded: tuple[Any, Any]) -> None
     assert engine_slots(model) < slots
     assert engine.stats().peak_memory_bytes <= engine.stats().memory_limit_bytes
     answer = [r.token for r in stream_generate(model, tokenizer, [5, 6, 7], 3, prompt_cache=kept[0])]
-    assert len(answer) == 3  # one that is there may go on
+    assert len(answer) == 3  # one that has begun may continue
     kept.clear()
     for _ in range(RELEASE_PASSES):
         list(stream_generate(model, tokenizer, prompt(5), 2))

@@ -306,7 +306,7 @@ def test_no_space_left(
 
     small_tasks(monkeypatch)
     monkeypatch.setattr(os, call, fail)
-    with pytest.raises(DiskFullError, match="the same command goes on where it stopped"):
+    with pytest.raises(DiskFullError, match="the same command continues where it stopped"):
         pack(source, tmp_path / "packed", bits=4)
     monkeypatch.setattr(os, call, original)
     pack(source, tmp_path / "packed", bits=4)

@@ -114,14 +114,14 @@ def test_shard_by_shard(source: Path, expected: dict[str, bytes], tmp_path: Path
 
 
 def test_what_the_hub_announced_is_what_is_packed(source: Path, expected: dict[str, bytes], tmp_path: Path):
-    """A shard that is too short twice, one with a flipped bit, an interrupt: each time it goes on where it stopped."""
+    """A shard that is too short twice, one with a flipped bit, an interrupt: packing continues where it stopped."""
     destination = tmp_path / "packed"
     with serve(source) as hub:
         hub.shortened, hub.altered = {SHARDS[1]: 2}, {SHARDS[3]: 2}
         nowhere = ("someone/else", "")
         ends, _ = run(hub, destination, [nowhere, (REPOSITORY, ""), (REPOSITORY, ""), (REPOSITORY, SHARDS[5])])
         assert ends[0].startswith("CheckpointError [someone/else] the repository must be served by the hub")
-        assert ends[1].startswith("PackError") and SHARDS[1] in ends[1] and "the same command goes on" in ends[1]
+        assert ends[1].startswith("PackError") and SHARDS[1] in ends[1] and "the same command continues" in ends[1]
         assert ends[2].startswith("PackError") and SHARDS[3] in ends[2] and "SHA-256" in ends[2]
         assert ends[3] == "stopped"
         assert os.listdir(destination) == [WORK_FOLDER]

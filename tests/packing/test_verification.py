@@ -186,7 +186,7 @@ def test_a_damaged_record_is_read_again_and_then_refused(packed: Path, io: str, 
         assert isinstance(caught.value, StoreError) and isinstance(caught.value, CorruptError)
         assert pending.completed == (True, False, True)
         assert "read again" in caplog.text
-        assert store.read_into(requests[:1]) == nbytes  # and goes on
+        assert store.read_into(requests[:1]) == nbytes  # and continues
     with open_store(packed, io=io, verify=False) as store:
         assert store.read_into([request_for(store.checkpoint, 1, 5)]) == nbytes
 

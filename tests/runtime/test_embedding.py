@@ -347,7 +347,7 @@ def test_async_generation_ends_early(loaded: Loaded, expected: list[int], how: s
     assert len(received) <= 3
     done = loaded[0].streaming.counters.tokens - passes
     loaded[0].streaming.debug_state().memory.source.delay = 0.0
-    assert loaded[0].streaming.counters.tokens - passes == done  # nothing goes on behind our back
+    assert loaded[0].streaming.counters.tokens - passes == done  # nothing continues in the background
     assert not loaded[0].streaming.lock._is_owned()
     assert asyncio.run(collect(loaded)) == expected
 

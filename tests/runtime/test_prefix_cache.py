@@ -394,7 +394,7 @@ def test_closing(directory: Path):
     next(responses)
     cache.close()
     cache.close()
-    assert len(list(responses)) == 2  # goes on without it
+    assert len(list(responses)) == 2  # continues without it
     assert len(cache) == 0
     with pytest.raises(StoreError, match="closed"):
         run((model, tokenizer), PROMPT, prefix_cache=cache)

@@ -1,4 +1,4 @@
-"""What goes wrong: clients that leave, a full queue, reads that fail, bodies of every kind. The server goes on."""
+"""Faults: clients that leave, a full queue, reads that fail, bodies of every kind. The server keeps running."""
 
 import json
 import socket

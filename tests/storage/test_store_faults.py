@@ -117,7 +117,7 @@ def test_failing_disk(large: Checkpoint, faults: Any, io: str):
         assert pending.completed == (True, False, True)
         with pytest.raises(StoreError, match="expert 1"):  # asked again, the same answer
             pending.wait()
-        assert store.read_into([request_for(large, 0, 0)]) == large.layout(0).payload_bytes  # and goes on
+        assert store.read_into([request_for(large, 0, 0)]) == large.layout(0).payload_bytes  # and continues
 
 
 def copy_of(checkpoint: Checkpoint, directory: Path) -> Checkpoint:

@@ -25,7 +25,7 @@ class Script:
         self.seconds = 0.0
 
     def play(self, tokenizer: Any, *texts: str, end: bool = True) -> None:
-        """Set the answers to come; one without an end token goes on as long as it is let."""
+        """Set the answers to come; one without an end token continues as long as it is allowed to."""
         last = [tokenizer.eos_token_id] if end else [encoded(tokenizer, "x")[0]] * 64
         self.answers = [[*encoded(tokenizer, text), *last] for text in texts]
 

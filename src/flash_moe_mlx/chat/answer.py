@@ -31,11 +31,11 @@ class Part:
 
 @dataclass(frozen=True)
 class BadCall:
-    """What looks like a call and is none that can be run.
+    """Text that looks like a tool call but can't be run.
 
     Attributes:
         text: The model's words.
-        reason: Why it is none.
+        reason: Why it is no call.
     """
 
     text: str
@@ -56,7 +56,7 @@ class ThinkingBudget:
         Args:
             tokenizer: From :func:`flash_moe_mlx.load`.
             prompt: The prompt's tokens.
-            max_tokens: Most tokens of thinking.
+            max_tokens: Maximum number of tokens of thinking.
 
         Raises:
             RequestError: If ``max_tokens`` is negative.
@@ -71,7 +71,7 @@ class ThinkingBudget:
         self._forced = 0
 
     def __call__(self, tokens: mx.array, logits: mx.array) -> mx.array:
-        """Logits as they are, or such that the end of the thinking follows. Shape (1, vocabulary)."""
+        """Return the logits, which force the end of the thinking once the budget is spent. Shape (1, vocabulary)."""
         if not self._end:
             return logits
         if self._recent is None:

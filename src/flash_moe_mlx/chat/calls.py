@@ -1,4 +1,4 @@
-"""Tool calls that a model makes: what of its words is a call that a client and a later prompt can take."""
+"""Tool calls of a model, in a form that clients and later prompts accept."""
 
 import json
 import math
@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 MAX_DEPTH = 64
-"""Deepest nesting of arguments: what JSON libraries and templates can still go through."""
+"""Maximum nesting of arguments that JSON libraries and templates can process."""
 
 _NAME = re.compile(r"[\w.-]{1,64}", re.ASCII)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-# What parsers raise for text that is no call: among them are Python's own parser, and numbers that don't fit.
+# Exceptions of parsers for text that is no call. Python's own parser is among them, and numbers may not fit.
 PARSER_ERRORS = (
     ValueError, LookupError, TypeError, AttributeError, SyntaxError, ArithmeticError, RecursionError, MemoryError,
     AssertionError,

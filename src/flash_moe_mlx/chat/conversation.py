@@ -42,13 +42,13 @@ class ToolCall:
         )
 
     def message(self) -> dict[str, Any]:
-        """As an assistant's message carries it."""
+        """Return the call in the form of an assistant's message."""
         return {"type": "function", "id": self.id, "function": {"name": self.name, "arguments": self.arguments}}
 
 
 @dataclass(frozen=True)
 class ToolOutcome:
-    """How a call ended: its result, or why there is none."""
+    """The end of a call: its result, or why there is none."""
 
     call: ToolCall
     result: ToolResult
@@ -78,18 +78,18 @@ class Conversation:
         model: From :func:`flash_moe_mlx.load`.
         tokenizer: From :func:`flash_moe_mlx.load`; must have a chat template.
         system: The system prompt; empty for none.
-        tools: What the model may call.
+        tools: Tools that the model may call.
         confirm: Asked before each call; a call that it refuses is not run, and the model is told so. None refuses
             every call.
-        prefix_cache: Spares the prefill of what earlier turns have in common.
-        max_tokens: Most tokens of one answer; -1 for no limit.
-        sampler: As in :func:`stream_generate`.
-        logits_processors: As in :func:`stream_generate`.
-        thinking: Whether templates that know thinking ask for it.
-        thinking_budget: Most tokens of thinking in one answer; None for no limit.
-        max_tool_rounds: Most times in one turn that the model may call tools.
-        tool_timeout_seconds: Most seconds of one call.
-        max_tool_characters: Most characters of a call's result that the model sees.
+        prefix_cache: Cache that saves the prefill of earlier turns.
+        max_tokens: Maximum number of tokens of one answer; -1 for no limit.
+        sampler: Sampler, as :func:`stream_generate` takes it.
+        logits_processors: Logits processors, as :func:`stream_generate` takes them.
+        thinking: Whether to ask templates that support thinking for it.
+        thinking_budget: Maximum number of tokens of thinking in one answer; None for no limit.
+        max_tool_rounds: Maximum number of rounds of tool calls in one turn.
+        tool_timeout_seconds: Time limit of one call.
+        max_tool_characters: Maximum number of characters of a call's result that the model sees.
         progress: Called with (prompt tokens processed, prompt tokens).
         messages: Everything said, without the system prompt, in the form that chat templates take.
     """
@@ -121,9 +121,9 @@ class Conversation:
         self._numbers = itertools.count(1)
 
     def send(self, text: str, schema: Any = None) -> Generator[Event, None, None]:
-        """Say something, and yield what the model does until it has answered.
+        """Send a message and yield events until the model has answered.
 
-        Closing the iterator, or an interrupt in it, keeps what was said until then.
+        If the iterator is closed or interrupted, the conversation keeps everything said until then.
 
         Args:
             text: The user's message.
@@ -155,7 +155,7 @@ class Conversation:
                 return
 
     def prompt(self) -> tuple[list[int], list[int]]:
-        """Tokens of the conversation so far, and where to copy states: as :func:`chat_prompt`."""
+        """Return the conversation's tokens and the points at which to copy states; see :func:`chat_prompt`."""
         system = [{"role": "system", "content": self.system}] if self.system else []
         schemas = [tool.schema for tool in self.tools] or None
         limit = self.model.streaming.max_context

@@ -1,4 +1,4 @@
-"""Which marks a model's answers have: found from the tokenizer's vocabulary and its chat template."""
+"""Finds the markers of a model's answers from the tokenizer's vocabulary and its chat template."""
 
 from dataclasses import dataclass, replace
 from typing import Any
@@ -34,16 +34,16 @@ MISTRAL = ("[TOOL_CALLS]", "[CALL_ID]", "[ARGS]")
 
 @dataclass(frozen=True)
 class Dialect:
-    """The marks of one model's answers.
+    """The markers of one model's answers.
 
     Attributes:
         name: The family's name.
-        symbols: What stands for the markers.
-        think_start: The marker that opens the thinking, with what follows it always; empty without thinking.
-        think_end: The marker that closes it.
-        calls: How calls are written; None where the model knows none.
+        symbols: Symbols that stand for the markers.
+        think_start: Marker that opens the thinking, with the text that always follows it; empty without thinking.
+        think_end: Marker that closes the thinking.
+        calls: Syntax of calls; None if the model knows none.
         channels: Whether answers are messages on channels, as gpt-oss's.
-        ids: The form of calls' ids: "kimi" where the name and a number are the id, else "any".
+        ids: Form of calls' ids: "kimi" if they consist of the name and a number, else "any".
     """
 
     name: str
@@ -60,7 +60,7 @@ class Dialect:
 
     @property
     def call_beginning(self) -> str:
-        """What an answer that must call a tool begins with."""
+        """The beginning of an answer that must call a tool."""
         if self.channels:
             return "<|channel|>commentary to=functions."
         return "" if self.calls is None else self.calls.opening
@@ -79,7 +79,7 @@ def dialect_of(tokenizer: Any) -> Dialect:
     key = (template_of(tokenizer), getattr(tokenizer, "tool_call_start", None))
     try:
         known = _dialects.get(tokenizer)
-    except TypeError:  # nothing that a weak reference can be had of
+    except TypeError:  # it doesn't support weak references
         return _find(tokenizer)
     if known is None or known[0] != key:
         known = _dialects[tokenizer] = (key, _find(tokenizer))

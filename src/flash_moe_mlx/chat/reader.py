@@ -1,8 +1,8 @@
-"""Reads an answer token by token: what of it is thinking, text and tool calls.
+"""Reads an answer token by token and separates thinking, text and tool calls.
 
-mlx_lm's TextStateMachine finds the markers and holds back what may be one. It is fed symbols in place of the markers
-that are tokens of their own, so that a text which looks like a marker is text. How a call goes on is its grammar's to
-say.
+mlx_lm's TextStateMachine finds the markers and holds back text that may be the beginning of one. It is fed symbols for
+the markers that are tokens of their own, so that text which looks like a marker is text. The rest of a call is read by
+its grammar.
 """
 
 import re
@@ -66,7 +66,7 @@ class AnswerReader:
 
         Args:
             token: The token; one that ends the answer is not text.
-            finish_reason: Why the answer ends with it: "length" where it was cut; None while it goes on.
+            finish_reason: Why the answer ends with it: "length" if it was cut; None while it continues.
         """
         symbol = self._symbols.token(token)
         if symbol is not None:

@@ -31,7 +31,7 @@ _LETTERS = string.ascii_letters + string.digits
 
 @dataclass(frozen=True)
 class TemplateForm:
-    """What a chat template takes.
+    """The forms of messages that a chat template accepts.
 
     Attributes:
         several_systems: Several system messages at the beginning.

@@ -8,10 +8,10 @@ _FIRST = 0xD800  # half of a surrogate pair: decoded text never has one
 
 
 class Symbols:
-    """What stands for each marker of a model's answers.
+    """Maps each marker of a model's answers to a symbol.
 
-    A marker that is a token of its own counts only as that token, and is one character here. One that the vocabulary
-    doesn't have is its text.
+    A marker that is a token of its own counts only as that token, and its symbol is one character. A marker that the
+    vocabulary doesn't have is represented by its text.
     """
 
     def __init__(self, vocabulary: dict[str, int], markers: Iterable[str]):

@@ -1,8 +1,8 @@
-"""How models write tool calls: the grammars that are read here, by their own marks.
+"""Grammars of the tool calls that models write, one per set of markers.
 
-mlx_lm's parsers get the text between two markers and read it by regular expressions. Here a grammar reads on until its
-own end, so that an end marker inside a string is part of the string, a block may hold several calls, and what was cut
-is known to be cut.
+mlx_lm's parsers get the text between two markers and apply regular expressions. Here a grammar reads until its own end,
+so that an end marker inside a string is part of the string, a block may hold several calls, and a call that was cut off
+is recognised.
 """
 
 import json
@@ -19,14 +19,14 @@ Tools = Sequence[Mapping[str, Any]] | None
 
 _SPACE = re.compile(r"\s*")
 _PROSE = re.compile(r"\s*(?:[`'\")*,.;:!?]|\w[\w-]*[ ,;:!?`'\")])")
-"""What follows a marker that is only spoken of."""
+"""Text after a marker that the model only mentions."""
 
 
 class UnfinishedError(Exception):
-    """A call goes on beyond what was said so far.
+    """A call isn't complete in the text so far.
 
     Attributes:
-        in_string: Whether a string of JSON goes on, so that no marker that follows ends the call.
+        in_string: Whether it ends inside a JSON string, so that no marker in the text that follows ends the call.
     """
 
     def __init__(self, *, in_string: bool = False):
@@ -47,10 +47,10 @@ class CallSyntax:
     """One way to write calls. Subclasses read it.
 
     Attributes:
-        symbols: What stands for its markers.
-        opening: The marker that begins a block of calls.
-        closing: The marker that ends one; empty where the answer's end does.
-        bare: What begins a call where the model leaves the opening marker out.
+        symbols: Symbols that stand for its markers.
+        opening: Marker that begins a block of calls.
+        closing: Marker that ends a block; empty if only the answer's end does.
+        bare: Texts that begin a call without the opening marker.
         tools: Tools that may be called.
     """
 
@@ -66,7 +66,7 @@ class CallSyntax:
         return (self.symbols[self.closing],) if self.closing else ()
 
     def spoken_of(self, block: str) -> bool:
-        """Return whether what follows an opening marker shows that the model only speaks of it."""
+        """Return whether the text after an opening marker shows that the model only mentions it."""
         return _PROSE.match(block) is not None
 
     def is_bare(self, opening: str) -> bool:
@@ -74,7 +74,7 @@ class CallSyntax:
         return opening in map(self.symbols.__getitem__, self.bare)
 
     def calls_no_tool(self, block: str) -> bool:
-        """Return whether what follows a bare beginning shows that none of the tools is called."""
+        """Return whether the text after a bare beginning shows that none of the tools is called."""
         return False
 
     @property
@@ -90,8 +90,8 @@ class CallSyntax:
             opening: The opening, as the model wrote it.
 
         Raises:
-            UnfinishedError: If they go on beyond it.
-            NotACallError: If they are none, however they go on.
+            UnfinishedError: If the calls continue beyond it.
+            NotACallError: If they are no calls, whatever follows.
         """
         raise NotImplementedError
 
@@ -175,7 +175,7 @@ _DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse)
 
 @dataclass(frozen=True)
 class XmlForm:
-    """How functions and their parameters are marked up.
+    """Markup of functions and their parameters.
 
     Attributes:
         function: The beginning of a function; its group is the name.

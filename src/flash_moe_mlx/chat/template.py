@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 from ..errors import RequestError
 
 NULL = object()
-"""A content that a template is to see as null; one that is None is left out."""
+"""Content that a template shall see as null; content that is None is left out."""
 
 RENDER_SECONDS = 10.0
 """Longest time of one request to the process; a conversation of 100,000 tokens takes milliseconds."""
@@ -32,7 +32,7 @@ _SCRIPT = Path(__file__).with_name("template_process.py")
 _CHUNK = 1 << 16
 _REASONING = ("reasoning_content", "thinking", "reasoning")
 
-# What Python code raises that renders messages of another form than it expects.
+# Exceptions of templates that meet messages of an unexpected form.
 _RAISED = (
     TemplateError, ArithmeticError, AssertionError, AttributeError, LookupError, MemoryError, NameError, OSError,
     RuntimeError, TypeError, ValueError,
@@ -40,7 +40,7 @@ _RAISED = (
 
 
 class TemplateFailure(Exception):
-    """What a template raised, or why it was ended; its text is for the person who reads the RequestError."""
+    """A template's exception, or the reason why it was ended; its text goes into the RequestError."""
 
 
 class _Process:

@@ -1,7 +1,7 @@
 """Tools for models to call: a Python file's functions, described by their signatures and docstrings.
 
-A call runs in a process of its own, so that it can be ended whatever it does, and what it breaks is not ours. That
-bounds its time and output. It is no sandbox: a tool may do what the user may.
+Each call runs in a process of its own, so that it can be ended at any time and can't damage this process. That
+bounds its time and output. It is no sandbox: a tool may do whatever the user may.
 """
 
 import importlib.util
@@ -30,11 +30,11 @@ _PROCESS = Path(__file__).with_name("tool_process.py")
 
 @dataclass(frozen=True)
 class ToolResult:
-    """What a tool call gave.
+    """Result of a tool call.
 
     Attributes:
-        text: The result, or what went wrong.
-        ok: Whether it is a result.
+        text: The result, or a description of the failure.
+        ok: Whether the call succeeded.
     """
 
     text: str
@@ -58,7 +58,7 @@ class Tool:
     def run(
         self, arguments: Mapping[str, Any], *, timeout_seconds: float = 30.0, max_characters: int = 8000
     ) -> ToolResult:
-        """Call it, in a process of its own. What it raises, and running out of time, are results that are not ok."""
+        """Call the tool in a process of its own. Exceptions and timeouts are results that are not ok."""
         request = {"path": str(self.path), "name": self.name, "arguments": arguments, "max_characters": max_characters}
         # -P: the package's folder must not come first in the child's sys.path.
         command = [sys.executable, "-P", str(_PROCESS)]
@@ -78,7 +78,7 @@ class Tool:
 
 
 def load_tools(path: str | Path) -> list[Tool]:
-    """The tools of a Python file: each public function that it defines, in order.
+    """Load the tools of a Python file: each public function that it defines, in order.
 
     The file is imported here for its signatures, and again in each call's process.
 

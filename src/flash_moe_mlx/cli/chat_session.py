@@ -29,7 +29,7 @@ COMMANDS = {
     "/stats": "memory, hit rate and bytes read",
     "/tools": "what the model may call",
     "/save": "write the conversation to a JSON file: /save FILE",
-    "/load": "go on with a saved conversation: /load FILE",
+    "/load": "continue a saved conversation: /load FILE",
     "/quit": "leave, as Ctrl-D does",
 }
 
@@ -115,7 +115,7 @@ class ChatSession:
 
     def _show_end(self, end: AnswerEnd) -> None:
         response = end.response
-        cut = "; cut at the most tokens of an answer" if response.finish_reason == "length" else ""
+        cut = "; cut at the maximum number of tokens" if response.finish_reason == "length" else ""
         self._note(
             f"{response.prompt_tokens:,} prompt tokens ({response.cached_tokens:,} cached), "
             f"{response.generation_tokens:,} tokens, {response.generation_tps:.1f} tok/s, "

@@ -184,7 +184,7 @@ def divide(
             f"{format_bytes(limit_bytes)}: dense weights {format_bytes(costs.dense_bytes)}, KV cache and states "
             f"{format_bytes(state)}, scratch {format_bytes(scratch)}, buffers {format_bytes(buffers)}, "
             f"{f'snapshots and other sequences {format_bytes(reserved_bytes)}, ' if reserved_bytes else ''}"
-            f'{min_slots} experts a layer. Use {limit_name}="{named}", or a smaller max_context.',
+            f'{min_slots} experts per layer. Use {limit_name}="{named}", or a smaller max_context.',
             smallest_limit_bytes=smallest,
         )
     slots = _share_slots(limit_bytes - fixed, experts, floor)

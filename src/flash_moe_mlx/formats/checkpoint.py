@@ -191,7 +191,7 @@ class Checkpoint:
         return cls(directory, config, tensors, manifest)
 
     def num_experts(self, layer: int) -> int:
-        """E: routed experts of a layer."""
+        """Return E, the number of routed experts of a layer."""
         return self._layer_of(layer).num_experts
 
     def layout(self, layer: int) -> RecordLayout:

@@ -116,7 +116,7 @@ class View:
         block: Identifier of the bytes; parts of a record with equal blocks share them.
         nbytes: Length of the bytes.
         first: Byte offset of the part's first element.
-        strides: As in `RecordPart`.
+        strides: Strides of the elements, in the unit of `RecordPart`.
     """
 
     block: str

@@ -1,4 +1,4 @@
-"""The routed experts' tensors of one layer, in each layout that `expert_names` tells apart, as parts of a record."""
+"""Maps the tensors of a layer's routed experts, in each layout that `expert_names` knows, to parts of a record."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -13,20 +13,20 @@ from .schemes import FLOAT_DTYPES, factor_names
 
 _AGAIN = "Download the checkpoint again."
 _PACKED_AS = {"I32": "U32", "F8_E4M3": "U8", "F8_E8M0": "U8"}
-"""Integers that other tools' dtypes stand for: bytes are read, and what they mean is the quantisation's business."""
+"""Integer dtypes used for other tools' dtypes: only bytes are read, and the quantisation gives them a meaning."""
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """One part of all experts of a layer: a slice of one stacked tensor, or one tensor an expert (stride 0).
+    """One part of all experts of a layer: a slice of one stacked tensor, or one tensor per expert (stride 0).
 
     Attributes:
-        infos: The stacked tensor, or each expert's.
-        dtype: Of an expert's part, as its record has it.
-        shape: Of an expert's part.
+        infos: The stacked tensor, or each expert's tensor.
+        dtype: Dtype of an expert's part in its record.
+        shape: Shape of an expert's part.
         first: Byte of the tensor, or of an expert's slice, at which the part begins.
         stride: Bytes from expert to expert in the stacked tensor.
-        view: How the part lies in an expert's slice, where it isn't a range of its own.
+        view: Position of the part in an expert's slice if it isn't contiguous, else None.
     """
 
     infos: tuple[TensorInfo, ...]
@@ -49,11 +49,11 @@ Parts = dict[tuple[str, str], Part]
 
 
 def layer_parts(format: str, where: str, found: Found, expected: int | None) -> tuple[int, Parts]:
-    """Number of experts of a layer, and where each part of their records lies.
+    """Return the number of experts of a layer, and the location of each part of their records.
 
     Args:
-        format: How experts are stored.
-        where: Opens messages.
+        format: Storage format of the experts.
+        where: Beginning of messages.
         found: The layer's expert tensors, at least one.
         expected: config.json's number of experts, or None.
 
@@ -74,9 +74,9 @@ def layer_parts(format: str, where: str, found: Found, expected: int | None) -> 
 
 
 def _projections(found: Found) -> tuple[str, ...]:
-    """The projections that a layer must have.
+    """Return the projections that a layer must have.
 
-    Experts without a gate have ``fc1`` and ``fc2`` in mlx-lm, and are a mixer of a layer (Nemotron-H) on the hub.
+    Experts without a gate have ``fc1`` and ``fc2`` in mlx-lm, and are a layer's mixer on the hub (Nemotron-H).
     """
     gated = any(projection in ("gate_proj", "gate_up_proj") for projection, _ in found)
     example = _example(found)
@@ -113,8 +113,8 @@ class _Fused:
     Attributes:
         info: The stacked tensor.
         rows: Outputs: 2I or H.
-        columns: Elements of a row; 1 of a bias.
-        dtype: Of elements.
+        columns: Elements per row; 1 for a bias.
+        dtype: Dtype of the elements.
         transposed: Whether a row's elements lie ``rows`` apart.
     """
 
@@ -125,7 +125,7 @@ class _Fused:
     transposed: bool
 
     def part(self, count: int = 1, which: int = 0, *, interleaved: bool = False) -> Part:
-        """The ``which``-th of ``count`` equal shares of the rows."""
+        """Return the ``which``-th of ``count`` equal shares of the rows."""
         size, rows = DTYPE_BYTES[self.dtype], self.rows // count
         nbytes = self.rows * self.columns * size
         bias = len(self.info.shape) == 2
@@ -190,7 +190,7 @@ def _fused(info: TensorInfo, part: str, *, transposed: bool) -> _Fused:
         )
     if part == "bias":
         return _Fused(info, info.shape[1], 1, dtype, False)
-    if len(info.shape) == 4:  # bytes of 32 weights a block: the same bytes are MLX's words
+    if len(info.shape) == 4:  # blocks of 32 weights, as bytes: the same bytes are MLX's words
         return _Fused(info, info.shape[1], info.shape[2] * info.shape[3] // DTYPE_BYTES["U32"], "U32", False)
     rows, columns = info.shape[1:] if not (transposed and part == "weight") else info.shape[:0:-1]
     return _Fused(info, rows, columns, dtype, transposed and part == "weight")
@@ -228,14 +228,14 @@ def _per_expert_parts(where: str, example: str, found: Found, expected: int | No
 
 
 def _packed_words(part: Part) -> Part:
-    """Weights that another tool packed into bytes, as MLX's words: the same bytes."""
+    """Describe weights that another tool packed into bytes as MLX's words: the same bytes."""
     if part.infos[0].dtype != "U8" or len(part.shape) != 2 or part.shape[1] % 4:
         return part
     return Part(part.infos, "U32", (part.shape[0], part.shape[1] // 4), part.first, part.stride)
 
 
 def resolve(where: str, found: Found, parts: Parts, settings: QuantizationSettings) -> dict[str, Quantization | None]:
-    """Quantisation of each projection; also checks that the projections' shapes belong together."""
+    """Return the quantisation of each projection, after checking that their shapes belong together."""
     projections = _projections(found)
     rows = {projection: parts[projection, "weight"].shape[0] for projection in projections}
     if rows.get("gate_proj", rows["up_proj"]) != rows["up_proj"]:

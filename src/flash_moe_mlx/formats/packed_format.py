@@ -185,7 +185,7 @@ def read_manifest(directory: Path) -> Manifest | None:
         if (directory / WORK_FOLDER).is_dir():
             raise MissingTensorError(
                 f"[{directory.name}] must be packed to the end, got an unfinished one. "
-                'Run the same "flash-moe pack" again: it goes on where it stopped.'
+                'Run the same "flash-moe pack" again: it continues where it stopped.'
             )
         return None
     return parse_manifest(read_bytes(path, _AGAIN))

@@ -1,4 +1,4 @@
-"""Where a model is: one rule for "a directory, or a repository on the hub?"."""
+"""Locates a model: the one rule that decides between a directory and a repository on the hub."""
 
 import os
 from pathlib import Path

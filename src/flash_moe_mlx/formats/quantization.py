@@ -1,8 +1,8 @@
 """Bits and group size of each module, from config.json and the tensors' shapes, checked against each other.
 
-config.json's ``quantization`` holds a default and one entry a module that differs from it (or false where it is
-not quantised). The default is what the conversion was asked for, not what each tensor got: mlx-lm infers a module
-without an entry from its tensors, and so does this. An entry that contradicts the tensors is an error.
+config.json's ``quantization`` holds a default and one entry for each module that differs from it (false if it is
+not quantised). The default states what the conversion was asked for, not what each tensor got. The quantisation of a
+module without an entry is inferred from its tensors, as in mlx-lm. An entry that contradicts the tensors is an error.
 
 `schemes` has the modes and their tensors, which all have a leading E for stacked experts.
 """
@@ -30,14 +30,14 @@ class Stored:
 
 
 class QuantizationSettings:
-    """What config.json says of quantisation: the default, and modules that differ.
+    """Quantisation according to config.json: the default, and modules that differ.
 
     Attributes:
         default: Bits and group size asked for, or None.
     """
 
     def __init__(self, config: Mapping[str, Any]):
-        """Raises UnsupportedModelError for a mode or method that isn't read, CorruptError for nonsense."""
+        """Parse config.json. Raises UnsupportedModelError for unknown modes and methods, CorruptError for bad ones."""
         section = config.get("quantization")
         if section is None:
             section = _hugging_face_section(config)
@@ -49,22 +49,22 @@ class QuantizationSettings:
         if not isinstance(section, dict):
             raise CorruptError(f"[config.json] quantization must be an object, got {brief(section)}. {_AGAIN}")
         self.default = _entry("quantization", section, partial=False)
-        # An entry is read when its module is: those of skipped modules may be of any mode.
+        # Entries are parsed with their modules: those of skipped modules may have any mode.
         self._entries = {path: entry for path, entry in section.items() if isinstance(entry, bool | dict)}
         self._aliases = {_bare(path): path for path in self._entries}
 
     def stated(self, *paths: str) -> tuple[str | None, Quantization | None]:
-        """Return the path under which config.json speaks of a module, or None, and what it says there.
+        """Return the path of a module's entry in config.json, or None, and its quantisation.
 
-        mlx-lm finds an entry under its own path of a module only. Conversions write others: the hub's, or one without
-        "model." and "language_model." before it. Those only choose where shapes leave a choice.
+        mlx-lm finds an entry only under its own path of the module. Conversions write others: the hub's, or one without
+        the prefixes "model." and "language_model.". Those only decide between quantisations that the shapes allow.
 
         Args:
             paths: The module's paths, mlx-lm's own and as stored.
 
         Raises:
-            UnsupportedModelError: If the entry is of a mode that isn't read.
-            CorruptError: If it is nonsense.
+            UnsupportedModelError: If the entry has an unknown mode.
+            CorruptError: If the entry is invalid.
         """
         path = next((path for path in paths if path in self._entries), None) or self._aliases.get(_bare(paths[0]))
         if path is None:
@@ -77,25 +77,25 @@ class QuantizationSettings:
         except CheckpointError:
             if path in paths:
                 raise
-            return None, None  # mlx-lm would not have looked at it
+            return None, None  # mlx-lm would not look at it
 
     def resolve(
         self, name: str, paths: Sequence[str], tensors: Mapping[str, Stored], in_features: int | None, *, exact: bool
     ) -> Quantization | None:
-        """Quantisation of one module.
+        """Return the quantisation of one module.
 
         Args:
             name: The module's name, for messages.
-            paths: The module's paths under which config.json may speak of it, mlx-lm's first.
-            tensors: Its "weight", and the other parts of its quantisation where it has them.
-            in_features: Width of its input, or None where it is not known.
-            exact: Whether ``in_features`` is certain; otherwise config.json's entry goes before it, and it is dropped
-                where shapes contradict it.
+            paths: The module's possible paths in config.json, mlx-lm's first.
+            tensors: Its "weight", and the other parts of its quantisation if it has any.
+            in_features: Width of its input, or None if unknown.
+            exact: Whether ``in_features`` is certain. Otherwise config.json's entry takes precedence, and it is ignored
+                if shapes contradict it.
 
         Raises:
             MissingTensorError: If a part of the quantisation is absent.
             CorruptError: If shapes, dtypes, ``in_features`` and config.json contradict each other.
-            UnsupportedModelError: If the tensors are of no mode that is read.
+            UnsupportedModelError: If the tensors have an unknown mode.
         """
         parts = {part: tensors[part] for part in part_names() if part in tensors}
         weight = parts.get("weight")
@@ -149,21 +149,21 @@ class QuantizationSettings:
 
 
 def mlx_name(name: str) -> str:
-    """The name mlx-lm's qwen3_5_moe gives a stored tensor: under ``language_model.``."""
+    """Return the name under ``language_model.`` that mlx-lm's qwen3_5_moe gives a stored tensor."""
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
     return name if name.startswith("language_model.") else f"language_model.{name}"
 
 
 def _bare(path: str) -> str:
-    """A module's path without what stands before its layers, under which all namings agree."""
+    """Return a module's path without the prefixes in which namings differ."""
     while (shorter := path.removeprefix("language_model.").removeprefix("model.")) != path:
         path = shorter
     return path
 
 
 def _schemes(name: str, parts: Mapping[str, Stored], stated: Collection[str]) -> list[Scheme]:
-    """Modes whose parts these are, by names and dtypes."""
+    """Return the modes whose parts have these names and dtypes."""
     dtypes = {part: stored.dtype for part, stored in parts.items()}
     if found := matching(dtypes, stated):
         return found
@@ -178,7 +178,7 @@ def _schemes(name: str, parts: Mapping[str, Stored], stated: Collection[str]) ->
 
 
 def _candidates(name: str, schemes: Sequence[Scheme], parts: Mapping[str, Stored]) -> list[Quantization]:
-    """All quantisations that the shapes allow: they give only the product of bits and group size."""
+    """Return all quantisations that the shapes allow: they only give the product of bits and group size."""
     weight = parts["weight"]
     scheme = schemes[0]
     others = [parts[part] for part in scheme.group_parts]
@@ -211,10 +211,10 @@ def _shapes(parts: Mapping[str, Stored]) -> str:
 
 
 def _entry(path: str, entry: Mapping[str, Any], *, partial: bool) -> Quantization:
-    """The quantisation that an entry of config.json means.
+    """Return the quantisation of an entry of config.json.
 
-    As in mlx-lm, what a module's own entry (``partial``) leaves out or makes null is the mode's default, not the
-    section's, and the mode itself is affine then.
+    As in mlx-lm, values that a module's own entry (``partial``) leaves out or sets to null are the mode's defaults, not
+    the section's, and the mode defaults to affine.
     """
     mode = entry.get("mode", AFFINE.mode)
     scheme = SCHEMES.get(mode) if isinstance(mode, str) else None
@@ -240,7 +240,7 @@ def _entry(path: str, entry: Mapping[str, Any], *, partial: bool) -> Quantizatio
 
 
 def _hugging_face_section(config: Mapping[str, Any]) -> Any:
-    """``quantization_config``: MLX's copy of its own section, or another tool's, as a section of MLX's."""
+    """Return ``quantization_config``, which is MLX's own copy or another tool's, as a section of MLX's form."""
     text = config.get("text_config")
     section = config.get("quantization_config")
     if section is None and isinstance(text, dict):

@@ -90,7 +90,7 @@ def read_json(path: Path, advice: str, *, infinity: bool = False) -> dict[str, A
 
     Raises:
         CorruptError: If it is not a JSON object.
-        CheckpointError: As `read_bytes`.
+        CheckpointError: For the reasons that `read_bytes` gives.
     """
     value = load_json(read_bytes(path, advice), path.name, advice, infinity=infinity)
     if not isinstance(value, dict):

@@ -82,17 +82,17 @@ class Scheme:
         return all(shapes[name] == (*lead, *shape) for name, (_, shape) in expected.items())
 
     def accepts(self, dtypes: Mapping[str, str]) -> bool:
-        """Tell whether parts of these dtypes, by name, are a matrix of this mode."""
+        """Return whether parts of these dtypes, by name, form a matrix of this mode."""
         return dtypes.keys() == self.parts.keys() and all(dtype in self.parts[name] for name, dtype in dtypes.items())
 
     def allows(self, bits: Any, group_size: Any) -> bool:
-        """Tell whether there is such a quantisation."""
+        """Return whether the mode has these bits and this group size."""
         return bits in self.bits and group_size in self.group_sizes
 
     def specs(
         self, rows: int, width: int, bits: int, group_size: int, dtype: str
     ) -> dict[str, tuple[str, tuple[int, ...]]]:
-        """(dtype, shape) of each part of a matrix [rows, width]; ``dtype`` is that of float parts."""
+        """Return (dtype, shape) of each part of a matrix [rows, width]; ``dtype`` is that of float parts."""
         shapes: dict[str, tuple[int, ...]] = {"weight": (rows, width * bits // self.word_bits)}
         shapes |= dict.fromkeys(self.group_parts, (-(-rows // self.block_rows), -(-width // group_size)))
         return {
@@ -102,7 +102,7 @@ class Scheme:
 
     @property
     def sizes_in_words(self) -> str:
-        """Bits and group sizes that it allows, for messages."""
+        """Allowed bits and group sizes, for messages."""
         return f"{_listed(self.bits)} bits in groups of {_listed(self.group_sizes)}"
 
 
@@ -155,27 +155,27 @@ SCHEMES: dict[str, Scheme] = {
         Scheme("fp8", (8,), (128,), (8, 128), {"weight": ("U8",), "weight_scale_inv": FLOAT_DTYPES}, block_rows=128),
     )
 }
-"""By mode."""
+"""The schemes by mode."""
 
 
 def part_names() -> tuple[str, ...]:
-    """Names of the parts of all modes, each once, in the order in which a record has them."""
+    """Return the names of the parts of all modes, each once, in the order of records."""
     return tuple(dict.fromkeys(name for scheme in SCHEMES.values() for name in scheme.parts))
 
 
 def factor_names() -> set[str]:
-    """Names of the parts that are one number per matrix, of all modes."""
+    """Return the names of all modes' parts that are one number per matrix."""
     return {name for scheme in SCHEMES.values() for name in scheme.factors}
 
 
 def matching(dtypes: Mapping[str, str], stated: Collection[str] = ()) -> list[Scheme]:
-    """Modes that a matrix with parts of these dtypes, by name, may be of; ``stated``: those that config.json names."""
+    """Return the modes that parts of these dtypes, by name, can have; ``stated`` are those that config.json names."""
     candidates = [scheme for scheme in SCHEMES.values() if scheme.inferred or scheme.mode in stated]
     return [scheme for scheme in candidates if scheme.accepts(dtypes)]
 
 
 def modes_in_words() -> str:
-    """All modes that config.json may name, for messages."""
+    """Return all modes that config.json may name, for messages."""
     return _listed(tuple(mode for mode, scheme in SCHEMES.items() if scheme.base is None))
 
 

@@ -40,7 +40,7 @@ class Row:
 
 
 def sample(work: Work, calls: int) -> float:
-    """Microseconds a call of one evaluation, its graph built before; on the CPU, whose kernels run at once, with it."""
+    """Time one evaluation, in microseconds per call. On the CPU, whose kernels are eager, building the graph counts."""
     start = time.perf_counter()
     outputs = work()
     if backend() != "cpu":

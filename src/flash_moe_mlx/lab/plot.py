@@ -42,7 +42,7 @@ def time_by_phase(profile: Profile) -> "Figure":
         widths = np.array([1e3 * seconds[phase] / tokens for _, seconds, tokens in bars])
         axes.barh([name for name, _, _ in bars], widths, left=left, color=colour, label=phase)
         left += widths
-    axes.set_xlabel("ms a token, each part waited for")
+    axes.set_xlabel("ms per token, each part waited for")
     figure.legend(ncols=len(PHASES), loc="outside upper center", frameon=False, columnspacing=1, handlelength=1)
     return figure
 

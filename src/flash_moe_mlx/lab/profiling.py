@@ -50,7 +50,7 @@ class Profile:
         return list(zip(names, *columns, strict=True))
 
     def _head(self) -> tuple[str, str, str]:
-        return "ms a token", f"prefill ({self.prefill_tokens})", f"decode ({self.decode_tokens})"
+        return "ms per token", f"prefill ({self.prefill_tokens})", f"decode ({self.decode_tokens})"
 
     def __str__(self) -> str:
         table = [self._head(), *self.rows()]

@@ -20,7 +20,7 @@ class _OwnArrays:
     state: Any
 
     def pending(self) -> Any:
-        """Arrays that may not have been evaluated yet."""
+        """Return the arrays that may not have been evaluated yet."""
         return self.state if self._exposed else ()
 
     def __getstate__(self) -> dict[str, Any]:  # copies and pickles share the arrays

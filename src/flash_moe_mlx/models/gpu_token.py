@@ -215,7 +215,7 @@ class ResidentDecoder:
         self._unknown = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
-        """A copied model makes its own."""
+        """Return None: a copied model makes its own."""
 
     def __call__(self, hidden: mx.array, caches: Sequence[Any]) -> mx.array | None:
         """Run one token through all layers, lazily.

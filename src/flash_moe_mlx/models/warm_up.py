@@ -58,7 +58,7 @@ def compiling(work: Callable[[], None]) -> Iterator[None]:
 
 
 class KernelWarmUp:
-    """What must be compiled for a model, and which weights that needs.
+    """The kernels to compile for a model, and the weights that this needs.
 
     Attributes:
         first: Names of the weights to load before `run`: those outside the layers, and one layer of each kind.

@@ -33,7 +33,7 @@ def conv1d_silu(
     mask: mx.array | None = None,
     lengths: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Causal depthwise convolution of a few taps, with SiLU, continuing from a state.
+    """Compute a causal depthwise convolution of a few taps, with SiLU, continuing from a state.
 
     Computes ``y[t] = silu(sum_j weight[:, j] * z[t + j])`` where z is the state followed by x.
 
@@ -228,7 +228,7 @@ def gated_delta(
     state: mx.array | None,
     mask: mx.array | None = None,
 ) -> tuple[mx.array, mx.array]:
-    """Gated delta rule over T tokens, continuing from a state.
+    """Apply the gated delta rule to T tokens, continuing from a state.
 
     With ``q = q / |q| / sqrt(Dk)``, ``k = k / |k|``, ``g = exp(-exp(A_log) softplus(a + dt_bias))`` and
     ``beta = sigmoid(b)``, for each token and head::

@@ -57,7 +57,7 @@ def key_heads(channels: int, v_heads: int, v_dim: int, k_dim: int) -> int:
 def split_columns(
     projected: mx.array, columns: Columns, k_heads: int, v_heads: int, k_dim: int, v_dim: int
 ) -> tuple[mx.array, mx.array, mx.array, mx.array]:
-    """qkv (B, 1, C), z (B, 1, Hv, Dv), b and a (B, 1, Hv) of joined projections (B, P)."""
+    """Split joined projections (B, P) into qkv (B, 1, C), z (B, 1, Hv, Dv), b and a (B, 1, Hv)."""
     share = v_heads // k_heads
 
     def take(start: int, pitch: int, count: int) -> mx.array:
@@ -180,7 +180,7 @@ def gated_delta_conv_step(
     state: mx.array,
     norm: Norm,
 ) -> tuple[mx.array, mx.array, mx.array]:
-    """One decode step of a gated delta layer: split, ``conv1d_silu``, ``gated_delta``, ``rms_norm_gated``.
+    """Compute one decode step of a gated delta layer: split, ``conv1d_silu``, ``gated_delta``, ``rms_norm_gated``.
 
     Args:
         projected: Joined projections of one token per sequence. Shape (B, P), float32, bfloat16 or float16.

@@ -37,7 +37,7 @@ class Heads:
 
 @lru_cache(maxsize=8)
 def rotation(position: int, dims: int, base: float) -> mx.array:
-    """Cosines, then sines, of one position's rotary angles. Shape (1, dims), float32, from float64."""
+    """Return cosines, then sines, of one position's rotary angles. Shape (1, dims), float32, computed in float64."""
     angles = position * float(base) ** (-np.arange(0, dims, 2, dtype=np.float64) / dims)
     return mx.array(np.concatenate([np.cos(angles), np.sin(angles)])[None].astype(np.float32))
 

@@ -38,9 +38,9 @@ def _steps_over_rows(layout: RecordLayout, projection: str, quantization: Quanti
 
 
 def pair_bytes(layout: RecordLayout) -> int:
-    """Return the most that MLX's operations hold to compute one expert on a few rows, besides its record.
+    """Return the peak memory of MLX's operations for one expert on a few rows, besides its record.
 
-    Two projections are alive at once: their parts, gathered, and what is made of them.
+    Two projections are alive at once: their gathered parts, and the weights computed from them.
     """
     each = max(_bytes_per_weight(quantization) for _, quantization in layout.quantizations)
     return 2 * layout.hidden_size * layout.intermediate_size * each
@@ -80,7 +80,7 @@ def dequantize(parts: Parts, quantization: Quantization, dtype: mx.Dtype = mx.fl
 
 
 def _fp8(parts: Parts, bits: int, group_size: int) -> mx.array:
-    """Weights of 8-bit floats, with a scale per block of ``group_size`` rows and columns; in bfloat16, as in mlx-lm."""
+    """Dequantise 8-bit floats with a scale per ``group_size`` rows and columns to bfloat16, as mlx-lm does."""
     weight, scales = parts["weight"], parts["weight_scale_inv"]
     for axis in (-2, -1):
         scales = mx.repeat(scales, group_size, axis=axis)
@@ -106,7 +106,7 @@ def _times_factors(y: mx.array, parts: Parts, quantization: Quantization) -> mx.
 
 
 def _completed(parts: Parts, quantization: Quantization, dtype: mx.Dtype) -> dict[str, mx.array]:
-    """The parts as MLX's operations take them: floats of one dtype, and biases where the mode implies them."""
+    """Return the parts for MLX's operations: floats of one dtype, with biases if the mode implies them."""
     own = {
         name: part.astype(dtype) if mx.issubdtype(part.dtype, mx.floating) else part
         for name, part in parts.items()

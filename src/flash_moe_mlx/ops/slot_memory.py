@@ -39,7 +39,7 @@ class Pending(Protocol):
 
 
 class RecordSource(Protocol):
-    """Where records come from: an ExpertStore, or anything else that fills buffers with them."""
+    """Source of records: an ExpertStore, or anything else that fills buffers with them."""
 
     def submit(self, requests: Sequence[ReadRequest]) -> Pending: ...
 

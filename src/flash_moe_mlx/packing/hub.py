@@ -121,7 +121,7 @@ class HubSource:
             downloaded.unlink()
         raise PackError(
             f"[{self.name}] {path.name} must be what the hub announced, got {problem}, twice. "
-            "Try again later: the same command goes on."
+            "Try again later: the same command continues."
         )
 
     def release(self, path: Path, keep: tuple[TensorInfo, ...]) -> None:
@@ -164,7 +164,7 @@ class HubSource:
         sync_folder(self.folder)
 
     def _shard_names(self, files: list[str]) -> list[str]:
-        """As `read_shards` finds them."""
+        """Return the names of the checkpoint's shards, by the same rule as `read_shards`."""
         if INDEX_NAME in files:
             weight_map = read_json(self.folder / INDEX_NAME, "Ask its owner.").get("weight_map")
             named = {str(name) for name in weight_map.values()} if isinstance(weight_map, dict) else set()
@@ -202,5 +202,5 @@ class HubSource:
             kind = CheckpointError if status in (401, 403, 404) else PackError
             raise kind(
                 f"[{self.name}] {what} must be served by the hub, got {type(error).__name__}"
-                f"{f': {lines[0]}' if lines else ''}. Check name and network; then the same command goes on."
+                f"{f': {lines[0]}' if lines else ''}. Check the name and the network; then the same command continues."
             ) from error

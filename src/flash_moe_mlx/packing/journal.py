@@ -83,7 +83,7 @@ def _check_identity(found: Any, expected: Mapping[str, Any]) -> None:
         part = sorted(key for key in {*was, *now} if was.get(key) != now.get(key))[0]
         what, was, now = f"{what} {part}", was.get(part), now.get(part)
     raise PackError(
-        f"[pack] what was begun can only go on with the same {what}, got {now!r:.150} where it was {was!r:.150}. "
+        f"[pack] a packing can only continue with the same {what}, got {now!r:.150} where it was {was!r:.150}. "
         "Undo the change, or begin anew with restart=True (--restart)."
     )
 

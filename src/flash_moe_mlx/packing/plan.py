@@ -118,7 +118,7 @@ def make_plan(checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool)
 
 
 def _mlx_lm_dense(checkpoint: Checkpoint, settings: PackSettings, *, quantise: bool) -> MlxLmDense | None:
-    """mlx-lm's view of the dense tensors; None where they are copied as they are stored."""
+    """Return mlx-lm's view of the dense tensors, or None if they are copied as they are stored."""
     if quantise and settings.bits is not None:
         return MlxLmDense(checkpoint, Quantization(settings.bits, settings.group_size))
     if not checkpoint.format.startswith("hf") or checkpoint.config.get("model_type") in _OWN_FAMILIES:

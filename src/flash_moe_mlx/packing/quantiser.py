@@ -92,7 +92,7 @@ def _stream() -> mx.Stream:
 
 
 def _rows_of(part: str, rows: int, source: Quantization | None) -> int | None:
-    """Rows of a part of a matrix; None of one that is a number."""
+    """Return the number of rows of a part of a matrix; None if the part is a single number."""
     if source is None or part == "weight":
         return rows
     return None if part in source.scheme.factors else -(-rows // source.scheme.block_rows)

@@ -94,7 +94,7 @@ class Runner:
                 self._files.close()
 
     def _run_tasks(self, pool: ThreadPoolExecutor) -> None:
-        """For each shard: fetch it, run every task whose shards are all here, and release shards no longer needed."""
+        """Fetch each shard, run every task whose shards are all present, and release shards no longer needed."""
         open_tasks = [n for n in range(len(self._plan.tasks)) if n not in self._journal.results]
         needs = {number: self._plan.tasks[number].needs for number in open_tasks}
         users: dict[Path, int] = {}

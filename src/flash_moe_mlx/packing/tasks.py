@@ -97,7 +97,7 @@ class SourceFiles:
                 got = preadv(self._open(path).fd, buffers, offset + done)
             except OSError as error:
                 raise PackError(
-                    f"[pack] {path.name} must be readable, got {error}. Check the disk; then the same command goes on."
+                    f"[pack] {path.name} must be readable, got {error}. Check the disk; then the command continues."
                 ) from error
             if got == 0:
                 raise CorruptError(

@@ -180,7 +180,7 @@ class Workspace:
             there = next(path for path in (self.destination, *self.destination.absolute().parents) if path.exists())
             return _disk_full(self.destination, remaining_bytes, shutil.disk_usage(there).free)
         return PackError(
-            f"[pack] {self.destination} must be writable, got {error}. Check the disk; then the same command goes on."
+            f"[pack] {self.destination} must be writable, got {error}. Check the disk; then the same command continues."
         )
 
     def close(self) -> None:
@@ -223,6 +223,6 @@ def _disk_full(destination: Path, needed: int, free: int) -> DiskFullError:
     missing = max(needed - free, 1)
     return DiskFullError(
         f"[pack] the disk of {destination} must have {format_bytes(needed)} free, got {format_bytes(free)}: "
-        f"{format_bytes(missing)} are missing. Free them; then the same command goes on where it stopped.",
+        f"{format_bytes(missing)} are missing. Free them; then the same command continues where it stopped.",
         missing_bytes=missing,
     )

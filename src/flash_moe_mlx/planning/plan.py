@@ -154,7 +154,7 @@ def _limit_dict(point: LimitPlan) -> dict[str, Any]:
 def _expected(expectation: Expectation) -> str:
     return (
         f"{_tokens_per_second(expectation)}, {expectation.hit_rate:.0%} of a token's experts in memory, "
-        f"{format_bytes(expectation.missed_bytes)} read a token"
+        f"{format_bytes(expectation.missed_bytes)} read per token"
     )
 
 
@@ -181,16 +181,16 @@ def plan(
     Args:
         path_or_repo: Local directory, or a Hugging Face repository, of which only headers are downloaded, or a name
             that ``flash-moe models`` lists, which needs no network.
-        memory_limit: As for :func:`load`; None for load's default.
-        gpu_memory_limit: As for load. Where a GPU has its own memory, this is the limit that the plan's figures are of.
+        memory_limit: Limit to plan for, in the form that :func:`load` takes; None for load's default.
+        gpu_memory_limit: Limit on a GPU's own memory. The plan's figures are then about that memory.
         max_context: Context length to reserve memory for (prompt plus answer), in tokens.
-        num_experts_per_tok: As for load.
+        num_experts_per_tok: Override of the router's K.
         revision: Branch, tag or commit of the repository.
         trace: Recorded routing to predict the hit rate of, in addition to local and uniform routing.
         disk_bytes_per_second: Random-read rate of the disk. None probes the files of a local model for half a
             second; for a repository the rate is then unknown.
         speed: A machine's speed. None measures this machine, for a few seconds.
-        trust_remote_code: As for load; the model file must be in a local directory.
+        trust_remote_code: Whether the checkpoint's own model file may be run; it must be in a local directory.
 
     Returns:
         The plan, which says so if the model doesn't fit.

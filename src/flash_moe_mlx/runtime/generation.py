@@ -129,7 +129,7 @@ def stream_generate(
     if input_embeddings is not None and (input_embeddings.ndim != 2 or len(tokens) not in (0, length)):
         raise RequestError(
             f"[input_embeddings] must have shape ({len(tokens) or 'L'}, H), got {input_embeddings.shape}. "
-            "Pass one row a token of the prompt, or an empty prompt."
+            "Pass one row per token of the prompt, or an empty prompt."
         )
     mx.eval(tokens, input_embeddings)  # evaluated here, because the thread that generates may be another one
     cached = 0

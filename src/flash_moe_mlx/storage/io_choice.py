@@ -75,11 +75,11 @@ def choose_io(paths: Sequence[Path], expert_bytes: int, slot_bytes: int, limit_b
     if slot_bytes >= expert_bytes:
         return Reads("pread", "all experts fit in the slots")
     if spare >= expert_bytes:
-        return Reads("pread", f"the page cache has room for all experts: {format_bytes(spare)} beside the limit")
+        return Reads("pread", f"the page cache has room for all experts: {format_bytes(spare)} besides the limit")
     if not all(_direct_reads(path) for path in paths):
         return Reads("pread", "the file system has no direct reads")
     return Reads(
-        "direct", f"{format_bytes(expert_bytes)} of experts, {format_bytes(spare)} for the page cache beside the limit"
+        "direct", f"{format_bytes(expert_bytes)} of experts, {format_bytes(spare)} for the page cache besides the limit"
     )
 
 

@@ -101,5 +101,5 @@ def _stop(jobs: _Jobs, threads: list[threading.Thread]) -> None:
 
 def _join(threads: list[threading.Thread]) -> None:
     for thread in threads:
-        if thread is not threading.current_thread():  # the last reference may go on one of them
+        if thread is not threading.current_thread():  # the last reference may be dropped on one of them
             thread.join()

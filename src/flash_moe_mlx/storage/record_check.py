@@ -24,7 +24,7 @@ class RecordCheck:
     """
 
     def __init__(self, checkpoint: Checkpoint, verify: str | bool):
-        """Raises RequestError for a ``verify`` that is none of "sample", "full" and False, or can't be done."""
+        """Choose which records to check. Raises RequestError for an invalid ``verify``, or one that can't be done."""
         if verify not in _INTERVALS or verify is True:
             raise RequestError(
                 f'[verify] must be "sample", "full" or False, got {verify!r}. Leave it out for "sample".'

@@ -1,8 +1,8 @@
 """Slot memory of a CUDA GPU: slots stay in its memory, and records are copied into them.
 
-Ordinary MLX arrays are managed memory there: were reads to end in them, their pages would go to the host and back. So
-records are copied whole, on streams of their own: straight out of the files' map, pinned, where the host's memory has
-room for all of them (`MappedMemory`), or by way of a few pinned buffers that reads end in (`PinnedMemory`).
+MLX arrays are managed memory on CUDA. If the host read files into them, their pages would migrate to the host and back.
+Therefore whole records are copied, on separate streams: directly from the files, mapped and pinned, if host memory has
+room for all of them (`MappedMemory`), or through a few pinned buffers that files are read into (`PinnedMemory`).
 """
 
 import ctypes
@@ -26,7 +26,7 @@ from ..slot_memory import ExpertSlots, Pending
 from .cuda_runtime import CudaRuntime
 
 STREAMS = 2
-"""Streams that copies are spread over: one alone leaves the bus idle between two copies."""
+"""Number of streams for copies: a single one leaves the bus idle between two copies."""
 
 
 class CudaSlots(ExpertSlots):
@@ -41,7 +41,7 @@ class CudaSlots(ExpertSlots):
         """
         try:
             super().__init__(layout, num_slots)
-            self.address  # noqa: B018 -- MLX makes it managed memory when its address is asked for
+            self.address  # noqa: B018 -- asking for the address makes MLX allocate managed memory
         except RuntimeError as error:
             raise MemoryLimitError(
                 f"[gpu_memory_limit] the GPU must have room for {num_slots} slots of {layout.record_bytes} bytes in "
@@ -56,7 +56,7 @@ class CudaSlots(ExpertSlots):
         return self.address + slot * self.layout.record_bytes
 
     def receive(self, slots: Mapping[int, int]) -> Pending:
-        """Start bringing records into slots: see `ExpertSlots.receive`."""
+        """Start bringing records into slots; implements `ExpertSlots.receive`."""
         return self._memory.start(self, slots)
 
     def copy_out(self, slot: int) -> mx.array:
@@ -73,22 +73,22 @@ class CudaSlots(ExpertSlots):
 
 
 class CudaMemory(ABC):
-    """What both kinds of a CUDA GPU's slot memory share.
+    """Base class of the two kinds of slot memory of a CUDA GPU.
 
     Attributes:
-        source: Where records come from.
-        runtime: The GPU's calls.
+        source: Store that records come from.
+        runtime: Calls of the CUDA runtime.
     """
 
     def __init__(self, source: ExpertStore, runtime: CudaRuntime):
-        """Make the streams that copies go through."""
+        """Create the streams for copies."""
         self.source = source
         self.runtime = runtime
         self._streams = [runtime.stream() for _ in range(STREAMS)]
         self._copies = 0
 
     def allocate(self, layer: int, layout: RecordLayout, num_slots: int) -> CudaSlots:
-        """Allocate the slots of a layer: see `SlotMemory.allocate`."""
+        """Allocate the slots of a layer; implements `SlotMemory.allocate`."""
         return CudaSlots(self, layer, layout, num_slots)
 
     @abstractmethod
@@ -106,19 +106,19 @@ class CudaMemory(ABC):
             self.runtime.synchronize(stream)
 
     def drain(self) -> None:
-        """Wait until nothing writes into any slot: see `SlotMemory.drain`."""
+        """Wait until nothing writes into any slot; implements `SlotMemory.drain`."""
         self.source.drain()
         self.synchronize()
 
     def close(self) -> None:
-        """Wait for what is under way, and release the streams: see `SlotMemory.close`."""
+        """Wait for copies in progress and release the streams; implements `SlotMemory.close`."""
         self.drain()
         while self._streams:
             self.runtime.close(self._streams.pop())
 
 
 class _Copies(NamedTuple):
-    """Copies under way out of maps."""
+    """Copies in progress from mapped files."""
 
     memory: "MappedMemory"
     nbytes: int
@@ -130,10 +130,10 @@ class _Copies(NamedTuple):
 
 
 class MappedMemory(CudaMemory):
-    """Slot memory filled straight out of the experts' files, mapped and pinned whole."""
+    """Slot memory filled directly from the experts' files, which are mapped and pinned whole."""
 
     def __init__(self, source: ExpertStore, runtime: CudaRuntime):
-        """Map and pin the files that hold experts; all of their pages are read now.
+        """Map and pin the files that hold experts. This reads all of their pages.
 
         Raises:
             MemoryLimitError: If the system has no memory for them.
@@ -143,7 +143,7 @@ class MappedMemory(CudaMemory):
         self._files: dict[Path, ReadOnlyFile] = {}
         self._addresses: dict[Path, int] = {}
         self._checked: set[tuple[int, int]] = set()
-        self._held: list[bytearray] = []  # records compared with their checksums, while they are copied from here
+        self._held: list[bytearray] = []  # checked records, held while they are copied from here
         self.host_bytes = 0
         # A model that is dropped without being closed must not leave its addresses pinned.
         self._unpin = weakref.finalize(self, _unpin, runtime, self._addresses, self._files)
@@ -160,7 +160,7 @@ class MappedMemory(CudaMemory):
             undo.pop_all()
 
     def start(self, target: CudaSlots, slots: Mapping[int, int]) -> Pending:
-        """Start copying records out of the maps."""
+        """Start copying records from the mapped files."""
         nbytes = 0
         for expert, slot in slots.items():
             address = target.slot_address(slot)
@@ -176,9 +176,9 @@ class MappedMemory(CudaMemory):
         return _Copies(self, nbytes)
 
     def _compared(self, layer: int, expert: int, ranges: Sequence[ByteRange]) -> bytearray | None:
-        """Return a copy of the record that has its checksum, if it is one to check.
+        """Return a verified copy of the record if this one is to be checked, else None.
 
-        Each record is asked about once: pinned pages don't change.
+        Each record is considered once, because pinned pages don't change.
         """
         check = self.source.check
         if not check.interval or (layer, expert) in self._checked:
@@ -214,7 +214,7 @@ def _unpin(runtime: CudaRuntime, addresses: dict[Path, int], files: dict[Path, R
 
 
 class _Staged:
-    """Records on their way through pinned buffers: read into them by the store's threads, then copied."""
+    """Records that pass through pinned buffers: the store's threads read them, then they are copied."""
 
     def __init__(self, memory: "PinnedMemory", target: CudaSlots, slots: Mapping[int, int]):
         self._memory = memory
@@ -224,7 +224,7 @@ class _Staged:
         self._read()
 
     def _read(self) -> None:
-        """Start reading as many of the records that are left as there are buffers."""
+        """Start reading as many of the remaining records as there are buffers."""
         memory, target, size = self._memory, self._target, self._target.layout.record_bytes
         self._buffers = memory.take(len(self._left))
         now, self._left = self._left[: len(self._buffers)], self._left[len(self._buffers) :]
@@ -238,7 +238,7 @@ class _Staged:
         )
 
     def _copying(self, address: int, buffer: "_Buffer", nbytes: int) -> Any:
-        """Return what an I/O thread calls once the record is whole in its buffer."""
+        """Return the function that an I/O thread calls once the record is complete in its buffer."""
 
         def copy() -> None:
             try:
@@ -268,15 +268,15 @@ class _Buffer(NamedTuple):
 
 
 class PinnedMemory(CudaMemory):
-    """Slot memory filled by way of pinned buffers, each of the longest record's length."""
+    """Slot memory filled through pinned buffers, each as long as the longest record."""
 
     def __init__(self, source: ExpertStore, runtime: CudaRuntime, buffers: int):
         """Allocate the buffers.
 
         Args:
-            source: Where records come from.
-            runtime: The GPU's calls.
-            buffers: How many; records of a group beyond that are read when those before them have been copied.
+            source: Store that records come from.
+            runtime: Calls of the CUDA runtime.
+            buffers: Number of buffers. Further records of a group are read after earlier ones have been copied.
 
         Raises:
             MemoryLimitError: If the system has no memory for them.
@@ -301,17 +301,17 @@ class PinnedMemory(CudaMemory):
         return len(self._all) * self._size
 
     def start(self, target: CudaSlots, slots: Mapping[int, int]) -> Pending:
-        """Start reading records into buffers, each to be copied when it is whole."""
+        """Start reading records into buffers. Each is copied as soon as it is complete."""
         return _Staged(self, target, slots)
 
     def take(self, wanted: int) -> list[_Buffer]:
-        """Return up to so many free buffers, and at least one: where all are taken, nobody waits for theirs."""
+        """Return at least one and up to ``wanted`` free buffers. If all are taken, their reads were abandoned."""
         if self._free.empty():
             self.drain()
         return [self._free.get() for _ in range(min(wanted, self._free.qsize()))]
 
     def give_back(self, buffers: list[_Buffer]) -> None:
-        """Note that buffers are free again."""
+        """Return buffers to the free ones."""
         while buffers:
             self._free.put(buffers.pop())
 

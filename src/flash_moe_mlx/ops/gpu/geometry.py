@@ -1,4 +1,4 @@
-"""How a quantised matvec is spread over lanes: the compile-time constants of the matvec kernels."""
+"""Distribution of a quantised matvec over lanes: the compile-time constants of the matvec kernels."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from ...formats.schemes import AFFINE
 
 SIMD_WIDTH = 32
 CHUNK = 32
-"""Consecutive weights of a row that a lane takes at a time: a word for each bit of a weight."""
+"""Consecutive weights of a row that a lane takes at a time: as many words as a weight has bits."""
 
 STAGED_VALUES = 4096
 """Values of x staged in threadgroup memory at a time, as float32: 18 KiB of the 32 that Metal allows."""
@@ -15,14 +15,14 @@ STAGED_VALUES = 4096
 
 @dataclass(frozen=True)
 class Geometry:
-    """Spread of one matvec over threads. kernels/README.md draws it.
+    """Distribution of one matvec over threads. kernels/README.md draws it.
 
     Attributes:
         lanes: Lanes that share a row: a power of two up to 32.
         rows: Rows that a lane computes at once.
-        simd_groups: SIMD groups a threadgroup.
-        tile: Values of x staged at a time: a multiple of CHUNK * lanes, or all.
-        scaled_bits: Bits a weight where fields are masked in place, 0 where they are shifted down.
+        simd_groups: SIMD groups per threadgroup.
+        tile: Number of values of x staged at a time: a multiple of CHUNK * lanes, or all.
+        scaled_bits: Bits per weight if fields are masked in place, 0 if they are shifted down.
     """
 
     lanes: int
@@ -46,15 +46,15 @@ class Geometry:
         return (SIMD_WIDTH, self.simd_groups, 1)
 
     def grid(self, groups: int, outputs: int) -> tuple[int, int, int]:
-        """Threads in all, for ``groups`` threadgroups along x and ``outputs`` rows of the matrix."""
+        """Return the total number of threads for ``groups`` threadgroups along x and ``outputs`` rows of the matrix."""
         per_threadgroup = self.simd_groups * (SIMD_WIDTH // self.lanes) * self.rows
         return (SIMD_WIDTH * groups, self.simd_groups * -(-outputs // per_threadgroup), 1)
 
 
 def choose_lanes(chunks: int) -> int:
-    """Lanes that share a row of so many chunks: as many as leave fewest idle in the last step."""
+    """Return the number of lanes that share a row of ``chunks`` chunks, so that few of them idle in the last step."""
     sizes = (32, 16, 8, 4, 2, 1)
-    # max keeps the first of equals: more lanes a row read longer contiguous runs.
+    # max keeps the first of equals: more lanes per row read longer contiguous runs.
     return max(sizes, key=lambda lanes: chunks / (lanes * -(-chunks // lanes)))
 
 
@@ -69,17 +69,17 @@ def choose_geometry(
     staged_values: int = STAGED_VALUES,
     lanes: int | None = None,
 ) -> Geometry:
-    """Spread of the matvecs of one kernel, which share x.
+    """Choose the distribution of the matvecs of one kernel, which share x.
 
     Args:
         where: Name of the caller, for errors.
-        columns: Weights a row.
+        columns: Number of weights per row.
         quantizations: (bits, group size) of each matrix.
-        rows: Rows that a lane computes at once.
-        simd_groups: SIMD groups a threadgroup.
-        x_rows: Rows of x that a threadgroup stages.
-        staged_values: Values of x that fit into threadgroup memory.
-        lanes: Lanes that share a row; chosen from the columns where it is None.
+        rows: Number of rows that a lane computes at once.
+        simd_groups: SIMD groups per threadgroup.
+        x_rows: Number of rows of x that a threadgroup stages.
+        staged_values: Number of values of x that fit into threadgroup memory.
+        lanes: Number of lanes that share a row; None chooses it from the columns.
 
     Raises:
         ShapeError: If bits or group size are not supported, or columns are not whole groups.
@@ -106,6 +106,6 @@ def choose_geometry(
 
 
 def load_width(columns: int, bits: int) -> int:
-    """Words that a lane may load at a time, so that every load of every row is aligned: 4, 2 or 1."""
+    """Return how many words a lane may load at a time so that all loads of all rows are aligned: 4, 2 or 1."""
     row_words = columns * bits // 32
     return next(width for width in (4, 2, 1) if bits % width == 0 and row_words % width == 0)

@@ -24,19 +24,19 @@ from ...machine import cache_folder
 from ..backend import REFERENCE_SWITCH
 
 _REFUSALS = ("Unable to build metal library", "Failed to compile", "Thread group size")
-"""What MLX's errors say where a kernel can't be compiled, or not be launched as it is."""
+"""Phrases in MLX's errors if a kernel can't be compiled or launched."""
 
 _NO_MEMORY = ("out of memory", "Unable to allocate")
-"""What they say where the GPU's memory is used up."""
+"""Phrases in MLX's errors if the GPU is out of memory."""
 
 MIN_DEVICE_ELEMENTS = 8
-"""MLX passes smaller inputs in Metal's constant address space; bodies take pointers into device memory only."""
+"""Minimum size of an input. MLX passes smaller ones in Metal's constant address space; bodies take device pointers."""
 
 BODY_MARKER = "// --- body ---"
 DIALECTS = {"metal": "dialect_metal.h", "cuda": "dialect_cuda.h"}
 
 TYPE_NAMES = {mx.float32: "float", mx.bfloat16: "bfloat16_t", mx.float16: "float16_t", mx.uint32: "uint32_t"}
-"""What the dialects call MLX's dtypes."""
+"""Names of MLX's dtypes in the dialects."""
 
 Constants = tuple[tuple[str, int | bool | float | mx.Dtype], ...]
 
@@ -48,7 +48,7 @@ _ADDRESS_SPACES = re.compile(r"\b(?:device|constant|threadgroup|thread)\b ?")
 
 @dataclass(frozen=True)
 class KernelSource:
-    """One kernel file, read.
+    """The contents of one kernel file.
 
     Attributes:
         name: File name without its suffix.
@@ -83,19 +83,19 @@ def kernel_folder() -> Traversable:
 
 
 def strip_comments(text: str) -> str:
-    """Remove comments and empty lines: MLX hashes the source on every call, and searches it for names."""
+    """Remove comments and empty lines, because MLX hashes the source on every call and searches it for names."""
     lines = (_COMMENT.sub("", line).rstrip() for line in text.splitlines())
     return "\n".join(line for line in lines if line) + "\n"
 
 
 def to_cuda(text: str) -> str:
-    """Remove Metal's address spaces, which are parts of CUDA's own names and thus no macros."""
+    """Remove Metal's address spaces. They can't be macros, because they are parts of CUDA's own names."""
     return _ADDRESS_SPACES.sub("", text)
 
 
 @cache
 def read_text(name: str) -> str:
-    """Text of a file in kernels/."""
+    """Return the text of a file in kernels/."""
     return (kernel_folder() / name).read_text(encoding="ascii")
 
 
@@ -118,7 +118,7 @@ def read_kernel(name: str) -> KernelSource:
 
 
 def generate(name: str, backend: str) -> tuple[str, str]:
-    """Header and body of a kernel as MLX gets them.
+    """Return the header and body of a kernel for MLX.
 
     Args:
         name: File name in kernels/, without suffix.
@@ -132,7 +132,7 @@ def generate(name: str, backend: str) -> tuple[str, str]:
 
 
 def cuda_folder() -> Path:
-    """Where the files that CUDA kernels include are kept. MLX keeps compiled kernels by the text that names them."""
+    """Return the folder of the files that CUDA kernels include. MLX caches compiled kernels by the including text."""
     return cache_folder() / "cuda"
 
 
@@ -144,14 +144,14 @@ def include(text: str, folder: Path) -> str:
             folder.mkdir(parents=True, exist_ok=True)
             with NamedTemporaryFile("w", dir=folder, encoding="ascii", delete=False) as file:
                 file.write(text)
-            Path(file.name).replace(path)  # whole or not at all, whoever else writes it
+            Path(file.name).replace(path)  # atomic: another process may write the same file
     except OSError:
         return text
     return f'#include "{path}"\n'
 
 
 def declare(constants: Constants) -> str:
-    """The constants as the declarations that stand in front of the body, in every dialect."""
+    """Return the declarations of the constants, which precede the body, in every dialect."""
     lines = []
     for name, value in constants:
         if isinstance(value, mx.Dtype):
@@ -166,15 +166,15 @@ def declare(constants: Constants) -> str:
 
 @dataclass(frozen=True, eq=False)
 class Kernel:
-    """A kernel file with its constants: made once for a shape, compiled by MLX on its first launch.
+    """A kernel file with its constants, created once per shape and compiled by MLX on its first launch.
 
-    The constants are text in front of the body and no template arguments: MLX turns those into strings on
-    every call, which took 3 of the 5 microseconds that a call with 27 of them takes to build.
+    The constants are declarations before the body instead of template arguments, which MLX converts to strings on
+    every call: that took 3 of the 5 microseconds of building a call with 27 of them.
 
     Attributes:
         name: File name in kernels/, without suffix.
         constants: Compile-time constants and types of the body.
-        threadgroup: Threads a threadgroup.
+        threadgroup: Threads per threadgroup.
     """
 
     name: str
@@ -183,7 +183,7 @@ class Kernel:
 
     @cached_property
     def label(self) -> str:
-        """Name of the compiled function: another one for other constants, as MLX's caches go by it."""
+        """Name of the compiled function. It depends on the constants, because MLX caches kernels by name."""
         digest = hashlib.sha256(declare(self.constants).encode()).hexdigest()
         return f"flash_moe_{self.name}_{digest[:12]}"
 
@@ -195,17 +195,17 @@ class Kernel:
 
     @cached_property
     def cuda(self) -> Callable[..., list[mx.array]]:
-        """MLX's CUDA kernel. Its text is in files that the one that MLX gets includes.
+        """MLX's CUDA kernel. The text for MLX only includes the files that hold the kernel.
 
-        MLX's CUDA backend hashes the whole text on every launch: 2.8 of the 9 microseconds that a launch with 12,000
-        characters takes the host.
+        MLX's CUDA backend hashes the whole text on every launch, which took 2.8 of the host's 9 microseconds per launch
+        with 12,000 characters.
         """
         header, body = generate(self.name, "cuda")
         shapes = [f"{name}_shape" for name in read_kernel(self.name).inputs if f"{name}_shape" in body]
         return self._make(
             mx.fast.cuda_kernel,
             include(header, cuda_folder()),
-            # MLX looks for the names of the shapes in the text that it gets.
+            # MLX looks for the names of shapes in this text.
             f"// {' '.join(shapes)}\n" + include(declare(self.constants) + body, cuda_folder()),
         )
 
@@ -219,10 +219,10 @@ class Kernel:
 
 @contextmanager
 def explain_refusals(kernel: str = "every kernel") -> Iterator[None]:
-    """Within it, and around what it decorates, a kernel that the GPU's compiler refuses is told as one.
+    """Raise a typed error if the GPU's compiler refuses a kernel. A context manager and a decorator.
 
     Args:
-        kernel: Name of the kernel, where a single one is evaluated.
+        kernel: Name of the kernel, if only one is evaluated.
 
     Raises:
         MemoryLimitError: If the GPU has no memory left.
@@ -234,8 +234,8 @@ def explain_refusals(kernel: str = "every kernel") -> Iterator[None]:
         message = str(error).strip()
         if any(sign in message for sign in _NO_MEMORY):
             raise MemoryLimitError(
-                f"[gpu memory] the GPU must have room for what the limit allows, got: {message}\nLower "
-                "gpu_memory_limit (memory_limit where the GPU has none of its own), or end other programs on it."
+                f"[gpu memory] the GPU must have room for all that the limit allows, got: {message}\nLower "
+                "gpu_memory_limit (memory_limit if the GPU has no memory of its own), or end other programs on it."
             ) from error
         if not any(refusal in message for refusal in _REFUSALS):
             raise
@@ -247,7 +247,7 @@ def explain_refusals(kernel: str = "every kernel") -> Iterator[None]:
 
 @contextmanager
 def launched_at_once() -> Iterator[None]:
-    """Within it, this thread evaluates every launch at once, so that the error of one names its kernel."""
+    """Evaluate every launch of this thread immediately, so that an error names its kernel. A context manager."""
     _thread.at_once = True
     try:
         yield
@@ -271,8 +271,8 @@ def launch(
         kernel: File and constants.
         inputs: Arrays in the order of the file's ``Inputs`` line.
         outputs: (shape, dtype) in the order of its ``Outputs`` line.
-        grid: Threads in all, a multiple of the threadgroup.
-        init_value: What the outputs hold before; tests poison them with NaN.
+        grid: Total number of threads, a multiple of the threadgroup.
+        init_value: Initial value of the outputs; tests poison them with NaN.
     """
     if not getattr(_thread, "at_once", False):
         return _run(kernel, inputs, outputs, grid, init_value)
