@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
@@ -33,6 +34,12 @@ def router_in_eight_bits(path: str, module: Any) -> bool | dict[str, int]:
     if path.endswith(("mlp.gate", "shared_expert_gate")):
         return {"group_size": 64, "bits": 8}
     return hasattr(module, "to_quantized")
+
+
+def test_a_mixer_without_a_step_runs_as_a_module():
+    mixer = nn.Linear(4, 4)
+    assert gpu_step.mixer_step(mixer) is None
+    assert gpu_step.mixer_step(mixer) is None  # also when asked again
 
 
 @pytest.fixture(scope="module")

@@ -31,9 +31,7 @@ from .gpu_token import ResidentDecoder, layer_choice
 from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .memory import HybridMemory
 from .mixers import MIXERS
-from .mixers.attention import GatedAttention
 from .mixers.blocks import mix
-from .mixers.gated_delta import GatedDeltaNet
 from .moe_block import StreamingMoE, take_unchecked
 from .spec import ModelSpec, convert, dense_bytes, load_bytes
 
@@ -56,8 +54,8 @@ STEPPED_TOKENS = 2
 Stepping beats a chunk up to about eight tokens, but beyond two a small cache may have to read an expert twice.
 """
 
-Mixers = Mapping[str, Callable[[ModelConfig, str, QuantizationOf], GatedAttention | GatedDeltaNet]]
-"""Mixer of each of config.json's layer_types: `mixers.MIXERS`, with a model's own variants."""
+Mixers = Mapping[str, Callable[[ModelConfig, str, QuantizationOf], Any]]
+"""Mixer of each name in config.json's layer_types: `mixers.MIXERS`, with a model's own variants."""
 
 
 class DecoderLayer(nn.Module):
@@ -86,10 +84,9 @@ class DecoderLayer(nn.Module):
             )
 
     @property
-    def mixer(self) -> GatedAttention | GatedDeltaNet:
+    def mixer(self) -> Any:
         """The layer's token mixer, under whichever name the checkpoint has for it."""
-        mixer: GatedAttention | GatedDeltaNet = getattr(self, self.mixer_name)
-        return mixer
+        return getattr(self, self.mixer_name)
 
     def mix(self, x: mx.array, cache: Any) -> mx.array:
         """Return ``h`` and advance the cache."""

@@ -216,11 +216,15 @@ class MoEStep:
         return expert_ffn_combine(h, bank, slots, weights, self.shared.bank, logits, h, norm)
 
 
+_STEPS: tuple[tuple[type[nn.Module], Any], ...] = ((GatedDeltaNet, DeltaStep), (GatedAttention, AttentionStep))
+"""Step of each kind of mixer; other mixers run as modules."""
+
+
 def mixer_step(mixer: Any) -> DeltaStep | AttentionStep | None:
     """Return the step of a mixer, created on first use and stored with it; None if there is none."""
     if "_gpu_step" not in vars(mixer):
-        of = DeltaStep.of if isinstance(mixer, GatedDeltaNet) else AttentionStep.of
-        mixer._gpu_step = of(mixer)
+        kind = next((step for module, step in _STEPS if isinstance(mixer, module)), None)
+        mixer._gpu_step = None if kind is None else kind.of(mixer)
     step: DeltaStep | AttentionStep | None = mixer._gpu_step
     return step
 

@@ -11,11 +11,12 @@ from .spec import ModelSpec
 
 Prepare = Callable[[Checkpoint, Mapping[str, mx.array], StreamingConfig, mx.Dtype], ModelSpec]
 
-_FAMILIES: dict[str, Prepare] = {
+OWN_FAMILIES: dict[str, Prepare] = {
     "qwen3_5_moe": qwen3_5_moe.prepare,
     "qwen3_5_moe_text": qwen3_5_moe.prepare,
     "qwen3_next": qwen3_next.prepare,
 }
+"""Definitions of our own, by model type. They also read dense tensors in the hub's form."""
 
 
 def build_spec(
@@ -35,5 +36,5 @@ def build_spec(
     """
     model_type = str(checkpoint.config.get("model_type"))
     has_file = checkpoint.config.get("model_file") is not None  # takes precedence over any definition
-    prepare = switch_glu.prepare if has_file else _FAMILIES.get(model_type, switch_glu.prepare)
+    prepare = switch_glu.prepare if has_file else OWN_FAMILIES.get(model_type, switch_glu.prepare)
     return prepare(checkpoint, stored, streaming, dtype)

@@ -14,13 +14,11 @@ from ..formats.packed_format import PackedLayer
 from ..formats.quantization import mlx_name
 from ..formats.safetensors_header import TensorInfo
 from ..formats.schemes import AFFINE
+from ..models.registry import OWN_FAMILIES
 from .dense import CHUNK_BYTES, DenseFile, copy_tasks, row_tasks
 from .mlx_lm_dense import DenseParameter, MlxLmDense, cast_dtype, is_known
 from .settings import Conversion, PackSettings, target_layout
 from .tasks import ExpertTask, Item, Task, merge_runs
-
-_OWN_FAMILIES = ("qwen3_5_moe", "qwen3_5_moe_text", "qwen3_next")
-"""Model types whose dense tensors this library can also read in the hub's form."""
 
 
 @dataclass(frozen=True)
@@ -121,7 +119,7 @@ def _mlx_lm_dense(checkpoint: Checkpoint, settings: PackSettings, *, quantise: b
     """Return mlx-lm's view of the dense tensors, or None if they are copied as they are stored."""
     if quantise and settings.bits is not None:
         return MlxLmDense(checkpoint, Quantization(settings.bits, settings.group_size))
-    if not checkpoint.format.startswith("hf") or checkpoint.config.get("model_type") in _OWN_FAMILIES:
+    if not checkpoint.format.startswith("hf") or str(checkpoint.config.get("model_type")) in OWN_FAMILIES:
         return None
     return MlxLmDense(checkpoint, None)  # under mlx-lm's names, which a packed checkpoint has
 
