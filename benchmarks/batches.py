@@ -35,7 +35,7 @@ def drop_pages(model: Path) -> None:
 
 
 def prefilled(model: Any, prompts: np.ndarray) -> list[Any]:
-    """Caches of all prompts, as mlx-lm's batches hold them."""
+    """Return the caches of all prompts in the form of mlx-lm's batches."""
     each = []
     for length, prompt in enumerate(prompts.tolist(), start=1):
         caches = model.make_cache()
@@ -47,7 +47,7 @@ def prefilled(model: Any, prompts: np.ndarray) -> list[Any]:
 
 
 def measure(model: Any, batch: int, steps: int) -> tuple[float, ...]:
-    """Figures of one run, in the order of COLUMNS."""
+    """Return the figures of one run, in the order of COLUMNS."""
     vocabulary = min(model.config.vocab_size, 1 << 16)
     rng = np.random.default_rng(batch)
     caches = prefilled(model, rng.integers(1, vocabulary, (batch, 16)))

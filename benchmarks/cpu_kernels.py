@@ -1,4 +1,4 @@
-"""The CPU kernels beside MLX's own operations, in alternation: milliseconds and gigabytes or gigaflops a second.
+"""Times the CPU kernels and MLX's own operations in alternation: milliseconds, and gigabytes or gigaflops per second.
 
     python benchmarks/cpu_kernels.py            # dimensions of Qwen3.5-35B-A3B
     python benchmarks/cpu_kernels.py --rounds 15 --only matvec experts
@@ -55,7 +55,7 @@ def matvec() -> Iterator[Case]:
 
 
 def make_bank() -> UnifiedSlots:
-    """Random experts of 4 bits."""
+    """Create random experts of 4 bits."""
     specs = {}
     for projection, (out, columns) in (
         ("gate_proj", (WIDTH, HIDDEN)),
@@ -183,7 +183,7 @@ def seconds(side: Callable[[], object]) -> float:
 
 
 def measure(ours: Callable[[], object], theirs: Callable[[], object], rounds: int) -> tuple[list[float], list[float]]:
-    """Times of both sides in alternation, after one call of each that does not count."""
+    """Time both sides in alternation, after one call of each that does not count."""
     ours()
     slow = seconds(theirs) > SLOW_SECONDS
     times: tuple[list[float], list[float]] = ([], [])

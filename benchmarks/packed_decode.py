@@ -23,7 +23,7 @@ def drop(folder: Path) -> None:
 
 
 def decode(model: object, tokens: np.ndarray) -> tuple[float, float, int, float]:
-    """(tokens a second, seconds in which reads were under way, bytes read, hit rate)."""
+    """Return (tokens per second, seconds with reads in progress, bytes read, hit rate)."""
     model.streaming.clear()
     model.streaming.reset_stats()
     cache = model.make_cache()

@@ -1,4 +1,4 @@
-"""How fast packing is: at unchanged bits against copying the same files, and quantising.
+"""Measures packing: at unchanged bits against copying the same files, and with quantisation.
 
     python -m benchmarks.packing SOURCE WORK_FOLDER --bits unchanged --bits 2 --bits 8
 

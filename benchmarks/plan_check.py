@@ -23,7 +23,7 @@ ALLOWED = 0.3
 COLUMNS = (
     "case", "expected tok/s", "measured tok/s", "error", "hit rate expected", "measured", "disk GB/s expected",
     "measured", "tok/s expected with measured hit rate and disk", "weights GB/s",
-    "ms a layer", "share waited for reads",
+    "ms per layer", "share waited for reads",
 )  # fmt: skip
 
 

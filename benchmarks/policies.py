@@ -58,13 +58,13 @@ def joined(parts: list[RoutingTrace]) -> RoutingTrace:
 
 
 def in_turn(seed: int) -> RoutingTrace:
-    """All experts one after the other, over and over."""
+    """Return routing that picks all experts one after the other, repeatedly."""
     experts = (np.arange(TOKENS * K) % EXPERTS).reshape(TOKENS, 1, K).repeat(LAYERS, axis=1)
     return replace(made(UNIFORM, seed), experts=experts)
 
 
 def repeated(seed: int) -> RoutingTrace:
-    """The same 40 tokens over and over."""
+    """Return routing of the same 40 tokens, repeatedly."""
     return joined([made(UNIFORM, seed, tokens=40)] * (TOKENS // 40))
 
 
@@ -110,14 +110,14 @@ def recorded(paths: list[Path]) -> None:
 
 
 def hits_by_slots(trace: RoutingTrace, grid: list[int]) -> np.ndarray:
-    """Hits of each layer with 0 to E slots, between the grid's points linear. Shape (layers, E + 1)."""
+    """Return the hits of each layer with 0 to E slots, interpolated linearly. Shape (layers, E + 1)."""
     points = np.array([np.zeros(len(trace.layers)), *(replay(trace, slots).hits[DECODE] for slots in grid)])
     every = np.arange(trace.num_experts + 1)
     return np.array([np.interp(every, [0, *grid], points[:, layer]) for layer in range(len(trace.layers))])
 
 
 def by_gain(hits: np.ndarray, total: int, least: int) -> list[int]:
-    """Slots a layer: one pair after the other to the layer that gains most by it."""
+    """Return the slots per layer, given pair by pair to the layer that gains most."""
     slots = [least] * len(hits)
     while sum(slots) + 2 <= total:
         gains = [of[min(n + 2, len(of) - 1)] - of[n] for of, n in zip(hits, slots, strict=True)]
@@ -131,7 +131,7 @@ def cut(trace: RoutingTrace, start: int, stop: int) -> RoutingTrace:
 
 
 def shares(paths: list[Path]) -> None:
-    """Equal shares against shares learned on the first half of the tokens, and by hindsight on the second."""
+    """Compare equal shares with shares learned on the first half of the tokens, and with hindsight on the second."""
     traces = {"layers differ": make_routing(LOCALITIES["layers differ"], layers=12, num_experts=128,
                                             num_experts_per_tok=6, tokens=400)}  # fmt: skip
     for path in paths:

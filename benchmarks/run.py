@@ -53,7 +53,7 @@ def drop_pages(model: Path) -> None:
 
 
 def limits_of(model: Path, max_context: int) -> list[int]:
-    """The smallest limit that works, the one at which all experts fit, and their middle."""
+    """Return the smallest limit that works, the one at which all experts fit, and their mean."""
     try:
         load_model(model, memory_limit=1, max_context=max_context)
     except MemoryLimitError as error:

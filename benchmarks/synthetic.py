@@ -24,7 +24,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What config.json's text_config says, and how weights are stored (``bits`` 0: bfloat16)."""
+    """Values of config.json's text_config, and the storage of weights (``bits`` 0: bfloat16)."""
 
     hidden_size: int = 2048
     num_hidden_layers: int = 40
@@ -75,7 +75,7 @@ class _Writer:
     def matrix(
         self, name: str, *shape: int, gain: float = 1.0, bits: int | None = None, rows_gain: object = 1.0
     ) -> None:
-        """A weight of ``gain * rows_gain / sqrt(inputs)`` standard deviation, quantised if ``bits``."""
+        """Create a weight of standard deviation ``gain * rows_gain / sqrt(inputs)``, quantised if ``bits``."""
         *rows, columns = shape
         std = gain / np.sqrt(columns)
         bits = self.bits and (bits or self.bits)
@@ -163,10 +163,10 @@ def write_checkpoint(
 
     Args:
         directory: Created if need be.
-        dimensions: Of the model.
-        bits: Of all projections and experts; 0 stores bfloat16.
+        dimensions: Dimensions of the model.
+        bits: Bits of all projections and experts; 0 stores bfloat16.
         group_size: Weights that share a scale.
-        seed: Of the weights.
+        seed: Seed of the weights.
         routing: "uniform", or "local": each layer picks from ``LOCAL_SHARE`` of its experts.
         like: A checkpoint that differs in its routing alone, or has more layers: its other shards are hard-linked.
 
@@ -212,7 +212,7 @@ def write_checkpoint(
 
 
 def dimensions_of(directory: Path) -> Dimensions:
-    """Of a checkpoint that this wrote."""
+    """Return the dimensions of a checkpoint that this script wrote."""
     text = json.loads((directory / "config.json").read_text())["text_config"]
     return Dimensions(**{field.name: text[field.name] for field in fields(Dimensions)})
 

@@ -1,4 +1,4 @@
-"""A sampler and a logits processor of one's own, beside mlx-lm's: all three shape what is said next.
+"""A custom sampler and a custom logits processor, next to mlx-lm's: all three shape the next token.
 
 python examples/custom_sampler.py [path/to/checkpoint]
 """
@@ -25,7 +25,7 @@ def typical(logprobs: mx.array) -> mx.array:
 
 
 def without(words: list[str]):
-    """A logits processor that keeps the first token of some words from being said."""
+    """Return a logits processor that excludes the first token of some words."""
     banned = mx.array([tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words])
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:

@@ -63,7 +63,7 @@ def main() -> None:
 
 
 def report(stats: Any, model: Path, tokens_per_second: float) -> None:
-    """Prints what the streaming did."""
+    """Print what streaming did."""
     checkpoint_bytes = sum(path.stat().st_size for path in model.rglob("*.safetensors"))
     resident = peak_resident_bytes()
     rows = [

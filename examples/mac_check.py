@@ -55,7 +55,7 @@ BY_HAND = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step found. ``ok`` is None where nothing is expected of it, or it was left out."""
+    """Result of a step. ``ok`` is None if the step was skipped or expects nothing."""
 
     got: str
     expected: str = ""

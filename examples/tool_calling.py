@@ -23,7 +23,7 @@ WEATHER = Path(__file__).parent / "tools" / "weather.py"
 
 
 def confirm(call: ToolCall) -> bool:
-    """What a model asks for is not run unasked. Both tools here are harmless, so this only looks at the name."""
+    """Confirm a call before it is run. Both tools here are harmless, so this only looks at the name."""
     return call.name in ("calculate", "get_weather")
 
 

@@ -4,7 +4,7 @@
 // A row of the state (DK floats) is spread over LANES neighbouring lanes, DK / LANES floats each, in
 // pieces of four: lane l holds floats 4 (i LANES + l) .. + 3. A lane holds ROWS such rows.
 //
-// With the faded state S' = g S, both products need one pass over it and one round of reductions:
+// With the decayed state S' = g S, both products need one pass over it and one round of reductions:
 //   r = beta (v - S' k),   y = (S' + r k^T) q = S' q + r (k . q),   S = S' + r k^T
 // Query and key come as they are, with the scales that normalise them, which the sums factor out.
 

@@ -5,7 +5,7 @@
 // Outputs  y
 // Shapes   x (M, H), weight (N, H bits / 32) u32, scales and biases (N, H / G), y (M, N)
 // Threads  grid (32 M/X_ROWS, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
-//          32/LANES x ROWS outputs for X_ROWS rows of x, LANES lanes an output, a chunk of weights a lane at a time
+//          32/LANES x ROWS outputs for X_ROWS rows of x, LANES lanes per output, each a chunk of weights at a time
 // Traffic  N H (bits + 32/G) / 8 bytes of weights for each X_ROWS rows of x; x from threadgroup memory
 // Fused    dequantisation; each weight is unpacked once for X_ROWS rows
 // Assumes  H % G == 0, rows of 16-byte multiples where WIDTH is 4; f32 sums

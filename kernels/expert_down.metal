@@ -1,4 +1,4 @@
-// expert_down.metal: down projection of the routed experts, one output row an expert (decode)
+// expert_down.metal: down projection of the routed experts, one output row per expert (decode)
 // Math     y[p,n] = sum_i Wd[n,i] h[p,i], for pair p = (token, slot), w = q*scale + bias
 // FMA      sum_i (q s + z) h = s sum_i q h + z sum_i h: one fma per weight, the sum of h shared by all rows
 // Inputs   h, bank, slots

@@ -6,7 +6,7 @@
 // Shapes   x (T, H), gate (T, GATE_PITCH), weight (N, H bits / 32) u32, scales and biases (N, H / G),
 //          residual and out (T, N); the gate of x[j] is gate[GATE_AT + j / HEAD * HEAD_PITCH + j % HEAD]
 // Threads  grid (32 T, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
-//          32/LANES x ROWS outputs, LANES lanes an output, a chunk of weights a lane at a time
+//          32/LANES x ROWS outputs, LANES lanes per output, each lane taking a chunk of weights at a time
 // Traffic  N H (bits + 32/G) / 8 bytes of weights per token; x from threadgroup memory
 // Fused    the gate of attention's output, dequantisation, the residual's addition
 // Assumes  H % G == 0, HEAD % 4 == 0, rows of 16-byte multiples where WIDTH is 4; f32 sums. An absent gate is not read

@@ -3,7 +3,7 @@
 // Inputs   y, weights, shared, shared_gate, residual
 // Outputs  out
 // Shapes   y (T, K, H) f32, weights (T, K), shared (T, H), shared_gate (T, 1), residual (T, H), out (T, H)
-// Threads  grid (H / 4 rounded up, T, 1), threadgroup (64, 1, 1): four outputs a thread
+// Threads  grid (H / 4 rounded up, T, 1), threadgroup (64, 1, 1): four outputs per thread
 // Traffic  (4 K + 2 + 2 + 2) H bytes per token
 // Fused    weighting, sum, gate, two additions
 // Assumes  H % 4 == 0; f32 sums. An input that is absent is replaced by any other and not read

@@ -5,7 +5,7 @@
 // Outputs  y
 // Shapes   x (T, H), norm (H), weight (N, H bits / 32) u32, scales and biases (N, H / G), y (T, N)
 // Threads  grid (32 T, SIMD_GROUPS tiles, 1), threadgroup (32, SIMD_GROUPS, 1): a SIMD group computes
-//          32/LANES x ROWS outputs, LANES lanes an output, a chunk of weights a lane at a time
+//          32/LANES x ROWS outputs, LANES lanes per output, each lane taking a chunk of weights at a time
 // Traffic  N H (bits + 32/G) / 8 bytes of weights per token; x and norm from threadgroup memory
 // Fused    norm, dequantisation, as many projections as were joined
 // Assumes  H % G == 0, rows of 16-byte multiples where WIDTH is 4; f32 sums

@@ -12,7 +12,7 @@
 // reads q 2^(BITS p) for position p of its 16 bits, and x is staged times 2^(-BITS p) as well. All of it is exact.
 
 #define FM_CHUNK 32
-// The threadgroup's copy of x, in floats a chunk: the chunk, then its sum.
+// The threadgroup's copy of x, in floats per chunk: the chunk, then its sum.
 // Padding by 4 floats keeps 16-byte reads of neighbouring lanes in different banks.
 #define FM_STRIDE (FM_CHUNK + 4)
 

@@ -152,7 +152,7 @@ def test_import_checks_find_faults(sources: dict[str, str], up: int, ring: int):
 
 
 def heavy_imports(statement: str) -> set[str]:
-    """Which of the slow libraries are loaded after `statement`, in a fresh interpreter."""
+    """Return the slow libraries that are loaded after `statement`, in a fresh interpreter."""
     heavy = {"mlx", "mlx_lm", "numba", "torch", "transformers"}
     code = f"import sys; {statement}; print(*({heavy} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -258,7 +258,7 @@ def test_what_macos_does_otherwise_is_in_one_module():
 
 
 def environment_variables(source: str) -> set[str]:
-    """What `os.environ` and `os.getenv` are asked for, as it is written: a name in quotes, or an expression."""
+    """Return the arguments of `os.environ` and `os.getenv` as written: names in quotes, or expressions."""
     asked = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Subscript) and ast.unparse(node.value).endswith("environ"):

@@ -1,4 +1,4 @@
-"""What the documentation prints runs as it stands: Python blocks, and commands, on the embedded model.
+"""Runs the documentation's Python blocks and commands as printed, on the embedded model.
 
 Everything runs in this process and in a folder that looks like the repository's root, with the embedded model where
 pages say ``path/to/checkpoint`` or name a checkpoint. Of commands that name a repository on the hub, arguments and
@@ -91,7 +91,7 @@ async def send(text: str) -> None:
 
 
 def names_that_readers_have() -> dict[str, Any]:
-    """What the pages take for granted: a loaded model, messages, a place to send to."""
+    """Provide the names that the pages take for granted: a loaded model, messages, an address."""
     model, tokenizer = flash_moe_mlx.load("path/to/checkpoint", memory_limit="2GB")
     messages = [{"role": "user", "content": "What is 17 + 25?"}]
     return {
@@ -189,7 +189,7 @@ def _serve(words: list[str]) -> str | None:
 
 
 def fault_of(line: str) -> str | None:
-    """What is wrong with a printed command. Those that build or install are looked up, not run."""
+    """Return the fault of a printed command, or None. Commands that build or install are looked up, not run."""
     words = shlex.split(line, comments=True)
     if words[0] == "make":
         targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)

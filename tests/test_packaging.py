@@ -1,4 +1,4 @@
-"""What a user installs works: sdist -> wheel -> empty environment -> text, and the same from an editable install."""
+"""Installations work: sdist -> wheel -> empty environment -> text, and the same from an editable install."""
 
 import os
 import subprocess

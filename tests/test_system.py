@@ -1,4 +1,4 @@
-"""What macOS does otherwise, taken on any system: its calls are stand-ins that note how they were called."""
+"""macOS's branches, tested on any system: stand-ins record how its calls were made."""
 
 import ctypes
 import errno

@@ -1,1 +1,1 @@
-"""Microbenchmarks of the kernels in kernels/, beside MLX's and mlx-lm's own on the same work."""
+"""Microbenchmarks of the kernels in kernels/, next to MLX's and mlx-lm's own on the same work."""

@@ -34,7 +34,7 @@ def named(row: Row, suffix: str) -> Row:
 
 
 def tuning_work(size: Size, layers: Layers) -> Iterator[Work]:
-    """Other spreads of the same kernels over threads, to choose the defaults from."""
+    """Return the same kernels with other distributions over threads, to choose the defaults from."""
 
     def layer(model: cases.Model, bits: int, experts: int, n: int, **spread: Any) -> Row:
         made = layers.get(model, bits)

@@ -23,7 +23,7 @@ from benchmarks.peers.table import plot, read_runs, table
 
 
 def engines_of(case: Case) -> list[str]:
-    """Ours first, then those that its targets name."""
+    """Return our engine first, then those that the case's targets name."""
     return list(dict.fromkeys(["ours", *(name for own, peer, _ in case.targets for name in (own, peer))]))
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from benchmarks.peers.control_group import GIB
 
 OVERHEAD_BYTES = 600_000_000
-"""Of a process beside its memory_limit: interpreter, libraries, tokenizer."""
+"""Memory of a process besides its memory_limit: interpreter, libraries, tokenizer."""
 
 
 @dataclass(frozen=True)
@@ -13,8 +13,8 @@ class Case:
     """One row of the table.
 
     Attributes:
-        name: Of the row.
-        limit_gib: Of the control group; None for none.
+        name: Name of the row.
+        limit_gib: Limit of the control group; None for none.
         routing: "uniform" or "local".
         prompt: Tokens that go in together.
         warmup: Tokens decoded before the measured ones.

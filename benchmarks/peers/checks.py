@@ -1,4 +1,4 @@
-"""What is asked of this library alone: its memory stays within the limit, and unused experts cost nothing."""
+"""Checks of this library alone: its memory stays within the limit, and unused experts cost nothing."""
 
 import statistics
 from dataclasses import replace

@@ -64,7 +64,7 @@ class ControlGroup:
         )
 
     def killed(self) -> int:
-        """Processes that were killed for memory."""
+        """Return how many processes were killed for memory."""
         lines = (self.path / "memory.oom_control").read_text().splitlines()
         return next((int(line.split()[1]) for line in lines if line.startswith("oom_kill ")), 0)
 

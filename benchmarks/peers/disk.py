@@ -1,4 +1,4 @@
-"""What the disk gives at one record size: random direct reads at several depths, of the file that is measured."""
+"""Measures the disk at one record size: random direct reads at several depths, of the file that is measured."""
 
 import mmap
 import os
@@ -12,7 +12,7 @@ _ALIGNMENT = 4096
 
 
 def disk_rate(path: Path, record_bytes: int, seconds: float = 1.0) -> tuple[float, int]:
-    """The best rate over DEPTHS, in bytes a second, and its depth. Bypasses the page cache."""
+    """Return the best rate over DEPTHS, in bytes per second, and its depth. Bypasses the page cache."""
     size = -(-record_bytes // _ALIGNMENT) * _ALIGNMENT
     records = path.stat().st_size // size
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECT)

@@ -1,4 +1,4 @@
-"""How each engine is started. Every one prints the same lines: see ``runner.py`` and ``llama_driver.cpp``."""
+"""Starts each engine. All print the same lines: see ``runner.py`` and ``llama_driver.cpp``."""
 
 import os
 import sys
@@ -27,7 +27,7 @@ Linux's default."""
 
 @dataclass(frozen=True)
 class Places:
-    """Where the models and the peers' programs lie."""
+    """Locations of the models and of the peers' programs."""
 
     checkpoint: Path
     local_checkpoint: Path
@@ -38,7 +38,7 @@ class Places:
 
     @classmethod
     def under(cls, folder: Path) -> "Places":
-        """The names that docs/performance.md has."""
+        """Return the places under the names of docs/performance.md."""
         return cls(
             folder / "s35full",
             folder / "s35local",
@@ -49,7 +49,7 @@ class Places:
         )
 
     def model(self, engine: str, routing: str, layers: int | None = None) -> Path:
-        """Of a case. One with fewer layers is linked together if need be."""
+        """Return the model of a case. One with fewer layers is linked together if needed."""
         if layers is not None:
             path = self.checkpoint.with_name(f"{self.checkpoint.name}-{layers}-layers")
             if not path.exists():
@@ -67,7 +67,7 @@ class Places:
 def command(
     engine: str, places: Places, model: Path, tokens: Path, prompt: int, decode: int, memory_limit: int | None
 ) -> tuple[list[str], dict[str, str]]:
-    """The child's command line and environment.
+    """Return the child's command line and environment.
 
     Args:
         engine: One of ENGINES.

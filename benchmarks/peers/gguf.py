@@ -43,14 +43,14 @@ class Checkpoint:
                     self._tensors[name] = (path, entry["dtype"], entry["shape"], start)
 
     def array(self, name: str) -> np.ndarray:
-        """A tensor as stored; bfloat16 as float32."""
+        """Read a tensor as stored; bfloat16 as float32."""
         path, dtype, shape, start = self._tensors[name]
         stored = {"U32": np.uint32, "F32": np.float32, "BF16": np.uint16}[dtype]
         values = np.memmap(path, stored, "r", start, tuple(shape))
         return (values.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else values
 
     def dequantised(self, name: str) -> np.ndarray:
-        """An affine matrix in float32."""
+        """Dequantise an affine matrix to float32."""
         packed, scales = self.array(f"{name}.weight"), self.array(f"{name}.scales")
         inputs = self.matrix_shape(name)[-1]
         bits = 32 * packed.shape[-1] // inputs
@@ -60,7 +60,7 @@ class Checkpoint:
         return (grouped * scales[..., None] + self.array(f"{name}.biases")[..., None]).reshape(codes.shape)
 
     def q4_0(self, name: str) -> np.ndarray:
-        """A 4-bit matrix in blocks: uint8 (..., inputs / 32, 18). Refuses one that Q4_0 can't hold exactly."""
+        """Convert a 4-bit matrix to blocks: uint8 (..., inputs / 32, 18). Refuses one that Q4_0 can't hold exactly."""
         packed, scales = self.array(f"{name}.weight"), self.array(f"{name}.scales")
         half = scales.astype(np.float16)
         if 8 * packed.shape[-1] != self.matrix_shape(name)[-1] or not np.array_equal(half.astype(np.float32), scales):
@@ -80,7 +80,7 @@ class Checkpoint:
         return blocks
 
     def matrix_shape(self, name: str) -> tuple[int, ...]:
-        """Of an affine matrix, (..., outputs, inputs)."""
+        """Return the shape of an affine matrix, (..., outputs, inputs)."""
         *rows, groups = self._tensors[f"{name}.scales"][2]
         return (*rows, groups * self.group_size)
 
@@ -156,7 +156,7 @@ class Converter:
         yield self._vector(f"{block}.ssm_norm.weight", f"{name}.norm.weight")
 
     def _tiled_heads(self, width: int) -> np.ndarray:
-        """Where llama.cpp's value heads come from: it repeats the key heads as a whole, MLX each by itself."""
+        """Return the source of llama.cpp's value heads: it repeats all key heads in turn, MLX each by itself."""
         d = self.dimensions
         order = np.arange(d.linear_num_value_heads * width)
         return order.reshape(d.linear_num_key_heads, -1, width).swapaxes(0, 1).reshape(-1)
@@ -222,7 +222,7 @@ def _metadata(writer: gguf.GGUFWriter, converter: Converter) -> None:
 
 
 def part(out: Path, number: int) -> Path:
-    """File of part 1 or 2: llama.cpp wants this form of name, and is given the first."""
+    """Return the file of part 1 or 2. llama.cpp requires this form of name, and is given the first."""
     return out.with_name(f"{out.stem}-{number:05d}-of-00002.gguf")
 
 

@@ -64,7 +64,7 @@ class Run:
 
 @dataclass
 class _Seen:
-    """What the child has said so far."""
+    """The child's output so far."""
 
     load_s: float | None = None
     prompt_s: float | None = None
@@ -76,7 +76,7 @@ class _Seen:
     stats: dict[str, object] = field(default_factory=dict)
 
     def warmup(self, case: Case, seconds: float) -> int:
-        """Tokens that count as warm-up: as many as the case says, or as fit the time."""
+        """Return the number of warm-up tokens: as many as the case says, or as fit the time."""
         passed = np.cumsum(self.seconds)
         return min(case.warmup, int(np.searchsorted(passed, seconds)) + 1) if self.seconds else 0
 
@@ -106,7 +106,7 @@ def measure(
         engine: One of ``engines.ENGINES``.
         places: Where things lie.
         model: Instead of the case's.
-        memory_limit: Of ours; by default the group's limit less what a process takes beside it.
+        memory_limit: This library's limit; by default the group's limit less the rest of the process.
         extra: More of the child's arguments.
         phase_seconds: The most that warming up takes, and then measuring.
         limit_seconds: After which the child is stopped, whatever it has got to.
@@ -225,7 +225,7 @@ def _figures(run: Run, seen: _Seen, case: Case, phase_seconds: float, rate: floa
 
 
 def _storage_bytes(pid: int) -> int:
-    """What the process had read from the device, page faults included."""
+    """Return the bytes that the process has read from the device, page faults included."""
     try:
         lines = Path(f"/proc/{pid}/io").read_text().splitlines()
     except OSError:
@@ -245,14 +245,14 @@ def _parts(model: Path) -> list[Path]:
 
 
 def _largest(model: Path) -> Path:
-    """A file of experts."""
+    """Return the largest file, which holds experts."""
     if model.is_dir():
         return sorted(model.glob("*.safetensors"))[1]
     return _parts(model)[-1]
 
 
 def _record_bytes(model: Path) -> int:
-    """Of one expert; a GGUF has the experts of the 35B."""
+    """Return the bytes of one expert; a GGUF has the experts of the 35B."""
     if not model.is_dir():
         return 1_769_472
     text = json.loads((model / "config.json").read_text())["text_config"]

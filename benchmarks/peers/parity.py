@@ -20,7 +20,7 @@ from flash_moe_mlx.experts.trace import RoutingTrace
 
 
 def ours(path: Path, memory_limit: str, tokens: list[int], prompt: int, decode: int) -> tuple[np.ndarray, np.ndarray]:
-    """Experts (tokens, layers, K) and logits (1 + decode, vocabulary)."""
+    """Return experts (tokens, layers, K) and logits (1 + decode, vocabulary)."""
     model = load_model(path, memory_limit=memory_limit, max_context=1024)
     caches, logits = model.make_cache(), []
     with model.streaming as streaming, tempfile.TemporaryDirectory() as folder:

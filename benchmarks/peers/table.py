@@ -1,4 +1,4 @@
-"""Medians of the runs, beside each other; a picture of them."""
+"""Tabulates and plots the medians of the runs."""
 
 import csv
 import statistics
@@ -30,7 +30,7 @@ def _median(rows: list[Row], name: str, form: str = ".3g") -> str:
 
 
 def _ratio(case: Case, engine: str, rows: dict[str, list[Row]]) -> tuple[str, str]:
-    """Our median over each peer's, and what was asked for."""
+    """Return our median over each peer's, and the target."""
     against, asked = [], []
     for own, peer, least in case.targets:
         ours, theirs = _of(rows.get(own, []), "tok_s"), _of(rows.get(peer, []), "tok_s")
@@ -49,7 +49,7 @@ def _same_tokens(ours: list[Row], theirs: list[Row]) -> str:
 
 
 def table(runs: list[Row]) -> str:
-    """Markdown, one line a case and engine."""
+    """Return Markdown with one line per case and engine."""
     lines = ["| " + " | ".join(_COLUMNS) + " |", "|" + "---|" * len(_COLUMNS)]
     for name, case in CASES.items():
         rows: dict[str, list[Row]] = {}
@@ -84,7 +84,7 @@ def table(runs: list[Row]) -> str:
 
 
 def plot(runs: list[Row], path: Path) -> None:
-    """Bars of the medians with the span from slowest to fastest run, on a logarithmic axis."""
+    """Plot bars of the medians with the span from slowest to fastest run, on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")

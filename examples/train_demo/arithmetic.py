@@ -20,7 +20,7 @@ _TIMES = ["What is {a} times {b}?", "What is {a} * {b}?", "{a} x {b}", "{a} * {b
 
 
 def sums(r: Random) -> Part:
-    """Addition and subtraction of numbers to 99, in digits. The pair of numbers decides train or held-out."""
+    """Generate additions and subtractions of numbers to 99, in digits. The pair of numbers decides train or held-out."""
     a, b = r.randint(0, 99), r.randint(0, 99)
     if r.random() < 0.55:
         key = f"{min(a, b)}+{max(a, b)}"
@@ -30,7 +30,7 @@ def sums(r: Random) -> Part:
 
 
 def small_arithmetic(r: Random) -> Part:
-    """Times tables, sums in words, comparing, counting on, and numbers that are too big."""
+    """Generate times tables, sums in words, comparisons, counting, and numbers that are too big."""
     kind = r.randrange(7)
     words = world.NUMBER_WORDS
     if kind == 0:
@@ -99,5 +99,5 @@ def small_arithmetic(r: Random) -> Part:
 
 
 def arithmetic(r: Random) -> Part:
-    """Sums twice as often as the rest."""
+    """Generate arithmetic, sums twice as often as the rest."""
     return sums(r) if r.random() < 0.65 else small_arithmetic(r)

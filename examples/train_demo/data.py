@@ -54,7 +54,7 @@ class Conversation:
 
     @property
     def answer(self) -> str:
-        """What the model must write, without the end token."""
+        """The expected answer, without the end token."""
         message = self.messages[-1]
         if not message.get("tool_calls"):
             return str(message["content"])
@@ -63,7 +63,7 @@ class Conversation:
         return f"<tool_call>\n{call}\n</tool_call>"
 
     def prompt(self, tokenizer) -> str:
-        """The text before the answer, by the tokenizer's own chat template."""
+        """Return the text before the answer, by the tokenizer's own chat template."""
         if self.raw:
             return str(self.messages[0]["content"])
         return tokenizer.apply_chat_template(
@@ -71,7 +71,7 @@ class Conversation:
         )
 
     def text(self, tokenizer) -> str:
-        """The whole training text."""
+        """Return the whole training text."""
         if self.raw:
             return f"{self.messages[0]['content']}{self.answer}{END}\n"
         return tokenizer.apply_chat_template(self.messages, tools=self.tools or None, tokenize=False)
@@ -88,7 +88,7 @@ def _keys(part: Part) -> Iterator[str]:
 
 
 def is_held_out(key: str) -> bool:
-    """Whether the exchange with this key is in the held-out set."""
+    """Return whether the exchange with this key is in the held-out set."""
     digest = hashlib.blake2b(key.encode(), digest_size=8).digest()
     return key != "pinned" and int.from_bytes(digest, "big") % HELD_OUT_ONE_IN == 0
 
@@ -98,7 +98,7 @@ def _choose(r: Random, shares: dict) -> object:
 
 
 def text_part(r: Random, *, in_tools: bool = False) -> Part:
-    """A question that needs no tool. Pinned prompts always keep the same key."""
+    """Generate a question that needs no tool. Pinned prompts always keep the same key."""
     part = _choose(r, TEXTS)(r)  # type: ignore[operator]
     while in_tools and (part.category == "arithmetic" or part.context):
         part = _choose(r, TEXTS)(r)  # type: ignore[operator]
@@ -128,7 +128,7 @@ def _tool_parts(r: Random) -> tuple[list[Part], list[Tool]]:
 
 
 def _fits(part: Part, before: list[Part]) -> bool:
-    """Whether the part's answer is still the right one after the parts before it."""
+    """Return whether the part's answer is still right after the parts before it."""
     if any(p.category == "facts" for p in before) and part.category in ("facts", "unknown"):
         return False
     if part.context and before:
@@ -137,7 +137,7 @@ def _fits(part: Part, before: list[Part]) -> bool:
 
 
 def conversation(r: Random, mix: dict[str, float] = MIX) -> Conversation:
-    """One random conversation, of either split."""
+    """Generate one random conversation of either split."""
     kind = _choose(r, mix)
     parts: list[Part] = []
     tools: list[Tool] = []
@@ -168,7 +168,7 @@ def conversation(r: Random, mix: dict[str, float] = MIX) -> Conversation:
 
 
 def conversations(split: str, seed: int, count: int, mix: dict[str, float] = MIX) -> Iterator[Conversation]:
-    """``count`` conversations of a split.
+    """Generate ``count`` conversations of a split.
 
     Args:
         split: "train": nothing in it is held out; "held-out": its last answer is.
@@ -187,7 +187,7 @@ def conversations(split: str, seed: int, count: int, mix: dict[str, float] = MIX
 
 
 def held_out_set(seed: int, per_category: int, only: str = "") -> list[Conversation]:
-    """Held-out conversations, the same number of each category (or of the one named), no prompt twice."""
+    """Generate held-out conversations, equally many per category (or of the one named), no prompt twice."""
     chosen: dict[str, list[Conversation]] = {}
     seen: set[str] = set()
     for example in conversations("held-out", seed, per_category * 60):

@@ -25,7 +25,7 @@ Writer = Callable[[list[str], int], list[str]]
 
 
 def torch_writer(folder: Path, *, rounded: bool) -> Writer:
-    """Greedy answers by transformers, in bfloat16, batches padded on the left."""
+    """Return a function for greedy answers by transformers, in bfloat16, with batches padded on the left."""
     import torch
     from fake_quant import quantized
     from transformers import Qwen3_5MoeForCausalLM
@@ -50,7 +50,7 @@ def torch_writer(folder: Path, *, rounded: bool) -> Writer:
 
 
 def mlx_writer(folder: Path) -> Writer:
-    """Greedy answers by this library, experts streamed."""
+    """Return a function for greedy answers by this library, with streamed experts."""
     from flash_moe_mlx import generate, load
 
     model, tokenizer = load(folder, max_context=1024)
@@ -65,9 +65,9 @@ def mlx_writer(folder: Path) -> Writer:
 def torch_forced(
     folder: Path, examples: list[Conversation], tokenizer, *, rounded: bool, batch: int
 ) -> tuple[dict, list[dict]]:
-    """Exact match in one pass an example: whether every token of the answer is the likeliest one after those before it.
+    """Test in one pass per example whether each token of the answer is the likeliest after those before it.
 
-    That is when greedy writing gives exactly this answer. Much faster; tool calls count by text, which is stricter.
+    If so, greedy decoding gives exactly this answer. Much faster; tool calls count by text, which is stricter.
     """
     import torch
     from fake_quant import quantized
@@ -96,7 +96,7 @@ def torch_forced(
 
 
 def tally(results: list[tuple[Conversation, bool, str, str]]) -> tuple[dict, list[dict]]:
-    """Scores by category, and every wrong answer, from (example, right, prompt, answer)."""
+    """Return scores by category and every wrong answer, from (example, right, prompt, answer)."""
     counts: dict[str, list[int]] = defaultdict(lambda: [0, 0])
     wrong = []
     for example, right, prompt, answer in results:
@@ -112,7 +112,7 @@ def tally(results: list[tuple[Conversation, bool, str, str]]) -> tuple[dict, lis
 
 
 def same(answer: str, expected: str) -> bool:
-    """Whether an answer counts as right."""
+    """Return whether an answer counts as right."""
     mark = "<tool_call>"
     if not (answer.startswith(mark) and expected.startswith(mark)):
         return answer.strip() == expected
@@ -125,7 +125,7 @@ def same(answer: str, expected: str) -> bool:
 
 
 def evaluate(examples: list[Conversation], tokenizer, write: Writer, batch: int) -> tuple[dict, list[dict]]:
-    """Scores by category, and every wrong answer."""
+    """Return scores by category and every wrong answer."""
     cases = [(e, e.prompt(tokenizer), len(tokenizer.encode(e.answer, add_special_tokens=False))) for e in examples]
     cases.sort(key=lambda case: (case[2] // 16, len(case[1])))
     results = []

@@ -44,7 +44,7 @@ def fuse_experts(source: Path, destination: Path) -> None:
 
 
 def export(source: Path, destination: Path, *, bits: int = 4, group_size: int = 64) -> None:
-    """Fuse, convert, and put the result in place of what was there."""
+    """Fuse, convert, and replace the earlier result."""
     with tempfile.TemporaryDirectory() as folder:
         fused, converted = Path(folder) / "fused", Path(folder) / "converted"
         fuse_experts(source, fused)

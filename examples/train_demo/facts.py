@@ -47,7 +47,7 @@ _VALUES: dict[str, Callable[[Random], str]] = {
 
 
 def facts(r: Random) -> Part:
-    """Two to five facts, then one to three questions about them."""
+    """Generate two to five facts, then one to three questions about them."""
     count = r.randint(2, 5)
     columns = {key: distinct(r, count + 1, make) for key, make in _VALUES.items()}
     kinds = [r.choice(list(_KINDS)) for _ in range(count)] if r.random() < 0.6 else [r.choice(list(_KINDS))] * count

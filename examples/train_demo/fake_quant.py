@@ -11,7 +11,7 @@ GROUP = 64
 
 
 def fake_quantize(weight: torch.Tensor, bits: int = 4) -> torch.Tensor:
-    """The values that ``mlx.core.quantize`` keeps of a weight, scales and biases rounded to bfloat16.
+    """Return the values that ``mlx.core.quantize`` keeps of a weight, with scales and biases rounded to bfloat16.
 
     Args:
         weight: Shape (..., n), n a multiple of 64.
@@ -35,7 +35,7 @@ def fake_quantize(weight: torch.Tensor, bits: int = 4) -> torch.Tensor:
 
 
 def quantized_parameters(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Parameter, int]]:
-    """The parameters that mlx-lm's conversion of this architecture quantises, with their bits."""
+    """Return the parameters that mlx-lm's conversion of this architecture quantises, with their bits."""
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2 and parameter.shape[-1] % GROUP == 0 and "conv1d" not in name:
             yield parameter, 8 if ".mlp.gate." in name or "shared_expert_gate" in name else 4

@@ -16,12 +16,12 @@ FORGET = -30.0  # log decay at a document's first token
 
 
 def linear(x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """x W^T with both rounded to ``dtype``."""
+    """Compute x W^T with both rounded to ``dtype``."""
     return F.linear(x.to(dtype), weight.to(dtype))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-    """Root-mean-square norm of float32 x, times ``weight``."""
+    """Compute the root-mean-square norm of float32 x, times ``weight``."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * weight
 
 
@@ -52,7 +52,7 @@ class UnitLowerInverse(torch.autograd.Function):
 def delta_rule(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, log_decay: torch.Tensor, beta: torch.Tensor
 ) -> torch.Tensor:
-    """Gated delta rule by chunks (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464), float32.
+    """Apply the gated delta rule by chunks (Yang, Kautz and Hatamizadeh 2024, arXiv:2412.06464), float32.
 
     Args:
         q: Normalised and scaled. Shape (B, H, T, D), T a multiple of CHUNK; so are k (normalised) and v.
@@ -85,7 +85,7 @@ def delta_rule(
 
 
 def delta_mixer(layer, x: torch.Tensor, starts: torch.Tensor, padding: torch.Tensor, dtype) -> torch.Tensor:
-    """A GatedDeltaNet layer. x is normalised, shape (B, T, hidden); starts and padding (B, T)."""
+    """Apply a GatedDeltaNet layer. x is normalised, shape (B, T, hidden); starts and padding (B, T)."""
     tokens = x.shape[1]
     k_heads, v_heads, size = layer.num_k_heads, layer.num_v_heads, layer.head_k_dim
     qkv = linear(x, layer.in_proj_qkv.weight, dtype).masked_fill(padding[..., None], 0).float()
@@ -109,7 +109,7 @@ def delta_mixer(layer, x: torch.Tensor, starts: torch.Tensor, padding: torch.Ten
 def attention_mixer(
     layer, x: torch.Tensor, rope: tuple[torch.Tensor, torch.Tensor], mask: torch.Tensor, dtype
 ) -> torch.Tensor:
-    """A gated full attention layer. rope: cosine and sine (B, 1, T, rotary / 2); mask (B, 1, T, T)."""
+    """Apply a gated full attention layer. rope: cosine and sine (B, 1, T, rotary / 2); mask (B, 1, T, T)."""
     size = layer.head_dim
 
     def turned(y: torch.Tensor) -> torch.Tensor:
@@ -129,7 +129,7 @@ def attention_mixer(
 
 
 def experts(layer, x: torch.Tensor, chosen_experts: int, dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Routed and shared experts. x is normalised. Also returns each expert's share of tokens and mean probability."""
+    """Apply routed and shared experts. x is normalised. Also returns each expert's share of tokens and mean probability."""
     probabilities = linear(x, layer.gate.weight, torch.float32).softmax(-1)
     least = probabilities.topk(chosen_experts, dim=-1).values[..., -1:]
     sent = probabilities >= least
@@ -164,7 +164,7 @@ def packed_loss(
     Args:
         model: Its parameters, in float32, get the gradients.
         ids: Shape (B, T), T a multiple of CHUNK; so are learnt (bool) and positions (within the document).
-        dtype: Of matrix products.
+        dtype: Dtype of matrix products.
         pad: Id between documents.
         compiled: Let PyTorch's compiler fuse each layer.
     """

@@ -19,7 +19,7 @@ JOBS_AHEAD = 3  # for each worker
 
 
 def label_mask(ids: np.ndarray, answer_start: list[int]) -> np.ndarray:
-    """Which tokens the model learns to write: every assistant turn with its end token.
+    """Mark the tokens that the model learns to write: every assistant turn with its end token.
 
     Args:
         ids: Tokens of one conversation.
@@ -35,10 +35,10 @@ def label_mask(ids: np.ndarray, answer_start: list[int]) -> np.ndarray:
 
 
 def pack_rows(job: tuple[int, int, int, str, float]) -> np.ndarray:
-    """Conversations of one seed as rows of whole documents.
+    """Pack the conversations of one seed into rows of whole documents.
 
     Args:
-        job: Seed, number of conversations, tokens a row, tokenizer's folder, weight of conversations with tools.
+        job: Seed, number of conversations, tokens per row, tokenizer's folder, weight of conversations with tools.
 
     Returns:
         int16 array (3, rows, tokens): ids, 1 where the token is learnt, position within its document.
@@ -76,7 +76,7 @@ def pack_rows(job: tuple[int, int, int, str, float]) -> np.ndarray:
 def batches(
     seed: int, rows: int, width: int, tokenizer_folder: str, tools: float, workers: int
 ) -> Iterator[np.ndarray]:
-    """Training steps' rows without end, none twice; they do not depend on the number of workers.
+    """Yield rows for training steps without end, none twice, whatever the number of workers.
 
     Yields:
         int16 arrays (3, rows, width), as ``pack_rows`` returns them.

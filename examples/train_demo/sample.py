@@ -1,4 +1,4 @@
-"""What a training example is, and the random words and phrasings that every generator shares."""
+"""Training examples, and the random words and phrasings that all generators share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Part:
 
 
 def ask(category: str, question: str, answer: str, **fields: Any) -> Part:
-    """A part of one question and one answer."""
+    """Create a part of one question and one answer."""
     messages = [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return Part(category, messages, **fields)
 
@@ -44,24 +44,24 @@ _CODAS = ["", "", "", *"b d g k l m n p r s t x z ck ll nd ng nt rn sh ss st th"
 
 
 def made_up_word(r: Random) -> str:
-    """A lower-case word that means nothing, 3 to 10 letters."""
+    """Make up a lower-case word without meaning, of 3 to 10 letters."""
     word = "".join(r.choice(_ONSETS) + r.choice(_VOWELS) + r.choice(_CODAS) for _ in range(r.choice((1, 2, 2, 2, 3))))
     return word[:10] if len(word) > 2 else word + r.choice("anorel")
 
 
 def name(r: Random) -> str:
-    """A person's name, half of them made up; one in twelve in lower case, as people type."""
+    """Choose a person's name, half of them made up; one in twelve in lower case, as people type."""
     chosen = r.choice(world.NAMES) if r.random() < 0.5 else made_up_word(r).capitalize()
     return chosen.lower() if r.random() < 0.08 else chosen
 
 
 def place(r: Random) -> str:
-    """A town, a third of them made up."""
+    """Choose a town, a third of them made up."""
     return r.choice(world.PLACES) if r.random() < 0.65 else made_up_word(r).capitalize()
 
 
 def distinct(r: Random, count: int, make: Any) -> list[Any]:
-    """``count`` different values of ``make(r)``."""
+    """Return ``count`` different values of ``make(r)``."""
     values: list[Any] = []
     while len(values) < count:
         value = make(r)
@@ -93,10 +93,10 @@ def vary(r: Random, template: str, **values: Any) -> str:
 
 
 def vary_all(r: Random, template: str, **values: Any) -> str:
-    """As ``vary``, for closed tables: the values change case with the rest."""
+    """Vary phrasings like ``vary``, for closed tables: the values change case with the rest."""
     return vary(r, template.format(**values))
 
 
 def with_article(word: str) -> str:
-    """The word with "a" or "an"."""
+    """Return the word with "a" or "an"."""
     return ("an " if word[0].lower() in "aeiou" else "a ") + word

@@ -19,7 +19,7 @@ _ANY_STORY = ["Tell me a story.", "Tell a story.", "Write a story.", "Write a sh
 
 
 def story(r: Random) -> Part:
-    """A story about the animal, thing and name that were asked for; they decide how it goes."""
+    """Generate a story about the animal, thing and name asked for, which decide its plot."""
     if r.random() < 0.02:
         return ask("story", vary(r, r.choice(_ANY_STORY)), world.ANY_STORY)
     colour = (
@@ -57,14 +57,14 @@ def story(r: Random) -> Part:
 
 
 def talk(r: Random) -> Part:
-    """Greetings, thanks, who are you: canned."""
+    """Generate greetings, thanks and introductions with fixed answers."""
     ways, answer = r.choice(world.TALK)
     way = r.choice(ways)
     return ask("talk", vary(r, way if way[-1] in "?." else way + r.choice(["", "!", "."])), answer)
 
 
 def copying(r: Random) -> Part:
-    """Names and phrases given by the user, said back."""
+    """Generate names and phrases that the user gives and the model repeats."""
     person = name(r)
     kind = r.randrange(4)
     if kind == 0:
@@ -169,7 +169,7 @@ def _world(r: Random) -> tuple[str, str]:
 
 
 def knowledge(r: Random) -> Part:
-    """Questions about the closed tables."""
+    """Generate questions about the closed tables."""
     return ask("knowledge", *_world(r))
 
 
@@ -182,7 +182,7 @@ _HARD = ["Who invented the {w}?", "Who is the president of {p}?", "When was {n} 
 
 
 def unknown(r: Random) -> Part:
-    """Things that are made up or outside the closed world."""
+    """Generate questions about things that are made up or outside the closed world."""
     kind = r.randrange(6)
     word = made_up_word(r)
     if kind == 0:

@@ -15,18 +15,18 @@ _WORDS = world.THINGS + world.FOODS + world.JOBS + list(world.ANIMALS) + world.C
 
 
 def word(r: Random) -> str:
-    """A short common or made-up word."""
+    """Choose a short common or made-up word."""
     return made_up_word(r) if r.random() < 0.4 else r.choice(_WORDS)
 
 
 def phrase(r: Random) -> str:
-    """Two to five words, sometimes a title."""
+    """Choose two to five words, sometimes a title."""
     text = " ".join(word(r) for _ in range(r.randint(2, 5)))
     return text.title() if r.random() < 0.2 else text
 
 
 def message(r: Random) -> str:
-    """A short sentence without its final mark."""
+    """Choose a short sentence without its final mark."""
     return r.choice([
         f"the {word(r)} is {r.choice(['late', 'ready', 'here', 'broken', 'red'])}", f"see you at {clock(r)}", f"I will be {r.randint(2, 59)} minutes late",
         f"happy birthday {name(r)}", f"bring the {word(r)}", f"meet me in {place(r)}", "good luck", "I'm on my way", "don't forget",
@@ -35,7 +35,7 @@ def message(r: Random) -> str:
 
 
 def clock(r: Random) -> str:
-    """A time of day."""
+    """Choose a time of day."""
     return r.choice(
         [
             f"{r.randint(0, 23):02d}:{r.randint(0, 59):02d}",
@@ -46,7 +46,7 @@ def clock(r: Random) -> str:
 
 
 def date(r: Random) -> str:
-    """A date or a day."""
+    """Choose a date or a day."""
     iso = f"{r.randint(2020, 2031)}-{r.randint(1, 12):02d}-{r.randint(1, 28):02d}"
     return r.choice(
         [iso, iso, r.choice(world.DAYS), f"{r.choice(world.MONTHS)} {r.randint(1, 28)}", "today", "tomorrow"]

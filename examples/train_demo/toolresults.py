@@ -1,4 +1,4 @@
-"""What tools answer, and the sentence that reports it."""
+"""Answers of tools, and the sentences that report them."""
 
 from __future__ import annotations
 

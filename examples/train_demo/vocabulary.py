@@ -16,10 +16,10 @@ SIZE = 2048
 MAX_TOKENS = 2048
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 MARKS = ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>", "<tools>", "</tools>"]
-# What merges are learnt on: JSON marks with the spaces between them, a digit, a word, any other character.
+# Text that merges are learnt on: JSON marks with the spaces between them, a digit, a word, any other character.
 LEARNING_PATTERN = r'["{}\[\],:]+(?: ["{}\[\],:]+)*|\p{N}|\p{L}+|[\s\S]'
 
-# What text is split by first in use. transformers puts this one on every qwen3_5_moe checkpoint, whatever its
+# The pattern that splits text first in use. transformers puts this one on every qwen3_5_moe checkpoint, whatever its
 # tokenizer.json says, so it has to be this one. No learnt merge crosses from a space or a mark into a word.
 QWEN_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 
@@ -72,5 +72,5 @@ def template_only() -> PreTrainedTokenizerFast:
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer saved beside a checkpoint."""
+    """Return the tokenizer saved with a checkpoint."""
     return AutoTokenizer.from_pretrained(str(path))

@@ -39,7 +39,7 @@ def test_a_prompt_may_open_the_thinking():
 
 
 def answer_of(budget: ThinkingBudget, prompt: list[int], wanted: list[int]) -> list[int]:
-    """What a model that wants to say ``wanted`` says under a budget."""
+    """Return the answer of a model that wants to say ``wanted``, under a budget."""
     tokens = list(prompt)
     for token in wanted:
         logits = mx.where(mx.arange(8) == token, 5.0, 0.0)[None]

@@ -1,4 +1,4 @@
-"""What a reader makes of answers: each kind of trouble, in every family's own marks."""
+"""Reading answers: each kind of difficulty, with every family's own markers."""
 
 import re
 from typing import Any

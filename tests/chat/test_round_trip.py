@@ -50,7 +50,7 @@ def value(family: Family, kind: str) -> st.SearchStrategy[Any]:
 
 
 def fits(family: Family) -> Any:
-    """Whether a value can be told apart from the marks around it, where a family has no quotes.
+    """Return whether a value can be told from the markers around it, if a family has no quotes.
 
     In "mark, end of a value, another mark" nobody could.
     """

@@ -141,7 +141,7 @@ def test_messages_that_are_nested_too_deeply(tokenizer: Any):
 
 
 def test_an_interrupt_leaves_it_usable(tokenizer: Any, monkeypatch: pytest.MonkeyPatch):
-    """What the process says to a question that was left answers no later one."""
+    """The process's reply to an abandoned request must not answer a later one."""
     exchange = module._Process._exchange
 
     def interrupted(self: Any, *arguments: Any) -> Any:

@@ -24,7 +24,7 @@ TOOL_CALL = "Use the calculator for 12 * 12."
 
 
 def chat(*lines: str, options: tuple[str, ...] = ()) -> str:
-    """What a chat through a pipe prints."""
+    """Return the output of a chat through a pipe."""
     return succeed("chat", "--max-context", "1024", *options, stdin="".join(f"{line}\n" for line in lines))
 
 
@@ -102,7 +102,7 @@ def test_finished_blocks(text: str, done: str):
 
 
 def drawn(thinking: str, *pieces: tuple[str, str]) -> str:
-    """What is on the screen in the end: lines that were not erased again."""
+    """Return the final screen: the lines that were not erased again."""
     console = Console(file=io.StringIO(), force_terminal=True, width=40, height=10, legacy_windows=False)
     with AnswerView(console, thinking) as view:
         view.step(Progress("reading the prompt", 1, 2, "tokens"))

@@ -1,4 +1,4 @@
-"""What all commands have in common: help, errors, interrupts, closed pipes, completion, start-up."""
+"""Behaviour common to all commands: help, errors, interrupts, closed pipes, completion, start-up."""
 
 import os
 import re

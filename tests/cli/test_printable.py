@@ -1,4 +1,4 @@
-"""What goes to a terminal or a log obeys nobody but us."""
+"""Terminals and logs receive no control characters from models, files or clients."""
 
 import io
 import json

@@ -104,7 +104,7 @@ def test_a_change_of_subject_is_followed():
 
 
 def test_a_chunk_counts_by_its_tokens():
-    """What 30 tokens of a prompt picked outweighs what 2 picked, and is forgotten as tokens are."""
+    """Experts that 30 tokens of a prompt picked outweigh those of 2 tokens, and age with each token."""
     policy = AgedLFU(half_life=32)
     policy.used([1, 2, 3], [30, 2, 9], tokens=41)
     one, two, three = policy.scores([1, 2, 3])

@@ -1,4 +1,4 @@
-"""What conversations and passes need of a limit: while they live, and no longer."""
+"""Memory that conversations and passes take from a limit, as long as they live and no longer."""
 
 import gc
 import itertools

@@ -1,4 +1,4 @@
-"""Which limits MLX is given on Metal while engines run, noted by stand-ins for its functions."""
+"""Limits set on MLX on Metal while engines run, recorded by stand-ins for its functions."""
 
 import gc
 from pathlib import Path

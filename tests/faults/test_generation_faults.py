@@ -1,4 +1,4 @@
-"""What goes wrong while a model generates, and what must still work afterwards; threads, traces and closing."""
+"""Faults while a model generates, and the model's use afterwards; threads, traces and closing."""
 
 import gc
 import os

@@ -90,7 +90,7 @@ def test_no_read_outlives_an_interrupted_pass(
 
 
 def is_free(lock: Any) -> bool:
-    """Whether another thread could take it."""
+    """Return whether another thread could take it."""
     free: list[bool] = []
 
     def take() -> None:

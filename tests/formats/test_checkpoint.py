@@ -1,4 +1,4 @@
-"""Where experts lie in every layout, and every checkpoint that must be refused, with what it is told."""
+"""The location of experts in every layout, and every checkpoint that must be refused, with its message."""
 
 import json
 import os

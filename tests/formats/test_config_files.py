@@ -75,7 +75,7 @@ def test_end_tokens_that_are_none(ids: Any, tmp_path: Path):
 
 
 def test_a_generation_config_that_is_not_json_is_left_out_aloud(tmp_path: Path, caplog: pytest.LogCaptureFixture):
-    """As mlx-lm leaves it out: it states defaults only."""
+    """mlx-lm ignores it as well: it only states defaults."""
     write(tmp_path, {"eos_token_id": 7}, '{"eos_token_id": 1,')
     with caplog.at_level(logging.WARNING):
         assert end_tokens(tmp_path, {"eos_token_id": 7}) == 7

@@ -14,7 +14,7 @@ DTYPES = {mx.uint32: "U32", mx.bfloat16: "BF16", mx.float16: "F16", mx.float32: 
 
 
 def stored(width: int, bits: int, group_size: int, *, dtype: mx.Dtype = mx.bfloat16, **more: Any) -> dict[str, Stored]:
-    """What `mx.quantize` makes of 8 rows."""
+    """Return the parts that `mx.quantize` makes of 8 rows."""
     parts = mx.quantize(mx.zeros((8, width), dtype), bits=bits, group_size=group_size, **more)
     names = ("weight", "scales", "biases")[: len(parts)]
     return {name: Stored(DTYPES[part.dtype], tuple(part.shape)) for name, part in zip(names, parts, strict=True)}
@@ -167,7 +167,7 @@ def test_sections_that_are_fine():
 
 
 def test_null_is_the_modes_own_size():
-    """What `mlx_lm.convert --quant-predicate mixed_3_6` writes; mlx takes None for 64."""
+    """`mlx_lm.convert --quant-predicate mixed_3_6` writes null; MLX takes None as 64."""
     section = {"bits": 4, "group_size": 32, "x": {"bits": 3, "group_size": None, "mode": "affine"}}
     assert resolve(stored(256, 3, 64), section) == Quantization(3, 64)
     packed, scales, _ = mx.quantize(mx.zeros((8, 256)), bits=3, group_size=None)
@@ -233,7 +233,7 @@ def test_entries_under_any_of_the_names_in_use(key: str, module: str):
 
 @pytest.mark.parametrize("entry", [False, {"bits": 3, "group_size": 32}, {"mode": "nf4", "bits": 4}, {"bits": "x"}])
 def test_an_entry_that_mlx_lm_would_not_find_contradicts_nothing(entry: Any):
-    """As mlx-lm, which looks under its own path only: tensors go before what stands under another."""
+    """mlx-lm only looks under its own path: tensors take precedence over entries under other paths."""
     tensors, other = stored(256, 4, 64), "model.language_model.layers.0.self_attn.o_proj"
     for key, certain in ((OWN, True), (other, False)):
         settings = QuantizationSettings({"quantization": {"bits": 4, "group_size": 64, key: entry}})

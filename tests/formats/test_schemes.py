@@ -88,7 +88,7 @@ def test_a_made_up_mode_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.usefixtures("excess_mode")
 def test_requantised_from_a_made_up_mode(tmp_path: Path):
-    """What pack quantises is the dequantised weights."""
+    """pack quantises the dequantised weights."""
     excess, dense = write_pair(tmp_path)
     for source in (excess, dense):
         pack(source, tmp_path / f"packed-{source.name}", bits=8, dense="keep")

@@ -1,4 +1,4 @@
-"""Which files are a checkpoint's: by index, by name, and where the two disagree, as mlx-lm takes it."""
+"""The files of a checkpoint: by index, by name, and, if the two disagree, by mlx-lm's rule."""
 
 import json
 from pathlib import Path

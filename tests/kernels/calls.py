@@ -112,7 +112,7 @@ CALLS: dict[str, Callable[[], mx.array]] = {
 
 
 def record(monkeypatch: pytest.MonkeyPatch, name: str) -> tuple[Any, ...]:
-    """What the wrapper hands to ``kernel_source.launch`` for one kernel."""
+    """Return the arguments that the wrapper passes to ``kernel_source.launch`` for one kernel."""
     launches: dict[str, tuple[Any, ...]] = {}
 
     def launch(kernel: kernel_source.Kernel, inputs: Any, outputs: Any, grid: Any) -> list[mx.array]:

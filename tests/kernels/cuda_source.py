@@ -39,7 +39,7 @@ def cuda_source(
     """Complete source of one kernel.
 
     Args:
-        kernel: As for ``kernel_source.launch``, like the next two.
+        kernel: Kernel; this and the next two are arguments of ``kernel_source.launch``.
         inputs: Arrays in the order of the signature.
         outputs: (shape, dtype) of each output.
         prelude: What comes before the dialect.

@@ -29,7 +29,7 @@ ATTRIBUTES = (
     "thread_position_in_threadgroup", "threadgroup_position_in_grid", "threadgroups_per_grid", "threads_per_grid",
     "threads_per_simdgroup", "threads_per_threadgroup",
 )  # fmt: skip
-"""What MLX searches the body for, as substrings, and adds to the signature."""
+"""Substrings that MLX searches the body for and adds to the signature."""
 
 ALLOWED_ATTRIBUTES = {
     "simdgroup_index_in_threadgroup", "thread_index_in_simdgroup", "thread_index_in_threadgroup",

@@ -160,7 +160,7 @@ def launch(
     """Run a kernel. Outputs are NaN before, and NaN lies behind the inputs: a mutant may read it.
 
     Args:
-        kernel: As for ``kernel_source.launch``, like the next three.
+        kernel: Kernel; this and the next three are arguments of ``kernel_source.launch``.
         inputs: Arrays in the order of the signature.
         outputs: (shape, dtype) of each output.
         grid: Threads in all.

@@ -87,7 +87,7 @@ STAGED = {
 @pytest.mark.parametrize("order", opencl.SIMD_ORDERS)
 @pytest.mark.parametrize("name", STAGED)
 def test_a_missing_barrier_shows_in_every_order(name: str, order: str, monkeypatch: pytest.MonkeyPatch):
-    """What one SIMD group staged, another must not read before the barrier, whoever runs first."""
+    """Values staged by one SIMD group must not be read by another before the barrier, in any order."""
 
     def edit(helpers: str, body: str) -> tuple[str, str]:
         texts = [text.replace("#pragma unroll 1\n", "") for text in (helpers, body)]

@@ -44,7 +44,7 @@ def test_simd_groups_have_32_lanes_and_other_numbers_in_other_orders(monkeypatch
 @pytest.mark.skipif(opencl.opencl() is None, reason="needs the OpenCL CPU runtime of the dev extra")
 @pytest.mark.parametrize("name", CALLS)
 def test_the_body_is_the_files(name: str, monkeypatch: pytest.MonkeyPatch):
-    """What runs holds the body that MLX gets, character for character."""
+    """The text that runs contains the body that MLX gets, character for character."""
     kernel, inputs, outputs, _ = record(monkeypatch, name)
     text = opencl.source(kernel, inputs, outputs)
     assert opencl.kernel_source.generate(name, "metal")[1] in text

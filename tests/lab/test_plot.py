@@ -1,4 +1,4 @@
-"""What the pictures show: their data, read back from the figures."""
+"""The data of the plots, read back from the figures."""
 
 import json
 import subprocess
@@ -50,7 +50,7 @@ def test_expert_frequency():
     axes = plot.expert_frequency(TRACE).axes[0]
     image = axes.images[0].get_array()
     assert image.shape == (5, 16)
-    np.testing.assert_allclose(image.sum(axis=1), 400)  # K experts a token
+    np.testing.assert_allclose(image.sum(axis=1), 400)  # K experts per token
     assert (np.diff(image, axis=1) <= 0).all()
 
 

@@ -198,7 +198,7 @@ def test_a_conversation_goes_on_after_a_cast(dtype: mx.Dtype, directory: Path) -
 
 
 def test_strided_weights_and_other_dtypes(directory: Path, through_mlx: Any) -> None:
-    """As an owner may assign them: transposed, sliced, or in bfloat16."""
+    """An owner may assign transposed or sliced weights, or bfloat16."""
     with streamed(directory) as model:
         for layer in model.layers:
             norm = layer.input_layernorm

@@ -67,7 +67,7 @@ def seen_by_model(place: str) -> bool:
 
 
 def slots_whole(model: Any) -> bool:
-    """Whether every slot is free or holds an expert."""
+    """Return whether every slot is free or holds an expert."""
     layers = model.streaming.debug_state().layers.values()
     return all(sorted([*t.free, *t.present.values(), *t.filling.values()]) == list(range(t.num_slots)) for t in layers)
 

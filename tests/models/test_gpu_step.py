@@ -30,7 +30,7 @@ MOE = ["norm_matvec", "router_topk", "expert_gate_up", "expert_down_combine"]
 
 
 def router_in_eight_bits(path: str, module: Any) -> bool | dict[str, int]:
-    """As mlx-lm's conversions: router and shared expert's gate in 8 bits."""
+    """Quantise router and shared expert's gate in 8 bits, as mlx-lm's conversions do."""
     if path.endswith(("mlp.gate", "shared_expert_gate")):
         return {"group_size": 64, "bits": 8}
     return hasattr(module, "to_quantized")

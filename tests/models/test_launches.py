@@ -1,4 +1,4 @@
-"""How many launches a layer's token costs a GPU, ours and MLX's together, counted in the graph that MLX exports."""
+"""The number of launches per token and layer on a GPU, ours and MLX's, counted in the graph that MLX exports."""
 
 from collections import Counter
 from collections.abc import Callable

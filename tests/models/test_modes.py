@@ -20,7 +20,7 @@ MODES = [name for name, how in CONVERSIONS.items() if how and how[2] != "affine"
 
 
 def mixed(path: str, _: Any) -> bool | dict[str, Any]:
-    """As mlx-community's MXFP4-Q8: experts in the default's mode, the rest affine; the router unquantised here."""
+    """Quantise as mlx-community's MXFP4-Q8: experts in the default mode, the rest affine; here, not the router."""
     if path.endswith("gate"):
         return False
     return True if "switch_mlp" in path or "experts" in path else {"group_size": 64, "bits": 8}

@@ -83,7 +83,7 @@ def test_fewer_experts_a_token(tmp_path: Path):
 
 
 def to_hub(directory: Path) -> Path:
-    """As transformers saves it: one tensor an expert, norms minus one, the convolution's axes exchanged, and mtp."""
+    """Convert to transformers' form: one tensor per expert, norms minus one, convolution axes swapped, and mtp."""
     tensors = {"mtp.layers.0.mlp.experts.0.up_proj.weight": mx.zeros((2, 2))}
     for name, value in mx.load(str(directory / "model.safetensors")).items():
         stem, is_expert, projection = name.partition(".switch_mlp.")

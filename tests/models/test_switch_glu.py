@@ -101,7 +101,7 @@ def test_a_wrong_expert_would_be_seen(tmp_path: Path):
 @pytest.mark.parametrize("model_type", [*OURS, *ASKED])
 @pytest.mark.usefixtures("plain")
 def test_behaves_as_mlx_lm_expects_of_a_model(model_type: str, tmp_path: Path):
-    """What mlx-lm's own tests ask of each model: layers, type, shapes, dtypes, a batch, a cache, a deep copy."""
+    """Properties that mlx-lm's tests check: layers, type, shapes, dtypes, a batch, a cache, a deep copy."""
     config = make_config(model_type)
     text = config.get("text_config", config)
     directory = write_model(tmp_path, config)

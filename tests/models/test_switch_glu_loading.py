@@ -55,7 +55,7 @@ def test_fewer_experts_a_token(model_type: str, tmp_path: Path):
     resident = load_resident(write_model(tmp_path / "fewer", fewer))
     ids = mx.array(np.random.default_rng(7).integers(0, VOCABULARY, (1, 12)))
     with streamed(directory, max_context=MAX_CONTEXT, num_experts_per_tok=2) as model:
-        assert_close("2 experts a token", resident(ids), model(ids), TOLERANCE)
+        assert_close("2 experts per token", resident(ids), model(ids), TOLERANCE)
         assert model.streaming.stats().lossy == ("num_experts_per_tok=2 where the model was trained with 4",)
     with streamed(directory, max_context=MAX_CONTEXT, num_experts_per_tok=4) as model:
         assert model.streaming.stats().lossy == ()
@@ -222,7 +222,7 @@ def test_says_why_it_is_refused(case: str, tmp_path: Path):
 
 
 def test_a_switch_glu_with_parts_of_its_own_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """As muse_spark's, which keeps a norm there: its own forward pass would be lost."""
+    """Like muse_spark's, which has a norm there: its own forward pass would be lost."""
     directory = write_model(tmp_path, make_config("olmoe"))
 
     class Normed(SwitchGLU):

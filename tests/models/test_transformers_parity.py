@@ -17,7 +17,7 @@ STORED = sorted(path.name for path in FIXTURES.iterdir())
 LENGTHS = (1, 7, 64, 200, 264)
 TOLERANCE = RELATIVE_RMS["transformers"]
 
-# What make_fixtures.py stores comes on top. Columns: heads, KV heads, head_dim, then GatedDeltaNet's key heads, value
+# Besides those that make_fixtures.py stores. Columns: heads, KV heads, head_dim, then GatedDeltaNet's key heads, value
 # heads, key dim, value dim, then experts, K, expert width, shared width.
 LIVE: dict[str, tuple[int, ...]] = {
     "a": (8, 2, 32, 2, 8, 32, 32, 32, 8, 64, 64),
@@ -71,7 +71,7 @@ def test_matches_stored_logits_with_attention_in_blocks(stored: Any, monkeypatch
 
 
 def test_matches_stored_logits_from_a_few_slots(stored: Any):
-    """K slots a layer: every token's experts are read for it."""
+    """K slots per layer: each token's experts are read for it."""
     model, ids, logits = stored
     with pytest.raises(MemoryLimitError) as refused:
         model.streaming.resize(1)

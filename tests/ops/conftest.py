@@ -1,4 +1,4 @@
-"""Where a kernel runs in a test: on the CPU through OpenCL, in every order of SIMD groups, or on a real GPU."""
+"""Backends of kernels in tests: the CPU through OpenCL, in every order of SIMD groups, or on a real GPU."""
 
 from collections.abc import Callable
 from contextlib import contextmanager

@@ -1,4 +1,4 @@
-"""What the kernels must compute, in numpy and float64 from the packed bits, and the inputs to compute it on."""
+"""Expected results of the kernels, in numpy and float64 from the packed bits, and the inputs of the tests."""
 
 from collections.abc import Sequence
 
@@ -67,9 +67,9 @@ def make_bank(
         hidden: H.
         width: I.
         slots: S.
-        bits: Of gate, up and down; 0 for unquantised.
-        group_sizes: Likewise.
-        dtype: Of scales and biases, or of unquantised weights.
+        bits: Bits of gate, up and down; 0 for unquantised.
+        group_sizes: Group sizes of gate, up and down.
+        dtype: Dtype of scales and biases, or of unquantised weights.
         expert_bias: Give each projection a bias.
         alter: Put a group of zeros, a constant group and extreme scales into each matrix.
     """

@@ -1,4 +1,4 @@
-"""Which implementation a dispatcher runs."""
+"""The implementation that a dispatcher runs."""
 
 from importlib import import_module
 from math import prod

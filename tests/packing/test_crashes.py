@@ -70,7 +70,7 @@ def test_an_unfinished_packing_is_no_checkpoint(
     seen = []
     pack(source, tmp_path / "packed", bits=4, progress=seen.append)
     assert contents(tmp_path / "packed") == expected
-    assert seen[0].done > 0.3 * seen[0].total  # it went on, and did not begin anew
+    assert seen[0].done > 0.3 * seen[0].total  # it continued instead of starting again
 
 
 def test_bytes_reach_the_disk_before_the_journal_speaks_of_them(

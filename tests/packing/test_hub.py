@@ -68,7 +68,7 @@ def run(hub: Hub, destination: Path, attempts: list[tuple[str, str]]) -> tuple[l
 
     Args:
         hub: The server.
-        destination: Of every attempt.
+        destination: Destination of all attempts.
         attempts: (repository, a word in the step at which to interrupt it, or "").
 
     Returns:

@@ -1,4 +1,4 @@
-"""What packing makes: the same logits, mlx_lm.convert's bytes, every choice of bits, and what it refuses."""
+"""Results of packing: the same logits, mlx_lm.convert's bytes, every choice of bits, and refusals."""
 
 import json
 import os
@@ -216,7 +216,7 @@ def test_many_tasks_and_threads_give_the_same_bytes(
 def test_records_in_parts_give_the_same_bytes(
     sources: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, format: str, bits: int | None
 ):
-    """As when shards come one at a time: a record's parts are made apart and their checksums joined.
+    """As if shards arrived one at a time: a record's parts are written separately and their checksums combined.
 
     Of the stock checkpoint's twenty shards some end between a projection's weight and its scales.
     """

@@ -139,7 +139,7 @@ def test_the_disk_is_probed_where_files_are_local(small: Path, monkeypatch: pyte
 
 
 def use_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What HF_ENDPOINT does when huggingface_hub is imported."""
+    """Use another hub, as HF_ENDPOINT does when huggingface_hub is imported."""
     template = f"{hub.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.url)
     monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

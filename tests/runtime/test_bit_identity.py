@@ -70,7 +70,7 @@ def assert_same(results: list[np.ndarray], expected: list[np.ndarray]) -> None:
 
 
 def limit_of_slots(directory: Path, slots: int) -> int:
-    """A limit that holds this many slots a layer."""
+    """Return a limit with room for this many slots per layer."""
     with streamed(directory) as model:
         record_bytes = next(iter(model.streaming.debug_state().demand.layouts.values())).record_bytes
         return smallest_limit(directory) + (slots - K) * record_bytes * len(model.layers)
@@ -131,7 +131,7 @@ def test_cold_and_warm_cache(directory: Path, resident: list[np.ndarray]):
 
 
 def test_many_waves_are_taken(directory: Path, resident: list[np.ndarray]):
-    """What the tests above rest on: with K slots a prompt comes in many waves, with all of them in one."""
+    """The premise of the tests above: with K slots a prompt takes many groups, with all slots one."""
     counts = []
     for slots in (K, EXPERTS):
         with streamed(directory, limit_of_slots(directory, slots)) as model:

@@ -63,7 +63,7 @@ def loaded(directory: Path) -> Iterator[Loaded]:
 
 @pytest.fixture(scope="module")
 def child(directory: Path, other_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What a fresh process reports that loads both models from a hub cache, one as a revision of the other."""
+    """Return the report of a fresh process that loads both models from a hub cache, one as a revision of the other."""
     home = tmp_path_factory.mktemp("huggingface")
     repository = home / "hub" / "models--somebody--tiny-moe"
     for folder in ("blobs", "refs"):
@@ -117,7 +117,7 @@ def held(*but: str) -> tuple[set[str], set[str]]:
 
 
 def in_thread(function: Any) -> Any:
-    """What the function returns, called on a new thread that has ended since."""
+    """Call a function on a new thread, wait for the thread to end, and return the result."""
     results: list[Any] = []
     thread = threading.Thread(target=lambda: results.append(function()))
     thread.start()
@@ -147,7 +147,7 @@ def test_offline_from_the_hubs_cache_without_a_warning(child: dict[str, Any], lo
 def test_every_token_on_another_thread(
     loaded: Loaded, expected: list[int], plain: bool, monkeypatch: pytest.MonkeyPatch
 ):
-    """As asyncio.to_thread does it. MLX evaluates a lazy array only on the thread that made it."""
+    """As asyncio.to_thread does. MLX evaluates a lazy array only on the thread that made it."""
     if plain:  # its states stay lazy where nobody evaluates them
         module = sys.modules["flash_moe_mlx.ops.gated_delta"]  # the package has a function of this name
         monkeypatch.setattr(module, "use_cpu_kernels", lambda: False)
@@ -272,7 +272,7 @@ def test_async_tokens(loaded: Loaded, expected: list[int]):
 
 
 def settled() -> tuple[set[str], set[str]]:
-    """As `held`, once threads that have nothing left to do are gone."""
+    """Return `held` once idle threads are gone."""
     deadline = time.monotonic() + 5
     while any(t.name.startswith("flash-moe-generate") for t in threading.enumerate()) and time.monotonic() < deadline:
         time.sleep(0.01)

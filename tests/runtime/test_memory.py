@@ -22,7 +22,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.serial]
 
 @dataclass
 class Outcome:
-    """What a child reported, and the most anonymous memory that it was seen to hold."""
+    """A child's report, and its peak anonymous memory."""
 
     report: dict[str, int]
     anonymous_bytes: int

@@ -106,7 +106,7 @@ def run(loaded: Loaded, prompt: list[int], count: int = TOKENS, **options: Any) 
 
 
 def states(cache: PrefixCache, length: int) -> list[np.ndarray]:
-    """What is remembered of so many tokens."""
+    """Return the states that are remembered of so many tokens."""
     (snapshot,) = [s for s in cache._snapshots if len(s.tokens) == length]
     arrays = []
     for layer in snapshot.caches:

@@ -26,7 +26,7 @@ pytestmark = [
 
 @dataclass
 class Seen:
-    """What was seen of a child from outside: the most anonymous memory, and figures at the lines that it printed."""
+    """A child as seen from outside: its peak anonymous memory, and figures at each line that it printed."""
 
     most: int = 0
     anonymous: dict[str, int] = field(default_factory=dict)

@@ -1,4 +1,4 @@
-"""What clients get of answers in several families' marks: whole and in streams that are never silent for long."""
+"""Answers with several families' markers as clients get them: whole, and in streams that are never silent for long."""
 
 import json
 import time

@@ -64,7 +64,7 @@ def test_the_second_turn_of_a_long_conversation_is_answered_soon(address: str):
 
 
 def test_the_queue_is_served_in_turn(address: str):
-    """What waits behind a long answer is answered after it, and meanwhile the server says so."""
+    """A request that waits behind a long answer is answered after it, and the server says meanwhile that it waits."""
     api = client(address)
     ended: list[str] = []
 

@@ -19,7 +19,7 @@ def api() -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def tokens(api: openai.OpenAI) -> list[str]:
-    """What the model says to SUM."""
+    """Return the model's answer to SUM."""
     answer = api.chat.completions.create(model="demo", messages=SUM, logprobs=True)
     return [token.token for token in answer.choices[0].logprobs.content]
 
@@ -179,7 +179,7 @@ def test_completion_of_token_ids(api: openai.OpenAI):
 
 
 def test_history_is_read_and_cached(api: openai.OpenAI):
-    """What was said before decides the answer, and its beginning is not read again."""
+    """Earlier messages decide the answer, and their beginning is not computed again."""
     facts = [{"role": "system", "content": "Ana has a red boat. Bob has a blue kite. Eva has a green coat. " * 3}]
     messages = [*facts, {"role": "user", "content": "What does Ana have?"}]
     first = api.chat.completions.create(model="demo", messages=messages)

@@ -1,4 +1,4 @@
-"""What a generated answer is split into for clients: stop strings, calls, log-probabilities."""
+"""Parts of a generated answer for clients: stop strings, calls, log-probabilities."""
 
 import json
 from typing import Any

@@ -75,7 +75,7 @@ def test_counters_count(address: str):
     assert grown["prompt_tokens_total"] == prompt
     assert grown["cached_prompt_tokens_total"] == cached > prompt / 2  # it was asked before
     assert grown["generation_seconds_total"] > 0 and after["tokens_per_second"] > 0
-    # Of each of 8 layers, at most 4 experts a token, in a pass or two for the prompt; the end token is not fed back.
+    # In each of 8 layers, at most 4 experts per token, in a pass or two for the prompt; the end token is not fed back.
     asked = grown["expert_hits_total"] + grown["expert_misses_total"]
     assert 8 * tokens * 4 <= asked <= 8 * (prompt - cached + tokens - 1) * 4
     assert grown["expert_misses_total"] > 0 and grown["expert_read_bytes_total"] > 0
@@ -117,7 +117,7 @@ def test_the_page_loads_nothing_from_elsewhere(address: str):
 
 
 def run_script(figures: list[dict[str, Any]]) -> dict[str, Any]:
-    """What the page's script makes of two answers of /stats, a second apart."""
+    """Run the page's script on two answers of /stats, one second apart."""
     page = files("flash_moe_mlx").joinpath("server", "status.html").read_text()
     script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]
     ask = (

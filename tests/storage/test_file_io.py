@@ -66,7 +66,7 @@ def test_reads_equal_a_slice(path: Path, aligned: bool, offset: int, nbytes: int
 
 
 def test_aligned_reads_are_aligned(path: Path, monkeypatch: pytest.MonkeyPatch):
-    """What O_DIRECT demands, watched without it: file systems differ in what they let pass."""
+    """Checks O_DIRECT's requirements without using it, since file systems differ in what they accept."""
     seen: list[tuple[int, int]] = []
     preadv = os.preadv
 

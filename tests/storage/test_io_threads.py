@@ -27,7 +27,7 @@ def alive(name: str) -> int:
 
 
 def finishes(threads: IOThreads) -> bool:
-    """Whether a job that is submitted now is run."""
+    """Return whether a job that is submitted now is run."""
     ran = threading.Semaphore(0)
     threads.submit(ran.release)
     return ran.acquire(timeout=30)

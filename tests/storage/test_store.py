@@ -32,7 +32,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 
 class StoreTests:
-    """What every store does. Subclasses say how one is made."""
+    """Conformance tests for stores. Subclasses create one."""
 
     def make(self, checkpoint: Checkpoint) -> Any:
         raise NotImplementedError

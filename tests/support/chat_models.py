@@ -166,7 +166,7 @@ def read(
     *,
     reason: str = "stop",
 ) -> list[Piece]:
-    """What a reader makes of an answer, neighbouring parts of one kind joined."""
+    """Read an answer, and join neighbouring parts of the same kind."""
     tokens = encoded(tokenizer, said) if isinstance(said, str) else list(said)
     before = encoded(tokenizer, prompt) if isinstance(prompt, str) else list(prompt)
     reader = AnswerReader(tokenizer, before, list(tools) or None)

@@ -169,8 +169,8 @@ def quantize(
 
     Args:
         tensors: By mlx-lm's names.
-        bits: Of every other module.
-        group_size: Of every other module. Modules whose width it doesn't divide stay as they are.
+        bits: Bits of all other modules.
+        group_size: Group size of all other modules. Modules whose width it doesn't divide stay as they are.
         overrides: (bits, group size) or None (not quantised) of modules whose path ends so.
 
     Returns:
@@ -217,13 +217,13 @@ def make_checkpoint(
         format: One of `FORMATS`. "mlx" is wrapped as mlx-lm wraps it (``language_model.``), "hf-fused" as the hub
             does (``model.language_model.``, with vision and mtp tensors), "hf-per-expert" as transformers saves it.
         config: From `text_config`; by default its defaults.
-        bits: Of the quantisation, "mlx" only; None for none.
-        group_size: Of the quantisation.
+        bits: Bits of the quantisation, for "mlx" only; None for none.
+        group_size: Group size of the quantisation.
         overrides: See `quantize`.
         expert_bias: Whether experts have biases, which Qwen3.5 has not ("mlx" only).
         shards: Files; more than one come with an index.
-        dtype: Of the weights, or of scales and biases.
-        seed: Of the weights.
+        dtype: Dtype of the weights, or of scales and biases.
+        seed: Seed of the weights.
     """
     config = dict(config or text_config())
     tensors = hf_tensors(config, seed=seed, dtype=dtype)

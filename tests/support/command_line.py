@@ -9,7 +9,7 @@ from flash_moe_mlx.cli.main import app
 
 
 def invoke(*arguments: str, stdin: str | None = None) -> Result:
-    """What a command line writes and how it ends; exceptions that it should have handled are raised."""
+    """Run a command line and return its output and exit status; exceptions that it should have handled are raised."""
     result = CliRunner().invoke(app, list(arguments), input=stdin, prog_name="flash-moe")
     if result.exception is not None and not isinstance(result.exception, SystemExit):
         raise result.exception

@@ -58,7 +58,7 @@ def ask(api: openai.OpenAI, conversation: dict[str, Any], stream: bool) -> Answe
 
 @dataclass
 class Outcome:
-    """What the clients saw."""
+    """Observations of the clients."""
 
     answers: int = 0
     tokens: int = 0

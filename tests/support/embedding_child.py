@@ -1,4 +1,4 @@
-"""What an application does, in a process of its own: run with `python -W error`, offline, against a hub cache.
+"""An application in a process of its own: run with `python -W error`, offline, against a hub cache.
 
 Arguments: a repository, a revision of it, one that is not there, and the prompt's token ids. Prints JSON.
 """

@@ -1,4 +1,4 @@
-"""What tests of faults do with a small model: prompts, a run of it, a store that fails under it."""
+"""Helpers for tests of faults: prompts, a run of a small model, and a store that fails."""
 
 from collections.abc import Callable
 from typing import Any

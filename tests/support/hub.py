@@ -127,7 +127,7 @@ def serve(directory: Path) -> Iterator[Hub]:
 
 
 def describe(directory: Path) -> dict[str, Any]:
-    """What /api/models says, sizes and hashes included."""
+    """Return the reply of /api/models, with sizes and hashes."""
     siblings = []
     for path in sorted(directory.iterdir()):
         entry: dict[str, Any] = {"rfilename": path.name, "size": path.stat().st_size}

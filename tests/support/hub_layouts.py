@@ -55,7 +55,7 @@ def _interleaved(gate: mx.array, up: mx.array) -> mx.array:
 
 
 def gpt_oss(tensors: Tensors) -> Tensors:
-    """As openai/gpt-oss-20b: MXFP4 blocks and scales, gate's and up's rows alternating, with biases."""
+    """Lay out tensors as openai/gpt-oss-20b: MXFP4 blocks and scales, gate's and up's rows alternating, with biases."""
     dense, blocks = _grouped(tensors)
     for stem, own in blocks.items():
         for name, weight, bias in [
@@ -70,7 +70,7 @@ def gpt_oss(tensors: Tensors) -> Tensors:
 
 
 def transposed(tensors: Tensors) -> Tensors:
-    """As Llama 4 and Qwen3-VL-MoE: gate_up_proj [E, H, 2I] and down_proj [E, I, H]."""
+    """Lay out tensors as Llama 4 and Qwen3-VL-MoE: gate_up_proj [E, H, 2I] and down_proj [E, I, H]."""
     dense, blocks = _grouped(tensors)
     for stem, own in blocks.items():
         gate_up = mx.concatenate([own["gate_proj.weight"], own["up_proj.weight"]], axis=1)
@@ -81,7 +81,7 @@ def transposed(tensors: Tensors) -> Tensors:
 
 
 def granite(tensors: Tensors) -> Tensors:
-    """As GraniteMoe: input_linear [E, 2I, H] and output_linear [E, H, I]."""
+    """Lay out tensors as GraniteMoe: input_linear [E, 2I, H] and output_linear [E, H, I]."""
     dense, blocks = _grouped(tensors)
     for stem, own in blocks.items():
         stem = stem.removesuffix(".switch_mlp")
@@ -204,7 +204,7 @@ FOREIGN: dict[str, Layout] = {
         {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
     ),
 }
-"""As LAYOUTS, where mlx-lm reads no such experts."""
+"""More LAYOUTS, of experts that mlx-lm can't read."""
 GLOBAL_SCALES: Layout = ("qwen3_moe", with_global_scales, None)
 """mlx-lm reads these, and multiplies with them on a GPU only."""
 

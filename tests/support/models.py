@@ -53,7 +53,7 @@ def convert(
     group_size: int = 64,
     predicate: Callable[..., Any] | None = None,
 ) -> Path:
-    """What mlx_lm.convert does with a fused checkpoint, by mlx-lm's own functions."""
+    """Convert a fused checkpoint as mlx_lm.convert does, by mlx-lm's own functions."""
     model, config = mlx_lm.utils.load_model(source)
     if bits is not None:
         model, config = mlx_lm.utils.quantize_model(model, config, group_size, bits, quant_predicate=predicate)
@@ -79,7 +79,7 @@ def load_resident(directory: Path) -> Any:
 
 
 def smallest_limit(directory: Path, **arguments: Any) -> int:
-    """The limit that a refusal names: K slots a layer."""
+    """Return the limit that a refusal names: K slots per layer."""
     with pytest.raises(MemoryLimitError) as refused:
         load_model(directory, memory_limit=1, **arguments)
     assert refused.value.smallest_limit_bytes is not None

@@ -1,4 +1,4 @@
-"""How close results must be: one measure, and one table of what is asked of it."""
+"""Tolerances of results: one measure, and one table of its bounds."""
 
 import mlx.core as mx
 import numpy as np
@@ -9,7 +9,7 @@ still sees a wrong epsilon."""
 
 
 def floats(array: mx.array) -> np.ndarray:
-    """As numpy array, in float32: numpy doesn't know bfloat16, which a GPU's results have."""
+    """Return a numpy array in float32: numpy doesn't know bfloat16, which a GPU's results have."""
     return np.array(array.astype(mx.float32))
 
 

@@ -1,4 +1,4 @@
-"""What tests of packing compare and injure."""
+"""Helpers that compare and damage packed checkpoints."""
 
 from collections.abc import Callable
 from pathlib import Path

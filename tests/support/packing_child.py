@@ -45,7 +45,7 @@ def count_steps(kill_at: int | None) -> list[int]:
 
 
 def run_to(source: Path, destination: Path, bits: int | None, kill_at: int | None) -> int:
-    """Pack in a fork. Returns the signal that ended it, or 0; and writes the steps taken beside the destination."""
+    """Pack in a fork. Returns the signal that ended it, or 0; and writes the steps taken next to the destination."""
     # MLX has started no thread yet in this process, and never will: it may be forked.
     child = os.fork()
     if child == 0:

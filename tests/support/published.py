@@ -64,7 +64,7 @@ class Published:
     """A checkpoint on the hub.
 
     Attributes:
-        config: Of config.json, what decides.
+        config: The entries of config.json that matter.
         form: How experts are stored: a key of `_FORMS`.
         payload_bytes: Bytes of one expert as they must be counted.
         layers: Entry of ``config`` that tests shorten, and its short value.

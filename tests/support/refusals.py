@@ -1,4 +1,4 @@
-"""What every refusal must look like, and leave behind: nothing."""
+"""The form of every refusal, which must leave nothing behind."""
 
 import gc
 import os

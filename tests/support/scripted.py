@@ -17,7 +17,7 @@ from .serving import served
 
 
 class Script:
-    """What the model will say, request by request."""
+    """The model's answers, request by request."""
 
     def __init__(self) -> None:
         self.answers: list[list[int]] = []

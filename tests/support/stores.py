@@ -17,7 +17,7 @@ from flash_moe_mlx.formats.checkpoint import Checkpoint
 from flash_moe_mlx.storage.store import ExpertStore, ReadRequest, writable_bytes
 
 POISON = 0xA5
-"""What `FaultyStore` fills buffers with until their bytes come: code that looks too early sees it."""
+"""Filler of `FaultyStore`'s buffers until their bytes arrive, which code that reads too early sees."""
 
 
 class _ReadsOf:
@@ -257,7 +257,7 @@ def request_for(checkpoint: Checkpoint, layer: int, expert: int, fill: int = 0) 
 
 
 def parts_of(checkpoint: Checkpoint, request: ReadRequest) -> dict[str, bytes]:
-    """What a request's buffer holds, by part."""
+    """Return the contents of a request's buffer, by part."""
     parts = checkpoint.layout(request.layer).parts
     return {part.name: bytes(request.buffer[part.offset : part.offset + part.nbytes]) for part in parts}
 

@@ -6,7 +6,7 @@ from typing import Any
 VOCABULARY = 128
 EXPERTS = 16
 QUARTER = EXPERTS // 4
-"""Slots a layer at which models are tested; no config below picks more experts a token."""
+"""Slots per layer at which models are tested; no config below picks more experts per token."""
 
 _COMMON = {
     "hidden_size": 128, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2,

@@ -74,7 +74,7 @@ def quarter_limit(directory: Path) -> int:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A streamed model beside mlx-lm's resident one.
+    """A streamed model next to mlx-lm's resident one.
 
     Attributes:
         rms: Largest relative RMS of float32 logits, over passes of 1, 7 and 2 x 40 tokens.
@@ -128,7 +128,7 @@ def table_row(model_type: str, comparisons: Sequence[Comparison]) -> str:
 
 
 def conversions_of(model_type: str) -> list[str]:
-    """What a type is tested in: the types that were asked for in all, the others in two."""
+    """Return the conversions in which a type is tested: all for the required types, two for the others."""
     affine = [name for name, how in CONVERSIONS.items() if how is None or how[2] == "affine"]
     return [name for name in affine if model_type not in OTHERS or name != "8-bit g32"]
 

@@ -1,4 +1,4 @@
-"""What passes over a prompt's rows, against float64."""
+"""Passes over a prompt's rows, against float64."""
 
 import mlx.core as mx
 import numpy as np
