@@ -1,6 +1,6 @@
 """Makers of tiny Qwen3.5-MoE checkpoints on disk, in every layout that the library reads.
 
-One seed is one model: the same weights are written fused, one tensor an expert, or as MLX does it, so that what is
+One seed is one model: the same weights are written fused, one tensor per expert, or as MLX does it, so that what is
 read from one layout can be compared with what is read from another, and with mlx-lm and transformers.
 """
 

@@ -68,7 +68,7 @@ class Published:
         form: How experts are stored: a key of `_FORMS`.
         payload_bytes: Bytes of one expert as they must be counted.
         layers: Entry of ``config`` that tests shorten, and its short value.
-        experts: Names of mlx-lm's projections as stored, for the forms of one tensor an expert.
+        experts: Names of mlx-lm's projections as stored, for the forms of one tensor per expert.
         dense_fp8: Whether the dense matrices are block FP8 too.
     """
 
