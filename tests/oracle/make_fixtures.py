@@ -75,7 +75,7 @@ def logits(model: Qwen3_5MoeForCausalLM, ids: np.ndarray) -> np.ndarray:
 
 
 def save(model: Qwen3_5MoeForCausalLM, directory: Path, *, hub: bool, dtype: torch.dtype = torch.bfloat16) -> Path:
-    """Write the checkpoint: as transformers saves it, one tensor per expert, or as the hub has it, fused and wrapped."""
+    """Write the checkpoint in the form of transformers, one tensor per expert, or of the hub, fused and wrapped."""
     shutil.rmtree(directory, ignore_errors=True)
     model = copy.deepcopy(model).to(dtype)  # a copy: rotary frequencies would be rounded too
     model.save_pretrained(directory)
