@@ -208,7 +208,7 @@ def test_experts_in_the_dense_files_too(packed: Path, tmp_path: Path):
         path.unlink()
     make_checkpoint(tmp_path / "stock", bits=4, config=text_config(num_hidden_layers=2, full_attention_interval=2))
     (directory / "model.safetensors").write_bytes((tmp_path / "stock" / "model.safetensors").read_bytes())
-    with pytest.raises(CorruptError, match="experts must be in the packed files alone"):
+    with pytest.raises(CorruptError, match="experts must be in the packed files only"):
         Checkpoint.open(directory)
 
 

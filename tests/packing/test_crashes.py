@@ -64,7 +64,7 @@ def test_an_unfinished_packing_is_no_checkpoint(
     with pytest.raises(KeyboardInterrupt):
         pack(source, tmp_path / "packed", bits=4, progress=stop_at(0.5))
     assert os.listdir(tmp_path / "packed") == [WORK_FOLDER]
-    with pytest.raises(MissingTensorError, match="packed to the end, got an unfinished one"):
+    with pytest.raises(MissingTensorError, match="packed completely, got an unfinished packing"):
         Checkpoint.open(tmp_path / "packed")
     assert not verify(tmp_path / "packed")
     seen = []

@@ -67,7 +67,7 @@ def chat_prompt(
     try:
         shaped = [mark(tokenizer, shape_messages(tokenizer, part)) for part in (messages, *shorter)]
     except RecursionError as error:
-        raise RequestError("[messages] must be nested less deeply, got more levels than Python goes.") from error
+        raise RequestError("[messages] must be nested less deeply, got more levels than Python supports.") from error
     generate = [True, *[False] * len(shorter)]
     text, *others = render_templates(tokenizer, shaped, generate=generate, tools=mark(tokenizer, tools), **options)
     if isinstance(text, TemplateFailure) and tools and (described := with_descriptions(tools)) != tools:

@@ -166,7 +166,7 @@ def render_templates(
         return [TemplateFailure(f"messages that are no JSON ({type(error).__name__})")] * len(variables)
     except TemplateFailure as failure:
         raise RequestError(
-            f"[messages] the chat template must come to an end, got {failure}. Use another template, or fewer messages."
+            f"[messages] the chat template must finish, got {failure}. Use another template, or fewer messages."
         ) from failure
     return [result["text"] if "text" in result else TemplateFailure(result["error"]) for result in results]
 

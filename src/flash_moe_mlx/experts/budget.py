@@ -121,7 +121,7 @@ def divide_host(
     if limit_bytes < smallest:
         raise MemoryLimitError(
             f"[memory_limit] must be at least {format_bytes(smallest)}, got {format_bytes(limit_bytes)}: "
-            f"{min_records} records on their way to the GPU, buffers {format_bytes(io_buffer_bytes)}, "
+            f"{min_records} records in transfer to the GPU, buffers {format_bytes(io_buffer_bytes)}, "
             f'{format_bytes(load_bytes)} while loading. Use memory_limit="{_round_up(smallest)}".',
             smallest_limit_bytes=smallest,
         )

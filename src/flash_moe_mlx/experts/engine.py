@@ -451,7 +451,9 @@ class StreamingEngine:
         if name == "gpu_memory_limit":
             wanted, other = other, wanted
         if wanted is None or other is not None:
-            raise RequestError(f"[model.streaming] resize must be given {name} alone here. Slots are in that memory.")
+            raise RequestError(
+                f"[model.streaming] resize must be given only {name} here, where the slots are. Leave out the other."
+            )
         limit_bytes = parse_size(wanted, name)
         with nullcontext() if self.leader is None else self.leader.announced("resize", limit_bytes=limit_bytes):
             self.resize_slots(limit_bytes)

@@ -128,7 +128,7 @@ class Checkpoint:
             same[key.expert] = info
         if packed and experts:
             raise CorruptError(
-                f"[{directory.name}] experts must be in the packed files alone, got "
+                f"[{directory.name}] experts must be in the packed files only, got "
                 f"{brief(next(iter(formats.values())))} too. {_AGAIN}"
             )
         if not experts and not packed:

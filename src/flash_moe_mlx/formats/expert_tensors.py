@@ -185,7 +185,7 @@ def _fused(info: TensorInfo, part: str, *, transposed: bool) -> _Fused:
     dtype = _PACKED_AS.get(info.dtype, info.dtype)
     if dtype not in DTYPE_BYTES:
         raise UnsupportedModelError(
-            f"[{info.path.name}] {brief(info.name)} must be of whole bytes an element, got {info.dtype}. "
+            f"[{info.path.name}] {brief(info.name)} must have whole bytes per element, got {info.dtype}. "
             "Use an unquantised checkpoint, or an MLX conversion of it."
         )
     if part == "bias":

@@ -184,7 +184,7 @@ def read_manifest(directory: Path) -> Manifest | None:
     if not path.exists():
         if (directory / WORK_FOLDER).is_dir():
             raise MissingTensorError(
-                f"[{directory.name}] must be packed to the end, got an unfinished one. "
+                f"[{directory.name}] must be packed completely, got an unfinished packing. "
                 'Run the same "flash-moe pack" again: it continues where it stopped.'
             )
         return None

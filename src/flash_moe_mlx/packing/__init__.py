@@ -185,7 +185,7 @@ def _is_finished(source: Source, plan: PackPlan, workspace: Workspace) -> bool:
     if not same:
         raise PackError(
             f"[pack] {workspace.destination} must hold no other packed checkpoint, got one of another source or other "
-            "settings. Name another directory, or begin anew with restart=True (--restart)."
+            "settings. Name another directory, or start over with restart=True (--restart)."
         )
     return True
 

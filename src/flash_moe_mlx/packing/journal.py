@@ -84,7 +84,7 @@ def _check_identity(found: Any, expected: Mapping[str, Any]) -> None:
         what, was, now = f"{what} {part}", was.get(part), now.get(part)
     raise PackError(
         f"[pack] a packing can only continue with the same {what}, got {now!r:.150} where it was {was!r:.150}. "
-        "Undo the change, or begin anew with restart=True (--restart)."
+        "Undo the change, or start over with restart=True (--restart)."
     )
 
 

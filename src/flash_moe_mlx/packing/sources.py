@@ -91,7 +91,7 @@ class LocalSource:
             if now[name] != stated:
                 raise PackError(
                     f"[pack] {name} must stay as it is while it is packed, got another one. "
-                    "Begin anew with restart=True (--restart)."
+                    "Start over with restart=True (--restart)."
                 )
 
     def _fingerprint(self) -> dict[str, Any]:

@@ -147,7 +147,7 @@ def stream_generate(
     context = length + (context_length(caches) if prefix_cache is None else 0)
     limit = model.streaming.max_context
     if length == 0:
-        raise RequestError("[prompt] must have at least one token, got none. Say something.")
+        raise RequestError("[prompt] must have at least one token, got none. Pass a non-empty prompt.")
     if context > limit:
         raise RequestError(
             f"[prompt] must leave the context at most max_context = {limit} tokens, got {context}. Shorten it, or "

@@ -63,7 +63,7 @@ class Grammar:
         try:
             return cls(llguidance.LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS), where)
         except ValueError as error:
-            raise RequestError(f"[{where}] must be a JSON schema, got {error}. Mend it.") from error
+            raise RequestError(f"[{where}] must be a JSON schema, got {error}. Correct it.") from error
 
     @classmethod
     def json_object(cls, where: str = "schema") -> "Grammar":
@@ -110,7 +110,7 @@ class Grammar:
         matcher.compute_bitmask()
         self.check(matcher)
         if matcher.is_stopped() and not matcher.is_accepting():
-            raise RequestError(f"[{self.where}] must allow some answer, got a grammar that allows none. Mend it.")
+            raise RequestError(f"[{self.where}] must allow some answer, got a grammar that allows none. Correct it.")
         return matcher
 
     def check(self, matcher: Any) -> None:
@@ -121,7 +121,7 @@ class Grammar:
         """
         if matcher.is_error():
             raise RequestError(
-                f"[{self.where}] must be a grammar that llguidance takes, got: {said_by(matcher)}. Mend or simplify it."
+                f"[{self.where}] must be a grammar that llguidance accepts, got: {said_by(matcher)}. Correct it."
             )
 
 
@@ -195,7 +195,7 @@ def _json(convert: Callable[[Any], Any], value: Any, where: str) -> Any:
     try:
         return convert(value)
     except (TypeError, ValueError, RecursionError) as error:
-        raise RequestError(f"[{where}] must be a JSON schema, got {error}. Mend it.") from error
+        raise RequestError(f"[{where}] must be a JSON schema, got {error}. Correct it.") from error
 
 
 def _check_depth(schema: Any, where: str) -> None:
@@ -219,5 +219,5 @@ def _checked_text(text: Any, where: str) -> str:
     if size > MAX_GRAMMAR_BYTES:
         raise RequestError(f"[{where}] must have at most {MAX_GRAMMAR_BYTES} bytes, got {size}. Simplify it.")
     if "\x00" in text or (not text.isascii() and any("\ud800" <= c <= "\udfff" for c in text)):
-        raise RequestError(f"[{where}] must be Unicode text without null characters, got other. Mend it.")
+        raise RequestError(f"[{where}] must be Unicode text without null characters, got other text. Correct it.")
     return text

@@ -320,7 +320,7 @@ def choose_limits(streaming: StreamingConfig) -> tuple[int, int | None]:
         return streaming.gpu_memory_limit_bytes or default_gpu_memory_limit_bytes() or 0, _choose_limit(streaming)
     if streaming.gpu_memory_limit_bytes is not None:
         raise RequestError(
-            "[gpu_memory_limit] must be left out where no GPU has memory of its own, got one: memory_limit bounds all "
+            "[gpu_memory_limit] must be left out if no GPU has memory of its own, got one: memory_limit bounds all "
             f"of it. On CUDA install cuda-bindings: {install_command('cuda13')}, or [cuda12]."
         )
     return _choose_limit(streaming), None
@@ -337,7 +337,7 @@ def _choose_limit(streaming: StreamingConfig) -> int:
     if limit_bytes := default_memory_limit_bytes(*_device_memory()):
         return limit_bytes
     raise MemoryLimitError(
-        f"[memory_limit] must be given where this process may use {format_bytes(usable_memory_bytes())} in all, got "
+        f"[memory_limit] must be given if this process may only use {format_bytes(usable_memory_bytes())}, got "
         f"none: the interpreter and its libraries take up to {format_bytes(PROCESS_OVERHEAD_BYTES)}. Pass "
         "memory_limit, or give the process more memory."
     )
@@ -399,7 +399,7 @@ def _device_memory() -> tuple[int | None, int | None]:
 def _with_rounded_activations(spec: ModelSpec, bits: int) -> ModelSpec:
     if not (hasattr(spec.model, "activation_bits") and use_cpu_kernels()):
         raise RequestError(
-            f"[activation_bits] must be left out where the CPU kernels don't decode, got {bits}. They decode "
+            f"[activation_bits] must be left out if the CPU kernels don't decode, got {bits}. They decode "
             f"Qwen3.5-MoE and Qwen3-Next on the CPU, with numba: {install_command('cpu')}."
         )
     spec.model.activation_bits = bits
