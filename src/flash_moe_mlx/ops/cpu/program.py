@@ -84,19 +84,21 @@ class Program:
         self._table = np.array([operation.row for operation in operations], np.int64)
         self._alone = sum(operation.nbytes for operation in operations) < ALONE_BYTES
         self._place = {id(operation): place for place, operation in enumerate(operations)}
+        self._tasks = [operation.row[_TASKS] for operation in operations]
 
     def set_tasks(self, operation: Operation, tasks: int) -> None:
         """Change the number of an operation's tasks in this program; 0 skips it."""
-        self._table[self._place[id(operation)], _TASKS] = tasks
+        place = self._place[id(operation)]
+        self._table[place, _TASKS] = self._tasks[place] = tasks
 
     def update(self, operations: "ExpertOperations") -> None:
         """Copy the current number of tasks from operations on experts."""
         for operation in operations.changing:
-            self._table[self._place[id(operation)], _TASKS] = operation.tasks
+            self.set_tasks(operation, operation.tasks)
 
     def run(self) -> None:
         """Run all operations to completion."""
-        run(_run_tasks_kernel, self._table, int(self._table[:, _TASKS].sum()), alone=self._alone)
+        run(_run_tasks_kernel, self._table, sum(self._tasks), alone=self._alone)
 
 
 def together(*groups: Sequence[Operation]) -> list[Operation]:

@@ -23,7 +23,7 @@ from numba import types
 from ...machine import CGROUP_ROOT
 from ...system import usable_cores
 from .jit import serial
-from .memory_ir import load_i64, pause
+from .memory_ir import load_i64
 
 LOCK = threading.Lock()
 """Lock that lets one kernel run at a time: two would only compete for the same cores."""
@@ -31,8 +31,8 @@ LOCK = threading.Lock()
 ALONE_BYTES = 1 << 18
 """Kernels that read fewer bytes run on the calling thread, because waking others takes longer."""
 
-_SPINS = 1000
-"""Pauses of 10 to 50 ns: longer than most operations of a step take."""
+_SPINS = 30_000
+"""Loads of about a nanosecond: longer than most operations of a step take."""
 
 _FAILED = 1 << 62
 """Number of finished tasks set when a kernel raised, so that nobody waits for more or draws another."""
@@ -44,14 +44,13 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 def wait_for(counter, needed):  # type: ignore[no-untyped-def]
     """Wait until the int64 at address ``counter`` is at least ``needed``.
 
-    Spins with pauses for a while, then yields the core: with more threads than cores, or under a quota, the thread that
-    it waits for may not be running.
+    Spins for a while, then yields the core: with more threads than cores, or under a quota, the thread that it waits for
+    may not be running. Spins without the processor's pause instruction, which virtual machines may intercept.
     """
     spins = 0
     while load_i64(counter) < needed:
         if spins < _SPINS:
             spins += 1
-            pause()
         else:
             _sched_yield()
 
