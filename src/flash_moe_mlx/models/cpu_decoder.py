@@ -16,14 +16,14 @@ import numpy as np
 from ..errors import NonFiniteError
 from ..experts.executor import TokenExperts
 from ..ops.cpu import decode_tasks as tasks
-from ..ops.cpu.arrays import empty, floats
+from ..ops.cpu.arrays import empty
 from ..ops.cpu.elementwise import CHANNELS
 from ..ops.cpu.expert_program import UnsupportedLayerError
 from ..ops.cpu.program import ExpertOperations, Operation, Program, together
 from ..ops.cpu.vectors import Pool
 from ..ops.finite import is_finite, non_finite
 from .caches import KVCache
-from .cpu_layers import normed, product, shared_expert
+from .cpu_layers import TokenEmbedding, normed, product, shared_expert
 from .mixers.blocks import TokenMixer
 from .moe_block import StreamingMoE
 
@@ -91,7 +91,11 @@ class _Layer:
 
 
 class CPUDecoder:
-    """Decodes single tokens of one hybrid model. Not thread-safe: callers hold the engine's lock."""
+    """Decodes single tokens of one hybrid model. Not thread-safe: callers hold the engine's lock.
+
+    Attributes:
+        embed: Embeddings of token ids.
+    """
 
     def __init__(self, model: Any, max_context: int):
         """Build the programs.
@@ -109,6 +113,7 @@ class CPUDecoder:
         self._k = config.num_experts_per_tok
         self._max_context = max_context
         self._hidden = empty(config.hidden_size)
+        self.embed = TokenEmbedding(text.embed_tokens)
         self._ids, self._weights = np.zeros(self._k, np.int64), empty(self._k)
         self._layers = [self._layer(config, index, layer) for index, layer in enumerate(text.layers)]
         self._logits = empty(config.vocab_size)
@@ -127,11 +132,13 @@ class CPUDecoder:
         owners, names, values = self._held
         return all(map(is_, map(dict.get, owners, names), values))  # hundreds per token: without a loop in Python
 
-    def step(self, hidden: mx.array, caches: Sequence[Any], room: Sequence[Any], *, logits: bool) -> mx.array | None:
-        """Run one embedded token (1, 1, H), advance the caches, and return logits (1, 1, vocabulary) if requested.
+    def step(
+        self, embedded: np.ndarray, caches: Sequence[Any], room: Sequence[Any], *, logits: bool
+    ) -> mx.array | None:
+        """Run one token, advance the caches, and return logits (1, 1, vocabulary) if requested.
 
         Args:
-            hidden: The embedded token, float32.
+            embedded: The token's embedding. Shape (H,), float32.
             caches: One cache per layer.
             room: The result of each cache's ``own``.
             logits: Whether to compute them.
@@ -142,7 +149,7 @@ class CPUDecoder:
             RequestError: If a cache does not belong to this model.
             StoreError: If an expert can't be read.
         """
-        np.copyto(self._hidden, floats(hidden).reshape(-1))
+        np.copyto(self._hidden, embedded)
         position = max((cache.offset for cache in caches if isinstance(cache, KVCache)), default=0)
         for layer, arrays in zip(self._layers, room, strict=True):
             layer.mixer.set(arrays, position)
@@ -153,15 +160,15 @@ class CPUDecoder:
         self._first.run()
         for number, layer in enumerate(self._layers):
             if self._ids[0] < 0:
-                raise self._located(number, hidden)
+                raise self._located(number, embedded)
             layer.run(self._ids, self._weights)
         if not logits:
             return None
         if not is_finite(self._logits):
-            raise self._located(len(self._layers), hidden)
-        return mx.array(self._logits)[None, None]
+            raise self._located(len(self._layers), embedded)
+        return mx.array(self._logits.reshape(1, 1, -1))  # in memory: nothing is left to evaluate
 
-    def _located(self, number: int, embedded: mx.array) -> NonFiniteError:
+    def _located(self, number: int, embedded: np.ndarray) -> NonFiniteError:
         """Find out why a router's logits, or the model's, are not finite, from inputs that are still in memory.
 
         Args:

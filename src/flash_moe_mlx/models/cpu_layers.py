@@ -13,9 +13,13 @@ from ..ops.cpu.arrays import KINDS, address, floats, view
 from ..ops.cpu.expert_program import RecordOperations, UnsupportedLayerError, feed_forward, places_of, stored_format
 from ..ops.cpu.kernels import Format
 from ..ops.cpu.program import Operation
+from ..ops.cpu.vector_ir import BF16
 from ..ops.cpu.vectors import Pool, Vector
 from ..ops.slot_memory import MLX_DTYPES
-from .layers import Linear, SwiGLU
+from .layers import Embedding, Linear, SwiGLU
+
+_SIXTEEN_BITS = (mx.bfloat16, mx.float16)
+_STORED = {mx.uint32: np.uint32, mx.bfloat16: np.uint16, mx.float16: np.float16, mx.float32: np.float32}
 
 _NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
 
@@ -78,3 +82,45 @@ def shared_expert(shared: SwiGLU, x: Vector, y: np.ndarray, pool: Pool) -> Recor
     operations = feed_forward("shared", forms, places, width, x, 1, y, pool)
     operations.held = held
     return operations
+
+
+class TokenEmbedding:
+    """Embeddings of single tokens, read without an evaluation by MLX: that costs as much as two small layers.
+
+    Equal to `Embedding.embed` bit for bit. Codes of up to 8 bits times 16-bit scales are exact in float32, so that only
+    the sum with the bias is rounded; other tables are left to MLX.
+    """
+
+    def __init__(self, module: Embedding):
+        self._module = module
+        quantization, weight = module.quantization, module.weight
+        self._rows: dict[str, np.ndarray] = {}
+        self._kinds = {name: KINDS[part.dtype] for name, part in module.parts.items() if part.dtype in KINDS}
+        if quantization is None:
+            readable = weight.dtype in KINDS
+        else:
+            readable = quantization.mode == "affine" and quantization.bits in (2, 4, 8)
+            readable = readable and {"weight", "scales", "biases"} == {*module.parts}
+            readable = readable and all(module[name].dtype in _SIXTEEN_BITS for name in ("scales", "biases"))
+            self._shifts = np.arange(0, 32, quantization.bits, dtype=np.uint32)
+            self._mask = np.uint32((1 << quantization.bits) - 1)
+        if readable:
+            for name, part in module.parts.items():
+                self._rows[name] = view(part, _STORED[part.dtype]).reshape(part.shape)
+
+    def __call__(self, token: int) -> np.ndarray:
+        """Return the embedding of a token id. Shape (H,), float32."""
+        if not self._rows:
+            return floats(self._module.embed(mx.array([token]), mx.float32))[0]
+        weight = self._part("weight", token)
+        if self._module.quantization is None:
+            return weight
+        codes = ((weight[:, None] >> self._shifts) & self._mask).astype(np.float32)
+        scales, biases = self._part("scales", token)[:, None], self._part("biases", token)[:, None]
+        return (codes.reshape(len(scales), -1) * scales + biases).reshape(-1)
+
+    def _part(self, name: str, token: int) -> np.ndarray:
+        row = self._rows[name][token]
+        if name in self._kinds and self._kinds[name] == BF16:
+            return (row.astype(np.uint32) << 16).view(np.float32)
+        return row if row.dtype == np.uint32 else row.astype(np.float32)

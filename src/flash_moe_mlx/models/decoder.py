@@ -260,14 +260,23 @@ class HybridModel(nn.Module):
         if input_embeddings is None:
             if not later:
                 check_tokens(inputs, self.vocabulary_size)
-            given = clamped(inputs, self.vocabulary_size) if later else inputs
-            hidden = text.embed_tokens.embed(given, self.dtype)
+            batch, tokens = inputs.shape
         else:
-            hidden = input_embeddings
-        batch, tokens = hidden.shape[:2]
+            batch, tokens = input_embeddings.shape[:2]
         length = tokens + context_length(cache)
         rows = unpadded_rows(cache, tokens)
         with self.streaming.forward_pass(batch, tokens, length, None if rows is None else len(rows), cache):
+            self.runs_ahead = False
+            if batch == 1 and tokens <= STEPPED_TOKENS:
+                kept = tokens if logits_to_keep is None else logits_to_keep
+                logits = self._stepped(inputs, input_embeddings, cache, kept)
+                if logits is not None:
+                    return logits
+            if input_embeddings is None:
+                given = clamped(inputs, self.vocabulary_size) if later else inputs
+                hidden = text.embed_tokens.embed(given, self.dtype)
+            else:
+                hidden = input_embeddings
             hidden_ahead = self._resident(hidden, cache) if batch == tokens == 1 else None
             self.runs_ahead = hidden_ahead is not None
             if hidden_ahead is not None:
@@ -276,10 +285,6 @@ class HybridModel(nn.Module):
                 logits = self.output_projection(text.norm(hidden_ahead))
                 self._deferred.add(inputs if later else None, logits, self.vocabulary_size)
                 return logits
-            if batch == 1 and tokens <= STEPPED_TOKENS:
-                logits = self._stepped(hidden, cache, tokens if logits_to_keep is None else logits_to_keep)
-                if logits is not None:
-                    return logits
             embedded = hidden = hidden.astype(self.dtype)
             try:
                 if logits_to_keep == 0 and not self.streaming.is_recording:
@@ -357,18 +362,24 @@ class HybridModel(nn.Module):
             self._resident_decoder = ResidentDecoder(self.layers)
         return self._resident_decoder(hidden.astype(self.dtype), cache)
 
-    def _stepped(self, hidden: mx.array, cache: list[Any], kept: int) -> mx.array | None:
+    def _stepped(self, inputs: mx.array, embeddings: mx.array | None, cache: list[Any], kept: int) -> mx.array | None:
         """Return logits of the last ``kept`` tokens, run one at a time; None if the decoder can't continue here."""
         decoder = self._decoder()
         if decoder is None:
             return None
-        tokens = hidden.shape[1]
+        from ..ops.cpu.arrays import floats
+
+        if embeddings is None:
+            rows = map(decoder.embed, inputs.reshape(-1).tolist())
+        else:
+            rows = iter(floats(embeddings)[0])
+        tokens = inputs.shape[1] if embeddings is None else embeddings.shape[1]
         logits = []
-        for token in range(tokens):
+        for token, embedded in enumerate(rows):
             room = [c.own() if isinstance(c, ArraysCache | KVCache) else None for c in cache]
             if any(arrays is None for arrays in room):
                 return None  # happens before the first token, or never
-            step = decoder.step(hidden[:, token : token + 1], cache, room, logits=token >= tokens - kept)
+            step = decoder.step(embedded, cache, room, logits=token >= tokens - kept)
             logits += [] if step is None else [step]
         if len(logits) == 1:
             return logits[0]

@@ -128,7 +128,10 @@ def _refuse_rope(rope: Mapping[str, Any], error: BaseException) -> CorruptError:
 
 
 class _Rotation:
-    """Cosines and sines of one position, taken from the model's own rotary embedding."""
+    """Cosines and sines of one position, taken from the model's own rotary embedding a block at a time."""
+
+    BLOCK = 64
+    """Positions computed together: evaluated by MLX one by one, they would cost more than a layer of a small model."""
 
     def __init__(self, rope: nn.Module, half: int):
         from ...ops.cpu.arrays import empty
@@ -136,16 +139,23 @@ class _Rotation:
         self.cos, self.sin, self.half = empty(half), empty(half), half
         self._rope = rope
         self._position = -1
+        # One attribute, so that an interrupt can't leave another block's first position.
+        self._block = (0, np.empty((0, 2, half), np.float32))
 
     def turn(self, position: int) -> None:
         """Compute those of a position, unless they are already there."""
         from ...ops.cpu.arrays import floats
 
-        if position != self._position:
-            probe = np.zeros((1, 1, 1, 2 * self.half), np.float32)
+        if position == self._position:
+            return
+        start, rows = self._block
+        if not start <= position < start + len(rows):
+            probe = np.zeros((1, 1, self.BLOCK, 2 * self.half), np.float32)
             probe[..., : self.half] = 1.0
-            self.cos[:], self.sin[:] = floats(self._rope(mx.array(probe), offset=position)).reshape(2, self.half)
-            self._position = position
+            turned = floats(self._rope(mx.array(probe), offset=position))
+            start, rows = self._block = position, turned.reshape(-1, 2, self.half).copy()  # MLX frees its own
+        self.cos[:], self.sin[:] = rows[position - start]
+        self._position = position
 
 
 class _TokenAttention:

@@ -1,10 +1,9 @@
 """Access to memory by address in kernels: stored numbers, arrays, functions, and counters shared by threads."""
 
-import platform
 from collections.abc import Callable
 
 from llvmlite import ir
-from numba.core import cgutils, types
+from numba.core import types
 from numba.extending import intrinsic
 
 from .vector_ir import BF16, E4M3, E8M0, F16, F32, FLOAT_BYTES, LANES, Emitter, signature_of
@@ -73,20 +72,6 @@ def load_i64(typing_context, address):  # type: ignore[no-untyped-def]
         return builder.load_atomic(pointer, "acquire", 8, typ=_I64)
 
     return signature_of(1, types.int64), generate
-
-
-@intrinsic
-def pause(typing_context):  # type: ignore[no-untyped-def]
-    """Tell the processor that this thread spins: ``pause()``. The core's other hardware thread then runs faster."""
-
-    def generate(context, builder, signature, arguments):  # type: ignore[no-untyped-def]
-        x86 = platform.machine().lower() in ("x86_64", "amd64")
-        name, taken = ("llvm.x86.sse2.pause", []) if x86 else ("llvm.aarch64.hint", [_I32(1)])
-        type_ = ir.FunctionType(ir.VoidType(), [value.type for value in taken])
-        builder.call(cgutils.get_or_insert_function(builder.module, type_, name), taken)
-        return context.get_dummy_value()
-
-    return types.void(), generate
 
 
 @intrinsic
