@@ -13,7 +13,8 @@ from ..config import StreamingConfig
 from ..formats.checkpoint import Checkpoint
 from ..formats.quantization import mlx_name
 from .config import ModelConfig
-from .decoder import HybridModel, TextModel, prepare_hybrid
+from .decoder import HybridModel, TextModel
+from .hybrid_spec import prepare_hybrid
 from .layers import Linear, QuantizationOf
 from .mixers import MIXERS
 from .mixers.gated_delta import GatedDeltaNet
