@@ -13,8 +13,12 @@ from rich.console import Console
 
 from flash_moe_mlx.cli import chat as module
 from flash_moe_mlx.cli.chat_session import COMMANDS
+from flash_moe_mlx.cli.chat_settings import Settings
+from flash_moe_mlx.cli.markdown import Region, finished
 from flash_moe_mlx.cli.printable import printable
-from flash_moe_mlx.cli.terminal import AnswerView, finished
+from flash_moe_mlx.cli.terminal import AnswerView
+from flash_moe_mlx.errors import RequestError
+from flash_moe_mlx.formats.config_files import SamplingDefaults
 from flash_moe_mlx.progress import Progress
 
 from ..support.command_line import refusal, succeed
@@ -95,10 +99,44 @@ def test_a_prefix_cache_that_does_not_fit_is_refused():
         ("```\na\n\nb\n```\n\nc", "```\na\n\nb\n```\n\n"),
         ("~~~\n```\n\n~~~\n\nc", "~~~\n```\n\n~~~\n\n"),
         ("one\n ", ""),
+        ("1. **Step**:\n\n    ```sh\n    a\n    ```\n\n   Then check.\n\n2. next", ""),  # one list
+        ("- a\n\n- b\n\ntext", "- a\n\n- b\n\n"),
+        ("````\n```\n\nb\n````\n\nc", "````\n```\n\nb\n````\n\n"),  # three don't close four
     ],
 )
 def test_finished_blocks(text: str, done: str):
     assert text[: finished(text)] == done
+
+
+def test_a_narrower_terminal_keeps_no_old_lines():
+    """The screen is pyte's, which wraps as a terminal does; the words of the last drawing are there once."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=40, height=20, legacy_windows=False)
+    region = Region(console)
+    region.draw("word " * 14)
+    assert region._widths == [39, 29]
+    before = out.tell()
+    console.size = console.size.__class__(20, 20)
+    region.draw("word " * 14)
+    # Two lines of 39 and 29 cells have become four rows of 20.
+    assert "\x1b[4A" in out.getvalue()[before:]
+    region.close()
+    assert out.getvalue().endswith("\x1b[?25h")
+
+
+def test_settings_change_by_name():
+    settings = Settings(SamplingDefaults(0.6, 0.95, 20), 256)
+    settings.change("temperature", "0.2")
+    settings.change("--top-p", "1")
+    settings.change("max_tokens", "99")
+    assert str(settings) == "temperature 0.2, top-k 20; max-tokens 99"
+    for name, value, words in (
+        ("heat", "1", "no setting"),
+        ("top-k", "many", "takes a number"),
+        ("min-p", "3", "to 1"),
+    ):
+        with pytest.raises(RequestError, match=words):
+            settings.change(name, value)
 
 
 def drawn(thinking: str, *pieces: tuple[str, str]) -> str:

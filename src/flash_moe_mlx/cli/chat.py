@@ -9,6 +9,7 @@ import typer
 
 from ..errors import MemoryLimitError
 from ..progress import report
+from ..stats import format_bytes
 from .options import (
     STARTING,
     ActivationBits,
@@ -28,13 +29,15 @@ from .options import (
     TrustRemoteCode,
     Verify,
     open_model,
-    sampler,
     sampling_of,
 )
-from .printable import echo
+from .printable import echo, printable
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from .. import PrefixCache
+    from .chat_settings import Settings
     from .terminal import Reader
 
 PREFIX_CACHE_SHARE = 0.1  # of the memory limit, where no size is given
@@ -89,17 +92,20 @@ def chat(
 
     from ..chat.conversation import Conversation
     from ..chat.tools import CALCULATOR, load_tools
+    from ..formats.config_files import SamplingDefaults
     from ..runtime.prompt_text import check_text
     from .chat_session import ChatSession
+    from .chat_settings import Settings
 
     check_text(system, "system")
     console = Console(soft_wrap=not sys.stdout.isatty())  # piped output stays plain text
     offered = [tool for path in tools or [] for tool in load_tools(path)]
-    read = _reader(console.is_terminal)
+    settings = Settings(SamplingDefaults(), max_tokens, seed)
+    read = _reader(console.is_terminal, lambda: settings.toolbar)
     limits = memory_limit, gpu_memory_limit
     how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
     with open_model(model, *how) as (loaded, tokenizer):
-        sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
+        settings.sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
         if calculator and tokenizer.has_tool_calling:
             offered += load_tools(CALCULATOR)
         conversation = Conversation(
@@ -109,25 +115,34 @@ def chat(
             tools=offered,
             prefix_cache=_prefix_cache(loaded, prefix_cache),
             max_tokens=max_tokens,
-            sampler=sampler(sampling, seed),
+            sampler=settings.sampler(),
             thinking=thinking != "off",
             thinking_budget=thinking_budget,
             max_tool_rounds=max_tool_rounds,
             tool_timeout_seconds=tool_timeout,
         )
         if console.is_terminal:
-            names = ", ".join(tool.name for tool in offered) or "none"
-            echo(f"{model or 'the embedded demo'}; tools: {names}. /help lists the commands.")
-        ChatSession(conversation, console, read, thinking).run()
+            report("")
+            console.print(_header(model, loaded, settings, [tool.name for tool in offered]), style="dim", markup=False)
+        ChatSession(conversation, console, read, thinking, settings).run()
 
 
-def _reader(is_terminal: bool) -> "Reader":
+def _header(model: str | None, loaded: Any, settings: "Settings", tools: list[str]) -> str:
+    stats = loaded.streaming.stats()
+    return printable(
+        f"{model or 'the embedded demo'}: {stats.num_slots:,} of {stats.num_experts:,} experts in "
+        f"{format_bytes(stats.memory_limit_bytes)}, {loaded.streaming.max_context:,} tokens of context, "
+        f"{settings.sampling}; tools: {', '.join(tools) or 'none'}. /help lists the commands."
+    )
+
+
+def _reader(is_terminal: bool, toolbar: "Callable[[], str]") -> "Reader":
     from .chat_session import COMMANDS
     from .terminal import editing_reader, read_line
 
     if not (is_terminal and sys.stdin.isatty()) or os.environ.get("TERM") == "dumb":
         return read_line
-    return editing_reader(Path(typer.get_app_dir("flash-moe")) / "chat_history", list(COMMANDS))
+    return editing_reader(Path(typer.get_app_dir("flash-moe")) / "chat_history", list(COMMANDS), toolbar)
 
 
 def _prefix_cache(model: Any, size: str | None) -> "PrefixCache | None":

@@ -1,6 +1,7 @@
 """Terminal chat: messages, slash commands and confirmation of tool calls."""
 
 import json
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -17,6 +18,7 @@ from ..formats.safetensors_header import check_depth, load_json, read_bytes
 from ..progress import report, watching
 from ..runtime.prompt_text import check_text
 from ..stats import format_bytes
+from .chat_settings import Settings
 from .printable import printable
 from .terminal import AnswerView, Reader, Thinking, read_line
 
@@ -24,30 +26,45 @@ MAX_RESULT_LINES = 8  # of a tool's result, shown to the user
 
 COMMANDS = {
     "/help": "this list",
+    "/retry": "answer the last message again",
+    "/undo": "forget the last message and its answer",
     "/clear": "forget the conversation",
     "/system": "show the system prompt, or set it: /system TEXT",
+    "/set": "show the settings, or change one: /set temperature 0.7",
+    "/copy": "copy the last answer to the clipboard",
     "/stats": "memory, hit rate and bytes read",
     "/tools": "what the model may call",
     "/save": "write the conversation to a JSON file: /save FILE",
     "/load": "continue a saved conversation: /load FILE",
-    "/quit": "leave, as Ctrl-D does",
+    "/exit": "leave, as /quit, /bye and Ctrl-D do",
 }
+
+
+LEAVE = ("/exit", "/quit", "/bye")
+WORDS_TO_LEAVE = ("exit", "quit", "bye")  # alone on a line of a terminal
 
 
 class ChatSession:
     """An interactive chat. Ctrl-C stops an answer, not the chat."""
 
-    def __init__(self, conversation: Conversation, console: Console, read: Reader, thinking: Thinking):
+    def __init__(
+        self, conversation: Conversation, console: Console, read: Reader, thinking: Thinking, settings: "Settings"
+    ):
         self._chat = conversation
         self._console = console
         self._read = read
         self._thinking = thinking
+        self._settings = settings
         self._always: set[str] = set()
         self._view: AnswerView | None = None
         conversation.confirm = self._confirm
         self._commands: dict[str, Callable[[str], None]] = {
             "/help": self._help,
+            "/retry": self._retry,
+            "/undo": self._undo,
             "/clear": self._clear,
+            "/set": self._set,
+            "/copy": self._copy,
             "/system": self._system,
             "/stats": self._stats,
             "/tools": self._tools,
@@ -66,10 +83,10 @@ class ChatSession:
             except KeyboardInterrupt:
                 if not self._console.is_terminal:
                     raise
-                self._note("/quit or Ctrl-D leaves.")
+                self._note("/exit or Ctrl-D leaves.")
                 continue
             name, _, rest = line.partition(" ")
-            if name == "/quit":
+            if name in LEAVE or (line in WORDS_TO_LEAVE and self._console.is_terminal):
                 return
             try:
                 if name.startswith("/"):
@@ -115,7 +132,12 @@ class ChatSession:
 
     def _show_end(self, end: AnswerEnd) -> None:
         response = end.response
-        cut = "; cut at the maximum number of tokens" if response.finish_reason == "length" else ""
+        tokens = response.prompt_tokens + response.generation_tokens
+        self._settings.toolbar = (
+            f" {response.generation_tps:.1f} tok/s | hit rate {response.streaming.hit_rate:.0%} | "
+            f"context {tokens:,} of {self._chat.model.streaming.max_context:,}"
+        )
+        cut = "; cut at --max-tokens" if response.finish_reason == "length" else ""
         self._note(
             f"{response.prompt_tokens:,} prompt tokens ({response.cached_tokens:,} cached), "
             f"{response.generation_tokens:,} tokens, {response.generation_tps:.1f} tok/s, "
@@ -157,7 +179,46 @@ class ChatSession:
     def _help(self, _: str) -> None:
         for name, meaning in COMMANDS.items():
             self._say(f"[bold]{name:<9}[/bold]{escape(meaning)}")
-        self._note("Enter sends, Alt-Enter or Ctrl-J begins a line, Ctrl-C ends an answer.")
+        self._note("Enter sends, Alt-Enter or Ctrl-J starts a new line, Ctrl-C stops an answer.")
+
+    def _retry(self, _: str) -> None:
+        text = self._forget_turn()
+        if text is None:
+            self._note("There is nothing to answer again.")
+        else:
+            self._turn(text)
+
+    def _undo(self, _: str) -> None:
+        text = self._forget_turn()
+        self._note("There is nothing to undo." if text is None else f"Forgotten: {text}")
+
+    def _forget_turn(self) -> str | None:
+        """Remove the last message of the user and what followed, and return its text."""
+        messages = self._chat.messages
+        places = [place for place, message in enumerate(messages) if message["role"] == "user"]
+        if not places:
+            return None
+        text = str(messages[places[-1]]["content"])
+        del messages[places[-1] :]
+        return text
+
+    def _set(self, text: str) -> None:
+        name, _, value = text.partition(" ")
+        if name:
+            self._settings.change(name, value.strip())
+            self._chat.sampler = self._settings.sampler()
+            self._chat.max_tokens = self._settings.max_tokens
+        self._note(str(self._settings))
+
+    def _copy(self, _: str) -> None:
+        answers = [message["content"] for message in self._chat.messages if message["role"] == "assistant"]
+        if not answers or not self._console.is_terminal:
+            self._note("There is nothing to copy.")
+            return
+        # OSC 52: the terminal puts it on the clipboard, also through SSH.
+        self._console.file.write(f"\x1b]52;c;{b64encode(answers[-1].encode()).decode()}\x07")
+        self._console.file.flush()
+        self._note(f"{len(answers[-1]):,} characters were given to the terminal's clipboard.")
 
     def _clear(self, _: str) -> None:
         self._chat.messages.clear()

@@ -7,13 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
-from rich.live import Live
+from rich.console import Console, RenderableType
 from rich.markdown import Markdown
-from rich.segment import Segment
 from rich.text import Text
 
 from ..progress import Progress
+from .markdown import Region, finished
 from .printable import printable
 
 REFRESH_SECONDS = 0.1
@@ -33,15 +32,13 @@ def read_line(prompt: str) -> str:
     return line.rstrip("\n")
 
 
-def editing_reader(history: Path, words: Sequence[str]) -> Reader:
+def editing_reader(history: Path, words: Sequence[str], toolbar: Callable[[], str] = str) -> Reader:
     """Return a multi-line reader with history: Enter sends, Alt-Enter or Ctrl-J starts a new line.
 
     Args:
         history: History file; created if missing.
         words: Words that Tab completes.
-
-    Raises:
-        ImportError: If prompt_toolkit is not installed.
+        toolbar: Function that returns the line below the prompt; empty for none.
     """
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -67,6 +64,7 @@ def editing_reader(history: Path, words: Sequence[str]) -> Reader:
         key_bindings=keys,
         multiline=True,
         prompt_continuation="  ",
+        bottom_toolbar=lambda: toolbar() or None,
     )
     return session.prompt
 
@@ -85,7 +83,8 @@ class AnswerView:
         self._block = ""
         self._thought = 0
         self._drawn = 0.0
-        self._live: Live | None = None
+        self._region = Region(console)
+        self._is_drawing = False
         self._echo = _Echo()
 
     def __enter__(self) -> "AnswerView":
@@ -109,11 +108,11 @@ class AnswerView:
             self._thought += 1
             self._draw(Text(f"thinking, {self._thought} tokens", style="dim"))
             return
-        done = finished(self._block)
+        done = finished(self._block) if self._kind == "text" and "\n" in text else 0
         if done:
             self._print(self._block[:done])
             self._block = self._block[done:]
-        self._draw(_Tail(self._render(self._block)))
+        self._draw(self._render(self._block))
 
     def step(self, moment: Progress) -> None:
         """Show what the answer waits for, such as how many prompt tokens have been processed."""
@@ -122,9 +121,9 @@ class AnswerView:
 
     def finish(self) -> None:
         """Print the rest of the answer and release the terminal."""
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+        if self._is_drawing:
+            self._is_drawing = False
+            self._region.close()
             self._echo.restore()
         block, self._block = self._block, ""
         if self._kind == "text" or self._thinking == "show":
@@ -132,9 +131,10 @@ class AnswerView:
 
     def _print(self, block: str) -> None:
         if block.strip():
-            if self._live is not None:
-                self._live.update(Text(), refresh=True)
+            self._region.clear()
             self._console.print(self._render(block.rstrip("\n")))
+            if self._kind == "thinking":
+                self._console.print()
 
     def _render(self, block: str) -> RenderableType:
         return Text(block, style="dim italic") if self._kind == "thinking" else Markdown(block)
@@ -144,11 +144,10 @@ class AnswerView:
         if now - self._drawn < REFRESH_SECONDS:
             return
         self._drawn = now
-        if self._live is None:
+        if not self._is_drawing:
+            self._is_drawing = True
             self._echo.silence()
-            self._live = Live(console=self._console, auto_refresh=False, transient=True)
-            self._live.start()
-        self._live.update(renderable, refresh=True)
+        self._region.draw(renderable)
 
 
 class _Echo:
@@ -168,32 +167,3 @@ class _Echo:
         if self._before is not None:
             termios.tcsetattr(sys.stdin, termios.TCSADRAIN, self._before)
             self._before = None
-
-
-class _Tail:
-    """The last lines of a renderable, as many as fit the terminal."""
-
-    def __init__(self, renderable: RenderableType):
-        self._renderable = renderable
-
-    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        lines = console.render_lines(self._renderable, options, pad=False)
-        for line in lines[-max(1, console.height - 2) :]:
-            yield from line
-            yield Segment.line()
-
-
-def finished(text: str) -> int:
-    """Return the length of the prefix of ``text`` made of whole Markdown blocks, which later text can't change."""
-    position = done = 0
-    fence = ""
-    for line in text.splitlines(keepends=True):
-        position += len(line)
-        bare = line.strip()
-        if not fence and bare.startswith(("```", "~~~")):
-            fence = bare[:3]
-        elif fence and bare.startswith(fence):
-            fence = ""
-        elif not fence and not bare and line.endswith("\n"):
-            done = position
-    return done

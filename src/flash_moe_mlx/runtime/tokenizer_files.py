@@ -49,6 +49,8 @@ def load_checked_tokenizer(
     code = _code_of(check_tokenizer_files(directory))
     with ForeignCode(lambda error: _refusal(directory, error, code if not settings["trust_remote_code"] else None)):
         tokenizer = load_tokenizer(directory, settings, eos_token_ids=[eos] if isinstance(eos, int) else eos)
+        # A prompt's length is checked against max_context; transformers would warn in the middle of an answer.
+        tokenizer.deprecation_warnings["sequence-length-is-longer-than-the-specified-maximum"] = True
         vocabulary, special = tokenizer.vocab_size, len(tokenizer.all_special_tokens)
         # Broken normalisation, splitting and decoding rules only fail when they are used.
         tokenizer.decode(tokenizer.encode("a b"))
