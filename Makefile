@@ -47,6 +47,8 @@ docs: $(VENV)/.installed-dev
 	$(BIN)/python docs/generate_api.py
 	$(BIN)/python docs/generate_cli.py
 	$(BIN)/python -m pytest -q tests/test_docs.py
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "The site is in build/site; to read it: $(BIN)/python -m http.server -d build/site"
 
 clean:
 	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -1,10 +1,11 @@
-"""A custom sampler and a custom logits processor, next to mlx-lm's: all three shape the next token.
+"""A sampler and a logits processor of your own, next to mlx-lm's: each tells another story.
 
 python examples/custom_sampler.py [path/to/checkpoint]
 """
 
 import sys
 from importlib.resources import files
+from typing import Any
 
 import mlx.core as mx
 from mlx_lm.sample_utils import make_sampler
@@ -21,12 +22,12 @@ def typical(logprobs: mx.array) -> mx.array:
     """
     expected = -mx.sum(mx.exp(logprobs) * logprobs, axis=-1, keepdims=True)
     unusual = mx.abs(-logprobs - expected)
-    return mx.random.categorical(mx.where(unusual <= mx.min(unusual) + 1.0, logprobs, -mx.inf))
+    return mx.random.categorical(mx.where(unusual <= mx.min(unusual) + 2.0, logprobs, -mx.inf))
 
 
 def without(words: list[str]):
-    """Return a logits processor that excludes the first token of some words."""
-    banned = mx.array([tokenizer.encode(f" {word}", add_special_tokens=False)[0] for word in words])
+    """Return a logits processor that keeps some words, each of one token after a space, from being said."""
+    banned = mx.array([tokenizer.encode(f" {word}", add_special_tokens=False)[-1] for word in words])
 
     def process(tokens: mx.array, logits: mx.array) -> mx.array:
         logits[..., banned] = -mx.inf
@@ -38,8 +39,12 @@ def without(words: list[str]):
 model, tokenizer = load(path, memory_limit="14MB", max_context=128)
 with model.streaming:
     prompt, _ = chat_prompt(tokenizer, [{"role": "user", "content": "Tell me a story about a small fox."}])
-    mx.random.seed(0)
-    print("greedy:     ", generate(model, tokenizer, prompt, max_tokens=30))
-    print("mlx-lm's:   ", generate(model, tokenizer, prompt, max_tokens=30, sampler=make_sampler(0.8, top_p=0.9)))
-    print("typical:    ", generate(model, tokenizer, prompt, max_tokens=30, sampler=typical))
-    print("without fox:", generate(model, tokenizer, prompt, max_tokens=30, logits_processors=[without(["fox"])]))
+    ways: dict[str, dict[str, Any]] = {
+        "greedy": {},
+        "mlx-lm's, temperature 2": {"sampler": make_sampler(2.0, top_p=0.95)},
+        "typical": {"sampler": typical},
+        "without fox": {"logits_processors": [without(["fox"])]},
+    }
+    for name, options in ways.items():
+        mx.random.seed(1)
+        print(f"{name}: {generate(model, tokenizer, prompt, max_tokens=30, **options)}")

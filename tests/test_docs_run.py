@@ -40,7 +40,7 @@ FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 INDENTED = re.compile(r"(?:^    \S.*\n)+", re.MULTILINE)
 SIGNATURE = re.compile(r"\w+\([^()]*(?:\([^()]*\)[^()]*)*\) ->")
 
-HUB = re.compile(r"(?:Qwen|mlx-community)/")
+HUB = re.compile(r"(?:Qwen|mlx-community)/|qwen3|gpt-oss|glm-")  # repositories, and names of flash-moe models
 SERVER = "http://127.0.0.1:8080"
 
 WEATHER = {

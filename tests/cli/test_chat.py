@@ -109,16 +109,16 @@ def test_finished_blocks(text: str, done: str):
 
 
 def test_a_narrower_terminal_keeps_no_old_lines():
-    """The screen is pyte's, which wraps as a terminal does; the words of the last drawing are there once."""
+    """It has wrapped the lines: as many rows are erased as they take now."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=40, height=20, legacy_windows=False)
     region = Region(console)
     region.draw("word " * 14)
-    assert region._widths == [39, 29]
+    assert region._widths == [40, 30]
     before = out.tell()
     console.size = console.size.__class__(20, 20)
     region.draw("word " * 14)
-    # Two lines of 39 and 29 cells have become four rows of 20.
+    # Two lines of 40 and 30 cells have become four rows of 20.
     assert "\x1b[4A" in out.getvalue()[before:]
     region.close()
     assert out.getvalue().endswith("\x1b[?25h")

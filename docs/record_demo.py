@@ -1,0 +1,149 @@
+"""Records a session of flash-moe as docs/images/demo.cast (asciinema's format) and renders it to demo.svg.
+
+python docs/record_demo.py            # records and renders; needs pexpect and pyte
+python docs/record_demo.py --render   # renders the cast that is there
+"""
+
+import argparse
+import json
+import sys
+import time
+from html import escape
+from pathlib import Path
+
+IMAGES = Path(__file__).parent / "images"
+COLUMNS, ROWS = 92, 22
+CHARACTER, LINE, MARGIN = 8.4, 19, 14
+HOLD_SECONDS = 4.0  # of the last frame
+FRAME_SECONDS = 0.1
+COLOURS = {"default": "#d0d7de", "cyan": "#56d4dd", "green": "#7ee787", "brown": "#d29922", "yellow": "#d29922",
+           "magenta": "#d2a8ff", "blue": "#79c0ff", "red": "#ff7b72", "black": "#6e7681",
+           "white": "#f0f6fc"}  # fmt: skip
+STEPS = (
+    ('flash-moe generate "Explain mixture-of-experts in one line." --memory-limit 14MB --max-context 128', ()),
+    ("flash-moe chat --no-calculator", ("What is 17 + 25?", "Tell me a story about a small fox.", "/exit")),
+)
+
+
+def record() -> None:
+    """Type the steps into a shell, and keep what it prints with its times."""
+    import pexpect
+
+    shell = pexpect.spawn("bash", ["--norc", "-i"], dimensions=(ROWS, COLUMNS), encoding="utf-8", timeout=300,
+                          env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "TERM": "xterm-256color",
+                               "HOME": "/tmp", "PS1": "$ ", "PROMPT_TOOLKIT_NO_CPR": "1"})  # fmt: skip
+    events: list[tuple[float, str]] = []
+    started = time.monotonic()
+
+    def watch(until: str) -> None:
+        seen = ""
+        while until not in seen[-2000:]:
+            piece = shell.read_nonblocking(4096, timeout=300)
+            seen += piece
+            events.append((time.monotonic() - started, piece))
+
+    def say(text: str) -> None:
+        for letter in text:
+            shell.send(letter)
+            time.sleep(0.03)
+        shell.send("\r")
+
+    watch("$ ")
+    for command, messages in STEPS:
+        say(command)
+        for message in messages:
+            watch("\x1b[?2004h")  # the chat waits for a message
+            say(message)
+        watch("$ ")
+    header = {"version": 2, "width": COLUMNS, "height": ROWS, "title": "flash-moe"}
+    lines = [json.dumps(header), *(json.dumps([round(at, 3), "o", text]) for at, text in _shortened(events))]
+    IMAGES.mkdir(exist_ok=True)
+    (IMAGES / "demo.cast").write_text("\n".join(lines) + "\n")
+
+
+def _shortened(events: list[tuple[float, str]], longest: float = 1.0) -> list[tuple[float, str]]:
+    """Cut pauses, so that nobody waits for imports."""
+    shortened, before, now = [], 0.0, 0.0
+    for at, text in events:
+        now += min(at - before, longest)
+        before = at
+        shortened.append((now, text))
+    return shortened
+
+
+def frames() -> list[tuple[float, list[str]]]:
+    """Return the screens of the cast: when each begins, and its lines as SVG."""
+    import pyte
+
+    screen = pyte.Screen(COLUMNS, ROWS)
+    stream = pyte.Stream(screen)
+    found: list[tuple[float, list[str]]] = []
+    for line in (IMAGES / "demo.cast").read_text().splitlines()[1:]:
+        at, _, text = json.loads(line)
+        stream.feed(text)
+        lines = [_line(screen.buffer[row]) for row in range(ROWS)]
+        if found and at - found[-1][0] < FRAME_SECONDS:
+            found[-1] = (found[-1][0], lines)
+        elif not found or found[-1][1] != lines:
+            found.append((at, lines))
+    return found
+
+
+def _line(cells: dict) -> str:
+    """Return one line of the screen as tspans of equal style."""
+    runs: list[tuple[str, str]] = []
+    for column in range(COLUMNS):
+        cell = cells[column]
+        colour = COLOURS.get(cell.fg, f"#{cell.fg}" if len(cell.fg) == 6 else COLOURS["default"])
+        style = f'fill="{colour}"' + (' font-weight="bold"' if cell.bold else "")
+        style += ' font-style="italic"' if cell.italics else ""
+        if runs and runs[-1][0] == style:
+            runs[-1] = (style, runs[-1][1] + (cell.data or ""))
+        else:
+            runs.append((style, cell.data or ""))
+    runs[-1] = (runs[-1][0], runs[-1][1].rstrip())
+    return "".join(f"<tspan {style}>{escape(text)}</tspan>" for style, text in runs if text)
+
+
+def render() -> None:
+    """Write demo.svg: every frame a group, shown in its turn by a CSS animation."""
+    shown = frames()
+    total = shown[-1][0] + HOLD_SECONDS
+    width, height = round(2 * MARGIN + COLUMNS * CHARACTER), 2 * MARGIN + ROWS * LINE + 22
+    style, groups = [], []
+    for number, (at, lines) in enumerate(shown):
+        end = shown[number + 1][0] if number + 1 < len(shown) else total
+        style.append(
+            f"@keyframes k{number}{{0%{{visibility:hidden}}{100 * at / total:.3f}%{{visibility:visible}}"
+            f"{100 * end / total:.3f}%{{visibility:{'visible' if end == total else 'hidden'}}}}}"
+            f"#f{number}{{animation:k{number} {total:.2f}s step-end infinite}}"
+        )
+        rows = "".join(
+            f'<text x="{MARGIN}" y="{MARGIN + 34 + row * LINE}">{line}</text>' for row, line in enumerate(lines) if line
+        )
+        # Where animations don't run, such as in a still picture, the last frame is what one sees.
+        hidden = "" if number + 1 == len(shown) else ' visibility="hidden"'
+        groups.append(f'<g id="f{number}"{hidden}>{rows}</g>')
+    dots = "".join(
+        f'<circle cx="{18 + 18 * i}" cy="16" r="5" fill="{c}"/>'
+        for i, c in enumerate(("#ff5f57", "#febc2e", "#28c840"))
+    )
+    (IMAGES / "demo.svg").write_text(
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
+        'role="img" aria-label="flash-moe answers in a terminal">'
+        "<style>text{font:14px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}"
+        f"{''.join(style)}"
+        f'</style><rect width="100%" height="100%" rx="8" fill="#161b22"/>{dots}{"".join(groups)}</svg>\n'
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Records and renders the picture on the README's first screen.")
+    parser.add_argument("--render", action="store_true", help="only render the cast that is there")
+    if not parser.parse_args().render:
+        record()
+    render()
+
+
+if __name__ == "__main__":
+    main()
