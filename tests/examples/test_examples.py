@@ -69,8 +69,10 @@ def test_streaming():
 
 def test_custom_sampler():
     lines = run("examples/custom_sampler.py").splitlines()
-    assert [line.split(":")[0] for line in lines] == ["greedy", "mlx-lm's", "typical", "without fox"]
-    assert "fox" in lines[0] and " fox" not in lines[3].partition(":")[2]
+    assert [line.split(":")[0] for line in lines] == ["greedy", "mlx-lm's sampler", "typical", "without forest"]
+    stories = [line.partition(": ")[2] for line in lines]
+    assert "forest" in stories[0] and "forest" not in stories[3]
+    assert len(set(stories)) == 4 and all(story.startswith("Once") for story in stories)
 
 
 def test_tool_calling():

@@ -123,7 +123,12 @@ def chat(
         )
         if console.is_terminal:
             report("")
-            console.print(_header(model, loaded, settings, [tool.name for tool in offered]), style="dim", markup=False)
+            console.print(
+                _header(model, loaded, settings, [tool.name for tool in offered]),
+                style="dim",
+                markup=False,
+                highlight=False,
+            )
         ChatSession(conversation, console, read, thinking, settings).run()
 
 

@@ -24,6 +24,9 @@ __all__ = ["expert_frequency", "hits_by_layer", "save", "speed_by_limit", "time_
 
 # Okabe and Ito's colours, which most people can tell apart.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#999999")
+_ROUTING = {"local": "#0072B2", "uniform": "#E69F00", "trace": "#009E73"}
+"""One colour for one kind of routing, in every plot."""
+_INK = "#7d8590"  # readable on white and on black
 
 
 def time_by_phase(profile: Profile) -> "Figure":
@@ -42,8 +45,10 @@ def time_by_phase(profile: Profile) -> "Figure":
         widths = np.array([1e3 * seconds[phase] / tokens for _, seconds, tokens in bars])
         axes.barh([name for name, _, _ in bars], widths, left=left, color=colour, label=phase)
         left += widths
-    axes.set_xlabel("ms per token, each part waited for")
-    figure.legend(ncols=len(PHASES), loc="outside upper center", frameon=False, columnspacing=1, handlelength=1)
+    axes.set(xlabel="ms per token, each part waited for")
+    figure.legend(
+        ncols=len(PHASES), loc="outside upper center", frameon=False, columnspacing=1, handlelength=1, labelcolor=_INK
+    )
     return figure
 
 
@@ -51,11 +56,11 @@ def hits_by_layer(replay: Replay) -> "Figure":
     """Plot the decode hit rate by layer."""
     figure, axes = _figure(7, 2.8)
     asked = (replay.hits + replay.misses)[1].clip(1)
-    axes.bar(range(len(replay.layers)), 100 * replay.hits[1] / asked, color=_COLOURS[0])
+    axes.bar(range(len(replay.layers)), 100 * replay.hits[1] / asked, color=_ROUTING["trace"])
     axes.axhline(100 * replay.decode_hit_rate, color=_COLOURS[3], linewidth=1, label="all layers")
     _layer_ticks(axes, replay.layers)
-    axes.set(xlabel="layer", ylabel="hits, %", ylim=(0, 100))
-    axes.legend(frameon=False)
+    axes.set(xlabel="layer", ylabel="hits, %", ylim=(0, 100), title="Hits of decoded tokens by layer")
+    axes.legend(frameon=False, labelcolor=_INK)
     return figure
 
 
@@ -68,8 +73,10 @@ def expert_frequency(trace: RoutingTrace) -> "Figure":
         counts[column] = np.bincount(ids[ids != NOT_RECORDED], minlength=trace.num_experts)
     shares = 100 * counts / max(len(trace.phase), 1)
     image = axes.imshow(-np.sort(-shares, axis=1), aspect="auto", cmap="viridis", interpolation="nearest")
-    axes.set(xlabel="experts, most used first", ylabel="layer")
-    figure.colorbar(image, label="tokens that picked it, %")
+    axes.set(xlabel="experts, most used first", ylabel="layer", title="How often each expert was picked")
+    bar = figure.colorbar(image, label="tokens that picked it, %")
+    _in_ink(bar.ax)
+    bar.outline.set_visible(False)
     return figure
 
 
@@ -82,12 +89,27 @@ def speed_by_limit(plan: Plan) -> "Figure":
     for number, first in enumerate(plan.sweep[0].expectations):
         points = [point.expectations[number] for point in plan.sweep]
         values = [(p.tokens_per_second or 0.0) if known else 100 * p.hit_rate for p in points]
-        axes.plot(limits, values, marker="o", color=_COLOURS[number], label=f"{first.routing} routing")
+        axes.plot(
+            limits,
+            values,
+            marker="o",
+            color=_ROUTING[first.routing],
+            label=f"{first.routing} routing",
+            clip_on=False,
+            zorder=3,
+        )
     if plan.best is not None:
         best = plan.best.limit_bytes / size
         axes.axvline(best, color=_COLOURS[6], linestyle="--", label=f"best: {best:.3g} {unit}")
-    axes.set(xlabel=f"memory limit, {unit}", ylabel="tok/s" if known else "hits, %", ylim=(0, None))
-    axes.legend(frameon=False)
+    name = Path(plan.model).name
+    axes.set(
+        xlabel=f"memory limit, {unit}",
+        ylabel="tok/s, expected" if known else "hits, %",
+        ylim=(0, None),
+        title=f"{name}: K {plan.num_experts_per_tok}, {plan.max_context:,} tokens of context",
+    )
+    axes.margins(y=0.1)
+    axes.legend(frameon=False, labelcolor=_INK)
     return figure
 
 
@@ -123,10 +145,20 @@ def _figure(width: float, height: float) -> tuple["Figure", "Axes"]:
     require_matplotlib()
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
+    axes = figure.add_subplot(facecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
+    _in_ink(axes)
     return figure, axes
+
+
+def _in_ink(axes: "Axes") -> None:
+    """Write in a grey that can be read on light and dark pages."""
+    axes.tick_params(colors=_INK)
+    for text in (axes.xaxis.label, axes.yaxis.label, axes.title):
+        text.set_color(_INK)
+    for spine in axes.spines.values():
+        spine.set_color(_INK)
 
 
 def _layer_ticks(axes: "Axes", layers: Sequence[int]) -> None:
