@@ -64,6 +64,7 @@ with showing(True):
 with showing(True):
     report("compiling \\x1b[31mkernels")
     time.sleep(1.5)
+    assert sys.stdout is sys.__stdout__  # what is created meanwhile, such as a line editor, writes to it
     report("loading", 10**9, 2 * 10**9)
     time.sleep(0.5)
     report("")

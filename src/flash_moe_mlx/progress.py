@@ -110,6 +110,7 @@ class StatusLine:
         self._lock = threading.RLock()
         self._timer: threading.Timer | None = None
         self._status: Any = None
+        self._spinner: Any = None
         self._text = ""
 
     def __enter__(self) -> "StatusLine":
@@ -128,7 +129,7 @@ class StatusLine:
             changed, self._text = text != self._text, text
             if self._status is not None:
                 if changed:
-                    self._status.update(_plain(text))
+                    self._spinner.update(text=_plain(text))
             elif self._timer is None:
                 self._timer = threading.Timer(self.DELAY_SECONDS, self._appear)
                 self._timer.daemon = True
@@ -146,11 +147,21 @@ class StatusLine:
 
     def _appear(self) -> None:
         from rich.console import Console
-        from rich.status import Status
+        from rich.live import Live
+        from rich.spinner import Spinner
 
         with self._lock:
             if self._timer is not None:  # not cleared meanwhile
-                self._status = Status(_plain(self._text), console=Console(stderr=True), spinner_style="cyan")
+                self._spinner = Spinner("dots", _plain(self._text), style="cyan")
+                # Standard output stays itself: what is created meanwhile, such as a line editor, keeps it.
+                self._status = Live(
+                    self._spinner,
+                    console=Console(stderr=True),
+                    refresh_per_second=12.5,
+                    transient=True,
+                    redirect_stdout=False,
+                    redirect_stderr=False,
+                )
                 self._status.start()
 
 
