@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 import flash_moe_mlx
 from flash_moe_mlx import Grammar, RequestError, generate, load, stream_generate
+from flash_moe_mlx.runtime import constraint as constraint_module
 from flash_moe_mlx.runtime.constraint import Constraint
 
 from ..support.schemas import KINDS, check_formats, schemas
@@ -69,6 +71,21 @@ def test_mlx_lm_takes_a_constraint_as_a_logits_processor(demo: Any):
     theirs = mlx_lm.generate(model, tokenizer, prompt, logits_processors=[constraint], max_tokens=200)
     assert theirs == generate(model, tokenizer, prompt, schema=OBJECT, max_tokens=200)
     check_formats(json.loads(theirs), OBJECT)
+
+
+def test_masks_of_a_large_vocabulary_come_from_a_thread_and_are_the_same(demo: Any, monkeypatch: pytest.MonkeyPatch):
+    expected = generate(*demo, STORY, schema=OBJECT)
+    threads: list[str] = []
+    compute = constraint_module._allowed
+
+    def noted(matcher: Any) -> np.ndarray:
+        threads.append(threading.current_thread().name)
+        return compute(matcher)
+
+    monkeypatch.setattr(constraint_module, "_SMALL_VOCABULARY", 0)
+    monkeypatch.setattr(constraint_module, "_allowed", noted)
+    assert generate(*demo, STORY, schema=OBJECT) == expected
+    assert threads and all(name.startswith("flash-moe-mask") for name in threads)
 
 
 def test_other_processors_come_first(demo: Any):
