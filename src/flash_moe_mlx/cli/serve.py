@@ -56,6 +56,13 @@ def serve(
     prefix_cache: Annotated[
         str, typer.Option(help='Memory for the prefix cache of earlier turns: auto, 0 (off) or a size like "500MB".')
     ] = "auto",
+    prefix_dir: Annotated[
+        str | None,
+        typer.Option(
+            help="Directory for long prompts' states and hot experts, which outlive the server. Holds prompts."
+        ),
+    ] = None,
+    prefix_dir_size: Annotated[str, typer.Option(help="Maximum total size of the files in --prefix-dir.")] = "10GB",
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -103,6 +110,8 @@ def serve(
             max_queue=max_queue,
             max_body_bytes=parse_size(max_body),
             prefix_cache=None if prefix_cache == "0" else prefix_cache,
+            prefix_directory=prefix_dir,
+            prefix_directory_bytes=parse_size(prefix_dir_size, "prefix_dir_size"),
             allowed_hosts=(*LOOPBACK, *(allow_host or ())) if local or allow_host else None,
         )
         limits = memory_limit, gpu_memory_limit

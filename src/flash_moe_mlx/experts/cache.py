@@ -147,6 +147,15 @@ class ExpertCache:
         """Return the experts of a layer that are in memory, most recently added last."""
         return tuple(self._layers[layer].present)
 
+    def by_value(self) -> dict[int, list[int]]:
+        """Return the experts in memory of each layer, most valuable first."""
+        found = {}
+        for layer, slots in self._layers.items():
+            present, policy = list(slots.present), self._policies[layer]
+            worth = dict(zip(present, policy.scores(present), strict=True))
+            found[layer] = sorted(present, key=worth.__getitem__, reverse=True)
+        return found
+
     def order(
         self, layer: int, experts: Sequence[int], counts: Sequence[int] | None = None, tokens: int = 1
     ) -> tuple[list[int], int]:

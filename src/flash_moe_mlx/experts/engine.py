@@ -15,6 +15,7 @@ import mlx.core as mx
 from ..config import parse_size
 from ..errors import MemoryLimitError, NonFiniteError, RequestError, StoreError
 from ..forks import check_process, is_forked
+from ..formats.checkpoint import Checkpoint
 from ..formats.config_files import SamplingDefaults
 from ..ops.gpu.kernel_source import explain_refusals
 from ..ops.numerics import Activation
@@ -466,6 +467,14 @@ class StreamingEngine:
             self._apply(budget, room)
             self._limit_bytes = limit_bytes
             self._wired.resize(limit_bytes)
+
+    @contextmanager
+    def between_passes(self) -> Iterator[tuple[ExpertReader, Checkpoint]]:
+        """Hold the lock, and yield what reads experts into slots, and where they are."""
+        check_process("model.streaming")
+        with self.lock:
+            self._check_open()
+            yield self._reader, self._store.checkpoint
 
     def clear(self) -> None:
         """Drop all experts from memory, so that the next ones are read again."""

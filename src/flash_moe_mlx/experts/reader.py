@@ -219,6 +219,10 @@ class ExpertReader:
             mx.async_eval(output)
             self._unread = (output, _STARTED)
 
+    def num_experts(self, layer: int) -> int:
+        """Return how many experts of a layer are read here; 0 if there is no such layer."""
+        return self._num_experts.get(layer, 0)
+
     def settle(self) -> None:
         """Wait for the last computation that reads slots."""
         if self._unread is not None:

@@ -118,8 +118,9 @@ class Constraint:
         self._bound.grammar.check(self._bound.matcher)
         if self._extra:
             allowed[list(self._extra)] = 1
-        if len(allowed) != size:
-            allowed = np.pad(allowed[:size], (0, max(0, size - len(allowed))))
+        allowed = allowed[:size]  # masks are of whole words
+        if len(allowed) < size:
+            allowed = np.pad(allowed, (0, size - len(allowed)))
         return mx.where(mx.array(allowed.view(np.bool_)), logits, -mx.inf)
 
     def _take(self, bound: "_Bound", token: int) -> None:

@@ -304,10 +304,10 @@ class _Steps:
     def _feeding(self, op: str, tokens: mx.array) -> AbstractContextManager[None]:
         return nullcontext() if self._leader is None else self._announced(op, tokens=tokens.tolist())
 
-    def snapshot(self, cache: PrefixCache, tokens: list[int]) -> None:
-        """Store a copy of the caches, which hold exactly ``tokens``."""
+    def snapshot(self, cache: PrefixCache, tokens: list[int], *, lasting: bool = False) -> None:
+        """Store a copy of the caches, which hold exactly ``tokens``; a ``lasting`` one in the cache's directory too."""
         with self._announced("store", prefix=cache.number, tokens=tokens):
-            cache.store(tokens, self.caches)
+            cache.store(tokens, self.caches, lasting=lasting)
 
     def note(self, tokens: mx.array) -> None:
         """Append tokens to the history that logits processors receive."""
@@ -412,7 +412,7 @@ def _stream(
         steps.prefill(prompt[done : done + size], _part(embeddings, done, size))
         done += size
         if snapshots is not None and points[:1] == [done]:
-            steps.snapshot(snapshots.cache, prompt[: points.pop(0)].tolist())
+            steps.snapshot(snapshots.cache, prompt[: points.pop(0)].tolist(), lasting=True)
         progress(done, length)
         report("reading the prompt", done, length, "tokens")
     step = steps.start(prompt[done:], _part(embeddings, done, 1))

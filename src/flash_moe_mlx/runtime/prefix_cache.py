@@ -10,9 +10,11 @@ prompt is stored whole. Here entries are few and large, so they are searched lin
 import copy
 import logging
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -23,11 +25,14 @@ from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, make_prompt_cach
 from ..config import parse_size
 from ..errors import StoreError
 from ..stats import format_bytes
+from .prefix_files import PrefixFiles
 
 logger = logging.getLogger(__name__)
 
 MIN_SNAPSHOT_TOKENS = 16
 """Shortest prefix worth storing: recurrent states are as large for one token as for many."""
+
+_NOTE_SECONDS = 60.0
 
 NEW_SNAPSHOTS = 3
 """Maximum number of points copied per prompt: the first (a system prompt) and the last ones."""
@@ -64,20 +69,34 @@ class PrefixCache:
         max_bytes: The limit.
     """
 
-    def __init__(self, model: Any, max_bytes: int | str):
-        """Reserve the memory.
+    def __init__(
+        self,
+        model: Any,
+        max_bytes: int | str,
+        directory: str | Path | None = None,
+        *,
+        max_directory_bytes: int | str = "10GB",
+    ):
+        """Reserve the memory, and look through the directory.
 
         Args:
             model: The model that :func:`flash_moe_mlx.load` returned.
             max_bytes: Bytes, or a text such as "500MB". A conversation keeps about three copies.
+            directory: Directory in which copies outlive the process: those of prompts, where at least 512 tokens are
+                spared. The experts in memory are noted there too, and read again now. It holds what was said.
+            max_directory_bytes: Maximum total size of these files.
 
         Raises:
             MemoryLimitError: If the model's memory limit can't spare them; names the smallest that can.
-            StoreError: If the model's engine is closed.
-            RequestError: If ``max_bytes`` is not a size.
+            StoreError: If the model's engine is closed, or an expert can't be read.
+            RequestError: If a size or the directory can't be used.
         """
         self.model = model
         self.max_bytes = parse_size(max_bytes)
+        self._files: PrefixFiles | None = None
+        if directory is not None:
+            self._files = PrefixFiles(model, directory, parse_size(max_directory_bytes, "max_directory_bytes"))
+        self._noted = time.monotonic()
         self._lock = threading.Lock()
         self._snapshots: list[_Snapshot] = []  # least recently used first
         self._closed = False
@@ -85,6 +104,8 @@ class PrefixCache:
         self._number = 0 if self._leader is None else self._leader.number(self)
         with self._announced("prefix", number=self._number, max_bytes=self.max_bytes):
             model.streaming.add_snapshots(self)
+        if self._files is not None and (warmed := self._files.warm_experts()):
+            logger.info("%d experts read that were in memory before", warmed)
 
     def __len__(self) -> int:
         """Return the number of copies held."""
@@ -109,6 +130,12 @@ class PrefixCache:
             # Mark every matching prefix as used, the shortest last: it is the likeliest to be shared, so it stays.
             recent = [snapshot for _, snapshot in shared]
             self._snapshots = [s for s in self._snapshots if s not in recent] + recent
+        known = shared[0][0] if shared else 0
+        if self._files is not None and self._files.longest(wanted) > known:
+            loaded = self._files.load(wanted)
+            if loaded is not None and loaded[1] > known:
+                self.store(tokens[: loaded[1]], loaded[0])
+                return loaded
         if not shared:
             return make_prompt_cache(self.model), 0
         count, best = shared[0]
@@ -117,8 +144,13 @@ class PrefixCache:
             trim_prompt_cache(caches, len(best.tokens) - count)
         return caches, count
 
-    def store(self, tokens: Sequence[int], caches: Sequence[Any]) -> bool:
+    def store(self, tokens: Sequence[int], caches: Sequence[Any], *, lasting: bool = False) -> bool:
         """Store a copy of caches that hold exactly ``tokens``.
+
+        Args:
+            tokens: The tokens.
+            caches: The caches.
+            lasting: Whether to write it to the directory too, if there is one.
 
         Returns:
             Whether the copy was stored: False if it is too short to be worth it, or larger than ``max_bytes``.
@@ -126,6 +158,7 @@ class PrefixCache:
         held = np.array(tokens, np.uint32)
         if len(held) < MIN_SNAPSHOT_TOKENS:
             return False
+        self._note_experts()
         with self._lock:
             if covering := [s for s in self._snapshots if _covers(s, held)]:
                 self._snapshots = [s for s in self._snapshots if s is not covering[-1]] + [covering[-1]]
@@ -145,6 +178,8 @@ class PrefixCache:
             mx.eval(states)  # evaluated only after evicted copies are freed
             self._snapshots = [*kept, snapshot]
         logger.debug("snapshot of %d tokens, %s", len(held), format_bytes(nbytes))
+        if lasting and self._files is not None:
+            self._files.save(held, copies)
         return True
 
     def points(self, snapshot_at: Sequence[int] | None, reused: int, length: int) -> list[int]:
@@ -166,8 +201,10 @@ class PrefixCache:
     def close(self) -> None:
         """Drop all copies and return the memory to the expert slots. Later calls do nothing."""
         with self._lock:
-            self._closed = True
+            closed, self._closed = self._closed, True
             self._snapshots = []
+        if self._files is not None and not closed:
+            self._files.save_experts()
         with self._announced("close", prefix=self._number):
             self.model.streaming.remove_snapshots(self)
 
@@ -186,6 +223,12 @@ class PrefixCache:
         if self._leader is None or self._leader is not self.model.streaming.leader:
             return nullcontext()
         return self._leader.announced(op, **fields)  # type: ignore[no-any-return]
+
+    def _note_experts(self) -> None:
+        """Note the experts in memory, once a while, for processes that are killed."""
+        if self._files is not None and time.monotonic() - self._noted > _NOTE_SECONDS:
+            self._noted = time.monotonic()
+            self._files.save_experts()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -64,7 +64,14 @@ class _Server:
         # Ids beyond the logits would be written outside the array, and a tokenizer may know more ids than the model.
         logits = getattr(getattr(model, "config", getattr(model, "args", None)), "vocab_size", None)
         self._vocabulary = min(len(tokenizer), logits or len(tokenizer))
-        self._worker = Worker(model, tokenizer, max_queue=config.max_queue, prefix_cache=config.prefix_cache)
+        self._worker = Worker(
+            model,
+            tokenizer,
+            max_queue=config.max_queue,
+            prefix_cache=config.prefix_cache,
+            prefix_directory=config.prefix_directory,
+            prefix_directory_bytes=config.prefix_directory_bytes,
+        )
         self._bodies = BodyBudget(BODIES_AT_ONCE * config.max_body_bytes)
         self._max_values = VALUES + 4 * model.streaming.max_context  # a prompt may be token ids
         self._page = files(__package__).joinpath("status.html").read_text()

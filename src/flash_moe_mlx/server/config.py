@@ -21,6 +21,8 @@ class ServerConfig:
         max_queue: Maximum number of waiting requests, not counting the running one.
         max_body_bytes: Maximum size of a request body.
         prefix_cache: Size of the prefix cache, "auto", or None for none.
+        prefix_directory: Directory in which prefix states and hot experts outlive the server; None keeps none.
+        prefix_directory_bytes: Maximum total size of its files.
         allowed_hosts: Names accepted in a request's Host header; None accepts any. They keep out pages of other sites
             whose name resolves to this machine.
         sampling: Defaults for requests that don't set sampling parameters.
@@ -31,6 +33,8 @@ class ServerConfig:
     max_queue: int = 16
     max_body_bytes: int = 4 << 20
     prefix_cache: int | str | None = "auto"
+    prefix_directory: str | None = None
+    prefix_directory_bytes: int | str = "10GB"
     allowed_hosts: tuple[str, ...] | None = LOOPBACK
     sampling: Sampling = field(default_factory=Sampling)
 
@@ -41,6 +45,10 @@ class ServerConfig:
             # The message must not contain the key, because messages end up in logs.
             raise RequestError(
                 "[api_key] must be printable text without spaces around it, got another. Choose another key."
+            )
+        if self.prefix_directory is not None and self.prefix_cache is None:
+            raise RequestError(
+                "[prefix_directory] must come with a prefix cache, got none. Leave out --prefix-cache 0."
             )
         for host in self.allowed_hosts or ():
             if not _HOST.fullmatch(host):

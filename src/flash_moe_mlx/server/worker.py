@@ -13,6 +13,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -105,7 +106,16 @@ class Worker:
         metrics: Counters that the worker updates.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_queue: int, prefix_cache: int | str | None = "auto"):
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_queue: int,
+        prefix_cache: int | str | None = "auto",
+        prefix_directory: str | None = None,
+        prefix_directory_bytes: int | str = "10GB",
+    ):
         """Reserve memory for the prefix cache and start the threads.
 
         Args:
@@ -114,15 +124,22 @@ class Worker:
             max_queue: Maximum number of waiting requests, not counting the running one.
             prefix_cache: Size of the prefix cache. "auto" is three conversations of max_context tokens, but at most a
                 quarter of the expert slots' memory; None keeps no cache.
+            prefix_directory: Directory in which the prefix cache's states outlive the process; None for none.
+            prefix_directory_bytes: Maximum total size of its files.
 
         Raises:
             MemoryLimitError: If the memory limit can't spare the requested size.
+            RequestError: If the directory can't be used.
         """
         self.metrics = Metrics()
         self._model = model
         self._tokenizer = tokenizer
         self._max_queue = max_queue
-        self._prefix_cache = _make_prefix_cache(model, prefix_cache)
+        self._prefix_cache = _make_prefix_cache(
+            model,
+            prefix_cache,
+            partial(PrefixCache, directory=prefix_directory, max_directory_bytes=prefix_directory_bytes),
+        )
         self._prompts = ThreadPoolExecutor(1, thread_name_prefix="flash-moe-prompt")
         self._generations = ThreadPoolExecutor(1, thread_name_prefix="flash-moe-serve")
         self._admitted: set[Generation] = set()
@@ -321,16 +338,18 @@ def _check_wanted(generation: Generation) -> None:
         raise ClientLeft
 
 
-def _make_prefix_cache(model: Any, size: int | str | None) -> PrefixCache | None:
+def _make_prefix_cache(
+    model: Any, size: int | str | None, make: Callable[[Any, int | str], PrefixCache]
+) -> PrefixCache | None:
     if size is None:
         return None
     if size != "auto":
-        return PrefixCache(model, size)
+        return make(model, size)
     engine = model.streaming
     slot_bytes = engine.stats().slot_bytes
     for nbytes in (3 * engine.state_bytes, max(1, slot_bytes // 4)):
         try:
-            cache = PrefixCache(model, nbytes)
+            cache = make(model, nbytes)
         except MemoryLimitError:
             continue
         if nbytes <= slot_bytes // 4 or engine.stats().slot_bytes >= slot_bytes * 3 // 4:
