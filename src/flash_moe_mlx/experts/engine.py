@@ -4,7 +4,7 @@ import gc
 import logging
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -32,6 +32,7 @@ from .executor import ExpertExecutor
 from .leading import Leader
 from .local import LocalExperts
 from .memory_plan import MemoryPlan
+from .rank_methods import RankMethods
 from .reader import ExpertReader
 from .reservations import Reservations, Room, Snapshots
 from .trace import DECODE, PREFILL, TraceRecorder
@@ -40,7 +41,7 @@ from .wired_memory import WiredShare
 logger = logging.getLogger(__name__)
 
 
-class StreamingEngine:
+class StreamingEngine(RankMethods):
     """Streams the routed experts of one model under a hard memory limit.
 
     A context manager that closes the engine on exit. One forward pass runs at a time; other threads wait.
@@ -239,50 +240,6 @@ class StreamingEngine:
         return self._reader.is_recording
 
     # Methods for generation and snapshots.
-
-    @property
-    def rank(self) -> int:
-        """This process's number among those that share the experts; 0 if it is alone."""
-        return 0 if self._share is None else self._share.ranks.rank
-
-    @property
-    def ranks(self) -> int:
-        """Number of processes that share the experts; 1 if it is alone."""
-        return 1 if self._share is None else self._share.ranks.size
-
-    def lead(self) -> None:
-        """Announce what this rank does to the others from now on, where there are others."""
-        if self._share is not None:
-            self.leader = Leader(self._share.ranks, self.lock)
-
-    def end_lead(self) -> None:
-        """Let the ranks that follow leave."""
-        leader, self.leader = self.leader, None
-        if leader is not None:
-            leader.end()
-
-    def next_command(self) -> dict[str, Any]:
-        """Return what the rank that leads announces next.
-
-        Raises:
-            DistributedError: If the group fails.
-        """
-        assert self._share is not None
-        return self._share.ranks.next_command()
-
-    def check_ranks(self) -> None:
-        """Check that the ranks can still compute together.
-
-        Raises:
-            DistributedError: If they can't.
-        """
-        if self._share is not None:
-            self._share.ranks.check()
-
-    def when_ranks_fail(self, call: Callable[[], None]) -> None:
-        """Call a function once on another thread if the ranks can't compute together any more."""
-        if self._share is not None:
-            self._share.ranks.on_failure = call
 
     def agreed(self, tokens: mx.array) -> mx.array:
         """Return the tokens that rank 0 has sampled: others may have drawn others.
