@@ -10,8 +10,8 @@ from flash_moe_mlx.experts.budget import LayerExperts, buffer_cache_bytes, divid
 
 
 @dataclass(frozen=True)
-class Costs:
-    """Costs that are easy to add up."""
+class Footprint:
+    """Footprint that are easy to add up."""
 
     dense_bytes: int = 1000
     load_bytes: int = 0
@@ -24,9 +24,9 @@ class Costs:
         return 10 * batch * tokens
 
 
-def smallest(experts: dict[int, LayerExperts], min_slots: int, costs: Costs = Costs()) -> int:
+def smallest(experts: dict[int, LayerExperts], min_slots: int, footprint: Footprint = Footprint()) -> int:
     with pytest.raises(MemoryLimitError) as error:
-        divide(1, costs, experts, min_slots=min_slots, batch=1, tokens=8, length=32)
+        divide(1, footprint, experts, min_slots=min_slots, batch=1, tokens=8, length=32)
     assert error.value.smallest_limit_bytes is not None
     return error.value.smallest_limit_bytes
 
@@ -42,7 +42,7 @@ layers = st.dictionaries(
 @given(layers, st.integers(1, 10), st.integers(0, 2_000_000))
 def test_slots_fill_the_limit_and_never_exceed_it(experts: dict[int, LayerExperts], min_slots: int, extra: int) -> None:
     limit = smallest(experts, min_slots) + extra
-    budget = divide(limit, Costs(), experts, min_slots=min_slots, batch=1, tokens=8, length=32)
+    budget = divide(limit, Footprint(), experts, min_slots=min_slots, batch=1, tokens=8, length=32)
     used = sum(budget.num_slots[layer] * e.record_bytes for layer, e in experts.items())
     fixed = 1000 + 32 + 80 + buffer_cache_bytes(80)
     assert used == budget.slot_bytes <= limit - fixed
@@ -56,27 +56,27 @@ def test_slots_fill_the_limit_and_never_exceed_it(experts: dict[int, LayerExpert
 @given(layers, st.integers(1, 10))
 def test_the_smallest_limit_works_and_one_byte_less_does_not(experts: dict[int, LayerExperts], min_slots: int) -> None:
     limit = smallest(experts, min_slots)
-    divide(limit, Costs(), experts, min_slots=min_slots, batch=1, tokens=8, length=32)
+    divide(limit, Footprint(), experts, min_slots=min_slots, batch=1, tokens=8, length=32)
     with pytest.raises(MemoryLimitError):
-        divide(limit - 1, Costs(), experts, min_slots=min_slots, batch=1, tokens=8, length=32)
+        divide(limit - 1, Footprint(), experts, min_slots=min_slots, batch=1, tokens=8, length=32)
 
 
 def test_the_limit_that_the_message_names_works() -> None:
     for record in (7, 1_234, 7_077_888, 5_000_000_000):
         experts = {0: LayerExperts(record, 16)}
         with pytest.raises(MemoryLimitError) as error:
-            divide(1, Costs(), experts, min_slots=4, batch=1, tokens=8, length=32)
+            divide(1, Footprint(), experts, min_slots=4, batch=1, tokens=8, length=32)
         named = str(error.value).split('memory_limit="')[1].split('"')[0]
-        divide(parse_size(named), Costs(), experts, min_slots=4, batch=1, tokens=8, length=32)
+        divide(parse_size(named), Footprint(), experts, min_slots=4, batch=1, tokens=8, length=32)
 
 
 def test_loading_a_large_tensor_counts() -> None:
     experts = {0: LayerExperts(10, 4)}
-    assert smallest(experts, 1, Costs(load_bytes=10**9)) == 10**9 + 1000
+    assert smallest(experts, 1, Footprint(load_bytes=10**9)) == 10**9 + 1000
 
 
 def test_equal_layers_get_equal_shares() -> None:
     experts = {layer: LayerExperts(100, 64) for layer in range(6)}
     limit = smallest(experts, 4) + 100 * (6 * 10 + 2)
-    budget = divide(limit, Costs(), experts, min_slots=4, batch=1, tokens=8, length=32)
+    budget = divide(limit, Footprint(), experts, min_slots=4, batch=1, tokens=8, length=32)
     assert list(budget.num_slots.values()) == [15, 15, 14, 14, 14, 14]

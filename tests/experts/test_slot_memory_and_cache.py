@@ -226,8 +226,8 @@ def test_experts_of_a_large_pass_come_hottest_last(make_cache: MakeCache) -> Non
     cache.acquire(0, [5]).wait()
     ordered, hits = cache.order(0, [1, 2, 3, 5], [7, 1, 4, 1], tokens=10)
     assert (ordered, hits) == ([5, 2, 3, 1], 1)
-    for wave in ([5, 2], [3, 1]):
-        cache.acquire(0, wave, counted=True).wait()
+    for group in ([5, 2], [3, 1]):
+        cache.acquire(0, group, counted=True).wait()
     assert set(cache.present(0)) == {3, 1}
 
 
@@ -246,17 +246,17 @@ def test_a_wave_stays_while_the_next_is_read(
         ordered, hits = cache.order(0, sorted(wanted), None, tokens)
         present, read = set(cache.present(0)), len(source.reads)
         planned = plan_groups(ordered, hits, slots, tokens)
-        assert sorted(expert for wave in planned for expert in wave.experts) == sorted(wanted)
+        assert sorted(expert for group in planned for expert in group.experts) == sorted(wanted)
         fetch = cache.acquire(0, planned[0].experts, counted=True)
         fetch.wait()
-        for wave, following in itertools.zip_longest(planned, planned[1:]):
+        for group, following in itertools.zip_longest(planned, planned[1:]):
             current = fetch
             if following is not None:
-                assert following.keep == (wave.experts if slots > 1 else [])
+                assert following.keep == (group.experts if slots > 1 else [])
                 fetch = cache.acquire(0, following.experts, counted=True, keep=following.keep)
                 fetch.wait()  # it lands while the first one is being computed
             if slots > 1:
-                assert {contents(cache, 0, slot) for slot in current.slots.values()} == set(wave.experts)
+                assert {contents(cache, 0, slot) for slot in current.slots.values()} == set(group.experts)
         assert set(source.reads[read:]) == {(0, expert) for expert in wanted - present}
         assert len(source.reads[read:]) == len(wanted - present)
 

@@ -67,7 +67,7 @@ def test_an_interrupt_in_a_real_wait(loaded: Loaded, expected: dict[int, list[in
 def test_no_read_outlives_an_interrupted_pass(
     loaded: Loaded, expected: dict[int, list[int]], monkeypatch: pytest.MonkeyPatch
 ):
-    """A prompt's next wave is being read while one is computed: it is waited for before the caller continues."""
+    """A prompt's next group is being read while one is computed: it is waited for before the caller continues."""
     model, _ = loaded
     store = inject(model, lambda layer, expert: None)
     store.delay = 0.1

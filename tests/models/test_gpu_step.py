@@ -87,7 +87,7 @@ def test_single_tokens_are_the_modules(checkpoint: Path, launched: list[str], mo
 
 
 def test_bits_do_not_depend_on_how_many_slots_there_are(checkpoint: Path, launched: list[str]):
-    batch = mx.array([[3], [40], [77]])  # more experts than the fewest slots hold: computed in waves
+    batch = mx.array([[3], [40], [77]])  # more experts than the fewest slots hold: computed in groups
     with streamed(checkpoint) as model:
         expected = logits(model), np.array(model(batch, cache=model.make_cache()))
     with streamed(checkpoint, smallest_limit(checkpoint)) as model:

@@ -19,7 +19,7 @@ from flash_moe_mlx import pack, verify
 from flash_moe_mlx.errors import CheckpointError, PackError, RequestError
 from flash_moe_mlx.formats.checkpoint import Checkpoint
 from flash_moe_mlx.formats.expert_layout import Quantization
-from flash_moe_mlx.packing import PackSettings, prepare
+from flash_moe_mlx.packing import PackSettings, open_packing
 
 from ..support.checkpoints import make_checkpoint, text_config
 from ..support.models import chat_config, convert, make_converted, streamed
@@ -224,7 +224,7 @@ def test_records_in_parts_give_the_same_bytes(
     source = sources.get(format) or make_checkpoint(tmp_path / "stock", bits=4, config=config, shards=20)
     whole = contents(pack(source, tmp_path / "whole", bits=bits))
     monkeypatch.setattr("flash_moe_mlx.packing.LocalSource.by_shard", True)
-    with prepare(source, tmp_path / "parts", PackSettings(bits=bits)) as packing:
+    with open_packing(source, tmp_path / "parts", PackSettings(bits=bits)) as packing:
         assert any(not getattr(task, "whole", True) for task in packing.plan.tasks)
         assert any(len(task.needs) > 1 for task in packing.plan.tasks) == ((format, bits) == ("stock", 2))
         packing.run(False)
@@ -233,7 +233,7 @@ def test_records_in_parts_give_the_same_bytes(
 
 def test_progress_and_estimate(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     small_tasks(monkeypatch)
-    with prepare(stock, tmp_path / "packed", PackSettings(bits=2)) as packing:
+    with open_packing(stock, tmp_path / "packed", PackSettings(bits=2)) as packing:
         estimate = packing.estimate()
     assert not (tmp_path / "packed").exists()
     assert estimate.remaining_bytes < estimate.result_bytes < estimate.needed_bytes < estimate.free_bytes

@@ -205,7 +205,7 @@ def test_too_few_slots_and_unknown_policies_are_refused():
 
 
 def test_decode_keeps_what_it_wants_through_a_long_prompt():
-    """A prompt wants nearly all experts once; its waves must not push out those that local routing comes back to."""
+    """A prompt wants nearly all experts once; its groups must not push out those that local routing comes back to."""
     how = {"layers": 2, "num_experts": 256, "num_experts_per_tok": 8, "prompt_tokens": 512, "tokens": 60, "turns": 4}
     rates = [replay(make_routing(LOCAL, **how, seed=seed), 48).decode_hit_rate for seed in range(3)]
-    assert sum(rates) / 3 > 0.78, rates  # 0.789; waves of half the slots leave 0.764
+    assert sum(rates) / 3 > 0.78, rates  # 0.789; groups of half the slots leave 0.764

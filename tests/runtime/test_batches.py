@@ -95,7 +95,7 @@ def record_bytes(model: Any) -> int:
 def test_a_step_reads_the_union_once(
     directory: Path, loaded: Loaded, singles: list[tuple[list[int], np.ndarray]], few_slots: bool
 ):
-    """Also where the union comes in several waves, because the slots hold but K experts of a layer."""
+    """Also where the union comes in several groups, because the slots hold but K experts of a layer."""
     model = loaded[0]
     if few_slots:
         model = flash_moe_mlx.load_model(directory, memory_limit=smallest_limit(directory))

@@ -1,4 +1,4 @@
-"""Logits are the same bits whatever the budget, the cache's state, the io mode and the number of waves."""
+"""Logits are the same bits whatever the budget, the cache's state, the io mode and the number of groups."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -130,24 +130,24 @@ def test_cold_and_warm_cache(directory: Path, resident: list[np.ndarray]):
             assert np.array_equal(first, resident[0])
 
 
-def test_many_waves_are_taken(directory: Path, resident: list[np.ndarray]):
+def test_many_groups_are_taken(directory: Path, resident: list[np.ndarray]):
     """The premise of the tests above: with K slots a prompt takes many groups, with all slots one."""
     counts = []
     for slots in (K, EXPERTS):
         with streamed(directory, limit_of_slots(directory, slots)) as model:
-            waves: list[int] = []
-            model.streaming.debug_state().cache.acquire = noting(waves, model.streaming.debug_state().cache.acquire)
+            groups: list[int] = []
+            model.streaming.debug_state().cache.acquire = noting(groups, model.streaming.debug_state().cache.acquire)
             assert np.array_equal(bits(model(PROMPT)), resident[0])
             assert np.array_equal(bits(model(BATCH)), resident[-2])
-            counts.append(len(waves))
-            assert max(waves) <= slots
+            counts.append(len(groups))
+            assert max(groups) <= slots
     layers = 4
     assert counts[1] == 2 * layers
     assert counts[0] > 6 * layers
 
 
 def test_each_expert_is_read_once_a_pass(directory: Path):
-    """However many waves: bytes read are at most the distinct experts' records."""
+    """However many groups: bytes read are at most the distinct experts' records."""
     with streamed(directory, smallest_limit(directory)) as model:
         model(PROMPT)
         stats = model.streaming.stats()

@@ -242,7 +242,7 @@ def test_states_of_several_generations_are_counted(directory: Path, expected: li
 
 
 def test_conversations_count_while_their_caches_live(loaded: Loaded):
-    engine, state = loaded[0].streaming, loaded[0].streaming.debug_state().demand.costs.state_bytes
+    engine, state = loaded[0].streaming, loaded[0].streaming.debug_state().demand.footprint.state_bytes
     gc.collect()
     assert engine.debug_state().reserved_state_bytes == 0
     first, second = (stream_generate(*loaded, prompt, 5) for prompt in (PROMPT, PROMPT[:7]))

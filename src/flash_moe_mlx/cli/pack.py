@@ -37,13 +37,13 @@ def pack(
         flash-moe pack Qwen3.5-35B-A3B-4bit packed --bits unchanged
         flash-moe pack Qwen3.5-35B-A3B packed-6 --layers 0-3=6 --dry-run
     """
-    from ..packing import PackSettings, prepare
+    from ..packing import PackSettings, open_packing
 
     settings = PackSettings(
         None if bits == "unchanged" else _integer("--bits", bits), group_size, down_bits, _layer_bits(layers), dense
     )
     target = destination.expanduser()
-    with prepare(source, target, settings, from_hub=from_hub, revision=revision, restart=restart) as packing:
+    with open_packing(source, target, settings, from_hub=from_hub, revision=revision, restart=restart) as packing:
         if dry_run:
             estimate = packing.estimate()
             if json:

@@ -136,7 +136,7 @@ def buffer_cache_bytes(scratch_bytes: int) -> int:
 
 def divide(
     limit_bytes: int,
-    costs: ModelMemory,
+    footprint: ModelMemory,
     experts: Mapping[int, LayerExperts],
     *,
     min_slots: int,
@@ -154,7 +154,7 @@ def divide(
 
     Args:
         limit_bytes: The limit.
-        costs: Bytes that the model needs in addition to its slots.
+        footprint: Bytes that the model needs in addition to its slots.
         experts: Routed experts of each layer.
         min_slots: Minimum number of slots per layer: the experts of one token.
         batch: Number of concurrent sequences.
@@ -167,21 +167,21 @@ def divide(
     Raises:
         MemoryLimitError: If the limit is too small; names the smallest limit that works.
     """
-    state = costs.state_bytes(batch, length)
-    scratch = costs.scratch_bytes(batch, tokens, length)
+    state = footprint.state_bytes(batch, length)
+    scratch = footprint.scratch_bytes(batch, tokens, length)
     buffers = io_buffer_bytes + buffer_cache_bytes(scratch)
-    fixed = costs.dense_bytes + state + scratch + buffers + reserved_bytes
+    fixed = footprint.dense_bytes + state + scratch + buffers + reserved_bytes
     # Capped by the number of experts, so that a model with fewer experts than min_slots (K = E) can still be divided.
     floor = {layer: min(min_slots, e.num_experts) for layer, e in experts.items()}
     smallest = max(
         fixed + sum(floor[layer] * e.record_bytes for layer, e in experts.items()),
-        costs.dense_bytes + costs.load_bytes,
+        footprint.dense_bytes + footprint.load_bytes,
     )
     if limit_bytes < smallest:
         named = _round_up(smallest)
         raise MemoryLimitError(
             f"[{limit_name}] must be at least {format_bytes(smallest)} for {length} tokens of context, got "
-            f"{format_bytes(limit_bytes)}: dense weights {format_bytes(costs.dense_bytes)}, KV cache and states "
+            f"{format_bytes(limit_bytes)}: dense weights {format_bytes(footprint.dense_bytes)}, KV cache and states "
             f"{format_bytes(state)}, scratch {format_bytes(scratch)}, buffers {format_bytes(buffers)}, "
             f"{f'snapshots and other sequences {format_bytes(reserved_bytes)}, ' if reserved_bytes else ''}"
             f'{min_slots} experts per layer. Use {limit_name}="{named}", or a smaller max_context.',
@@ -190,7 +190,7 @@ def divide(
     slots = _share_slots(limit_bytes - fixed, experts, floor)
     return Budget(
         limit_bytes=limit_bytes,
-        dense_bytes=costs.dense_bytes,
+        dense_bytes=footprint.dense_bytes,
         state_bytes=state,
         scratch_bytes=scratch,
         buffer_bytes=buffers,

@@ -68,10 +68,10 @@ class StreamingEngine(RankMethods):
         self._store = store
         self._plan = plan
         self._share = share
-        self._costs = demand.costs
+        self._footprint = demand.footprint
         self._lossy = tuple(lossy)
         self._limit_bytes = plan.limit_bytes
-        self._reservations = Reservations(demand.costs, 1, demand.prefill_step_size, demand.max_context)
+        self._reservations = Reservations(demand.footprint, 1, demand.prefill_step_size, demand.max_context)
         self._budget = plan.budget
         self._closed = False
         self.sampling = SamplingDefaults()  # the checkpoint's own, from generation_config.json; set by load
@@ -88,7 +88,9 @@ class StreamingEngine(RankMethods):
             share.ranks.progress = lambda: counters.bytes_read + counters.hits + counters.misses
         self._counted_from = self._reader.counters.copy()
         self._applied = self._budget
-        self._buffer_cache = BufferCacheShare(buffer_cache_bytes(self._budget.scratch_bytes) + demand.costs.kept_bytes)
+        self._buffer_cache = BufferCacheShare(
+            buffer_cache_bytes(self._budget.scratch_bytes) + demand.footprint.kept_bytes
+        )
         logger.info(
             "dense weights %s, %d of %d experts in slots (%s), read by %s",
             format_bytes(self._budget.dense_bytes),
@@ -316,7 +318,7 @@ class StreamingEngine(RankMethods):
     @property
     def state_bytes(self) -> int:
         """Bytes of the caches and states of one sequence of max_context tokens."""
-        return self._costs.state_bytes(1, self.max_context)
+        return self._footprint.state_bytes(1, self.max_context)
 
     @property
     def peak_memory_bytes(self) -> int:

@@ -18,7 +18,7 @@ class MemoryDemand:
     """Everything of one model that takes memory, and the sizes that memory must be reserved for.
 
     Attributes:
-        costs: Bytes that the model needs in addition to its expert slots.
+        footprint: Bytes that the model needs in addition to its expert slots.
         layouts: Record layout of each layer with routed experts.
         num_experts: Number of routed experts of each of these layers.
         num_experts_per_tok: K; each layer gets at least as many slots.
@@ -27,7 +27,7 @@ class MemoryDemand:
         limit_name: Argument of load that sets the limit.
     """
 
-    costs: ModelMemory
+    footprint: ModelMemory
     layouts: Mapping[int, RecordLayout]
     num_experts: Mapping[int, int]
     num_experts_per_tok: int
@@ -39,7 +39,7 @@ class MemoryDemand:
     def of(
         cls,
         checkpoint: Checkpoint,
-        costs: ModelMemory,
+        footprint: ModelMemory,
         num_experts_per_tok: int,
         streaming: StreamingConfig,
         num_experts: Mapping[int, int] | None = None,
@@ -48,14 +48,14 @@ class MemoryDemand:
 
         Args:
             checkpoint: The checkpoint.
-            costs: Memory that the model needs in addition to its expert slots.
+            footprint: Memory that the model needs in addition to its expert slots.
             num_experts_per_tok: Number of experts per token, K.
             streaming: The arguments of load.
             num_experts: Number of experts per layer to read in this process; None means all of them.
         """
         layers = checkpoint.moe_layers
         return cls(
-            costs,
+            footprint,
             {layer: checkpoint.layout(layer) for layer in layers},
             num_experts or {layer: checkpoint.num_experts(layer) for layer in layers},
             num_experts_per_tok,
@@ -79,7 +79,7 @@ class MemoryDemand:
         """
         return divide(
             limit_bytes,
-            self.costs,
+            self.footprint,
             {
                 layer: LayerExperts(layout.record_bytes, self.num_experts[layer])
                 for layer, layout in self.layouts.items()
@@ -148,7 +148,7 @@ class MemoryPlan:
                 host_limit_bytes,
                 file_bytes=sum(path.stat().st_size for path in files) if io == "auto" else 0,
                 record_bytes=max(records.values()),
-                load_bytes=demand.costs.load_bytes,
+                load_bytes=demand.footprint.load_bytes,
                 io_buffer_bytes=reads.buffer_bytes,
                 min_records=min(demand.num_experts_per_tok, MAX_STAGING_RECORDS),
             )

@@ -53,11 +53,11 @@ class Reservations:
     be collected at any moment, on any thread.
     """
 
-    def __init__(self, costs: ModelMemory, batch: int, tokens: int, length: int):
+    def __init__(self, footprint: ModelMemory, batch: int, tokens: int, length: int):
         """Start from load's promise: one pass of this size, and states of this length."""
-        self._costs = costs
+        self._footprint = footprint
         self._promised = self._room(batch, tokens, length, 0)
-        self._promised_states = costs.state_bytes(batch, length)
+        self._promised_states = footprint.state_bytes(batch, length)
         self._conversations: dict[int, _Conversation] = {}  # keyed by the id of the first cache
         self._collected: deque[tuple[int, weakref.ref[Any]]] = deque()
         self._total = 0
@@ -81,10 +81,10 @@ class Reservations:
 
     def needed(self, batch: int, tokens: int, length: int, caches: Sequence[Any] = ()) -> Room:
         """Return the room that a pass needs, in addition to the states of all other conversations."""
-        states = self._costs.state_bytes(batch, length)
+        states = self._footprint.state_bytes(batch, length)
         self._asked = (batch, length, states)
         others = self.state_bytes - self._nbytes(caches)
-        scratch = self._costs.scratch_bytes(batch, tokens, length)
+        scratch = self._footprint.scratch_bytes(batch, tokens, length)
         needed = states + others + scratch
         promised = self._promised
         # Never less than load promised: a large batch now must not make a long prompt fail later.
@@ -123,7 +123,7 @@ class Reservations:
         first, key = caches[0], id(caches[0])
         *asked, nbytes = self._asked  # for the same pass: ten microseconds each time
         if asked != [batch, length]:
-            nbytes = self._costs.state_bytes(batch, length)
+            nbytes = self._footprint.state_bytes(batch, length)
         known = self._conversations.get(key)
         if known is not None and known.cache() is first:
             # Buffers don't shrink when a cache is cut back, but they do when sequences leave a batch.
@@ -174,5 +174,5 @@ class Reservations:
         self._recent, self._passes = self._promised, 0
 
     def _room(self, batch: int, tokens: int, length: int, more: int) -> Room:
-        own = self._costs.state_bytes(batch, length) + self._costs.scratch_bytes(batch, tokens, length)
+        own = self._footprint.state_bytes(batch, length) + self._footprint.scratch_bytes(batch, tokens, length)
         return Room(batch, tokens, length, more, own + more)

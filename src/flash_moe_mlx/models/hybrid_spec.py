@@ -67,7 +67,7 @@ def prepare_hybrid(
     return ModelSpec(
         model=build(config, quantization_of),
         weights=weights,
-        costs=HybridMemory(
+        footprint=HybridMemory(
             dense_bytes=dense_bytes(weights),
             load_bytes=load_bytes(stored),
             config=config,

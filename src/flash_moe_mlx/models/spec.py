@@ -19,14 +19,14 @@ class ModelSpec:
     Attributes:
         model: The module, with lazy parameters; has ``attach(engine)``.
         weights: Dense weights by parameter name, lazy, in the dtypes they are kept in.
-        costs: Memory needed in addition to the expert slots.
+        footprint: Memory needed in addition to the expert slots.
         num_experts_per_tok: Number of experts per token, K.
         lossy: Descriptions of requested options that change results.
     """
 
     model: Any
     weights: dict[str, mx.array]
-    costs: ModelMemory
+    footprint: ModelMemory
     num_experts_per_tok: int
     lossy: tuple[str, ...] = ()
 

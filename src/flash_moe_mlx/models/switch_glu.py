@@ -41,7 +41,7 @@ from .caches import context_length
 from .checks import check_tokens, checked_later, clamped, locate, vocabulary_size
 from .model_arguments import check_arguments, find_classes, refuse, refuse_weights
 from .spec import ModelSpec, convert, load_bytes
-from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_costs
+from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_footprint
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
@@ -251,7 +251,7 @@ def prepare(
     return ModelSpec(
         model=model,
         weights=weights,
-        costs=switch_glu_costs(checkpoint, weights, load_bytes(stored), caches, max(found)),
+        footprint=switch_glu_footprint(checkpoint, weights, load_bytes(stored), caches, max(found)),
         num_experts_per_tok=max(found),
         lossy=(note,) if k is not None and k != trained else (),
     )

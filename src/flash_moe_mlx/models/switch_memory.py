@@ -101,7 +101,7 @@ class SwitchGLUMemory:
         return 2 * copied + steps * sum(cache.step_bytes for cache in self.caches if cache.most_tokens is not None)
 
 
-def switch_glu_costs(
+def switch_glu_footprint(
     checkpoint: Checkpoint, weights: Mapping[str, mx.array], load_bytes: int, caches: Sequence[CacheGrowth], k: int
 ) -> SwitchGLUMemory:
     """Return the memory of a model, computed before any weights are read.

@@ -79,7 +79,7 @@ def pack(
     """
     settings = PackSettings(bits, group_size, down_bits, dict(layer_bits or {}), dense)
     target = Path(os.path.expanduser(destination))
-    with prepare(source, target, settings, from_hub=from_hub, revision=revision, restart=restart) as packing:
+    with open_packing(source, target, settings, from_hub=from_hub, revision=revision, restart=restart) as packing:
         packing.run(progress)
     return target
 
@@ -144,7 +144,7 @@ class Packing:
 
 
 @contextmanager
-def prepare(
+def open_packing(
     source: str | Path,
     destination: Path,
     settings: PackSettings,
@@ -207,4 +207,4 @@ def _small_files(directory: Path) -> dict[str, bytes]:
     return found
 
 
-__all__ = ["Estimate", "PackSettings", "Packing", "pack", "prepare"]
+__all__ = ["Estimate", "PackSettings", "Packing", "open_packing", "pack"]

@@ -74,10 +74,10 @@ class TokenWork:
             min(spec.num_experts_per_tok, checkpoint.num_experts(layer)) * checkpoint.layout(layer).payload_bytes
             for layer in checkpoint.moe_layers
         )
-        states = 2 * spec.costs.state_bytes(1, 1)
+        states = 2 * spec.footprint.state_bytes(1, 1)
         layers = checkpoint.setting("num_hidden_layers") or len(checkpoint.moe_layers)
         shared = sum(value.nbytes for name, value in spec.weights.items() if ".shared_expert" in name)
-        return cls(layers, spec.costs.dense_bytes - skipped + experts + states, experts, shared)
+        return cls(layers, spec.footprint.dense_bytes - skipped + experts + states, experts, shared)
 
 
 def measure_speed(disk_bytes_per_second: float | None = None) -> Speed:

@@ -293,8 +293,8 @@ def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Che
     stored, replaced = dequantised(_lazy_dense(checkpoint))
     spec = build_spec(checkpoint, stored, streaming, _activation_dtype(stored))
     if replaced:
-        costs: Any = spec.costs  # a dataclass, one of two kinds
-        spec = replace(spec, costs=replace(costs, load_bytes=WORKSPACE * costs.load_bytes))
+        footprint: Any = spec.footprint  # a dataclass, one of two kinds
+        spec = replace(spec, footprint=replace(footprint, load_bytes=WORKSPACE * footprint.load_bytes))
     _check_tensors(spec, directory.name)
     return checkpoint, spec
 
@@ -378,7 +378,7 @@ def plan_memory(
         MemoryLimitError: If the limit is too small; names the smallest limit that works.
     """
     own = None if share is None else share.counts()
-    demand = MemoryDemand.of(checkpoint, spec.costs, spec.num_experts_per_tok, streaming, own)
+    demand = MemoryDemand.of(checkpoint, spec.footprint, spec.num_experts_per_tok, streaming, own)
     if host_limit_bytes is None:
         return MemoryPlan.make(limit_bytes, demand, checkpoint, streaming.io, probe=probe)
     return MemoryPlan.make_for_gpu(limit_bytes, host_limit_bytes, demand, checkpoint, streaming.io, probe=probe)
