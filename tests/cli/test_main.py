@@ -74,9 +74,10 @@ def test_version():
         (("generate", "--qqq", "x"), r"No such option: --qqq\. See flash-moe generate --help\."),
         (("generate", "--max-tokens", "many", "x"), "--max-tokens.*integer.*See flash-moe generate --help"),
         (("generate", "--max-tokens", "0", "x"), r"\[max_tokens\] must be a number and not 0"),
-        (("generate", "--io", "tape", "x"), r"\[io\] must be one of"),
+        (("generate", "--io", "tape", "x"), r"'--io': 'tape' is not one of .*'direct'"),
+        (("genrate", "x"), r"Did you mean 'generate'\? See flash-moe --help"),
         (("generate", "--memory-limit", "much", "x"), r"\[memory_limit\] must be"),
-        (("generate", "--memory-limit", "1kB", "x"), "smallest|at least"),
+        (("generate", "--memory-limit", "1kB", "x"), r"--memory-limit \d"),
         (("generate", "--model", "no/such/place", "x"), r"\[load\] no/such/place must be"),
         (("generate", "word " * 300, "--max-context", "128"), "max_context = 128"),
     ],
@@ -178,3 +179,21 @@ def test_commands_that_share_an_option_share_its_default():
             if parameter.name in ("temperature", "top_p", "top_k", "min_p", "seed", "max_context", "io", "verify"):
                 defaults.setdefault(parameter.name, set()).add(parameter.default)
     assert len(defaults) == 8 and all(len(values) == 1 for values in defaults.values()), defaults
+
+
+def test_verbose_is_taken_after_the_command_too():
+    assert main.verbose_first(["generate", "-v", "x", "--verbose"]) == ["-v", "--verbose", "generate", "x"]
+    assert main.verbose_first(["generate", "--", "-v"]) == ["generate", "--", "-v"]
+
+
+def test_errors_speak_of_options():
+    said = main.as_options(
+        '[memory] Use memory_limit="68.27MB" or max_context=128. Record one with model.streaming.trace.'
+    )
+    assert said == "[memory] Use --memory-limit 68.27MB or --max-context 128. Record one with flash-moe trace."
+
+
+def test_options_have_mlx_lms_names_too():
+    group = get_command(main.app)
+    names = {option for parameter in group.commands["generate"].params for option in parameter.opts}
+    assert {"--temp", "--system-prompt", "--ignore-chat-template"} <= names

@@ -45,7 +45,7 @@ PREFIX_CACHE_SHARE = 0.1  # of the memory limit, where no size is given
 
 def chat(
     model: Model = None,
-    system: Annotated[str, typer.Option(help="System prompt.")] = "",
+    system: Annotated[str, typer.Option("--system", "--system-prompt", help="System prompt.")] = "",
     tools: Annotated[
         list[Path] | None,
         typer.Option(help="Python file whose functions the model may call; may be repeated.", exists=True),

@@ -15,7 +15,7 @@ import typer
 from .. import __version__, system
 from ..installation import backend_fault, install_command
 from ..progress import report
-from .options import Json, Model, model_path, print_json
+from .options import Json, model_path, print_json
 from .printable import echo
 
 if TYPE_CHECKING:
@@ -36,7 +36,9 @@ WORKING_SET_SHARE = 0.8  # of a Mac's memory, above which nothing is left to rai
 
 
 def doctor(
-    model: Model = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model whose files the disk probe reads. Default: none.")
+    ] = None,
     directory: Annotated[
         Path | None,
         typer.Option(

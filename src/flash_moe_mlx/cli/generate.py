@@ -40,8 +40,11 @@ MAX_STDIN_CHARACTERS = 1 << 24  # more than any context holds; standard input ma
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Prompt text; read from standard input if omitted.")] = None,
     model: Model = None,
-    system: Annotated[str, typer.Option(help="System prompt.")] = "",
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the raw prompt; don't apply the chat template.")] = False,
+    system: Annotated[str, typer.Option("--system", "--system-prompt", help="System prompt.")] = "",
+    raw: Annotated[
+        bool,
+        typer.Option("--raw", "--ignore-chat-template", help="Continue the raw prompt; don't apply the chat template."),
+    ] = False,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = None,
     top_p: TopP = None,

@@ -14,6 +14,7 @@ To add a command:
 import errno
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -44,6 +45,7 @@ class _Commands(TyperGroup):
         self, args: Sequence[str] | None = None, prog_name: str | None = None, *arguments: Any, **extra: Any
     ) -> Any:
         make_streams_total()
+        args = verbose_first(sys.argv[1:] if args is None else args)
         try:
             extra["standalone_mode"] = False
             with showing(True), warnings.catch_warnings():
@@ -52,9 +54,9 @@ class _Commands(TyperGroup):
         except typer.TyperException as error:  # wrong usage
             context = getattr(error, "ctx", None)
             path = context.command_path if context is not None else "flash-moe"
-            code = _fail(error, f"{error.format_message().rstrip('.')}. See {path} --help.")
+            code = _fail(error, f"{_usage(error.format_message())} See {path} --help.")
         except FlashMoEError as error:
-            code = _fail(error, str(error))
+            code = _fail(error, as_options(str(error)))
         except ImportError as error:
             if not (fault := explain_import(error)):
                 raise
@@ -74,6 +76,30 @@ class _Commands(TyperGroup):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             raise typer.Exit(PIPE_CLOSED) from None
         return result
+
+
+def verbose_first(args: Sequence[str]) -> list[str]:
+    """Return arguments with ``-v`` and ``--verbose`` moved before the command, where the group takes them."""
+    end = args.index("--") if "--" in args else len(args)
+    is_verbose = [place < end and argument in ("-v", "-vv", "--verbose") for place, argument in enumerate(args)]
+    moved = [argument for argument, moves in zip(args, is_verbose, strict=True) if moves]
+    return moved + [argument for argument, moves in zip(args, is_verbose, strict=True) if not moves]
+
+
+def as_options(message: str) -> str:
+    """Return an error message with the library's arguments written as the command line's options."""
+
+    def option(found: re.Match[str]) -> str:
+        return f"--{found[1].replace('_', '-')} {found[2]}"
+
+    message = re.sub(r'\b(memory_limit|gpu_memory_limit|max_context|num_experts_per_tok)="?([\w.]+)"?', option, message)
+    return message.replace("with model.streaming.trace", "with flash-moe trace")
+
+
+def _usage(message: str) -> str:
+    """Return a sentence about wrong usage, without what the parser's layers add to it."""
+    message = message.replace("Value error, ", "").rstrip(".")
+    return message if message.endswith("?") else f"{message}."
 
 
 def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:

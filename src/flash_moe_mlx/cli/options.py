@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from importlib.resources import files
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -35,19 +35,29 @@ GpuMemoryLimit = Annotated[
     typer.Option(help="Maximum memory of a CUDA GPU. Default: a safe share of it."),
 ]
 MaxContext = Annotated[int, typer.Option(help="Context length to reserve memory for (prompt plus answer), in tokens.")]
-Io = Annotated[str, typer.Option(help="How experts are read: auto, mmap, pread or direct.")]
+Io = Annotated[
+    Literal["auto", "mmap", "pread", "direct"],
+    typer.Option(help="How experts are read: through the page cache, past it, or as measured."),
+]
 NumExpertsPerTok = Annotated[
     int | None, typer.Option(help="Experts per token. Fewer than the model's own is faster but changes the output.")
 ]
 ActivationBits = Annotated[
     int | None, typer.Option(help="8: quantise activations to 8 bits on the CPU. Faster, slightly less accurate.")
 ]
-Verify = Annotated[str, typer.Option(help="Packed records to check against their checksums: sample, full or none.")]
+Verify = Annotated[
+    Literal["sample", "full", "none"], typer.Option(help="Packed records to check against their checksums.")
+]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
 MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate; -1 for no limit.")]
 Temperature = Annotated[
     float | None,
-    typer.Option(help="Sampling temperature; 0: the likeliest token. Default: the model's own; in generate 0.", min=0),
+    typer.Option(
+        "--temperature",
+        "--temp",
+        help="Sampling temperature; 0: the likeliest token. Default: the model's own; in generate 0.",
+        min=0,
+    ),
 ]
 TopP = Annotated[
     float | None,

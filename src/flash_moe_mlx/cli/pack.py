@@ -1,11 +1,13 @@
 """``flash-moe pack``: rewrite a checkpoint so that each expert is one aligned read."""
 
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from ..errors import RequestError
+from ..stats import format_bytes
 from .options import Json, Revision, print_json
 from .printable import echo
 
@@ -19,7 +21,9 @@ def pack(
     layers: Annotated[
         list[str] | None, typer.Option(help="Bits for some layers, such as 0-3=6 or 40=8; may be repeated.")
     ] = None,
-    dense: Annotated[str, typer.Option(help="How to treat the other tensors: keep, quantize or auto.")] = "auto",
+    dense: Annotated[
+        Literal["keep", "quantize", "auto"], typer.Option(help="How to treat the other tensors.")
+    ] = "auto",
     from_hub: Annotated[
         bool, typer.Option("--from-hub", help="Download one shard at a time and delete it once packed.")
     ] = False,
@@ -51,12 +55,19 @@ def pack(
             else:
                 echo(str(estimate))
             return
-        packing.run(progress=not json)
+        started = time.perf_counter()
+        try:
+            packing.run(progress=not json)
+        except KeyboardInterrupt:
+            echo("Stopped. What was done is kept: the same command resumes.", err=True)
+            raise
         lossy, nbytes = packing.plan.lossy, packing.plan.result_bytes
     if json:
         print_json({"path": str(target), "bytes": nbytes, "lossy": list(lossy), "quantization_error": _errors(target)})
         return
     echo(str(target))
+    seconds = time.perf_counter() - started
+    echo(f"{format_bytes(nbytes)} in {seconds:.0f} s. Use it: flash-moe chat --model {target}", err=True)
     for choice in lossy:
         echo(f"lossy: {choice}")
     for projection, error in _errors(target).items():

@@ -163,11 +163,14 @@ def _listen(host: str, port: int) -> socket.socket:
         number = getattr(error, "errno", None)
         what = getattr(error, "strerror", None) or str(error)
         advice = _LISTEN_ADVICE.get(number, "Choose an address of this machine with --host.")
+        if number == errno.EADDRINUSE:
+            raise RequestError(
+                f"[--port] {port} is in use on {host}. Use --port {port + 1}, or --port 0 for a free one."
+            ) from error
         raise RequestError(f"[{host}:{port}] must be an address that is free, got {what}. {advice}") from error
 
 
 _LISTEN_ADVICE: dict[int | None, str] = {
-    errno.EADDRINUSE: "Choose another port with --port, or 0 for a free one, or end what listens there.",
     errno.EACCES: "Choose a port from 1024 with --port.",
     errno.EPERM: "Choose a port from 1024 with --port.",
 }

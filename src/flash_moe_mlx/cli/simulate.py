@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Json, MaxContext, Model, print_json
+from .options import Json, MaxContext, print_json
 from .printable import echo
 
 
@@ -17,7 +17,9 @@ def simulate(
         list[str] | None,
         typer.Option(help='With --model: a memory limit, such as "8GB", instead of --slots; may be repeated.'),
     ] = None,
-    model: Model = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model whose speed to predict at each hit rate. Default: none.")
+    ] = None,
     max_context: MaxContext = 8192,
     disk_rate: Annotated[
         str | None, typer.Option(help='With --model: disk bytes per second, such as "3GB". Default: probe the disk.')

@@ -5,6 +5,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import RequestError
 from .options import Json, print_json
 from .printable import echo
 
@@ -24,11 +25,13 @@ def verify(
     from ..packing.verification import verify as check
     from ..progress import Progress, reporting
 
+    if not path.expanduser().is_dir():
+        raise RequestError(f"[verify] {path} is no directory. Name a checkpoint's directory.")
     with reporting(not json, "verify") as report:
         result = check(path, full=full, against=against, progress=lambda done, total: report(Progress("", done, total)))
     if json:
         print_json(result.to_json())
     else:
-        echo(str(result))
+        echo(str(result).replace("full=True reads all", "--full reads all"))
     if not result.ok:
         raise typer.Exit(1)

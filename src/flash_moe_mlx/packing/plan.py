@@ -8,6 +8,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+from ..errors import RequestError
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import Quantization, RecordLayout
 from ..formats.packed_format import PackedLayer
@@ -92,6 +93,11 @@ def make_plan(checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool)
     tasks: list[Task] = []
     quantise = settings.dense == "quantize" or (settings.dense == "auto" and _wants_quantised(checkpoint, settings))
     dense = _mlx_lm_dense(checkpoint, settings, quantise=quantise)
+    if unknown := sorted(set(settings.layer_bits) - set(checkpoint.moe_layers)):
+        raise RequestError(
+            f"[layer_bits] layer {unknown[0]} has no experts; layers {checkpoint.moe_layers[0]} to "
+            f"{checkpoint.moe_layers[-1]} may have. Name layers with experts."
+        )
     for layer in checkpoint.moe_layers:
         layout, conversions = target_layout(layer, checkpoint.layout(layer), settings, cast)
         count = checkpoint.num_experts(layer)
