@@ -6,6 +6,7 @@ python docs/record_demo.py --render   # renders the cast that is there
 
 import argparse
 import json
+import re
 import sys
 import time
 from html import escape
@@ -19,6 +20,7 @@ FRAME_SECONDS = 0.1
 COLOURS = {"default": "#d0d7de", "cyan": "#56d4dd", "green": "#7ee787", "brown": "#d29922", "yellow": "#d29922",
            "magenta": "#d2a8ff", "blue": "#79c0ff", "red": "#ff7b72", "black": "#6e7681",
            "white": "#f0f6fc"}  # fmt: skip
+SPINNER = re.compile("[\u2800-\u28ff]")
 STEPS = (
     ('flash-moe generate "Explain mixture-of-experts in one line." --memory-limit 14MB --max-context 128', ()),
     ("flash-moe chat --no-calculator", ("What is 17 + 25?", "Tell me a story about a small fox.", "/exit")),
@@ -62,10 +64,10 @@ def record() -> None:
 
 
 def _shortened(events: list[tuple[float, str]], longest: float = 1.0) -> list[tuple[float, str]]:
-    """Cut pauses, so that nobody waits for imports."""
+    """Cut pauses and the time of spinners, so that nobody waits for imports."""
     shortened, before, now = [], 0.0, 0.0
     for at, text in events:
-        now += min(at - before, longest)
+        now += min(at - before, longest) * (0.1 if SPINNER.search(text) else 1.0)
         before = at
         shortened.append((now, text))
     return shortened

@@ -13,6 +13,7 @@ from .answer import BadCall, Kind, Part, ThinkingBudget
 from .calls import Call
 from .dialect import dialect_of
 from .ids import CallIds
+from .mcp_tools import McpTool
 from .prompt import chat_prompt
 from .reader import AnswerReader
 from .tools import Tool, ToolResult
@@ -97,7 +98,7 @@ class Conversation:
     model: Any
     tokenizer: Any
     system: str = ""
-    tools: Sequence[Tool] = ()
+    tools: Sequence[Tool | McpTool] = ()
     confirm: Callable[[ToolCall], bool] | None = None
     prefix_cache: PrefixCache | None = None
     max_tokens: int = 2048

@@ -2,6 +2,7 @@
 
 import os
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,6 +51,12 @@ def chat(
         list[Path] | None,
         typer.Option(help="Python file whose functions the model may call; may be repeated.", exists=True),
     ] = None,
+    mcp: Annotated[
+        list[str] | None,
+        typer.Option(
+            help='Command of an MCP server whose tools the model may call, such as "npx NAME"; may be repeated.'
+        ),
+    ] = None,
     calculator: Annotated[bool, typer.Option(help="Offer the built-in calculator.")] = True,
     tool_timeout: Annotated[float, typer.Option(help="Timeout of a tool call, in seconds.", min=0.1)] = 30.0,
     max_tool_rounds: Annotated[int, typer.Option(help="Maximum number of rounds of tool calls per turn.", min=0)] = 8,
@@ -91,7 +98,8 @@ def chat(
     from rich.console import Console
 
     from ..chat.conversation import Conversation
-    from ..chat.tools import CALCULATOR, load_tools
+    from ..chat.mcp_tools import McpServer, McpTool
+    from ..chat.tools import CALCULATOR, Tool, load_tools
     from ..formats.config_files import SamplingDefaults
     from ..runtime.prompt_text import check_text
     from .chat_session import ChatSession
@@ -99,12 +107,16 @@ def chat(
 
     check_text(system, "system")
     console = Console(soft_wrap=not sys.stdout.isatty())  # piped output stays plain text
-    offered = [tool for path in tools or [] for tool in load_tools(path)]
+    offered: list[Tool | McpTool] = [tool for path in tools or [] for tool in load_tools(path)]
     settings = Settings(SamplingDefaults(), max_tokens, seed)
     read = _reader(console.is_terminal, lambda: settings.toolbar)
     limits = memory_limit, gpu_memory_limit
     how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
-    with open_model(model, *how) as (loaded, tokenizer):
+    with ExitStack() as stack:
+        for command in mcp or []:
+            report(f"starting {command}")
+            offered += stack.enter_context(McpServer(command)).tools
+        loaded, tokenizer = stack.enter_context(open_model(model, *how))
         settings.sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
         if calculator and tokenizer.has_tool_calling:
             offered += load_tools(CALCULATOR)
