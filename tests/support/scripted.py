@@ -47,8 +47,8 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Script]]:
     monkeypatch.setattr(worker, "sampler_for", sampler)
     model = flash_moe_mlx.load_model(files("flash_moe_mlx") / "demo", memory_limit="300MB", max_context=4096)
 
-    def serve(tokenizer: Any) -> Any:
-        return served(model, tokenizer)
+    def serve(tokenizer: Any, **config: Any) -> Any:
+        return served(model, tokenizer, **config)
 
     with model.streaming:
         yield serve, script

@@ -27,7 +27,7 @@ from .. import __version__
 from ..errors import FlashMoEError
 from ..installation import explain_import
 from ..progress import showing
-from . import bench, chat, doctor, generate, models, pack, plan, pull, serve, simulate, trace, verify
+from . import bench, chat, doctor, generate, launch, models, pack, plan, pull, serve, simulate, trace, verify
 from .logs import log_to_stderr
 from .options import add_command, add_group
 from .printable import echo, make_streams_total
@@ -171,6 +171,7 @@ add_command(app, plan.plan)
 add_command(app, trace.trace)
 add_command(app, simulate.simulate)
 add_command(app, serve.serve)
+add_command(app, launch.launch)
 add_command(app, pack.pack)
 add_command(app, verify.verify)
 add_group(app, bench.app, bench.bench)

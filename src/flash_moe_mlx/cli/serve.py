@@ -105,7 +105,7 @@ def serve(
     # Bind before loading the model, so that a port in use is reported at once. Only rank 0 serves.
     with _listen(host, port) if leads() else nullcontext() as listener:
         config = ServerConfig(
-            model_id=name or ("demo" if model is None else _checkpoint_name(model)),
+            model_id=name or ("demo" if model is None else checkpoint_name(model)),
             api_key=api_key or None,
             max_queue=max_queue,
             max_body_bytes=parse_size(max_body),
@@ -176,6 +176,6 @@ _LISTEN_ADVICE: dict[int | None, str] = {
 }
 
 
-def _checkpoint_name(model: str) -> str:
+def checkpoint_name(model: str) -> str:
     """Return the directory's name, or the repository's."""
     return os.path.basename(os.path.abspath(model)) if os.path.exists(model) else model

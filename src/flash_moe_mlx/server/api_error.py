@@ -39,6 +39,17 @@ _KINDS = {401: "authentication_error", 429: "rate_limit_error"}
 _HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "1"}, 503: {"Retry-After": "1"}}
 
 
+_ANTHROPIC = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error",
+              404: "not_found_error", 408: "timeout_error", 413: "request_too_large", 429: "rate_limit_error",
+              503: "overloaded_error"}  # fmt: skip
+
+
+def anthropic_error(error: ApiError) -> dict[str, Any]:
+    """Return the JSON body of an error as Anthropic's clients read it."""
+    kind = _ANTHROPIC.get(error.status, "api_error" if error.status >= 500 else "invalid_request_error")
+    return {"type": "error", "error": {"type": kind, "message": error.message}}
+
+
 def failed_generation(error: BaseException) -> ApiError:
     """Return the error to send to a client whose generation ended with ``error``.
 

@@ -5,6 +5,7 @@ import logging
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
+from functools import partial
 from importlib.resources import files
 from typing import Any
 
@@ -16,19 +17,24 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import FlashMoEError
-from . import metrics
+from . import anthropic_format, metrics
+from .answer_format import AnswerFormat
+from .anthropic_format import MessagesFormat
+from .anthropic_request import parse_messages
 from .api_error import ApiError, failed_generation
 from .body import BodyBudget, parse_body, read_body
 from .config import ServerConfig
-from .guard import Guard, refusal
-from .openai_format import DONE, ChatFormat, CompletionFormat, event
-from .parts import AnswerPart, ToolCall
+from .guard import Guard, headers, refusal
+from .openai_format import ChatFormat, CompletionFormat, OpenAIStream
+from .parts import AnswerPart
+from .response_store import ResponseStore
+from .responses_format import ResponseFormat
+from .responses_request import parse_response
 from .schema import GenerationRequest, parse_chat, parse_completion
 from .worker import ClientLeft, Finished, Generation, Worker
 
 logger = logging.getLogger(__name__)
 
-KEEP_ALIVE = b": keep-alive\n\n"
 KEEP_ALIVE_SECONDS = 2.0
 """Longest silence in a stream: clients give up after some minutes without a byte, proxies after a few seconds."""
 
@@ -74,11 +80,15 @@ class _Server:
         )
         self._bodies = BodyBudget(BODIES_AT_ONCE * config.max_body_bytes)
         self._max_values = VALUES + 4 * model.streaming.max_context  # a prompt may be token ids
+        self._responses = ResponseStore(4 * config.max_body_bytes)
         self._page = files(__package__).joinpath("status.html").read_text()
         self.app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
                 Route("/v1/completions", self._completion, methods=["POST"]),
+                Route("/v1/messages", self._messages, methods=["POST"]),
+                Route("/v1/messages/count_tokens", self._count, methods=["POST"]),
+                Route("/v1/responses", self._response, methods=["POST"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model_named),
                 Route("/health", self._health),
@@ -87,12 +97,14 @@ class _Server:
                 Route("/", self._status_page),
             ],
             exception_handlers={
-                ApiError: lambda request, error: refusal(error),
-                FlashMoEError: lambda request, error: refusal(failed_generation(error)),
-                HTTPException: lambda request, error: refusal(ApiError(error.status_code, f"{error.detail}.")),
+                ApiError: lambda request, error: _refused(request, error),
+                FlashMoEError: lambda request, error: _refused(request, failed_generation(error)),
+                HTTPException: lambda request, error: _refused(
+                    request, ApiError(error.status_code, f"{error.detail}.")
+                ),
                 ClientDisconnect: lambda request, error: Response(status_code=CLIENT_LEFT),
                 ClientLeft: lambda request, error: Response(status_code=CLIENT_LEFT),
-                Exception: lambda request, error: refusal(failed_generation(error)),  # Starlette logs it as well
+                Exception: lambda request, error: _refused(request, failed_generation(error)),  # Starlette logs it too
             },
             lifespan=self._lifespan,
         )
@@ -108,32 +120,32 @@ class _Server:
             await self._worker.close()
 
     async def _chat(self, request: Request) -> Response:
-        return await self._generate(request, parse_chat, ChatFormat)
+        return await self._generate(request, parse_chat, partial(OpenAIStream, ChatFormat))
 
     async def _completion(self, request: Request) -> Response:
-        return await self._generate(request, parse_completion, CompletionFormat)
+        return await self._generate(request, parse_completion, partial(OpenAIStream, CompletionFormat))
+
+    async def _messages(self, request: Request) -> Response:
+        return await self._generate(request, parse_messages, MessagesFormat)
+
+    async def _response(self, request: Request) -> Response:
+        parse = partial(parse_response, store=self._responses)
+        return await self._generate(request, parse, partial(ResponseFormat, self._responses))
+
+    async def _count(self, request: Request) -> Response:
+        async with self._read(request, parse_messages) as (generation, read):
+            return JSONResponse({"input_tokens": await self._worker.count(generation, read)})
 
     async def _generate(
         self,
         request: Request,
         parse: Callable[..., GenerationRequest],
-        format_type: type[ChatFormat] | type[CompletionFormat],
+        make: Callable[[str, Generation], AnswerFormat],
     ) -> Response:
-        with self._bodies.share() as share:
-            body = await read_body(request, self._config.max_body_bytes, self._config.body_seconds, share)
-            generation = self._worker.admit()
-
-            def read() -> GenerationRequest:
-                # Histories may hold text that other servers cut in the middle of a character.
-                value = parse_body(body, self._max_values, mend=parse is parse_chat)
-                body.clear()
-                return parse(value, self._config.model_id, self._vocabulary, self._config.sampling)
-
-            async with _cancelled_when_left(generation, request.receive):
-                await self._worker.start(generation, read)
-        wanted = generation.request
-        answer = format_type(self._config.model_id, wanted.top_logprobs is not None)
-        if wanted.stream:
+        async with self._read(request, parse) as (generation, read):
+            await self._worker.start(generation, read)
+        answer = make(self._config.model_id, generation)
+        if generation.request.stream:
             return _EventStream(generation, answer)
         parts: list[AnswerPart] = []
         async with _ended_with(generation), _cancelled_when_left(generation, request.receive):
@@ -145,7 +157,27 @@ class _Server:
                 raise error
         return Response(status_code=CLIENT_LEFT)
 
+    @asynccontextmanager
+    async def _read(
+        self, request: Request, parse: Callable[..., GenerationRequest]
+    ) -> AsyncIterator[tuple[Generation, Callable[[], GenerationRequest]]]:
+        """Read a request's body, and provide an admitted generation and the function that parses its request."""
+        with self._bodies.share() as share:
+            body = await read_body(request, self._config.max_body_bytes, self._config.body_seconds, share)
+            generation = self._worker.admit()
+
+            def read() -> GenerationRequest:
+                # Histories may hold text that other servers cut in the middle of a character.
+                value = parse_body(body, self._max_values, mend=parse is not parse_completion)
+                body.clear()
+                return parse(value, self._config.model_id, self._vocabulary, self._config.sampling)
+
+            async with _cancelled_when_left(generation, request.receive):
+                yield generation, read
+
     async def _models(self, request: Request) -> Response:
+        if _is_anthropic(request):
+            return JSONResponse(anthropic_format.model_list(self._description()))
         return JSONResponse({"object": "list", "data": [self._description()]})
 
     async def _model_named(self, request: Request) -> Response:
@@ -153,7 +185,8 @@ class _Server:
             raise ApiError(
                 404, f"model must be {self._config.model_id!r}, got {name!r}.", param="model", code="model_not_found"
             )
-        return JSONResponse(self._description())
+        description = self._description()
+        return JSONResponse(anthropic_format.model(description) if _is_anthropic(request) else description)
 
     def _description(self) -> dict[str, Any]:
         context = self._model.streaming.max_context
@@ -181,10 +214,19 @@ class _Server:
         return HTMLResponse(self._page, headers={"Content-Security-Policy": policy})
 
 
+def _refused(request: Request, error: ApiError) -> Response:
+    return refusal(error, request.scope["path"])
+
+
+def _is_anthropic(request: Request) -> bool:
+    """Return whether the client speaks Anthropic's API, on routes that both have."""
+    return bool(headers(request.scope, b"anthropic-version"))
+
+
 class _EventStream(Response):
     """An answer as server-sent events; an error after the start is sent as the last event."""
 
-    def __init__(self, generation: Generation, answer: ChatFormat | CompletionFormat):
+    def __init__(self, generation: Generation, answer: AnswerFormat):
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._generation = generation
@@ -198,24 +240,17 @@ class _EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
     async def _chunks(self) -> AsyncIterator[bytes]:
-        answer, calls = self._answer, 0
-        for chunk in answer.first():
-            yield event(chunk)
+        yield self._answer.start()
         async for part in _with_silence(self._generation, KEEP_ALIVE_SECONDS):
             if part is None:
-                yield KEEP_ALIVE
-                continue
-            if not isinstance(part, Finished):
-                yield event(answer.chunk(part, calls))
-                calls += isinstance(part, ToolCall)
-                continue
-            yield event(answer.last(part))
-            if self._generation.request.include_usage:
-                yield event(answer.usage(part))
-            yield DONE
-            return
+                yield self._answer.silence()
+            elif isinstance(part, Finished):
+                yield self._answer.end(part)
+                return
+            else:
+                yield self._answer.part(part)
         if (error := _failure(self._generation)) is not None:
-            yield event(error.body)
+            yield self._answer.failed(error)
 
 
 async def _with_silence(generation: Generation, seconds: float) -> AsyncIterator[AnswerPart | Finished | None]:

@@ -11,7 +11,7 @@ from collections import Counter
 from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .api_error import ApiError
+from .api_error import ApiError, anthropic_error
 from .config import ServerConfig
 
 OPEN_PATHS = ("/", "/health")
@@ -46,7 +46,7 @@ class Guard:
             await send(message)
 
         refused = self._refused(scope)
-        await (self._app if refused is None else refusal(refused))(scope, receive, counted)
+        await (self._app if refused is None else refusal(refused, scope["path"]))(scope, receive, counted)
 
     def _refused(self, scope: Scope) -> ApiError | None:
         if not scope["path"].startswith("/"):  # absolute-form, authority-form, "*": for proxies
@@ -63,12 +63,18 @@ class Guard:
             return ApiError(403, f"the Host header must name this server, got {name[:80]!r}.", code="host_not_allowed")
         if self._config.api_key is None or _is_open(scope) or self._has_key(scope, self._config.api_key):
             return None
-        return ApiError(401, "the API key must be sent as a bearer token, got another or none.", code="invalid_api_key")
+        return ApiError(
+            401, "the API key must be sent as a bearer token or x-api-key, got another or none.", code="invalid_api_key"
+        )
 
     def _has_key(self, scope: Scope, expected: str) -> bool:
-        sent = headers(scope, b"authorization")
+        sent, plain = headers(scope, b"authorization"), headers(scope, b"x-api-key")
         scheme, _, key = sent[0].partition(b" ") if len(sent) == 1 else (b"", b"", b"")
-        return scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(b" \t"), expected.encode())
+        if scheme.lower() == b"bearer" and hmac.compare_digest(key.strip(b" \t"), expected.encode()):
+            return True
+        # Anthropic's clients have a header of their own for it.
+        named = scope["path"].startswith(("/v1/messages", "/v1/models"))
+        return named and not sent and len(plain) == 1 and hmac.compare_digest(plain[0].strip(b" \t"), expected.encode())
 
 
 def headers(scope: Scope, name: bytes) -> list[bytes]:
@@ -84,6 +90,7 @@ def _is_open(scope: Scope) -> bool:
     return path in OPEN_PATHS and spelled and scope["method"] in ("GET", "HEAD")
 
 
-def refusal(error: ApiError) -> Response:
-    """Return the HTTP response for an error."""
-    return JSONResponse(error.body, error.status, headers=error.headers)
+def refusal(error: ApiError, path: str = "") -> Response:
+    """Return the HTTP response for an error, in the shape of the API that the path belongs to."""
+    body = anthropic_error(error) if path.startswith("/v1/messages") else error.body
+    return JSONResponse(body, error.status, headers=error.headers)

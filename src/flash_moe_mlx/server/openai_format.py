@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from .parts import AnswerPart, TextPart, TokenLogprob, ToolCall
-from .worker import Finished
+from .api_error import ApiError
+from .parts import AnswerPart, Progress, TextPart, TokenLogprob, ToolCall
+from .worker import Finished, Generation
 
 DONE = b"data: [DONE]\n\n"
 
@@ -16,6 +17,49 @@ DONE = b"data: [DONE]\n\n"
 def event(value: dict[str, Any]) -> bytes:
     """Return a server-sent event."""
     return f"data: {json.dumps(value, ensure_ascii=False, allow_nan=False)}\n\n".encode(errors="replace")
+
+
+class OpenAIStream:
+    """An answer of the chat or completions route, whole or in chunks."""
+
+    def __init__(self, kind: "type[ChatFormat] | type[CompletionFormat]", model_id: str, generation: Generation):
+        """Begin an answer.
+
+        Args:
+            kind: The route's format.
+            model_id: The model's name.
+            generation: The generation, whose request was read.
+        """
+        self._answer = kind(model_id, generation.request.top_logprobs is not None)
+        self._usage = generation.request.include_usage
+        self._calls = 0
+
+    def whole(self, parts: Sequence[AnswerPart], finished: Finished) -> dict[str, Any]:
+        """Return the complete answer."""
+        return self._answer.whole(parts, finished)
+
+    def start(self) -> bytes:
+        """Return the chunks that precede the first token."""
+        return b"".join(map(event, self._answer.first()))
+
+    def part(self, part: AnswerPart) -> bytes:
+        """Return the chunk of one part of the answer."""
+        chunk = event(self._answer.chunk(part, self._calls))
+        self._calls += isinstance(part, ToolCall)
+        return chunk
+
+    def silence(self) -> bytes:
+        """Return what keeps the connection alive."""
+        return b": keep-alive\n\n"
+
+    def end(self, finished: Finished) -> bytes:
+        """Return the chunks at the end."""
+        usage = event(self._answer.usage(finished)) if self._usage else b""
+        return event(self._answer.last(finished)) + usage + DONE
+
+    def failed(self, error: ApiError) -> bytes:
+        """Return the chunk of an error after the start."""
+        return event(error.body)
 
 
 @dataclass(frozen=True)
@@ -54,6 +98,8 @@ class ChatFormat:
         """Return the chunk of one part of the answer; ``index`` is the number of tool calls before it."""
         if isinstance(part, ToolCall):
             return self._chunk({"tool_calls": [{"index": index, **_call(part)}]})
+        if isinstance(part, Progress):
+            return {**self._chunk({}), "prompt_progress": _progress(part)}
         name = "content" if part.channel == "content" else "reasoning_content"
         return self._chunk({name: part.text}, part.logprobs)
 
@@ -124,6 +170,16 @@ class CompletionFormat:
 
 def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
+
+
+def _progress(progress: Progress) -> dict[str, int]:
+    """Return it as llama.cpp's server has it."""
+    return {
+        "total": progress.total,
+        "cache": progress.cached,
+        "processed": progress.processed,
+        "time_ms": int(progress.seconds * 1000),
+    }
 
 
 def _usage(finished: Finished) -> dict[str, Any]:

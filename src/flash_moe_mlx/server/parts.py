@@ -48,7 +48,24 @@ class ToolCall:
     id: str
 
 
-AnswerPart = TextPart | ToolCall
+@dataclass(frozen=True)
+class Progress:
+    """How much of the prompt was read.
+
+    Attributes:
+        total: Tokens of the prompt.
+        processed: Tokens read so far.
+        cached: Tokens of which the prefix cache had the state.
+        seconds: Time since reading began.
+    """
+
+    total: int
+    processed: int
+    cached: int
+    seconds: float
+
+
+AnswerPart = TextPart | ToolCall | Progress
 
 
 class AnswerParser:
@@ -62,6 +79,7 @@ class AnswerParser:
         stopped: Whether the answer is complete: a stop string was found, or the only call allowed was made.
         calls: Tool calls so far.
         text: The text of the last token.
+        stop: The stop string that was found; None if there was none.
     """
 
     def __init__(self, tokenizer: Any, prompt: Sequence[int], request: GenerationRequest, ids: CallIds | None = None):
@@ -76,6 +94,7 @@ class AnswerParser:
         self.stopped = False
         self.calls = 0
         self.text = ""
+        self.stop: str | None = None
         self._request = request
         self._ends = getattr(tokenizer, "eos_token_ids", ())
         self._ids = CallIds() if ids is None else ids
@@ -127,10 +146,11 @@ class AnswerParser:
 
     def _content(self, text: str) -> Iterator[AnswerPart]:
         self._held += text
-        stops = [found for stop in self._request.stop if (found := self._held.find(stop)) >= 0]
+        stops = [(found, stop) for stop in self._request.stop if (found := self._held.find(stop)) >= 0]
         if stops:
             self.stopped = True
-            yield from self._release(min(stops))
+            position, self.stop = min(stops)
+            yield from self._release(position)
         else:
             yield from self._release(len(self._held) - self._uncertain())
 

@@ -59,6 +59,9 @@ class GenerationRequest:
         parallel_tool_calls: Whether more than one call may be made.
         grammar: Grammar that the answer's text obeys; None leaves it free.
         template_arguments: Variables of the chat template, such as whether and how hard to think.
+        thinking_budget: Maximum number of tokens of thinking; None is no limit.
+        progress: Whether a stream says how much of the prompt was read.
+        echo: Fields of the request that the answer repeats or keeps, for formats that have such.
         max_tokens: Maximum number of tokens to generate; None is what the context has room for.
         stop: Strings that end the answer and are not part of it.
         top_logprobs: Number of alternatives per token; None sends no log-probabilities.
@@ -79,6 +82,9 @@ class GenerationRequest:
     parallel_tool_calls: bool = True
     grammar: Grammar | None = None
     template_arguments: Mapping[str, Any] = field(default_factory=dict)
+    thinking_budget: int | None = None
+    progress: bool = False
+    echo: Mapping[str, Any] = field(default_factory=dict)
 
 
 def parse_chat(body: Any, model_id: str, vocabulary: int, defaults: Sampling) -> GenerationRequest:
@@ -176,6 +182,7 @@ def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling)
         stream=stream,
         grammar=parse_grammar(body),
         include_usage=_boolean(_mapping(body, "stream_options"), "include_usage", False),
+        progress=stream and bool(_boolean(body, "return_progress", False)),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..chat.answer import ThinkingBudget
 from ..chat.dialect import dialect_of
 from ..chat.ids import CallIds
 from ..chat.prompt import chat_prompt
@@ -30,7 +31,7 @@ from ..runtime.prompt_text import PromptTooLongError, check_conversation, check_
 from ..stats import StreamingStats
 from .api_error import ApiError
 from .metrics import Metrics
-from .parts import AnswerParser, AnswerPart
+from .parts import AnswerParser, AnswerPart, Progress
 from .sampling import processors_for, sampler_for, token_logprob
 from .schema import GenerationRequest
 from .structured import constraint_for
@@ -40,12 +41,18 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Finished:
-    """The end of an answer, with its usage. The reason is "stop", "length" or "tool_calls"."""
+    """The end of an answer, with its usage.
+
+    Attributes:
+        reason: "stop", "length" or "tool_calls".
+        stop: The stop string that ended it, if one did.
+    """
 
     reason: str
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    stop: str | None = None
 
 
 class ClientLeft(Exception):
@@ -67,9 +74,11 @@ class Generation:
 
     Attributes:
         request: The request, without its messages and prompt, once `Worker.start` has read it.
+        prompt_tokens: Tokens of its prompt, from then on.
     """
 
     request: GenerationRequest
+    prompt_tokens = 0
 
     def __init__(self, loop: asyncio.AbstractEventLoop):
         self.arrived = time.perf_counter()
@@ -193,6 +202,7 @@ class Worker:
             prompt = await loop.run_in_executor(self._prompts, self._prepare, generation, read)
             if generation.cancelled.is_set():
                 raise ClientLeft
+            generation.prompt_tokens = len(prompt.tokens)
             generation.future = self._generations.submit(self._run, generation, prompt)
         finally:
             if generation.future is None:
@@ -206,6 +216,14 @@ class Worker:
             generation.put(None)
 
         generation.future.add_done_callback(ended)
+
+    async def count(self, generation: Generation, read: Callable[[], GenerationRequest]) -> int:
+        """Return the number of tokens of an admitted request's prompt, and let its place go. Raises as `start`."""
+        try:
+            prompt = await generation.loop.run_in_executor(self._prompts, self._prepare, generation, read)
+        finally:
+            self._admitted.discard(generation)
+        return len(prompt.tokens)
 
     async def close(self) -> None:
         """End every generation, wait for the threads, and return the prefix cache's memory."""
@@ -300,8 +318,10 @@ class Worker:
             sampler=sampler_for(request.sampling, len(tokenizer)),
             logits_processors=[
                 *processors_for(request.sampling, len(prompt.tokens), limit),
+                *_budget(tokenizer, prompt.tokens, request.thinking_budget),
                 *([] if prompt.constraint is None else [prompt.constraint]),
             ],
+            prompt_progress_callback=_reporter(generation) if request.progress else None,
             prefix_cache=self._prefix_cache,
             snapshot_at=prompt.snapshot_at,
             progress=False,
@@ -320,7 +340,8 @@ class Worker:
                     return None
         cut = response.finish_reason == "length" and not parser.stopped
         reason = "length" if cut else "tool_calls" if parser.calls else "stop"
-        return Finished(reason, response.prompt_tokens, response.generation_tokens, response.cached_tokens)
+        usage = response.prompt_tokens, response.generation_tokens, response.cached_tokens
+        return Finished(reason, *usage, stop=parser.stop)
 
     def _counted(self, responses: Iterator[GenerationResponse], generation: Generation) -> Iterator[GenerationResponse]:
         last = None
@@ -331,6 +352,22 @@ class Worker:
             self.metrics.token(response, 0.0 if last is None else now - last)
             last = now
             yield response
+
+
+def _budget(tokenizer: Any, prompt: list[int], tokens: int | None) -> list[ThinkingBudget]:
+    return [] if tokens is None else [ThinkingBudget(tokenizer, prompt, tokens)]
+
+
+def _reporter(generation: Generation) -> Callable[[int, int], None]:
+    """Return what passes on how much of the prompt was read; what was read at the first call, the prefix cache had."""
+    began, first = time.perf_counter(), [-1]
+
+    def report(processed: int, total: int) -> None:
+        if first[0] < 0:
+            first[0] = processed
+        generation.put(Progress(total, processed, first[0], time.perf_counter() - began))
+
+    return report
 
 
 def _check_wanted(generation: Generation) -> None:
