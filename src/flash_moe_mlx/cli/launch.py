@@ -60,7 +60,7 @@ def launch(
         return
     if shutil.which(command[0]) is None:
         raise RequestError(f"[agent] {command[0]} must be installed, got no such program. See docs/agents.md.")
-    environment = {k: v for k, v in os.environ.items() if k not in start.unset} | start.environment
+    environment = {k: v for k, v in dict(os.environ).items() if k not in start.unset} | start.environment
     with _server(options, key):
         status = _run(command, environment)
     raise typer.Exit(status)
