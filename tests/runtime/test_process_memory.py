@@ -14,7 +14,7 @@ import flash_moe_mlx
 CHILD = Path(__file__).parents[1] / "support" / "ways_of_calling_child.py"
 DEMO = Path(flash_moe_mlx.__file__).parent / "demo"
 LIMIT = 80_000_000
-GENERATIONS = 20  # of each way: 120 in all
+GENERATIONS = 100  # of each way: 600 in all
 WAYS = ["generate", "threads", "async", "mlx_lm", "abandoned", "abandoned-thread"]
 
 pytestmark = [

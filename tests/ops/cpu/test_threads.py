@@ -78,6 +78,35 @@ def test_waiting_ends_when_it_is_over(spins: int) -> None:
     assert state[0] == spins
 
 
+def test_a_thread_that_waits_leaves_its_core_to_the_one_it_waits_for():
+    """Two threads on one core, as under a quota that is rounded up. If they only spun, each wait took a time slice."""
+    code = """
+        import os, time
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        import numpy as np
+        from flash_moe_mlx.ops.cpu import decode_tasks, threads
+        from flash_moe_mlx.ops.cpu.program import Operation, Program
+        threads.num_threads = lambda: 2
+        x, weight, y = (np.ones(1 << 14, np.float32) for _ in range(3))
+        operations = [
+            Operation(decode_tasks.norm, 1, x, 0, weight, x.size, 0.0, y, nbytes=1 << 20) for _ in range(2000)
+        ]
+        program = Program(operations)
+        program.run()
+        began = time.process_time()
+        for _ in range(4):
+            program.run()
+        print(time.process_time() - began)
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        pytest.skip("needs sched_setaffinity (Linux)")
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], check=True, timeout=300, capture_output=True, text=True
+    )
+    # Processor time, so that other processes don't matter: 0.1 s here, and 8,000 time slices of 3 ms if they only spun.
+    assert float(done.stdout) < 3
+
+
 def test_a_fork_has_threads_of_its_own():
     code = """
         import os, mlx.core as mx, numpy as np
