@@ -1,4 +1,4 @@
-"""How this package was installed: the command that adds an extra, and whether MLX has a backend here."""
+"""Inspects this installation: the command that adds an extra, and whether MLX has a backend here."""
 
 import json
 import os
@@ -17,14 +17,14 @@ NAME = "flash_moe_mlx"
 
 _TELLS = {"cpu": "numba", "cuda12": "mlx-cuda-12", "cuda13": "mlx-cuda-13", "server": "uvicorn", "plot": "matplotlib",
           "mcp": "mcp", "notebook": "ipywidgets"}  # fmt: skip
-"""A package of each extra by which its presence is told."""
+"""One package of each extra, whose presence shows that the extra is installed."""
 
 
 def install_command(extra: str) -> str:
     """Return a shell command that adds an extra to this installation.
 
-    It fits how the package came here: from an index, a checkout, a wheel or a repository, by pip, uv or pipx, and into
-    an environment that is activated or not.
+    It fits the way the package was installed: from an index, a checkout, a wheel or a repository, by pip, uv or
+    pipx, and into an environment that is activated or not.
 
     Args:
         extra: Name of an extra in pyproject.toml, such as "server".

@@ -21,7 +21,7 @@ _STRING_BOUNDS = ("pattern", "format", "minLength", "maxLength")
 
 @dataclass(frozen=True)
 class BoundCalls:
-    """How the calls of a model are bound.
+    """Token and grammar that bind the calls of a model.
 
     Attributes:
         opening: Token that opens a call.

@@ -14,10 +14,10 @@ _BOUNDS = {"temperature": (0.0, 100.0), "top_p": (0.001, 1.0), "top_k": (0, 1 <<
 
 @dataclass
 class Settings:
-    """How the next answers are sampled.
+    """Settings of the next answers.
 
     Attributes:
-        sampling: Sampling.
+        sampling: Sampling parameters.
         max_tokens: Maximum number of tokens of an answer; -1 for no limit.
         seed: Seed of the first answer, or None.
         toolbar: Text below the prompt.

@@ -1,8 +1,8 @@
-"""DistributedExperts: a layer's experts, each computed by the rank that keeps it; all ranks get all outputs.
+"""DistributedExperts: a layer's experts, each computed by the rank that holds it; all ranks get all outputs.
 
 Every rank runs the same passes on its own dense weights. It reads and computes the experts of its share, with zeros in
-the places of the others, and one sum over the ranks of those outputs' bits, as integers, completes them: whoever
-computed an output, its bits are the same, and they are combined in the router's order as on one host.
+place of the other outputs. One sum over the ranks of the outputs' bits, as integers, completes them. An output's bits
+are therefore the same whichever rank computed it, and outputs are combined in the router's order, as on one host.
 """
 
 import threading
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ..ops.cpu.vectors import Pool, Vector
 
 _PART_WORDS = 1 << 20
-"""Outputs are exchanged in parts of about this many numbers, so that copies stay small."""
+"""Approximate number of values exchanged at a time, so that copies stay small."""
 
 _REFUSED = 0
 
@@ -45,7 +45,7 @@ class Share:
 
     Attributes:
         ranks: The group.
-        placement: Who keeps what.
+        placement: Rank of each expert.
     """
 
     ranks: RankGroup
@@ -63,7 +63,7 @@ class Share:
         return self.placement.counts(self.ranks.rank)
 
     def own(self, layer: int, ids: np.ndarray) -> np.ndarray:
-        """Return ids with ``ELSEWHERE`` in the places of those that other ranks keep."""
+        """Return ids, with ``ELSEWHERE`` in place of those that other ranks hold."""
         return np.where(self.placement.owners[layer][ids] == self.ranks.rank, ids, ELSEWHERE)
 
     @contextmanager
@@ -203,7 +203,7 @@ class DistributedExperts:
 
 
 class DistributedPending:
-    """PendingExperts of which others compute a part."""
+    """PendingExperts of which other ranks compute a part."""
 
     def __init__(
         self,
@@ -247,7 +247,7 @@ class DistributedPending:
 
 
 class DistributedToken:
-    """TokenExperts of which others compute a part."""
+    """TokenExperts of which other ranks compute a part."""
 
     exchanges = True
 

@@ -1,4 +1,4 @@
-"""Leader: rank 0 of a group whose other ranks follow what it does, instead of running the same program."""
+"""Leader: rank 0 of a group whose other ranks repeat its operations instead of running the same program."""
 
 import weakref
 from collections import deque
@@ -41,7 +41,7 @@ class Leader:
 
         Args:
             op: Name of the operation.
-            **fields: What else followers need, as JSON.
+            **fields: Further values that followers need; JSON.
 
         Raises:
             DistributedError: If the group has failed.
@@ -63,7 +63,7 @@ class Leader:
         """
         if not self._announced:
             raise RequestError(
-                "[model] must be run by generate or stream_generate where rank 0 leads the others, got a call. "
+                "[model] must be run by generate or stream_generate if rank 0 leads the others, got a call. "
                 "Run the same program on every rank to call the model itself."
             )
 

@@ -1,4 +1,4 @@
-"""Placement: which rank keeps which experts, by number or by measured heat, and the plan file that says so."""
+"""Placement: the rank that holds each expert, chosen by number or by measured use, and its plan file."""
 
 import json
 import zlib
@@ -18,7 +18,7 @@ class Placement:
     """A rank for each expert of each layer.
 
     Attributes:
-        ranks: How many ranks there are.
+        ranks: Number of ranks.
         owners: Rank of each expert, by layer. Shape (E,), int64.
     """
 
@@ -27,11 +27,11 @@ class Placement:
 
     @classmethod
     def by_number(cls, num_experts: Mapping[int, int], ranks: int) -> "Placement":
-        """Deal each layer's experts out in turn, the first to another rank in each layer.
+        """Assign each layer's experts to ranks in turn, beginning with another rank in each layer.
 
         Args:
-            num_experts: Experts of each layer.
-            ranks: How many ranks there are.
+            num_experts: Number of experts of each layer.
+            ranks: Number of ranks.
 
         Raises:
             RequestError: If a layer has fewer experts than there are ranks.
@@ -44,9 +44,9 @@ class Placement:
         """Place the hottest expert first, each with the rank that has the least load for its share.
 
         Args:
-            heat: Tokens that chose each expert, by layer. Shape (E,).
-            ranks: How many ranks there are.
-            shares: Part of the load that each rank is to take; None: equal parts.
+            heat: Number of tokens that chose each expert, by layer. Shape (E,).
+            ranks: Number of ranks.
+            shares: Relative load of each rank; None for equal loads.
 
         Raises:
             RequestError: If a layer has fewer experts than there are ranks.
@@ -72,7 +72,7 @@ class Placement:
         """Read a plan file, and check it against a model and a number of ranks.
 
         Raises:
-            RequestError: If it can't be read, or is of another model or number of ranks.
+            RequestError: If it can't be read, or belongs to another model or number of ranks.
         """
         try:
             plan = json.loads(Path(path).read_text())
@@ -99,7 +99,7 @@ class Placement:
 
     @property
     def digest(self) -> int:
-        """Checksum of who keeps what, of 32 bits."""
+        """A 32-bit checksum of the placement."""
         total = self.ranks
         for layer, owner in sorted(self.owners.items()):
             total = zlib.crc32(np.ascontiguousarray(owner, "<i8").tobytes(), zlib.crc32(b"%d" % layer, total))
@@ -120,10 +120,10 @@ class Placement:
 
 
 def check_alike(numbers: Mapping[str, Sequence[int]]) -> None:
-    """Check that all ranks have gathered the same.
+    """Check that the numbers gathered from all ranks are equal.
 
     Args:
-        numbers: Each rank's number, by what it is of.
+        numbers: Numbers gathered from the ranks, by what they describe.
 
     Raises:
         DistributedError: If they differ, saying in what and which ranks.

@@ -31,7 +31,7 @@ class RankMethods:
         return 1 if self._share is None else self._share.ranks.size
 
     def lead(self) -> None:
-        """Announce what this rank does to the others from now on, where there are others."""
+        """Announce this rank's operations to the others from now on, if there are others."""
         if self._share is not None:
             self.leader = Leader(self._share.ranks, self.lock)
 

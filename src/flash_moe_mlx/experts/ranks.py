@@ -1,16 +1,16 @@
 """RankGroup: the processes that share a model, with collectives that end within a bounded time.
 
-MLX moves the numbers (``mx.distributed``: ring, JACCL, NCCL or MPI). Its collectives wait for ever for a rank that
-hangs, and can't be interrupted. So each is run by a thread that may be abandoned, while the caller waits for the
-result, for news of a failure, or for the time to be up. News travels over a side channel (rank_links.py): signs of life
-and of progress, "I failed, because ...", "I leave", and the commands of a rank that leads.
+MLX transfers the numbers (``mx.distributed``: ring, JACCL, NCCL or MPI). Its collectives wait forever for a rank that
+hangs, and can't be interrupted. Therefore each runs on a thread that may be abandoned, while the caller waits for the
+result, for news of a failure, or for a timeout. News travels over a side channel (rank_links.py): signs of life
+and of progress, failures with their reason, departures, and the commands of a rank that leads.
 
 A group that has failed stays failed, since its ranks are out of step: every later call raises the first reason. As an
 abandoned thread can't be stopped, a process that has one ends by ``os._exit`` with code 1 when its main thread has
 finished.
 
-MLX's ring waits for a message by asking the socket again and again, which takes a core. Ranks that share a host would
-take the cores from each other, so they meet on the side channel before each collective.
+MLX's ring polls the socket while it waits for a message, which occupies a core. Ranks that share a host would take the
+cores from each other, so they meet on the side channel before each collective.
 """
 
 import atexit
@@ -47,7 +47,7 @@ END = "end"
 
 BACKENDS = ("ring", "jaccl", "nccl")
 _GRACE = 0.5  # seconds in which results that a rank sent before it died may still arrive
-_LEAVE_GRACE = 2.0  # the same of a rank that left
+_LEAVE_GRACE = 2.0  # the same for a rank that left
 
 
 class RankGroup:
@@ -56,7 +56,7 @@ class RankGroup:
     Attributes:
         rank: This process's number.
         size: Number of ranks.
-        timeout: Seconds that one waits for another that makes no progress.
+        timeout: Seconds that a rank waits for another one that makes no progress.
         progress: Returns a number that changes while this rank works.
         on_failure: Called once, on another thread, when the group fails.
         allowance: Seconds added to ``timeout``, while kernels may be compiled.
@@ -77,13 +77,13 @@ class RankGroup:
         self.allowance = 0.0
         self._failure = ""
         self._closed = False
-        self._changed = threading.Condition()  # of all that follows
+        self._changed = threading.Condition()  # guards all attributes below
         self._gone: dict[int, str] = {}
         self._gone_at = 0.0
         self._answers: list[np.ndarray] = []  # none or one
         self._computing = False
         self._round = 0
-        self._arrived: dict[int, int] = {}  # the round in which each other rank is, as far as it has said
+        self._arrived: dict[int, int] = {}  # last reported round of each other rank
         self._seen: dict[int, float] = {}
         self._worked: dict[int, int] = {}
         self._moved = time.monotonic()
@@ -106,10 +106,10 @@ class RankGroup:
     # Collectives.
 
     def sum(self, words: np.ndarray, *, patient: bool = False) -> np.ndarray:
-        """Add up all ranks' words, modulo 2^32. Where only one rank's are not zero, that is a copy of its bits.
+        """Add up all ranks' words, modulo 2^32. If only one rank's words are not zero, the sum has their bits.
 
         Args:
-            words: Shape (n,), uint32; the same n on every rank.
+            words: This rank's words. Shape (n,), uint32; n is the same on every rank.
             patient: Whether to wait as long as all ranks show signs of life.
 
         Raises:
@@ -127,10 +127,10 @@ class RankGroup:
 
         Args:
             data: The bytes on rank 0; ignored elsewhere.
-            patient: As for `sum`.
+            patient: Whether to wait as long as all ranks show signs of life.
 
         Raises:
-            DistributedError: As for `sum`.
+            DistributedError: If a rank has ended, failed or makes no progress for too long.
         """
         sent = (data or b"") if self.rank == 0 else b""
         length = int(self.sum(np.array([len(sent)], np.uint32), patient=patient)[0])
@@ -189,7 +189,7 @@ class RankGroup:
         self._break(f"rank {self.rank} {reason}")
 
     def close(self) -> None:
-        """Leave the group. The process is ended at once where a collective hangs: Python would wait for it."""
+        """Leave the group. If a collective hangs, the process ends at once: Python would wait for its thread."""
         if self._closed:
             return
         self._closed = True
@@ -218,7 +218,7 @@ class RankGroup:
     # Waiting.
 
     def _await(self, ready: Callable[[], bool], patient: bool) -> None:
-        """Wait for something to be so, while the others live and make progress. Fails the group otherwise."""
+        """Wait for a condition while the others live and make progress; otherwise fail the group."""
         started, done = time.monotonic(), False
         try:
             with self._changed:
@@ -231,7 +231,7 @@ class RankGroup:
                     self._changed.wait(None if patient and not self._gone else left)
         finally:
             if not done:
-                # An interrupt among others: the ranks are out of step then.
+                # An interrupt, for example: the ranks are out of step then.
                 late = f"waited {self.timeout:g} s for another"
                 late = next((f"saw that {how}" for how in self._gone.values()), late)
                 self.fail("was interrupted" if sys.exception() is not None else late)

@@ -74,7 +74,7 @@ class Reservations:
         return self._total
 
     def least(self) -> Room:
-        """Room needed while no pass is running."""
+        """Return the room needed while no pass is running."""
         promised = self._promised
         more = max(0, self.state_bytes - self._promised_states)
         return self._room(promised.batch, promised.tokens, promised.length, more)

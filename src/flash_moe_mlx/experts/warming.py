@@ -1,4 +1,4 @@
-"""Which experts are hot, and reading them again at the next start, in the order of the files."""
+"""Lists the hot experts, and reads them again at the next start in the order of the files."""
 
 import itertools
 from collections.abc import Mapping, Sequence

@@ -1,4 +1,4 @@
-"""Replay a routing trace over several hosts that share the experts: what a token waits for, and the speed of it."""
+"""Replays a routing trace over several hosts that share the experts, to predict reads and speed."""
 
 from dataclasses import dataclass
 
@@ -16,9 +16,9 @@ class HostReplay:
     """A replay of decoded tokens over hosts.
 
     Attributes:
-        hosts: How many.
-        longest_reads: Reads of the host that reads most, summed over layers, a token's mean.
-        hit_rate: Of all hosts' experts.
+        hosts: Number of hosts.
+        longest_reads: Mean reads per token of the host that reads most, summed over layers.
+        hit_rate: Hit rate over all hosts' experts.
         microseconds: Time per token.
     """
 
@@ -44,19 +44,19 @@ def replay_hosts(
     by_heat: bool = False,
     replicas: int = 0,
 ) -> HostReplay:
-    """Replay the second half of a trace's decoded tokens; the first fills the slots, and is what heat is measured on.
+    """Replay the second half of a trace's decoded tokens; the first half fills the slots and provides the uses.
 
     A layer takes ``layer_us``, the reads of the host that has most of them, and 2 (N - 1) messages of a ring's sum.
 
     Args:
-        trace: Routing.
-        hosts: How many hosts, N.
-        slots: Experts of each layer that each host has in memory.
-        read_us: Microseconds in which one host reads one expert.
-        layer_us: Microseconds of a layer's computation.
-        link_us: Microseconds of one message between neighbours.
-        by_heat: Place experts so that the first half's load is even, instead of by number.
-        replicas: Hottest experts of each layer that every host keeps; the host with the least to do computes them.
+        trace: Recorded routing.
+        hosts: Number of hosts, N.
+        slots: Number of experts of each layer that each host has in memory.
+        read_us: Microseconds to read one expert on one host.
+        layer_us: Microseconds to compute one layer.
+        link_us: Microseconds per message between neighbours.
+        by_heat: Whether to balance the load of the first half, instead of placing experts by number.
+        replicas: Number of each layer's hottest experts that every host holds; the least busy one computes them.
 
     Raises:
         RequestError: If a layer has fewer experts than hosts, slots are too few, or nothing was decoded.
@@ -94,7 +94,7 @@ def _heat(trace: RoutingTrace, column: int, tokens: np.ndarray) -> np.ndarray:
 
 
 def _shares(ids: list[int], owner: np.ndarray, everywhere: set[int], hosts: int) -> list[list[int]]:
-    """Deal one token's experts out to hosts, those that all of them keep last."""
+    """Assign one token's experts to hosts; those that all hosts hold come last."""
     shares: list[list[int]] = [[] for _ in range(hosts)]
     for expert in ids:
         if expert not in everywhere:

@@ -41,7 +41,7 @@ def led(model: Any) -> Iterator[bool]:
 
 
 def follow(model: Any) -> None:
-    """Carry out what rank 0 announces, until it ends.
+    """Carry out the operations that rank 0 announces, until it ends.
 
     Raises:
         DistributedError: If the group fails.

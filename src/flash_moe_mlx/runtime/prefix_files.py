@@ -2,7 +2,7 @@
 
 A file holds what mlx_lm's ``save_prompt_cache`` writes, with the prompt's tokens, a fingerprint of the model and a
 checksum as metadata. It is written under another name and then renamed: a process that is killed leaves whole files.
-Files that are damaged, or of another model, are left alone.
+Files that are damaged or belong to another model are ignored.
 """
 
 import base64
@@ -39,11 +39,11 @@ from ..stats import format_bytes
 logger = logging.getLogger(__name__)
 
 MIN_FILE_TOKENS = 512
-"""Least number of tokens that a file spares: writing one takes as long as reading a few tokens, and wears the disk."""
+"""Minimum number of tokens that a file saves. Writing one takes as long as computing a few, and wears the disk."""
 
 _FORMAT = "flash-moe-prefix-1"
 _UNUSABLE = (OSError, RuntimeError, ValueError, LookupError, TypeError, AttributeError, FlashMoEError)
-"""What reading or writing a file may raise: of mlx_lm's loader any of Python's errors about values."""
+"""Exceptions of reading or writing a file; mlx_lm's loader may raise any of Python's errors about values."""
 
 
 @dataclass(frozen=True, eq=False)
