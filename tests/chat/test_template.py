@@ -107,7 +107,7 @@ def test_a_template_without_end_is_ended(with_template: Any, template: str, monk
     started = time.monotonic()
     with pytest.raises(RequestError):
         chat_prompt(with_template(template), USER)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # the process that renders starts anew
     monkeypatch.undo()
     assert render_templates(with_template("a"), [USER], generate=[True]) == ["a"]
 

@@ -115,7 +115,7 @@ def test_time_is_limited_for_children_too(tools: dict[str, Tool], tmp_path: Path
     file = tmp_path / "pid"
     started = time.monotonic()
     result = tools["sleep"].run({"file": str(file)}, timeout_seconds=1.5)
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 30  # it would be a minute
     assert not result.ok and result.text == "no result within 1.5 seconds"
     child = int(file.read_text())
     for _ in range(100):  # killed, and then collected by init

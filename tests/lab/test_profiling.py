@@ -38,7 +38,7 @@ def test_the_phases_are_the_time_that_passed():
             elapsed = time.perf_counter() - started
         assert [type(module) for _, module in model.named_modules()] == classes
         seconds = sum(found.prefill.values()) + sum(found.decode.values())
-        assert 0.7 * elapsed < seconds <= elapsed
+        assert 0.5 * elapsed < seconds <= elapsed
         assert (found.prefill_tokens, found.decode_tokens) == (5, 3)
         assert all(found.decode[phase] > 0 for phase in PHASES if phase != "I/O wait")
         run(model)

@@ -50,7 +50,7 @@ def test_what_is_no_strict_json_is_refused_at_once(body: bytes):
     with pytest.raises(ApiError) as refused:
         parse_body(body, 100_000)
     assert refused.value.status == 400
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30  # a parser that goes back and forth takes hours
     assert len(json.dumps(refused.value.body, allow_nan=False)) < 500
 
 
