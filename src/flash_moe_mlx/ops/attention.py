@@ -17,8 +17,8 @@ MIN_QUERY_BLOCK = 16
 def attention_reference(queries: mx.array, keys: Any, values: Any, *, scale: float, mask: Any, cache: Any) -> mx.array:
     """Run ``attention`` through MLX, in blocks of queries.
 
-    MLX's fallback (on the CPU, and for heads of 256 on GPUs) stores all scores of a call. The block size depends on
-    shapes alone.
+    MLX's fallback (on the CPU, and for prompts with heads of 256 on GPUs) stores all scores of a call. The block size
+    depends on shapes alone.
     """
     batch, heads, length, _ = queries.shape
     context = (keys if isinstance(keys, mx.array) else keys[0]).shape[2]
