@@ -1,12 +1,13 @@
 """``flash-moe serve``."""
 
 import errno
+import json
 import logging
 import os
 import socket
 from contextlib import nullcontext
 from dataclasses import asdict, replace
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -63,6 +64,16 @@ def serve(
         ),
     ] = None,
     prefix_dir_size: Annotated[str, typer.Option(help="Maximum total size of the files in --prefix-dir.")] = "10GB",
+    chat_template_args: Annotated[
+        str, typer.Option(help="""Variables of the chat template, as JSON, such as '{"enable_thinking": false}'.""")
+    ] = "{}",
+    kv_bits: Annotated[
+        int | None, typer.Option(help="Quantise the KV cache to 2 to 8 bits. Lossy; without a prefix cache.")
+    ] = None,
+    kv_group_size: Annotated[int, typer.Option(help="Group size of a quantised KV cache: 32, 64 or 128.")] = 64,
+    quantized_kv_start: Annotated[
+        int, typer.Option(help="Tokens after which the KV cache is quantised.", min=0)
+    ] = 5000,
     temperature: Temperature = None,
     top_p: TopP = None,
     top_k: TopK = None,
@@ -112,6 +123,10 @@ def serve(
             prefix_cache=None if prefix_cache == "0" else prefix_cache,
             prefix_directory=prefix_dir,
             prefix_directory_bytes=parse_size(prefix_dir_size, "prefix_dir_size"),
+            template_arguments=_json_argument(chat_template_args),
+            kv_bits=kv_bits,
+            kv_group_size=kv_group_size,
+            quantized_kv_start=quantized_kv_start,
             allowed_hosts=(*LOOPBACK, *(allow_host or ())) if local or allow_host else None,
         )
         limits = memory_limit, gpu_memory_limit
@@ -149,6 +164,15 @@ def serve(
             loaded.streaming.when_ranks_fail(end)
             server.run(sockets=[listener])
             loaded.streaming.check_ranks()
+
+
+def _json_argument(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(
+            f"[chat_template_args] must be JSON, got {error}. Try '{{\"enable_thinking\": false}}'."
+        ) from error
 
 
 def _listen(host: str, port: int) -> socket.socket:

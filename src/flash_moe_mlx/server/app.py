@@ -74,9 +74,15 @@ class _Server:
             model,
             tokenizer,
             max_queue=config.max_queue,
-            prefix_cache=config.prefix_cache,
+            prefix_cache=None if config.kv_bits is not None else config.prefix_cache,
             prefix_directory=config.prefix_directory,
             prefix_directory_bytes=config.prefix_directory_bytes,
+            template_arguments=config.template_arguments,
+            kv_cache={
+                "kv_bits": config.kv_bits,
+                "kv_group_size": config.kv_group_size,
+                "quantized_kv_start": config.quantized_kv_start,
+            },
         )
         self._bodies = BodyBudget(BODIES_AT_ONCE * config.max_body_bytes)
         self._max_values = VALUES + 4 * model.streaming.max_context  # a prompt may be token ids

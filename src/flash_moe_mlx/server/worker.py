@@ -9,7 +9,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -124,6 +124,8 @@ class Worker:
         prefix_cache: int | str | None = "auto",
         prefix_directory: str | None = None,
         prefix_directory_bytes: int | str = "10GB",
+        template_arguments: Mapping[str, Any] | None = None,
+        kv_cache: Mapping[str, Any] | None = None,
     ):
         """Reserve memory for the prefix cache and start the threads.
 
@@ -135,6 +137,8 @@ class Worker:
                 quarter of the expert slots' memory; None keeps no cache.
             prefix_directory: Directory in which the prefix cache's states outlive the process; None for none.
             prefix_directory_bytes: Maximum total size of its files.
+            template_arguments: Variables of the chat template for requests that don't set them.
+            kv_cache: The arguments of :func:`stream_generate` that quantise the KV cache.
 
         Raises:
             MemoryLimitError: If the memory limit can't spare the requested size.
@@ -144,6 +148,8 @@ class Worker:
         self._model = model
         self._tokenizer = tokenizer
         self._max_queue = max_queue
+        self._template_arguments = dict(template_arguments or {})
+        self._kv_cache = dict(kv_cache or {})
         self._prefix_cache = _make_prefix_cache(
             model,
             prefix_cache,
@@ -285,7 +291,7 @@ class Worker:
         if not tokenizer.has_chat_template:
             raise ApiError(400, "this model must have a chat template, got none. Use /v1/completions.")
         check_conversation(tokenizer, request.messages, request.tools, limit)
-        arguments = {**request.template_arguments, "max_context": limit}
+        arguments = {**self._template_arguments, **request.template_arguments, "max_context": limit}
         if request.tools is not None:
             arguments["tools"] = request.tools
         if not request.call_required:
@@ -325,6 +331,7 @@ class Worker:
             prefix_cache=self._prefix_cache,
             snapshot_at=prompt.snapshot_at,
             progress=False,
+            **self._kv_cache,
         )
         with closing(responses):
             for response in self._counted(responses, generation):
