@@ -31,7 +31,7 @@ SAYS = {
     "models": "mlx-community/",
     "plan": "smallest limit",
 }
-CHAT = "What is 17 + 25?\n"
+CHAT = "What is 17 + 25?\nyes\n"  # it asks before it runs the calculator
 
 
 def commands(page: str) -> list[list[str]]:
