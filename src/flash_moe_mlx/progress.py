@@ -190,6 +190,7 @@ def _notebook_line() -> Iterator[Report]:
                 unit = "B" if scaled else " tokens"
                 plain = None if moment.total else "{desc} [{elapsed}]"
                 bar = tqdm(desc=name, total=moment.total or None, unit=unit, unit_scale=scaled, leave=False,
+                           delay=StatusLine.DELAY_SECONDS,
                            bar_format=plain)  # fmt: skip
             bar.n = moment.done
             bar.refresh()

@@ -8,11 +8,14 @@ from ..progress import report
 from ..stats import format_bytes
 from .options import Json, MemoryLimit, print_json
 from .printable import echo
-from .tables import print_table
+from .tables import columns, print_table
 
 if TYPE_CHECKING:
     from ..planning.presets import Preset
     from ..planning.speed import Speed
+
+
+FULL_COLUMNS = 136
 
 
 def models(
@@ -67,7 +70,10 @@ def models(
         ]
         for entry in known
     ]
-    print_table(head, rows, right=head[2:6])
+    right = head[2:6]
+    if columns() < FULL_COLUMNS:  # the repositories are what doesn't fit
+        head, rows = head[:1] + head[2:], [row[:1] + row[2:] for row in rows]
+    print_table(head, rows, right)
     if others:
         echo()
         print_table(["also in the hub's cache", "size"], [[k, format_bytes(v)] for k, v in others.items()], ["size"])

@@ -9,6 +9,11 @@ from .printable import echo, printable
 WIDE = 1000  # columns of a pipe: nothing is wrapped or cut
 
 
+def columns() -> int:
+    """Return the width of the terminal, or `WIDE` in a pipe."""
+    return get_terminal_size().columns if sys.stdout.isatty() else WIDE
+
+
 def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Sequence[str] = ()) -> None:
     """Print rows under a head, in as many columns as the terminal has.
 
@@ -28,8 +33,6 @@ def print_table(head: Sequence[str], rows: Sequence[Sequence[str]], right: Seque
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*map(printable, row))
-    is_terminal = sys.stdout.isatty()
     text = StringIO()
-    width = get_terminal_size().columns if is_terminal else WIDE
-    Console(file=text, width=width, highlight=False, markup=False).print(table)
+    Console(file=text, width=columns(), highlight=False, markup=False).print(table)
     echo("\n".join(line.rstrip() for line in text.getvalue().rstrip("\n").splitlines()))
