@@ -6,7 +6,8 @@ from pathlib import Path
 import nbformat
 from nbclient import NotebookClient
 
-FOLDER = Path(__file__).parent
+FOLDER = Path(__file__).resolve().parent
+ROOT = FOLDER.parents[1]
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
 
@@ -25,7 +26,8 @@ def run(path: Path) -> None:
                 output.execution_count = number + 1
     notebook.metadata.pop("widgets", None)
     notebook.metadata["language_info"] = {"name": "python"}
-    nbformat.write(notebook, path)
+    text = nbformat.writes(notebook).replace(f"{ROOT}/", "")  # plans name their model's path
+    path.write_text(text + "\n")
 
 
 if __name__ == "__main__":

@@ -105,10 +105,10 @@ def speed_by_limit(plan: Plan) -> "Figure":
     axes.set(
         xlabel=f"memory limit, {unit}",
         ylabel="tok/s, expected" if known else "hits, %",
-        ylim=(0, None),
         title=f"{name}: K {plan.num_experts_per_tok}, {plan.max_context:,} tokens of context",
     )
-    axes.margins(y=0.1)
+    highest = max(axes.dataLim.y1, 1e-9)
+    axes.set_ylim(0, 1.15 * highest)  # room for markers and the title
     axes.legend(frameon=False, labelcolor=_INK)
     return figure
 
