@@ -39,9 +39,10 @@ def test_figures_follow_from_the_dimensions(name: str, tmp_path: Path):
     assert size < 20e6  # holes
 
 
-def test_a_plan_by_name_needs_no_network(monkeypatch: pytest.MonkeyPatch):
+def test_a_plan_by_name_needs_no_network(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     found = plan("qwen3.5-35b-4bit", memory_limit="8GB", speed=SPEED)
+    assert capsys.readouterr().out == ""
     preset = presets.require("qwen3.5-35b-4bit")
     figures = preset.figures
     assert found.fits and found.num_experts == figures.layers * figures.num_experts

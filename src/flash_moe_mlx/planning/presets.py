@@ -8,9 +8,11 @@ which plan() then reads like any other. Sizes are of the language model, without
 import json
 import math
 from collections.abc import Iterator
+from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +130,10 @@ def write_headers(config: dict[str, Any], bits: int, directory: Path) -> None:
         text["layer_types"] = [kinds[(i + 1) % 4 == 0] for i in range(text["num_hidden_layers"])]
     model_class, arguments = _get_classes(config)
     # Parameters stay lazy: shapes and dtypes are all it takes.
-    model, config = quantize_model(
-        model_class(arguments.from_dict(config)), config, GROUP_SIZE, bits, quant_predicate=_predicate(config)
-    )
+    with redirect_stdout(StringIO()):  # it prints
+        model, config = quantize_model(
+            model_class(arguments.from_dict(config)), config, GROUP_SIZE, bits, quant_predicate=_predicate(config)
+        )
     header: dict[str, Any] = {"__metadata__": {"format": "mlx"}}
     offset = 0
     for name, dtype, shape, nbytes in _tensors(tree_flatten(model.parameters())):
