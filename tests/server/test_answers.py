@@ -154,3 +154,17 @@ def test_completions_go_on_from_the_prompt(serve, stream: bool):
         offsets = [offset for p in logprobs for offset in p["text_offset"]]
         assert "".join(tokens) == said and "\ufffd" not in reply.text
         assert offsets == [len("".join(tokens[:i])) for i in range(len(tokens))]
+
+
+def test_progress_of_a_prompt(serve):
+    start, script = serve
+    long = [{"role": "user", "content": "a" * 900}]
+    for wanted in (True, False):
+        script.play(QWEN3_NEXT.tokenizer, "ok")
+        with start(QWEN3_NEXT.tokenizer) as address:
+            told = events(address, messages=long, return_progress=wanted)
+        chunks = [json.loads(line[6:]) for line in told if line.startswith("data: {")]
+        progress = [chunk["prompt_progress"] for chunk in chunks if "prompt_progress" in chunk]
+        assert bool(progress) is wanted
+        assert all(0 <= p["cache"] <= p["processed"] <= p["total"] and p["time_ms"] >= 0 for p in progress)
+        assert [p["processed"] for p in progress] == sorted(p["processed"] for p in progress)

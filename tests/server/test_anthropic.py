@@ -8,6 +8,8 @@ from typing import Any
 import anthropic
 import pytest
 
+from flash_moe_mlx.server import app
+
 from ..support.chat_models import KIMI, QWEN3_5, QWEN3_NEXT
 from ..support.scripted import Script, scripted
 from ..support.serving import post
@@ -203,3 +205,16 @@ def test_keys_and_models(serve: Any):
         with pytest.raises(anthropic.AuthenticationError) as refused:
             client(address, "other").messages.count_tokens(model="demo", messages=ASK)
         assert refused.value.body["error"]["type"] == "authentication_error"
+
+
+def test_a_stream_is_never_silent(serve: Any, monkeypatch: pytest.MonkeyPatch):
+    """Pings while a call is said."""
+    start, script = serve
+    monkeypatch.setattr(app, "KEEP_ALIVE_SECONDS", 0.05)
+    monkeypatch.setattr(script, "seconds", 0.15)
+    script.play(QWEN3_NEXT.tokenizer, '<tool_call>\n{"name": "write_file", "arguments": {}}\n</tool_call>')
+    with start(QWEN3_NEXT.tokenizer) as address:
+        body = {"model": "demo", "max_tokens": 200, "messages": ASK, "tools": [TOOL]}
+        names = [name for name, _ in raw_events(address, body)]
+    assert names[0] == "message_start" and names[-1] == "message_stop"
+    assert names.index("ping") < names.index("content_block_start") and names.count("ping") > 5
