@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from flash_moe_mlx.chat.call_grammar import BoundCalls, bound_calls
+from flash_moe_mlx.chat.call_grammar import BoundCalls, _closed, bound_calls
 from flash_moe_mlx.chat.calls import Call
 from flash_moe_mlx.chat.dialect import dialect_of
 from flash_moe_mlx.errors import RequestError
@@ -162,3 +162,10 @@ def test_other_forms_of_calls_are_refused_if_strict_and_else_not_bound():
     assert bound(KIMI, tool()) is None
     with pytest.raises(RequestError, match="in the form of kimi"):
         bound(KIMI, tool(strict=True))
+
+
+def test_a_schema_that_lists_its_properties_takes_no_others():
+    listed = {"properties": {"a": {"type": "string"}}}
+    assert _closed(listed)["additionalProperties"] is False
+    for schema in ({}, {"properties": {}}, {**listed, "additionalProperties": True}, {**listed, "anyOf": [{}]}):
+        assert _closed(schema) == schema

@@ -109,6 +109,14 @@ def _parameters(tool: Tool) -> Mapping[str, Any]:
     return parameters if isinstance(parameters, Mapping) else {}
 
 
+def _closed(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return a schema that lists its properties without any others, unless it says that there may be more."""
+    joined = any(word in parameters for word in ("anyOf", "oneOf", "allOf", "$ref", "patternProperties"))
+    if joined or not parameters.get("properties"):
+        return parameters
+    return {"additionalProperties": False, **parameters}
+
+
 def _json_rule(schema: Mapping[str, Any]) -> str:
     return f"%json {json.dumps({**schema, 'x-guidance': JSON_OPTIONS}, ensure_ascii=False)}"
 
@@ -119,7 +127,7 @@ def _literal(text: str) -> str:
 
 def _object_call(rule: str, tool: Tool, bound: bool) -> list[str]:
     """Return the rules of a call as an object: ``{"name": "f", "arguments": {...}}``."""
-    schema = {**_parameters(tool), "type": "object"} if bound else _ANY_OBJECT
+    schema = {**_closed(_parameters(tool)), "type": "object"} if bound else _ANY_OBJECT
     head = f'{{"name": {_literal(_function(tool)["name"])}, "arguments": '
     return [f'{rule}: {_literal(head)} {rule}_a "}}"', f"{rule}_a: {_json_rule(schema)}"]
 
