@@ -87,3 +87,10 @@ def test_other_addresses_that_cant_be_had_are_told_with_advice():
 def test_sizes_that_are_none_are_told_in_one_line():
     assert "much" in refusal("serve", "--port", "0", "--max-body", "much")
     assert "GB" in refusal("serve", "--port", "0", "--prefix-cache", "900GB", "--memory-limit", "1GB")
+
+
+def test_options_that_can_not_be_used_are_told_in_one_line():
+    assert "must be JSON" in refusal("serve", "--port", "0", "--chat-template-args", "{")
+    assert "must be an object" in refusal("serve", "--port", "0", "--chat-template-args", "[]")
+    assert "must be one of" in refusal("serve", "--port", "0", "--kv-bits", "7")
+    assert "much" in refusal("serve", "--port", "0", "--prefix-dir-size", "much")
