@@ -206,22 +206,6 @@ def test_memory_is_mlxs_figure_where_python_has_none(monkeypatch: pytest.MonkeyP
     assert physical_memory_bytes() == 48 << 30
 
 
-def test_command_buffers_are_cut_by_operations_alone(mac: Mac, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setenv("MLX_MAX_MB_PER_BUFFER", "77")
-    system.lift_command_buffer_size()
-    assert os.environ["MLX_MAX_MB_PER_BUFFER"] == "77"
-    monkeypatch.delenv("MLX_MAX_MB_PER_BUFFER")
-    system.lift_command_buffer_size()
-    assert os.environ.pop("MLX_MAX_MB_PER_BUFFER") == system.MAX_MB_PER_BUFFER
-
-
-def test_the_command_buffers_size_is_set_before_mlx_is_used():
-    code = "import flash_moe_mlx, os; print(os.environ['MLX_MAX_MB_PER_BUFFER'])"
-    environment = {name: value for name, value in os.environ.items() if name != "MLX_MAX_MB_PER_BUFFER"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
-    assert done.stdout.strip() == system.MAX_MB_PER_BUFFER
-
-
 def test_io_threads_say_that_somebody_waits(mac: Mac):
     system.expect_waiters()
     assert mac.libc.qos == [(0x19, 0)]

@@ -13,7 +13,7 @@ import logging
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import system
+from . import command_buffers
 
 if TYPE_CHECKING:
     from .chat.answer import Part
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-system.lift_command_buffer_size()  # before MLX's first use
+command_buffers.lift_command_buffer_size()  # before MLX's first use
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # the application decides what to do with log messages
 
 __all__ = [

@@ -23,9 +23,6 @@ BLOCK_BYTES = 4096
 OPEN_FILES = 4096
 """File descriptors that a process may need: a large checkpoint has a few hundred shards, each opened twice."""
 
-MAX_MB_PER_BUFFER = "1000"
-"""Value for MLX_MAX_MB_PER_BUFFER: one decoded layer of a 397B model has about 300 Mi elements of inputs."""
-
 MMAP_THRESHOLD_BYTES = 8 << 20
 """Allocations from this size on have pages of their own, which go back to the system when they are freed.
 
@@ -130,17 +127,6 @@ def peak_resident_bytes() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if is_macos() else peak * 1024  # Linux counts kibibytes
-
-
-def lift_command_buffer_size() -> None:
-    """Let MLX end a GPU's command buffers by their number of operations instead of at each layer's expert slots.
-
-    MLX ends one once its inputs exceed 40 to 50 Mi elements, and counts a layer's slots whole although a kernel reads K
-    records of them: four to five command buffers per layer on Metal, and as many CUDA graphs. A prompt's large
-    intermediate arrays still end theirs. MLX reads the variable once, when it first uses the GPU; a value set by the
-    user is kept.
-    """
-    os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", MAX_MB_PER_BUFFER)
 
 
 # --- files ---
