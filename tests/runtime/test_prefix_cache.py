@@ -423,3 +423,17 @@ def test_mlx_lm_saves_and_loads_caches(loaded: Loaded, attention_only: Loaded, t
         assert [type(c).__name__ for c in restored] == [type(c).__name__ for c in cache]
         assert [r.token for r in stream_generate(model, tokenizer, tail, TOKENS, prompt_cache=restored)] == expected
         assert run((model, tokenizer), PROMPT + answer + tail)[0] == expected
+
+
+def test_a_file_of_an_attention_only_model_is_cut_back_to_where_prompts_part(
+    attention_only: Loaded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr("flash_moe_mlx.runtime.prefix_files.MIN_FILE_TOKENS", 20)
+    model, _ = attention_only
+    with PrefixCache(model, "8MB", tmp_path) as first:
+        run(attention_only, PROMPT, prefix_cache=first)
+    parting = [*PROMPT[:40], *RNG.integers(1, 257, 10).tolist()]
+    expected = run(attention_only, parting)[0]
+    with PrefixCache(model, "8MB", tmp_path) as second:
+        assert run(attention_only, parting, prefix_cache=second) == (expected, 40)
+        assert len(list(tmp_path.glob("prefix-*"))) == 1, "what another file holds is not written again"
