@@ -20,6 +20,7 @@ from flash_moe_mlx import PrefixCache, RequestError, StoreError, load, stream_ge
 from flash_moe_mlx.experts.warming import hot_experts, warm
 from flash_moe_mlx.runtime import prefix_files
 from flash_moe_mlx.runtime.prefix_files import MIN_FILE_TOKENS
+from flash_moe_mlx.storage.store import ExpertStore
 
 DEMO = Path(flash_moe_mlx.__file__).parent / "demo"
 RNG = np.random.default_rng(7)
@@ -224,7 +225,7 @@ def test_hot_experts_are_read_again_in_the_order_of_the_files(tmp_path: Path, mo
     engine = second[0].streaming
     with engine:
         reads: list[tuple[Path, int]] = []
-        receive = type(engine._store).submit
+        receive = ExpertStore.submit
 
         def noted(store: Any, requests: Any) -> Any:
             reads.extend(
@@ -232,7 +233,7 @@ def test_hot_experts_are_read_again_in_the_order_of_the_files(tmp_path: Path, mo
             )
             return receive(store, requests)
 
-        monkeypatch.setattr(type(engine._store), "submit", noted)
+        monkeypatch.setattr(ExpertStore, "submit", noted)
         with PrefixCache(second[0], "1MB", tmp_path):
             assert {layer: set(experts) for layer, experts in hot_experts(engine).items()} == {
                 layer: set(experts) for layer, experts in hot.items()
