@@ -36,7 +36,7 @@ def logits_of(model: Any) -> list[np.ndarray]:
     outputs += [model(mx.array(TOKENS[:, i : i + 1]), cache=cache) for i in range(100, 106)]
     outputs.append(model(mx.array(TOKENS[:, 106:108]), cache=cache))
     outputs += [model(mx.array(TOKENS[:, :4].T)), model(mx.array(TOKENS[:, :9].T))]
-    return [np.array(output) for output in outputs]
+    return [np.array(output.astype(mx.float32)) for output in outputs]
 
 
 def share_experts(model: Any, engines: list[Any], owner: np.ndarray) -> None:
