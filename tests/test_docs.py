@@ -94,3 +94,15 @@ def test_architecture_page_lists_the_wings_in_order():
     }
     assert listed == architecture.WINGS
     assert set(listed) == exist
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning(tmp_path: Path):
+    pytest.importorskip("mkdocs", reason="needs mkdocs-material: pip install 'flash_moe_mlx[docs]'")
+    pytest.importorskip("mkdocstrings", reason="needs mkdocstrings")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    environment = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
+    assert {path.parent.name for path in (tmp_path / "site").glob("*/index.html")} == pages, "a page is not in mkdocs.yml"
