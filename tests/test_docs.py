@@ -105,4 +105,6 @@ def test_the_site_builds_without_a_warning(tmp_path: Path):
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     pages = {path.stem for path in (ROOT / "docs").glob("*.md")} - {"index"}
-    assert {path.parent.name for path in (tmp_path / "site").glob("*/index.html")} == pages, "a page is not in mkdocs.yml"
+    assert {path.parent.name for path in (tmp_path / "site").glob("*/index.html")} == pages, (
+        "a page is not in mkdocs.yml"
+    )

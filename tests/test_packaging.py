@@ -98,6 +98,12 @@ def test_wheel_holds_the_package_and_nothing_else(distributions: tuple[Path, Pat
     assert f"Version: {flash_moe_mlx.__version__}\n" in wheel.read(f"{info}/METADATA").decode()
 
 
+def test_distributions_are_what_an_index_takes(distributions: tuple[Path, Path]):
+    pytest.importorskip("twine", reason="needs twine: pip install 'flash_moe_mlx[dev]'")
+    said = run(sys.executable, "-m", "twine", "check", "--strict", *distributions, cwd=distributions[0].parent)
+    assert said.count("PASSED") == 2
+
+
 def test_sdist_holds_what_it_takes_to_build_and_test(source_tree: Path):
     for name in (
         "pyproject.toml",
@@ -141,7 +147,7 @@ def test_installed_wheel_generates(python: Path, distributions: tuple[Path, Path
     assert kernels == package / "kernels"
     assert sources(kernels) == sources(ROOT / "kernels")
     run(python, "-m", "pip", "check", cwd=tmp_path)
-    # The command, its tools and their processes, without the extra "chat".
+    # The command, its tools and their processes.
     chat = f"printf 'Use the calculator for 12 * 12.\\nyes\\n' | {python.with_name('flash-moe')} chat"
     assert "gives 144" in run("sh", "-c", chat, cwd=tmp_path)
 
