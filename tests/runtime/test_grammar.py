@@ -1,6 +1,7 @@
 """Grammar: schemas that are refused before llguidance sees them, and what llguidance says of others."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from mlx_lm.tokenizer_utils import load as load_tokenizer
 
 import flash_moe_mlx
 from flash_moe_mlx import Grammar, RequestError
+from flash_moe_mlx.installation import install_command
 from flash_moe_mlx.runtime.grammar import MAX_GRAMMAR_BYTES, MAX_SCHEMA_DEPTH, as_grammar, llguidance_tokenizer
 
 SIZE = 2048
@@ -72,7 +74,7 @@ def test_the_deepest_schema_compiles(tokenizer: TokenizerWrapper):
     ids=["type", "not", "remote-ref", "empty-enum", "own-ref", "product", "regex", "lark", "parentheses"],
 )  # fmt: skip
 def test_what_llguidance_refuses_is_quoted(tokenizer: TokenizerWrapper, grammar: Any, said: str):
-    with pytest.raises(RequestError, match=rf"^\[schema\] must be a grammar that llguidance takes, got: .*{said}"):
+    with pytest.raises(RequestError, match=rf"^\[schema\] must be a grammar that llguidance accepts, got: .*{said}"):
         grammar().compile(tokenizer, SIZE)
 
 
@@ -88,7 +90,7 @@ def test_a_schema_may_be_text_or_a_pydantic_model():
 
 def test_without_llguidance_the_extra_is_named(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(RequestError, match=r"pip install 'flash_moe_mlx\[schema\]'"):
+    with pytest.raises(RequestError, match=re.escape(install_command("schema"))):
         Grammar.json_object()
 
 
