@@ -7,7 +7,7 @@ import pytest
 
 from flash_moe_mlx.planning.speed import Speed
 
-from ..support.command_line import document, refusal, succeed
+from ..support.command_line import document, invoke, refusal, succeed
 
 LIMIT = ("--memory-limit", "14MB", "--max-context", "128")
 
@@ -34,7 +34,8 @@ def test_plan_as_text_and_json(trace: Path):
 
 
 def test_plan_says_what_does_not_fit():
-    assert "does not fit" in succeed("plan", "--memory-limit", "1MB", "--max-context", "128", "--disk-rate", "1GB")
+    result = invoke("plan", "--memory-limit", "1MB", "--max-context", "128", "--disk-rate", "1GB")
+    assert result.exit_code == 1 and "does not fit" in result.stdout
     assert "memory_limit" in refusal("plan", "--memory-limit", "much")
 
 

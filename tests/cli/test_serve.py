@@ -29,6 +29,7 @@ def address() -> Iterator[str]:
         line = process.stdout.readline()
         match = re.match(r"Serving demo at (http://127\.0\.0\.1:\d+)/v1, status page at \1/\. Ctrl-C ends it\.", line)
         assert match, line + process.stderr.read()
+        assert process.stdout.readline() == "Sampling, where a request doesn't say: greedy.\n"
         yield match[1]
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=30)
