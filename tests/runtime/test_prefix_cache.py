@@ -39,13 +39,13 @@ THINKING = """\
 {% set last = namespace(user=-1) %}{% for m in messages %}{% if m.role == 'user' %}{% set last.user = loop.index0 %}\
 {% endif %}{% endfor %}{% if last.user < 0 %}{{ raise_exception('No user query found in messages.') }}{% endif %}\
 {% for m in messages %}<{{ m.role }}>\
-{% if m.role == 'assistant' and loop.index0 < last.user %}{{ m.content.split('</think>')[-1] }}\
-{% else %}{{ m.content }}{% endif %}</>
+{% if m.reasoning_content and loop.index0 > last.user %}<think>{{ m.reasoning_content }}</think>{% endif %}\
+{{ m.content }}</>
 {% endfor %}{% if add_generation_prompt %}<assistant><think>{% endif %}"""
 
 SYSTEM = {"role": "system", "content": "Answer in a word, and truly."}
 QUESTION = {"role": "user", "content": "Which is the longest river?"}
-ANSWER = {"role": "assistant", "content": "<think>Nile or Amazon</think>Nile"}
+ANSWER = {"role": "assistant", "reasoning_content": "Nile or Amazon", "content": "Nile"}
 SECOND = {"role": "user", "content": "And the second?"}
 
 
@@ -236,7 +236,7 @@ def test_points_of_a_conversation(chatting: Loaded):
     rendered = [tokenizer.decode(tokens[:point]) for point in points]
     system = f"<system>{SYSTEM['content']}</>\n"
     question = f"{system}<user>{QUESTION['content']}</>\n<assistant>"
-    told = f"{question}{'Nile' if thinking else ANSWER['content']}</>\n"
+    told = f"{question}{ANSWER['content']}</>\n"
     # With thinking, the answer alone renders with its thoughts: the two part where these begin.
     assert rendered == [f"{system}<user>", question if thinking else told, f"{told}<user>{SECOND['content']}</>\n"]
     assert tokenizer.decode(tokens) == rendered[-1] + ("<assistant><think>" if thinking else "<assistant>")
