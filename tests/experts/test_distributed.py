@@ -9,7 +9,7 @@ import pytest
 from flash_moe_mlx.experts.placement import Placement
 
 from ..support.models import chat_config, make_converted, smallest_limit, streamed
-from ..support.rank_child import digest_of, logits_of
+from ..support.rank_child import digest_of, logits_of, with_mlx_lm
 from ..support.ranks import Ranks, ranks_running
 
 EXPERTS, K, LAYERS = 16, 3, range(4)
@@ -53,6 +53,14 @@ def test_ranks_sample_the_same_tokens(directory: Path, tmp_path: Path, ranks: Ra
     assert all(rank.status == 0 for rank in ended), [rank.stderr for rank in ended]
     tokens = [rank.results[0]["tokens"] for rank in ended]
     assert tokens[0] == tokens[1] and len(set(tokens[0])) > 1
+
+
+def test_mlx_lm_generates_on_uneven_ranks(directory: Path, tmp_path: Path, ranks: Ranks):
+    uneven = tmp_path / "uneven.json"
+    Placement(2, {layer: (np.arange(EXPERTS) < 3).astype(np.int64) for layer in LAYERS}).write(uneven)
+    expected = with_mlx_lm(str(directory), {})
+    for rank in ranks.run(2, directory, tmp_path, {"do": "mlx_lm", "loads": [{"shard": str(uneven)}]}):
+        assert rank.results == [expected], rank.stderr
 
 
 FAULTS = {  # exchanges 0 to 3 are the prompt's

@@ -20,6 +20,7 @@ from concurrent.futures import CancelledError
 from typing import Any
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 
 from flash_moe_mlx import FlashMoEError, PrefixCache, StoreError, load, load_model, stream_generate
@@ -126,7 +127,50 @@ def lead(directory: str, how: dict[str, Any]) -> dict[str, Any]:
         return {"done": done, "limit": model.streaming.limit_bytes}
 
 
-DOINGS = {"lead": lead, "logits": compute_logits, "tokens": generate_tokens}
+def serve(directory: str, how: dict[str, Any]) -> dict[str, Any]:
+    """Answers of a server that rank 0 leads, between them one that its client leaves."""
+    model, tokenizer = load(directory, **how)
+    with model.streaming, led(model) as is_mine:
+        return {"texts": ask(model, tokenizer) if is_mine else []}
+
+
+def ask(model: Any, tokenizer: Any) -> list[str]:
+    from tests.support.serving import STORY, SUM, client, served
+
+    with served(model, tokenizer) as url:
+        asking = client(url)
+
+        def answer(messages: Any) -> str:
+            answered = asking.chat.completions.create(model="demo", messages=messages, temperature=0, max_tokens=12)
+            return str(answered.choices[0].message.content)
+
+        texts = [answer(SUM)]
+        with asking.chat.completions.create(model="demo", messages=STORY, temperature=0, stream=True) as stream:
+            next(iter(stream))  # the client leaves then
+        return [*texts, answer(STORY), answer(SUM)]
+
+
+def with_mlx_lm(directory: str, how: dict[str, Any]) -> dict[str, Any]:
+    model, tokenizer = load(directory, **how)
+    with model.streaming:
+        return {"text": mlx_lm.generate(model, tokenizer, PROMPT, max_tokens=8)}
+
+
+def run_command(directory: str, how: dict[str, Any]) -> dict[str, Any]:
+    from flash_moe_mlx.cli.main import app
+
+    app([*how["arguments"], "--model", directory])
+    raise AssertionError
+
+
+DOINGS = {
+    "command": run_command,
+    "lead": lead,
+    "logits": compute_logits,
+    "mlx_lm": with_mlx_lm,
+    "serve": serve,
+    "tokens": generate_tokens,
+}
 
 
 def child(directory: str, what: dict[str, Any], output: str) -> None:
@@ -157,16 +201,21 @@ def fork(run: dict[str, Any], rank: int) -> int:
     errors = os.open(f"{run['outputs'][rank]}.err", os.O_WRONLY | os.O_CREAT)
     os.dup2(errors, 2)
     os.dup2(os.open(os.devnull, os.O_RDWR), 0)
-    os.dup2(0, 1)
+    os.dup2(2, 1)
+    sys.stdin = open(0)  # noqa: SIM115  the parent's has been read from
     status = 1
     faulthandler.dump_traceback_later(100, file=2)  # to be seen in the message of a test that waited too long
     try:
         child(run["directory"], run["what"], run["outputs"][rank])
         status = 0
-    except KeyboardInterrupt:
-        traceback.print_exc()
+    except SystemExit as ended:
+        status = int(ended.code or 0)
     finally:
+        if isinstance(sys.exception(), Exception | KeyboardInterrupt):
+            traceback.print_exc()
         atexit._run_exitfuncs()
+        sys.stdout.flush()
+        sys.stderr.flush()
         os._exit(status)  # without Python's own end, which takes long in a forked process
 
 

@@ -65,7 +65,7 @@ class Ranks:
         what: dict[str, Any],
         timeout: float = 240,
         ended_by: int | None = None,
-        during: Callable[[list[int]], None] | None = None,
+        during: Callable[[list[int], list[Path]], None] | None = None,
     ) -> list[Ended]:
         """Run a child as each rank and wait for all. If one doesn't end in time, it is killed and the test fails.
 
@@ -76,7 +76,7 @@ class Ranks:
             what: See rank_child.py.
             timeout: Seconds until all must have ended.
             ended_by: Rank that can't end by itself: it is killed once the others have ended.
-            during: Called with the ranks' process ids once they have started.
+            during: Called with the ranks' process ids, and the files that they write their messages to.
         """
         outputs = [scratch / f"rank-{time.monotonic_ns()}-{rank}" for rank in range(count)]
         run = {
@@ -88,11 +88,11 @@ class Ranks:
         started = time.monotonic()
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps(run) + "\n")
-        pids: list[int] = json.loads(self._lines.get(timeout=60))["pids"]
+        pids: list[int] = json.loads(self._lines.get(timeout=300))["pids"]
         ended: dict[int, tuple[int, float]] = {}
         try:
             if during is not None:
-                during(pids)
+                during(pids, [Path(f"{output}.err") for output in outputs])
             while len(ended) < count:
                 if ended_by is not None and set(pids) - set(ended) == {pids[ended_by]}:
                     os.kill(pids[ended_by], signal.SIGKILL)
@@ -106,7 +106,7 @@ class Ranks:
             for pid in set(pids) - set(ended):
                 with suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                self._lines.get(timeout=60)
+                self._lines.get(timeout=300)
         return [self._ended(output, *ended[pid]) for output, pid in zip(outputs, pids, strict=True)]
 
     @staticmethod
