@@ -138,3 +138,10 @@ def test_what_was_never_read_leaves_no_trace():
     table.release()
     assert sorted([*table.present.values(), *table.free]) == [0, 1, 2]
     assert policy.victims(1, []) == list(table.present)
+
+
+def test_a_token_whose_experts_are_all_elsewhere_uses_none():
+    policy = AgedLFU()
+    policy.used([1])
+    policy.used([])
+    assert policy.scores([0, 1]).tolist() == [0.0, policy.scores([1])[0]] and policy.scores([1])[0] > 0

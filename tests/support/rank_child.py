@@ -7,6 +7,7 @@ and in which exchange it strikes, or "load". Writes a line with the process ids,
 """
 
 import atexit
+import contextlib
 import faulthandler
 import hashlib
 import json
@@ -23,7 +24,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 
-from flash_moe_mlx import FlashMoEError, PrefixCache, StoreError, load, load_model, stream_generate
+from flash_moe_mlx import FlashMoEError, PrefixCache, RequestError, StoreError, load, load_model, stream_generate
 from flash_moe_mlx.experts.distributed import Share
 from flash_moe_mlx.experts.ranks import RankGroup
 from flash_moe_mlx.runtime.following import led
@@ -124,6 +125,9 @@ def lead(directory: str, how: dict[str, Any]) -> dict[str, Any]:
     with model.streaming:
         with led(model) as is_mine:
             done = led_work(model, tokenizer) if is_mine else None
+            with contextlib.suppress(RequestError):  # its states would be on one rank only
+                PrefixCache(model, "200KB", directory)
+                raise AssertionError
         return {"done": done, "limit": model.streaming.limit_bytes}
 
 

@@ -132,7 +132,7 @@ class AgedLFU(_ByScore):
         if tokens == 1:
             aged = 1 / self._growth
             self._increment *= self._growth
-            self._score[np.array(experts)] += self._increment
+            self._score[np.array(experts, np.int64)] += self._increment
         else:
             # Equivalent to ``tokens`` steps in each of which an expert is used counts / tokens times.
             aged = 2 ** -min(tokens / self._half_life, 16)

@@ -23,7 +23,7 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.models.cache import KVCache, can_trim_prompt_cache, make_prompt_cache, trim_prompt_cache
 
 from ..config import parse_size
-from ..errors import StoreError
+from ..errors import RequestError, StoreError
 from ..stats import format_bytes
 from .prefix_files import PrefixFiles
 
@@ -94,6 +94,11 @@ class PrefixCache:
         self.model = model
         self.max_bytes = parse_size(max_bytes)
         self._files: PrefixFiles | None = None
+        if directory is not None and model.streaming.ranks > 1:
+            raise RequestError(
+                f"[PrefixCache] directory must be left out where ranks share the experts, got {directory}: the others "
+                "would not have its states. Leave it out."
+            )
         if directory is not None:
             self._files = PrefixFiles(model, directory, parse_size(max_directory_bytes, "max_directory_bytes"))
         self._noted = time.monotonic()
