@@ -144,4 +144,5 @@ def test_a_token_whose_experts_are_all_elsewhere_uses_none():
     policy = AgedLFU()
     policy.used([1])
     policy.used([])
-    assert policy.scores([0, 1]).tolist() == [0.0, policy.scores([1])[0]] and policy.scores([1])[0] > 0
+    one, two = policy.scores([1, 2])
+    assert one > two
