@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from .dialect import template_of
+from .dialect import dialect_of, template_of
 
 _BREAK = "\ufdd0"  # a non-character: Unicode keeps it for uses like this one
 _ESCAPED = "\\ufdd0"  # as JSON in ASCII has it
 _WORDS = re.compile(r"[\w.:-]*")
 _KEPT = frozenset(("role", "type", "id", "tool_call_id"))  # templates compare and measure them
+_THINKING = frozenset(("<think>", "</think>"))
 _LOOKED_FOR = re.compile(
     r"""\.(?:split|rsplit|partition|rpartition|startswith|endswith|find|index|replace|count)\(\s*(["'])(.+?)\1"""
     r"""|(["'])((?:(?!\3).)+)\3\s+(?:not\s+)?in\b"""
@@ -87,8 +88,11 @@ def _control_tokens(tokenizer: Any) -> "re.Pattern[str]":
         hub = getattr(tokenizer, "_tokenizer", tokenizer)
         added = getattr(hub, "added_tokens_decoder", {}).values()
         words = {str(t.content) for t in added if t.special or t.content in template}
-        looked_for = (found.group(2) or found.group(4) for found in _LOOKED_FOR.finditer(template))
-        words |= {word for word in looked_for if word[0] in "<[" and word[-1] in ">]"} | {_ESCAPED}
+        matches = _LOOKED_FOR.finditer(template)
+        looked_for = {word for found in matches if (word := found.group(2) or found.group(4))[0] in "<["}
+        if not dialect_of(tokenizer).think_end:
+            looked_for -= _THINKING  # no tokens: thinking stays in the content, and only the template takes it out
+        words |= {word for word in looked_for if word[-1] in ">]"} | {_ESCAPED}
         longest_first = sorted((word for word in words if len(word.strip()) > 1), key=len, reverse=True)
         known = _patterns[tokenizer] = (template, re.compile("|".join(map(re.escape, longest_first))))
     return known[1]
