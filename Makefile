@@ -25,10 +25,9 @@ demo: $(VENV)/.installed
 test: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -n 2 --dist loadgroup -m "not serial"
 	$(BIN)/python -m pytest -q -m serial
-	$(MAKE) fake-metal
 
 # Nine tenths of the suite once more, with the library made to believe that it runs on Metal: tests/support/fake_metal.py
-# says which tests are left out, and refuses to leave out more.
+# says which tests are left out, and refuses to leave out more. Not part of `make test`: both together take too long.
 fake-metal: $(VENV)/.installed-dev
 	PYTHONPATH=. $(BIN)/python -m pytest -q -p tests.support.fake_metal -n 2 --dist loadgroup -m "not serial"
 
