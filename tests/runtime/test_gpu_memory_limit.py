@@ -101,7 +101,7 @@ def test_resize_changes_the_limit_on_the_memory_that_slots_are_in(directory: Pat
         assert model.streaming.stats().num_slots == K * len(model.layers)
         assert np.array_equal(logits(model), before)
         for wrong in ({"memory_limit": gpu}, {"memory_limit": gpu, "gpu_memory_limit": gpu}, {}):
-            with pytest.raises(RequestError, match="gpu_memory_limit alone"):
+            with pytest.raises(RequestError, match="only gpu_memory_limit here"):
                 model.streaming.resize(**wrong)
 
 
@@ -120,7 +120,7 @@ def test_one_memory_has_one_limit(directory: Path):
     with streamed(directory, smallest_limit(directory)) as model:
         stats = model.streaming.stats()
         assert (stats.gpu_memory_limit_bytes, stats.host_bytes) == (None, 0)
-        with pytest.raises(RequestError, match="memory_limit alone"):
+        with pytest.raises(RequestError, match="only memory_limit here"):
             model.streaming.resize(gpu_memory_limit="1GB")
 
 

@@ -18,6 +18,7 @@ import threading
 import time
 import traceback
 from concurrent.futures import CancelledError
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -139,6 +140,7 @@ def serve(directory: str, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(model: Any, tokenizer: Any) -> list[str]:
+    sys.path.insert(0, str(Path(__file__).parents[2]))  # this is run as a script
     from tests.support.serving import STORY, SUM, client, served
 
     with served(model, tokenizer) as url:
