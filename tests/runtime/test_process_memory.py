@@ -14,7 +14,6 @@ import flash_moe_mlx
 CHILD = Path(__file__).parents[1] / "support" / "ways_of_calling_child.py"
 DEMO = Path(flash_moe_mlx.__file__).parent / "demo"
 LIMIT = 80_000_000
-GENERATIONS = 100  # of each way: 600 in all
 WAYS = ["generate", "threads", "async", "mlx_lm", "abandoned", "abandoned-thread"]
 
 pytestmark = [
@@ -68,9 +67,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_checkpoint(tmp_path_factory.mktemp("process") / "model", dimensions)
 
 
-def test_memory_and_threads_stay_flat(checkpoint: Path) -> None:
+def test_memory_and_threads_stay_flat(checkpoint: Path, request: pytest.FixtureRequest) -> None:
+    generations = request.config.getoption("--generations")  # of each way, of which there are six
     control = watch("-", str(DEMO), "0", "0").anonymous["control"]
-    seen = watch(str(checkpoint), str(DEMO), str(LIMIT), str(GENERATIONS))
+    seen = watch(str(checkpoint), str(DEMO), str(LIMIT), str(generations))
     grown = {way: seen.anonymous[f"after {way}"] - seen.anonymous[f"before {way}"] for way in WAYS}
     began = {way: seen.threads[f"after {way}"] - seen.threads[f"before {way}"] for way in WAYS}
     print(f"most beyond the control {(seen.most - control) / 1e6:.1f} MB, grown {grown}, threads {began}")
