@@ -50,7 +50,7 @@ def test_the_second_turn_of_a_long_conversation_is_answered_soon(address: str):
     ask([{"role": "user", "content": "Hello"}])  # kernels are compiled
     firsts, seconds = [], []
     for name in ("Ana", "Bob", "Eva"):
-        facts = " ".join(f"{name} has {n} boats and a blue kite." for n in range(2, 64))
+        facts = " ".join(f"{name} has {n} boats and a blue kite." for n in range(2, 90))
         messages = [{"role": "system", "content": facts}, {"role": "user", "content": "What is 17 + 25?"}]
         first, answer, tokens, cached = ask(messages)
         assert tokens >= 1000 and cached == 0
