@@ -1,7 +1,6 @@
 """Memory that passes and conversations need, for as long as they need it. Plain arithmetic: no MLX import."""
 
 import weakref
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
@@ -59,8 +58,6 @@ class Reservations:
         self._promised = self._room(batch, tokens, length, 0)
         self._promised_states = footprint.state_bytes(batch, length)
         self._conversations: dict[int, _Conversation] = {}  # keyed by the id of the first cache
-        self._collected: deque[tuple[int, weakref.ref[Any]]] = deque()
-        self._total = 0
         self._snapshots: list[weakref.ref[Snapshots]] = []
         self._recent = self._promised  # largest need since the whole of `reserved` was last needed
         self._passes = 0
@@ -71,7 +68,7 @@ class Reservations:
     def state_bytes(self) -> int:
         """Bytes of all live conversations' states."""
         self._forget_collected()
-        return self._total
+        return sum(known.nbytes for known in self._conversations.values())
 
     def least(self) -> Room:
         """Return the room needed while no pass is running."""
@@ -130,9 +127,7 @@ class Reservations:
             nbytes = max(nbytes, known.nbytes) if known.batch == batch else nbytes
             reference = known.cache
         else:
-            collected = self._collected
-            reference = weakref.ref(first, lambda gone: collected.append((key, gone)))
-        self._total += nbytes - (known.nbytes if known is not None else 0)
+            reference = weakref.ref(first)
         self._conversations[key] = _Conversation(reference, batch, nbytes)
 
     def add_snapshots(self, snapshots: Snapshots) -> None:
@@ -163,12 +158,9 @@ class Reservations:
         return known.nbytes if known is not None and known.cache() is caches[0] else 0
 
     def _forget_collected(self) -> None:
-        while self._collected:
-            key, reference = self._collected.popleft()
-            known = self._conversations.get(key)
-            if known is not None and known.cache is reference:  # the id may belong to another object by now
-                del self._conversations[key]
-                self._total -= known.nbytes
+        # Looked for, not told by callbacks of the references: an interrupt may end a callback before it has told.
+        for key in [key for key, known in self._conversations.items() if known.cache() is None]:
+            del self._conversations[key]
 
     def _restart(self) -> None:
         self._recent, self._passes = self._promised, 0
