@@ -5,6 +5,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 
 import mlx.core as mx
@@ -58,6 +59,7 @@ def test_a_kernel_that_raises_costs_no_thread(where: str, monkeypatch: pytest.Mo
         entered.clear()
         with pytest.raises(MemoryError, match="planted"):
             threads.run(kernel)
+    time.sleep(0.5)  # a thread whose kernel raised takes its queue away a moment after its caller was told
     counts: set[int] = set()
     barrier = threading.Barrier(3, timeout=20)
 
@@ -74,7 +76,7 @@ def test_a_kernel_that_raises_costs_no_thread(where: str, monkeypatch: pytest.Mo
 def test_waiting_ends_when_it_is_over(spins: int) -> None:
     state = np.zeros(1, np.int64)
     threading.Timer(0.02, lambda: state.__setitem__(0, spins)).start()
-    threads.wait_for(state.ctypes.data, spins)
+    threads.wait_for(state.ctypes.data, spins, 1000)
     assert state[0] == spins
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from .arrays import address, view
 from .jit import compiled
 from .memory_ir import add_one, call
-from .threads import ALONE_BYTES, run, wait_for
+from .threads import ALONE_BYTES, STEP_SPINS, run, wait_for
 
 _TASKS = 2  # columns of the table: function, arguments, tasks, concurrent
 
@@ -32,7 +32,7 @@ def _run_tasks(table, total, state):  # type: ignore[no-untyped-def]
             operation += 1
             if not table[operation, 3]:
                 needed = first
-        wait_for(counter + 8, needed)
+        wait_for(counter + 8, needed, STEP_SPINS)
         call(table[operation, 0], table[operation, 1], task - first)
         add_one(counter + 8)
     return total

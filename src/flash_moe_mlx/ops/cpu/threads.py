@@ -31,8 +31,11 @@ LOCK = threading.Lock()
 ALONE_BYTES = 1 << 18
 """Kernels that read fewer bytes run on the calling thread, because waking others takes longer."""
 
-_SPINS = 30_000
-"""Loads of about a nanosecond: longer than most operations of a step take."""
+STEP_SPINS = 30_000
+"""Loads of about a nanosecond: longer than most operations of a decode step take."""
+
+_SPINS = 2_000
+"""The same at the end of a kernel, where a spinning thread slows the one that works on the other half of its core."""
 
 _FAILED = 1 << 62
 """Number of finished tasks set when a kernel raised, so that nobody waits for more or draws another."""
@@ -41,16 +44,16 @@ _sched_yield = types.ExternalFunction("sched_yield", types.int32())
 
 
 @serial
-def wait_for(counter, needed):  # type: ignore[no-untyped-def]
+def wait_for(counter, needed, most):  # type: ignore[no-untyped-def]
     """Wait until the int64 at address ``counter`` is at least ``needed``.
 
-    Spins for a while, then yields the core: with more threads than cores, or under a quota, the thread that it waits
+    Spins ``most`` times, then yields the core: with more threads than cores, or under a quota, the thread that it waits
     for may not be running. Spins without the processor's pause instruction, which cost 5 % of decode on the tested
     virtual machine.
     """
     spins = 0
     while load_i64(counter) < needed:
-        if spins < _SPINS:
+        if spins < most:
             spins += 1
         else:
             _sched_yield()
@@ -59,7 +62,7 @@ def wait_for(counter, needed):  # type: ignore[no-untyped-def]
 @serial
 def _wait(state, tasks):  # type: ignore[no-untyped-def]
     """Wait until ``tasks`` tasks are finished."""
-    wait_for(state.ctypes.data + 8, tasks)
+    wait_for(state.ctypes.data + 8, tasks, _SPINS)
 
 
 def cgroup_cpus(root: Path = CGROUP_ROOT, membership: Path = Path("/proc/self/cgroup")) -> float | None:
