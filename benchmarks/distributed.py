@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
+from .ring import rank_environments
 from .synthetic import PRESETS, write_checkpoint
 
 WARM_UP, MEASURED = 12, 24
@@ -72,8 +73,6 @@ def measure(directory: str, rate: float, limit: int) -> dict[str, float]:
 
 
 def run(count: int, arguments: list[str], scratch: Path) -> list[dict[str, float]]:
-    from tests.support.ranks import rank_environments
-
     command = [sys.executable, "-m", "benchmarks.distributed", "--child", *arguments]
     processes = [
         subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)

@@ -14,7 +14,6 @@ import argparse
 import json
 import random
 import statistics
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -30,8 +29,7 @@ from transformers import PreTrainedTokenizerFast
 import flash_moe_mlx
 from flash_moe_mlx import RequestError, load, load_model, stream_generate
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from tests.support.schemas import check_formats, schemas
+from .schemas import check_formats, schemas
 
 DEMO = Path(flash_moe_mlx.__file__).parent / "demo"
 STORY = "<|im_start|>user\nTell me a story<|im_end|>\n<|im_start|>assistant\n"

@@ -8,8 +8,8 @@ import pytest
 
 from flash_moe_mlx.experts.placement import Placement
 
-from ..support.models import chat_config, make_converted, smallest_limit, streamed
-from ..support.rank_child import digest_of, logits_of, with_mlx_lm
+from ..support.models import chat_config, logits_of, make_converted, smallest_limit, streamed
+from ..support.rank_child import digest_of, with_mlx_lm
 from ..support.ranks import Ranks, ranks_running
 
 EXPERTS, K, LAYERS = 16, 3, range(4)

@@ -10,11 +10,10 @@ import pytest
 from flash_moe_mlx.experts.trace import RoutingTrace
 from flash_moe_mlx.models.moe_block import StreamingMoE
 
-from ..support.models import VOCABULARY, chat_config, make_converted, smallest_limit, streamed
+from ..support.models import chat_config, logits_of, make_converted, smallest_limit, streamed
 from ..support.split_experts import SplitExperts
 
 EXPERTS, K = 16, 3
-TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, (1, 120)).astype(np.uint32)
 OWNERS = {
     "halves": np.arange(EXPERTS) // (EXPERTS // 2),
     "odd-and-even": np.arange(EXPERTS) % 2,
@@ -27,16 +26,6 @@ OWNERS = {
 def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config = chat_config(num_experts=EXPERTS, num_experts_per_tok=K)
     return make_converted(tmp_path_factory.mktemp("checkpoint"), config=config, bits=4)
-
-
-def logits_of(model: Any) -> list[np.ndarray]:
-    """A prompt of 100 tokens, six tokens one by one, two at once, and a batch of four and of nine."""
-    cache = model.make_cache()
-    outputs = [model(mx.array(TOKENS[:, :100]), cache=cache, logits_to_keep=2)]
-    outputs += [model(mx.array(TOKENS[:, i : i + 1]), cache=cache) for i in range(100, 106)]
-    outputs.append(model(mx.array(TOKENS[:, 106:108]), cache=cache))
-    outputs += [model(mx.array(TOKENS[:, :4].T)), model(mx.array(TOKENS[:, :9].T))]
-    return [np.array(output.astype(mx.float32)) for output in outputs]
 
 
 def share_experts(model: Any, engines: list[Any], owner: np.ndarray) -> None:

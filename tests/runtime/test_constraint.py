@@ -11,6 +11,7 @@ import mlx.core as mx
 import mlx_lm
 import numpy as np
 import pytest
+from benchmarks.schemas import KINDS, check_formats, schemas
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from mlx_lm.tokenizer_utils import load as load_tokenizer
@@ -19,8 +20,6 @@ import flash_moe_mlx
 from flash_moe_mlx import Grammar, RequestError, generate, load, stream_generate
 from flash_moe_mlx.runtime import constraint as constraint_module
 from flash_moe_mlx.runtime.constraint import Constraint
-
-from ..support.schemas import KINDS, check_formats, schemas
 
 DEMO = Path(flash_moe_mlx.__file__).parent / "demo"
 STORY = "<|im_start|>user\nTell me a story<|im_end|>\n<|im_start|>assistant\n"

@@ -7,8 +7,8 @@ from typing import Any
 
 import openai
 import pytest
+from benchmarks.schemas import check_formats, schemas
 
-from ..support.schemas import check_formats, schemas
 from ..support.serving import STORY, WEATHER, WEATHER_TOOL, client, demo
 
 pytestmark = pytest.mark.xdist_group("server")

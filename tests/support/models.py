@@ -24,6 +24,17 @@ from .numerics import floats
 
 EOS = 0
 VOCABULARY = 320
+TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, (1, 120)).astype(np.uint32)
+
+
+def logits_of(model: Any) -> list[np.ndarray]:
+    """A prompt of 100 tokens, six tokens one by one, two at once, and batches of four and of nine."""
+    cache = model.make_cache()
+    outputs = [model(mx.array(TOKENS[:, :100]), cache=cache, logits_to_keep=2)]
+    outputs += [model(mx.array(TOKENS[:, i : i + 1]), cache=cache) for i in range(100, 106)]
+    outputs.append(model(mx.array(TOKENS[:, 106:108]), cache=cache))
+    outputs += [model(mx.array(TOKENS[:, :4].T)), model(mx.array(TOKENS[:, :9].T))]
+    return [np.array(output.astype(mx.float32)) for output in outputs]
 
 
 def chat_config(**changes: Any) -> dict[str, Any]:

@@ -18,7 +18,6 @@ import threading
 import time
 import traceback
 from concurrent.futures import CancelledError
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -31,18 +30,8 @@ from flash_moe_mlx.experts.ranks import RankGroup
 from flash_moe_mlx.runtime.following import led
 from flash_moe_mlx.runtime.tokenizer_files import load_checked_tokenizer  # noqa: F401  imports transformers
 
-VOCABULARY = 320
-TOKENS = np.random.default_rng(7).integers(0, VOCABULARY, (1, 120)).astype(np.uint32)
-
-
-def logits_of(model: Any) -> list[np.ndarray]:
-    """A prompt of 100 tokens, six tokens one by one, two at once, and batches of four and of nine."""
-    cache = model.make_cache()
-    outputs = [model(mx.array(TOKENS[:, :100]), cache=cache, logits_to_keep=2)]
-    outputs += [model(mx.array(TOKENS[:, i : i + 1]), cache=cache) for i in range(100, 106)]
-    outputs.append(model(mx.array(TOKENS[:, 106:108]), cache=cache))
-    outputs += [model(mx.array(TOKENS[:, :4].T)), model(mx.array(TOKENS[:, :9].T))]
-    return [np.array(output.astype(mx.float32)) for output in outputs]
+from .models import logits_of
+from .serving import STORY, SUM, client, served
 
 
 def digest_of(outputs: list[np.ndarray]) -> str:
@@ -140,9 +129,6 @@ def serve(directory: str, how: dict[str, Any]) -> dict[str, Any]:
 
 
 def ask(model: Any, tokenizer: Any) -> list[str]:
-    sys.path.insert(0, str(Path(__file__).parents[2]))  # this is run as a script
-    from tests.support.serving import STORY, SUM, client, served
-
     with served(model, tokenizer) as url:
         asking = client(url)
 

@@ -4,18 +4,19 @@ import json
 import os
 import queue
 import signal
-import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-CHILD = Path(__file__).parent / "rank_child.py"
+from benchmarks.ring import rank_environments
+
+ROOT = Path(__file__).parents[2]
 
 
 @dataclass
@@ -28,26 +29,17 @@ class Ended:
     seconds: float
 
 
-def rank_environments(count: int, directory: Path) -> list[dict[str, str]]:
-    """Return the variables of each rank of a ring on free ports."""
-    if count == 1:
-        return [{}]
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        hosts = [[f"127.0.0.1:{one.getsockname()[1]}"] for one in sockets]
-    hostfile = directory / f"hosts-{hosts[0][0].rpartition(':')[2]}.json"
-    hostfile.write_text(json.dumps(hosts))
-    return [{"MLX_HOSTFILE": str(hostfile), "MLX_RANK": str(rank)} for rank in range(count)]
-
-
 class Ranks:
     """A process that forks ranks. One run at a time."""
 
     def __init__(self) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, str(CHILD)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, "-m", "tests.support.rank_child"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
         )
         self._lines: queue.SimpleQueue[str] = queue.SimpleQueue()
         threading.Thread(target=self._read, daemon=True).start()

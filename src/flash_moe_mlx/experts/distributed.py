@@ -9,7 +9,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -17,11 +17,11 @@ import mlx.core as mx
 import numpy as np
 
 from ..errors import DistributedError, FlashMoEError
-from ..ops.expert_ffn_combine import shared_expert
-from ..ops.moe_combine import moe_combine
+from ..ops.expert_ffn_combine import combine_outputs
 from ..ops.norm import Norm
 from ..ops.slot_memory import ExpertRecords
-from .executor import ELSEWHERE, PendingExperts
+from .cancellation import Cancellation
+from .executor import ELSEWHERE, PendingExperts, choice_on_host
 from .local import LocalExperts, LocalToken
 from .placement import Placement
 from .ranks import RankGroup
@@ -51,7 +51,7 @@ class Share:
     ranks: RankGroup
     placement: Placement
     _known: set[tuple[int, bool]] = field(default_factory=set, repr=False)
-    _local: threading.local = field(default_factory=threading.local, repr=False)
+    _cancellation: Cancellation = field(default_factory=Cancellation, repr=False)
 
     @property
     def num_experts(self) -> dict[int, int]:
@@ -108,22 +108,13 @@ class Share:
         words = own if self.ranks.rank == 0 else np.zeros_like(own)
         return mx.array(self.ranks.sum(words.reshape(-1)).reshape(own.shape)).astype(tokens.dtype)
 
-    @contextmanager
-    def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
+    def cancellable(self, cancelled: threading.Event) -> AbstractContextManager[None]:
         """End a forward pass of this thread, and of all other ranks, at the next exchange once ``cancelled`` is set.
 
         Raises:
             concurrent.futures.CancelledError: From the forward pass, on every rank.
         """
-        before = getattr(self._local, "cancelled", ())
-        self._local.cancelled = (*before, cancelled)
-        try:
-            yield
-        finally:
-            self._local.cancelled = before
-
-    def _is_cancelled(self) -> bool:
-        return any(cancelled.is_set() for cancelled in getattr(self._local, "cancelled", ()))
+        return self._cancellation.by(cancelled)
 
     def exchange(self, layer: int, ids: np.ndarray, own: np.ndarray, y: np.ndarray) -> None:
         """Complete outputs in place.
@@ -143,7 +134,7 @@ class Share:
             part = slice(start, start + rows)
             bits = y[part].view(np.uint32)
             words = np.zeros(bits.size + 2, np.uint32)
-            words[-2] = self._is_cancelled()
+            words[-2] = self._cancellation.is_set()
             words[:-2].reshape(bits.shape)[own[part] != ELSEWHERE] = bits[own[part] != ELSEWHERE]
             # Sums to zero over the ranks if all of them have rank 0's.
             choice = zlib.crc32(np.ascontiguousarray(ids[part], np.int64).tobytes(), layer)
@@ -183,11 +174,7 @@ class DistributedExperts:
         traced: bool = True,
     ) -> "DistributedPending":
         """Start reading this rank's share of what is missing: see `ExpertExecutor.begin`."""
-        if isinstance(ids, mx.array):
-            mx.async_eval(*(array for array in (ids, weights) if array is not None))
-        if alongside:
-            mx.async_eval(*alongside)
-        chosen = np.array(ids).astype(np.int64)
+        chosen = choice_on_host(ids, weights, alongside).astype(np.int64)
         own = self._share.own(self._layer, chosen)
         pending = self._local.begin(own, traced=False)
         if traced:
@@ -241,9 +228,7 @@ class DistributedPending:
     ) -> mx.array:
         """Combine the experts' outputs: see `PendingExperts.combined`."""
         y = self.run(x, norm)
-        if isinstance(shared, ExpertRecords):
-            shared = shared_expert(x, shared, self._layout, norm)
-        return moe_combine(y, weights, shared, shared_gate[:, -1:], residual)
+        return combine_outputs(y, x, self._layout, weights, shared, shared_gate, residual, norm)
 
 
 class DistributedToken:

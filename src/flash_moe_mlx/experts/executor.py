@@ -180,3 +180,19 @@ class ExpertExecutor(Protocol):
             UnsupportedLayerError: If the operations do not support the format of the records.
         """
         ...
+
+
+def choice_on_host(ids: mx.array | np.ndarray, weights: mx.array | None, alongside: Sequence[mx.array]) -> np.ndarray:
+    """Return a router's choice once it is computed, having started the arrays that are needed alongside.
+
+    Args:
+        ids: The choice. Shape (T, K).
+        weights: Its weights. Shape (T, K).
+        alongside: Arrays to compute while experts are read.
+    """
+    if isinstance(ids, mx.array):
+        # Two calls, so that the host can wait for the ids alone while a GPU computes the alongside arrays.
+        mx.async_eval(*(array for array in (ids, weights) if array is not None))
+    if alongside:
+        mx.async_eval(*alongside)
+    return np.array(ids)

@@ -14,12 +14,11 @@ import numpy as np
 from ..ops.backend import use_cpu_kernels
 from ..ops.expert_batch import expert_ffn_grouped
 from ..ops.expert_ffn import expert_ffn
-from ..ops.expert_ffn_combine import expert_ffn_combine, shared_expert
-from ..ops.moe_combine import moe_combine
+from ..ops.expert_ffn_combine import combine_outputs, expert_ffn_combine
 from ..ops.norm import Norm
 from ..ops.numerics import Activation
 from ..ops.slot_memory import ExpertRecords
-from .executor import ELSEWHERE
+from .executor import ELSEWHERE, choice_on_host
 from .reader import ExpertGroup, ExpertReader, TokenFetch
 from .slots import PAIRWISE_TOKENS
 
@@ -52,12 +51,7 @@ class LocalExperts:
         traced: bool = True,
     ) -> "LocalPending | LocalTokenPending":
         """Start reading the missing experts: see `ExpertExecutor.begin`."""
-        if isinstance(ids, mx.array):
-            # Two calls, so that the host can wait for the ids alone while a GPU computes the alongside arrays.
-            mx.async_eval(*(array for array in (ids, weights) if array is not None))
-        if alongside:
-            mx.async_eval(*alongside)
-        host_ids = np.array(ids)
+        host_ids = choice_on_host(ids, weights, alongside)
         if (
             len(host_ids) == 1
             and self._activation is None
@@ -147,9 +141,8 @@ class LocalPending:
                 self._reader.reading(y)
                 return y
             self._groups = chain(first, self._groups)
-        if isinstance(shared, ExpertRecords):
-            shared = shared_expert(x, shared, self._layout, norm)
-        return moe_combine(self.run(x, norm), weights, shared, shared_gate[:, -1:], residual)
+        y = self.run(x, norm)
+        return combine_outputs(y, x, self._layout, weights, shared, shared_gate, residual, norm)
 
     def _by_pair(self, x: mx.array, norm: Norm | None) -> mx.array:
         ids, y = self._ids, self._outputs()

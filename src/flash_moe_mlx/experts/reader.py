@@ -6,7 +6,7 @@ import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -16,6 +16,7 @@ from ..formats.expert_layout import RecordLayout
 from ..ops.slot_memory import ExpertRecords
 from ..stats import Counters
 from .cache import ExpertCache, Fetch
+from .cancellation import Cancellation
 from .slots import PlannedGroup, plan_groups
 from .trace import TraceRecorder
 
@@ -91,7 +92,7 @@ class ExpertReader:
         self._layouts, self._num_experts = dict(layouts), dict(num_experts)
         self._used: deque[tuple[int, mx.array]] = deque(maxlen=TOKENS_REMEMBERED * max(len(layouts), 1))
         self._unread: tuple[mx.array, int] | None = None
-        self._local = threading.local()
+        self._cancellation = Cancellation()
 
     def __deepcopy__(self, memo: dict[int, object]) -> "ExpertReader":
         """Return itself: a copied model shares its engine."""
@@ -171,8 +172,7 @@ class ExpertReader:
         self.counters.hits += len(experts) - len(fetch.misses)
         return TokenFetch(fetch, self.cache.bank(layer), self.counters)
 
-    @contextmanager
-    def cancellable(self, cancelled: threading.Event) -> Iterator[None]:
+    def cancellable(self, cancelled: threading.Event) -> AbstractContextManager[None]:
         """End a forward pass of this thread early once ``cancelled`` is set, before the next group's reads.
 
         May be nested: any of the events ends the pass.
@@ -180,17 +180,11 @@ class ExpertReader:
         Raises:
             concurrent.futures.CancelledError: From the forward pass.
         """
-        before = getattr(self._local, "cancelled", ())
-        self._local.cancelled = (*before, cancelled)
-        try:
-            yield
-        finally:
-            self._local.cancelled = before
+        return self._cancellation.by(cancelled)
 
     def _check_cancelled(self) -> None:
-        for cancelled in getattr(self._local, "cancelled", ()):
-            if cancelled.is_set():
-                raise CancelledError
+        if self._cancellation.is_set():
+            raise CancelledError
 
     def _acquire(self, layer: int, group: PlannedGroup) -> Fetch:
         self._check_cancelled()

@@ -289,9 +289,34 @@ def expert_ffn_combine(
     """
     if use_kernels() and fits(bank.layout, shared.layout if isinstance(shared, ExpertRecords) else None):
         return expert_ffn_combine_kernel(x, bank, slots, weights, shared, shared_gate, residual, norm)
-    if isinstance(shared, ExpertRecords):
-        shared = shared_expert(x, shared, bank.layout, norm)
     y = expert_ffn(x, bank, slots, norm=norm)
+    return combine_outputs(y, x, bank.layout, weights, shared, shared_gate, residual, norm)
+
+
+def combine_outputs(
+    y: mx.array,
+    x: mx.array,
+    routed: RecordLayout,
+    weights: mx.array,
+    shared: mx.array | ExpertRecords | None,
+    shared_gate: mx.array | None,
+    residual: mx.array | None,
+    norm: Norm | None = None,
+) -> mx.array:
+    """Compute the rest of ``expert_ffn_combine`` from the routed experts' outputs, with the same bits.
+
+    Args:
+        y: Outputs of the routed experts. Shape (T, K, H), float32.
+        x: Hidden states, which the shared expert reads if ``shared`` is its record. Shape (T, H).
+        routed: Layout of the routed experts.
+        weights: Router weights. Shape (T, K).
+        shared: As in ``expert_ffn_combine``.
+        shared_gate: As in ``expert_ffn_combine``.
+        residual: As in ``expert_ffn_combine``.
+        norm: Norm of x, or None if x is already normalised.
+    """
+    if isinstance(shared, ExpertRecords):
+        shared = shared_expert(x, shared, routed, norm)
     return moe_combine(y, weights, shared, _last_column(shared_gate), residual)
 
 

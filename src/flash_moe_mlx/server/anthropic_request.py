@@ -4,12 +4,12 @@ Unknown fields are ignored, as are cache_control and metadata: clients send many
 model can't take are refused.
 """
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from .api_error import ApiError
+from .fields import as_list, as_object, as_text, wrong
 from .schema import GenerationRequest, Sampling, parse_chat
 
 _BILLING = "x-anthropic-billing-header:"
@@ -24,16 +24,16 @@ def parse_messages(body: Any, model_id: str, vocabulary: int, defaults: Sampling
     Raises:
         ApiError: 400, naming the invalid field; 404 for a model other than ``model_id``.
     """
-    body = _object(body, "the body")
+    body = as_object(body, "the body")
     chat = {name: body[name] for name in _SAME if body.get(name) is not None}
     chat["messages"] = [*_system(body.get("system")), *_messages(body.get("messages"))]
-    chat["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(_list(body.get("tools"), "tools"))]
+    chat["tools"] = [_tool(tool, f"tools[{i}]") for i, tool in enumerate(as_list(body.get("tools"), "tools"))]
     chat |= _choice(body.get("tool_choice"))
     chat["max_tokens"] = body.get("max_tokens")
     chat["stop"] = body.get("stop_sequences")
     if (output := _format(body)) is not None:
         chat["response_format"] = output
-    thinking = _object(body.get("thinking") or {}, "thinking")
+    thinking = as_object(body.get("thinking") or {}, "thinking")
     kind = thinking.get("type", "disabled")
     if kind not in ("enabled", "adaptive", "disabled"):
         raise ApiError(400, "thinking.type must be enabled, adaptive or disabled, got another.", param="thinking")
@@ -49,7 +49,9 @@ def _system(value: Any) -> list[dict[str, Any]]:
     if value is None:
         return []
     texts = (
-        [value] if isinstance(value, str) else [_text(b, f"system[{i}]") for i, b in enumerate(_list(value, "system"))]
+        [value]
+        if isinstance(value, str)
+        else [_text(b, f"system[{i}]") for i, b in enumerate(as_list(value, "system"))]
     )
     text = "\n\n".join(text for text in texts if text and not text.startswith(_BILLING))
     return [{"role": "system", "content": text}] if text else []
@@ -57,19 +59,19 @@ def _system(value: Any) -> list[dict[str, Any]]:
 
 def _messages(value: Any) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value:
-        raise ApiError(400, "messages must be a list of at least one message, got another value.", param="messages")
+        raise wrong("messages", "be a list of at least one message", value)
     return [message for i, item in enumerate(value) for message in _message(item, f"messages[{i}]")]
 
 
 def _message(message: Any, where: str) -> list[dict[str, Any]]:
-    role = _object(message, where).get("role")
+    role = as_object(message, where).get("role")
     if role not in ("user", "assistant", "system"):
         raise ApiError(400, f"{where}.role must be user or assistant, got another.", param="messages")
     content = message.get("content")
     if isinstance(content, str):
         return [{"role": role, "content": content}]
-    blocks = [(_object(b, f"{where}.content[{i}]"), f"{where}.content[{i}]")
-              for i, b in enumerate(_list(content, f"{where}.content"))]  # fmt: skip
+    blocks = [(as_object(b, f"{where}.content[{i}]"), f"{where}.content[{i}]")
+              for i, b in enumerate(as_list(content, f"{where}.content"))]  # fmt: skip
     if role == "assistant":
         return [_assistant(blocks)]
     result: list[dict[str, Any]] = []
@@ -89,7 +91,7 @@ def _assistant(blocks: Sequence[tuple[Mapping[str, Any], str]]) -> dict[str, Any
     for block, where in blocks:
         kind = block.get("type")
         if kind == "thinking":
-            thoughts.append(_string(block.get("thinking"), f"{where}.thinking"))
+            thoughts.append(as_text(block.get("thinking"), f"{where}.thinking"))
         elif kind == "tool_use":
             function = {"name": block.get("name"), "arguments": block.get("input")}
             calls.append({"type": "function", "id": block.get("id"), "function": function})
@@ -103,21 +105,21 @@ def _assistant(blocks: Sequence[tuple[Mapping[str, Any], str]]) -> dict[str, Any
 def _result(block: Mapping[str, Any], where: str) -> dict[str, Any]:
     content = block.get("content")
     if isinstance(content, list):
-        content = "\n".join(_text(_object(b, f"{where}.content[{i}]"), f"{where}.content[{i}]")
+        content = "\n".join(_text(as_object(b, f"{where}.content[{i}]"), f"{where}.content[{i}]")
                             for i, b in enumerate(content))  # fmt: skip
-    text = "" if content is None else _string(content, f"{where}.content")
-    call_id = _string(block.get("tool_use_id"), f"{where}.tool_use_id")
+    text = "" if content is None else as_text(content, f"{where}.content")
+    call_id = as_text(block.get("tool_use_id"), f"{where}.tool_use_id")
     return {"role": "tool", "tool_call_id": call_id, "content": text}
 
 
 def _text(block: Any, where: str) -> str:
     """Return the text of a block."""
-    kind = _object(block, where).get("type")
+    kind = as_object(block, where).get("type")
     if kind == "text":
-        return _string(block.get("text"), f"{where}.text")
-    if kind == "document" and _object(block.get("source"), f"{where}.source").get("type") == "text":
+        return as_text(block.get("text"), f"{where}.text")
+    if kind == "document" and as_object(block.get("source"), f"{where}.source").get("type") == "text":
         title = f"{block['title']}\n\n" if isinstance(block.get("title"), str) else ""
-        return title + _string(block["source"].get("data"), f"{where}.source.data")
+        return title + as_text(block["source"].get("data"), f"{where}.source.data")
     if kind == "tool_reference":
         return f"The tool {block.get('tool_name')} may be called."
     shown = kind if isinstance(kind, str) and len(kind) < 40 else "another"
@@ -125,7 +127,7 @@ def _text(block: Any, where: str) -> str:
 
 
 def _tool(tool: Any, where: str) -> dict[str, Any]:
-    kind = _object(tool, where).get("type") or "custom"
+    kind = as_object(tool, where).get("type") or "custom"
     if kind != "custom":
         raise ApiError(
             400, f"{where}.type must be custom: this server runs no tools itself, got {str(kind)[:40]}.", param="tools"
@@ -142,7 +144,7 @@ def _tool(tool: Any, where: str) -> dict[str, Any]:
 def _choice(value: Any) -> dict[str, Any]:
     if value is None:
         return {}
-    kind = _object(value, "tool_choice").get("type")
+    kind = as_object(value, "tool_choice").get("type")
     choices: dict[Any, Any] = {"auto": "auto", "any": "required", "none": "none"}
     choices["tool"] = {"type": "function", "function": {"name": value.get("name")}}
     if not isinstance(kind, str) or kind not in choices:
@@ -157,28 +159,6 @@ def _format(body: Mapping[str, Any]) -> dict[str, Any] | None:
     wanted = output.get("format") if isinstance(output, Mapping) else body.get("output_format")
     if wanted is None:
         return None
-    if _object(wanted, "output_config.format").get("type") != "json_schema":
+    if as_object(wanted, "output_config.format").get("type") != "json_schema":
         raise ApiError(400, "output_config.format.type must be json_schema, got another.", param="output_config")
     return {"type": "json_schema", "json_schema": {"name": "answer", "schema": wanted.get("schema")}}
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ApiError(400, f"{where} must be an object, got {_kind(value)}.", param=where.split("[")[0])
-    return value
-
-
-def _list(value: Any, where: str) -> Sequence[Any]:
-    if value is not None and not isinstance(value, list):
-        raise ApiError(400, f"{where} must be a list, got {_kind(value)}.", param=where.split("[")[0])
-    return value or []
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise ApiError(400, f"{where} must be a text, got {_kind(value)}.", param=where.split("[")[0])
-    return value
-
-
-def _kind(value: Any) -> str:
-    return "nothing" if value is None else json.dumps(value)[:40] if isinstance(value, int) else type(value).__name__

@@ -1,11 +1,11 @@
 """Validation of a chat request's messages and tools, and conversion to the form that chat templates take."""
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 from ..chat.calls import read_arguments
 from .api_error import ApiError
+from .fields import as_object, as_text, describe, joined_text
 
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool",
          "function": "tool"}  # fmt: skip
@@ -21,7 +21,9 @@ def check_messages(value: Any) -> list[dict[str, Any]]:
         ApiError: 400, naming the invalid message.
     """
     if not isinstance(value, list) or not value:
-        raise ApiError(400, f"messages must be a list of at least one message, got {_kind(value)}.", param="messages")
+        raise ApiError(
+            400, f"messages must be a list of at least one message, got {describe(value)}.", param="messages"
+        )
     return [_message(message, f"messages[{i}]") for i, message in enumerate(value)]
 
 
@@ -34,27 +36,27 @@ def check_tools(value: Any) -> list[dict[str, Any]] | None:
     if value is None:
         return None
     if not isinstance(value, list) or len(value) > MAX_TOOLS:
-        raise ApiError(400, f"tools must be a list of at most {MAX_TOOLS} tools, got {_kind(value)}.", param="tools")
+        raise ApiError(400, f"tools must be a list of at most {MAX_TOOLS} tools, got {describe(value)}.", param="tools")
     for i, tool in enumerate(value):
         where = f"tools[{i}]"
-        if _object(tool, where).get("type") != "function":
-            raise ApiError(400, f'{where}.type must be "function", got {_kind(tool.get("type"))}.', param="tools")
-        function = _object(tool.get("function"), f"{where}.function")
+        if as_object(tool, where).get("type") != "function":
+            raise ApiError(400, f'{where}.type must be "function", got {describe(tool.get("type"))}.', param="tools")
+        function = as_object(tool.get("function"), f"{where}.function")
         _name(function.get("name"), f"{where}.function.name")
         if not isinstance(function.get("description") or "", str):
             raise ApiError(400, f"{where}.function.description must be a text.", param="tools")
-        parameters = _object(function.get("parameters") or {}, f"{where}.function.parameters")
-        properties = _object(parameters.get("properties") or {}, f"{where}.function.parameters.properties")
+        parameters = as_object(function.get("parameters") or {}, f"{where}.function.parameters")
+        properties = as_object(parameters.get("properties") or {}, f"{where}.function.parameters.properties")
         for name, schema in properties.items():
             if not isinstance(schema, bool):  # JSON Schema's short forms: true accepts anything, false nothing
-                _object(schema, f"{where}.function.parameters.properties.{name}")
+                as_object(schema, f"{where}.function.parameters.properties.{name}")
     return value
 
 
 def _message(message: Any, where: str) -> dict[str, Any]:
-    role = _object(message, where).get("role")
+    role = as_object(message, where).get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, got {_kind(role)}.", param="messages")
+        raise ApiError(400, f"{where}.role must be one of {', '.join(ROLES)}, got {describe(role)}.", param="messages")
     calls = message.get("tool_calls")
     if not calls and role == "assistant" and message.get("function_call"):  # the API's older form
         calls = [{"function": message["function_call"]}]
@@ -65,13 +67,11 @@ def _message(message: Any, where: str) -> dict[str, Any]:
     content = message.get("refusal") if message.get("content") is None else message["content"]
     result: dict[str, Any] = {
         "role": ROLES[role],
-        "content": _text(content, f"{where}.content"),
+        "content": joined_text(content, f"{where}.content", _PARTS),
     }
     for name, kept in _TEXTS.items():
         if (value := message.get(name)) is not None:
-            if not isinstance(value, str):
-                raise ApiError(400, f"{where}.{name} must be a text, got {_kind(value)}.", param="messages")
-            result.setdefault(kept, value)
+            result.setdefault(kept, as_text(value, f"{where}.{name}"))
     if calls:
         result["tool_calls"] = [_call(call, f"{where}.tool_calls[{i}]") for i, call in enumerate(calls)]
     return result
@@ -84,33 +84,13 @@ _TEXTS = {
 """Fields of a message besides its content, with their names in chat templates."""
 
 
-def _text(content: Any, where: str) -> str:
-    """Return a content as text; null is empty, and a refusal part gives its text."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ApiError(400, f"{where} must be a text or a list of parts, got {_kind(content)}.", param="messages")
-    texts = []
-    for i, part in enumerate(content):
-        kind = _object(part, f"{where}[{i}]").get("type")
-        text = part.get(_PARTS[kind]) if isinstance(kind, str) and kind in _PARTS else None
-        if not isinstance(text, str):
-            raise ApiError(400, f"{where}[{i}] must be a part of type text: this model reads text.", param="messages")
-        texts.append(text)
-    return "".join(texts)
-
-
 _PARTS = {"text": "text", "refusal": "refusal", "input_text": "text", "output_text": "text"}
 """Types of content parts that are text, with the field that holds the text."""
 
 
 def _call(call: Any, where: str) -> dict[str, Any]:
-    function = _object(_object(call, where).get("function"), f"{where}.function")
-    name = function.get("name")
-    if not isinstance(name, str):
-        raise ApiError(400, f"{where}.function.name must be a text, got {_kind(name)}.", param="messages")
+    function = as_object(as_object(call, where).get("function"), f"{where}.function")
+    name = as_text(function.get("name"), f"{where}.function.name")
     arguments = read_arguments(function.get("arguments"))
     call_id = call.get("id")
     named = {"id": call_id if isinstance(call_id, str) else str(call_id)} if call_id is not None else {}
@@ -119,17 +99,5 @@ def _call(call: Any, where: str) -> dict[str, Any]:
 
 def _name(value: Any, where: str) -> str:
     if not isinstance(value, str) or not _NAME.fullmatch(value):
-        raise ApiError(400, f"{where} must be 1 to 64 letters, digits and _.-, got {_kind(value)}.", param="tools")
+        raise ApiError(400, f"{where} must be 1 to 64 letters, digits and _.-, got {describe(value)}.", param="tools")
     return value
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ApiError(400, f"{where} must be an object, got {_kind(value)}.", param=where.split("[")[0])
-    return value
-
-
-def _kind(value: Any) -> str:
-    return (
-        repr(value[:80])[:80] if isinstance(value, str) else "nothing" if value is None else f"a {type(value).__name__}"
-    )

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from .api_error import ApiError
+from .fields import as_list, as_object, as_text, joined_text, wrong
 from .response_store import ResponseStore
 from .schema import GenerationRequest, Sampling, parse_chat
 
@@ -32,25 +33,22 @@ def parse_response(
         ApiError: 400, naming the invalid field; 404 for a model other than ``model_id``, or an earlier response that is
             not stored.
     """
-    body = _object(body, "body")
+    body = as_object(body, "body")
     for name in ("background", "prompt", "conversation"):
         if body.get(name) not in (None, False, {}, ""):
             raise ApiError(400, f"{name} is not supported. Leave it out.", param=name, code="unsupported_parameter")
     messages = _earlier(body.get("previous_response_id"), store) + _input(body.get("input"))
     chat = {name: body[name] for name in _SAME if body.get(name) is not None}
-    instructions = body.get("instructions")
-    if instructions is not None and not isinstance(instructions, str):
-        raise ApiError(400, "instructions must be a text, got another value.", param="instructions")
+    given = body.get("instructions")
+    instructions = "" if given is None else as_text(given, "instructions")
     chat["messages"] = [*([{"role": "system", "content": instructions}] if instructions else []), *messages]
-    tools = body.get("tools")
-    if tools is not None and not isinstance(tools, list):
-        raise ApiError(400, "tools must be a list, got another value.", param="tools")
-    chat["tools"] = [tool for i, given in enumerate(tools or []) for tool in _tools(given, f"tools[{i}]")]
+    tools = as_list(body.get("tools"), "tools")
+    chat["tools"] = [tool for i, given in enumerate(tools) for tool in _tools(given, f"tools[{i}]")]
     chat["tool_choice"] = _choice(body.get("tool_choice"), chat["tools"])
     chat["max_tokens"] = body.get("max_output_tokens")
-    if (output := _object(body.get("text") or {}, "text").get("format")) is not None:
-        chat["response_format"] = _format(_object(output, "text.format"))
-    effort = _object(body.get("reasoning") or {}, "reasoning").get("effort")
+    if (output := as_object(body.get("text") or {}, "text").get("format")) is not None:
+        chat["response_format"] = _format(as_object(output, "text.format"))
+    effort = as_object(body.get("reasoning") or {}, "reasoning").get("effort")
     if effort is not None:
         chat["reasoning_effort"] = effort
     request = parse_chat(chat, model_id, vocabulary, defaults)
@@ -75,24 +73,24 @@ def _input(value: Any) -> list[dict[str, Any]]:
     if isinstance(value, str):
         return [{"role": "user", "content": value}]
     if not isinstance(value, list):
-        raise ApiError(400, "input must be a text or a list of items, got another value.", param="input")
+        raise wrong("input", "be a text or a list of items", value)
     messages: list[dict[str, Any]] = []
     answer: dict[str, Any] | None = None
     for i, item in enumerate(value):
         where = f"input[{i}]"
-        kind = _object(item, where).get("type") or "message"
+        kind = as_object(item, where).get("type") or "message"
         role = "assistant" if kind in ("reasoning", *_CALLS) else item.get("role")
         if kind in _IGNORED:
             continue
         if kind not in ("message", "reasoning", *_CALLS, *_RESULTS):
             raise ApiError(400, f"{where}.type must be a message or a function's call or output.", param="input")
         if kind in _RESULTS:
-            call_id = _string(item.get("call_id"), f"{where}.call_id")
-            result = {"role": "tool", "tool_call_id": call_id, "content": _text(item.get("output"), f"{where}.output")}
-            messages.append(result)
+            call_id = as_text(item.get("call_id"), f"{where}.call_id")
+            output = joined_text(item.get("output"), f"{where}.output", _TEXTS)
+            messages.append({"role": "tool", "tool_call_id": call_id, "content": output})
             answer = None
         elif role != "assistant":
-            messages.append({"role": role, "content": _text(item.get("content"), f"{where}.content")})
+            messages.append({"role": role, "content": joined_text(item.get("content"), f"{where}.content", _TEXTS)})
             answer = None
         else:
             begins = kind == "reasoning" or (kind == "message" and answer is not None and answer["content"])
@@ -106,13 +104,13 @@ def _input(value: Any) -> list[dict[str, Any]]:
 def _add(answer: dict[str, Any], item: Mapping[str, Any], kind: str, where: str) -> None:
     """Add an item to the answer that it is part of."""
     if kind == "reasoning":
-        thought = _text(item.get("content") or item.get("summary"), where)
+        thought = joined_text(item.get("content") or item.get("summary"), where, _TEXTS)
         answer["reasoning_content"] = answer.get("reasoning_content", "") + thought
     elif kind == "message":
-        answer["content"] += _text(item.get("content"), f"{where}.content")
+        answer["content"] += joined_text(item.get("content"), f"{where}.content", _TEXTS)
         answer.setdefault("reasoning_content", "")  # a field says that the text is the answer alone
     else:
-        call_id = _string(item.get("call_id"), f"{where}.call_id")
+        call_id = as_text(item.get("call_id"), f"{where}.call_id")
         arguments = item.get(_CALLS[kind])
         if kind == "custom_tool_call":
             arguments = {"input": arguments}
@@ -120,26 +118,9 @@ def _add(answer: dict[str, Any], item: Mapping[str, Any], kind: str, where: str)
         answer.setdefault("tool_calls", []).append({"type": "function", "id": call_id, "function": function})
 
 
-def _text(content: Any, where: str) -> str:
-    if content is None:
-        return ""
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise ApiError(400, f"{where} must be a text or a list of parts, got another value.", param="input")
-    texts = []
-    for i, part in enumerate(content):
-        kind = _object(part, f"{where}[{i}]").get("type")
-        text = part.get(_TEXTS[kind]) if isinstance(kind, str) and kind in _TEXTS else None
-        if not isinstance(text, str):
-            raise ApiError(400, f"{where}[{i}] must be a part of text: this model reads text.", param="input")
-        texts.append(text)
-    return "".join(texts)
-
-
 def _tools(tool: Any, where: str) -> Sequence[dict[str, Any]]:
     """Return a tool in the chat API's form: nothing for one that OpenAI runs."""
-    kind = _object(tool, where).get("type")
+    kind = as_object(tool, where).get("type")
     if kind == "function":
         function = {name: tool[name] for name in ("name", "description", "parameters", "strict") if name in tool}
         return [{"type": "function", "function": function}]
@@ -167,15 +148,3 @@ def _format(output: Mapping[str, Any]) -> dict[str, Any]:
         return dict(output)
     names = ("name", "schema", "strict", "description")
     return {"type": "json_schema", "json_schema": {name: output[name] for name in names if name in output}}
-
-
-def _object(value: Any, where: str) -> Mapping[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ApiError(400, f"{where} must be an object, got another value.", param=where.split("[")[0].split(".")[0])
-    return value
-
-
-def _string(value: Any, where: str) -> str:
-    if not isinstance(value, str):
-        raise ApiError(400, f"{where} must be a text, got another value.", param=where.split("[")[0])
-    return value

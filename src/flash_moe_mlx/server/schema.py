@@ -13,6 +13,7 @@ from typing import Any
 from ..chat.prompt import OWN_VARIABLES
 from ..runtime.grammar import Grammar
 from .api_error import ApiError
+from .fields import as_optional_object
 from .messages import check_messages, check_tools
 from .structured import parse_grammar
 
@@ -126,7 +127,7 @@ def _template_arguments(body: Mapping[str, Any]) -> dict[str, Any]:
 
     Templates ignore what they don't know.
     """
-    given = dict(_mapping(body, "chat_template_kwargs"))
+    given = dict(as_optional_object(body.get("chat_template_kwargs"), "chat_template_kwargs"))
     if ours := sorted(set(given) & OWN_VARIABLES):
         raise _wrong("chat_template_kwargs", f"leave out {', '.join(sorted(OWN_VARIABLES))}", ours)
     for name in ("enable_thinking", "preserve_thinking"):
@@ -172,6 +173,7 @@ def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling)
     if _integer(body, "n", 1, 1, 128) != 1:
         raise _wrong("n", "be 1", body["n"])
     stream = _boolean(body, "stream", False)
+    stream_options = as_optional_object(body.get("stream_options"), "stream_options")
     return GenerationRequest(
         messages=None,
         prompt="",
@@ -181,7 +183,7 @@ def _parse_common(body: Any, model_id: str, vocabulary: int, defaults: Sampling)
         top_logprobs=None,
         stream=stream,
         grammar=parse_grammar(body),
-        include_usage=_boolean(_mapping(body, "stream_options"), "include_usage", False),
+        include_usage=_boolean(stream_options, "include_usage", False),
         progress=stream and bool(_boolean(body, "return_progress", False)),
     )
 
@@ -196,7 +198,7 @@ def _sampling(body: Mapping[str, Any], vocabulary: int, defaults: Sampling) -> S
         repetition_penalty=_number(body, "repetition_penalty", defaults.repetition_penalty, MIN_REPETITION_PENALTY, 10),
         presence_penalty=_number(body, "presence_penalty", defaults.presence_penalty, -2, 2),
         frequency_penalty=_number(body, "frequency_penalty", defaults.frequency_penalty, -2, 2),
-        logit_bias=_logit_bias(_mapping(body, "logit_bias"), vocabulary),
+        logit_bias=_logit_bias(as_optional_object(body.get("logit_bias"), "logit_bias"), vocabulary),
     )
     if result.top_p == 0:
         raise _wrong("top_p", "be above 0", 0)
@@ -246,13 +248,6 @@ def _prompt(value: Any, vocabulary: int) -> str | list[int]:
     if not isinstance(value, str) or not value:
         raise _wrong("prompt", f"be one text, or token ids from 0 to {vocabulary - 1}", value)
     return value
-
-
-def _mapping(body: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    value = body.get(name)
-    if value not in (None, [], "") and not isinstance(value, Mapping):  # PHP writes an empty object as a list
-        raise _wrong(name, "be an object", value)
-    return value or {}
 
 
 def _text(body: Mapping[str, Any], name: str, default: str) -> str:

@@ -9,6 +9,7 @@ from ..errors import RequestError
 from ..runtime.constraint import Constraint
 from ..runtime.grammar import Grammar
 from .api_error import ApiError
+from .fields import as_optional_object
 
 _SYNTAXES = {"lark": Grammar.lark, "regex": Grammar.regex}
 
@@ -21,7 +22,7 @@ def parse_grammar(body: Mapping[str, Any]) -> Grammar | None:
     """
     wanted = body.get("response_format"), body.get("grammar")
     formats, extension = (
-        _object(value, name) for value, name in zip(wanted, ("response_format", "grammar"), strict=True)
+        as_optional_object(value, name) for value, name in zip(wanted, ("response_format", "grammar"), strict=True)
     )
     kind = formats.get("type", "text")
     if extension and kind != "text":
@@ -32,7 +33,7 @@ def parse_grammar(body: Mapping[str, Any]) -> Grammar | None:
         if kind == "json_object":
             return Grammar.json_object("response_format")
         if kind == "json_schema":
-            described = _object(formats.get("json_schema"), "response_format.json_schema")
+            described = as_optional_object(formats.get("json_schema"), "response_format.json_schema")
             if "schema" not in described:
                 raise ApiError(400, "response_format.json_schema must have a schema.", param="response_format")
             return Grammar.json_schema(described["schema"], "response_format")
@@ -51,12 +52,6 @@ def _extension(value: Mapping[str, Any]) -> Grammar:
         raise ApiError(400, "grammar.syntax must be lark or regex, got another.", param="grammar")
     definition: Any = value.get("definition")  # checked there
     return _SYNTAXES[syntax](definition, "grammar")
-
-
-def _object(value: Any, name: str) -> Mapping[str, Any]:
-    if value not in (None, [], "") and not isinstance(value, Mapping):  # PHP writes an empty object as a list
-        raise ApiError(400, f"{name} must be an object, got a {type(value).__name__}.", param=name.split(".")[0])
-    return value or {}
 
 
 def constraint_for(

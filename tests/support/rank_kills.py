@@ -1,6 +1,6 @@
 """Kills of a random rank at random moments: every other rank must end with a DistributedError within its time.
 
-PYTHONPATH=. python -m benchmarks.rank_kills --kills 50
+python -m tests.support.rank_kills --kills 50
 """
 
 import argparse
@@ -11,8 +11,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.support.models import chat_config, make_converted
-from tests.support.ranks import ranks_running
+from .models import chat_config, make_converted
+from .ranks import ranks_running
 
 
 def main() -> None:
