@@ -52,7 +52,7 @@ def bench(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Measure a model's prefill and decode speed and its expert hit rate.
+    """Measure prefill and decode speed, and the expert hit rate.
 
     Examples:
         flash-moe bench --memory-limit 14MB --max-context 128 --prompt-tokens 32 --max-tokens 8 --runs 1
@@ -108,10 +108,11 @@ def kernels(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Time our kernels against MLX's and mlx-lm's on the same work, on this machine's backend.
+    """Time our kernels against MLX's and mlx-lm's.
 
-    Covers MoE layers, quantised products and the gated delta rule at the dimensions of three models. On a GPU,
-    compiling the kernels takes minutes; two CPU cores need more than half an hour without --quick.
+    Both do the same work on this machine's backend. Covers MoE layers, quantised products and the gated delta rule at
+    the dimensions of three models. On a GPU, compiling the kernels takes minutes; two CPU cores need more than half an
+    hour without --quick.
 
     Examples:
         flash-moe bench kernels --quick

@@ -12,6 +12,7 @@ from ..errors import MemoryLimitError
 from ..progress import report
 from ..stats import format_bytes
 from .options import (
+    MEMORY,
     STARTING,
     ActivationBits,
     GpuMemoryLimit,
@@ -49,17 +50,26 @@ def chat(
     system: Annotated[str, typer.Option("--system", "--system-prompt", help="System prompt.")] = "",
     tools: Annotated[
         list[Path] | None,
-        typer.Option(help="Python file whose functions the model may call; may be repeated.", exists=True),
+        typer.Option(
+            help="Python file whose functions the model may call; may be repeated.",
+            exists=True,
+            rich_help_panel="Tools",
+        ),
     ] = None,
     mcp: Annotated[
         list[str] | None,
         typer.Option(
-            help='Command of an MCP server whose tools the model may call, such as "npx NAME"; may be repeated.'
+            help='Command of an MCP server whose tools the model may call, such as "npx NAME"; may be repeated.',
+            rich_help_panel="Tools",
         ),
     ] = None,
-    calculator: Annotated[bool, typer.Option(help="Offer the built-in calculator.")] = True,
-    tool_timeout: Annotated[float, typer.Option(help="Timeout of a tool call, in seconds.", min=0.1)] = 30.0,
-    max_tool_rounds: Annotated[int, typer.Option(help="Maximum number of rounds of tool calls per turn.", min=0)] = 8,
+    calculator: Annotated[bool, typer.Option(help="Offer the built-in calculator.", rich_help_panel="Tools")] = True,
+    tool_timeout: Annotated[
+        float, typer.Option(help="Timeout of a tool call, in seconds.", min=0.1, rich_help_panel="Tools")
+    ] = 30.0,
+    max_tool_rounds: Annotated[
+        int, typer.Option(help="Maximum number of rounds of tool calls per turn.", min=0, rich_help_panel="Tools")
+    ] = 8,
     thinking: Annotated[
         Literal["show", "hide", "off"], typer.Option(help="Show the thinking dimmed, hide it, or turn it off.")
     ] = "show",
@@ -71,7 +81,11 @@ def chat(
     min_p: MinP = None,
     seed: Seed = None,
     prefix_cache: Annotated[
-        str | None, typer.Option(help='Memory for the prefix cache of earlier turns, such as "500MB"; 0 turns it off.')
+        str | None,
+        typer.Option(
+            help='Memory for the prefix cache of earlier turns, such as "500MB"; 0 turns it off.',
+            rich_help_panel=MEMORY,
+        ),
     ] = None,
     memory_limit: MemoryLimit = None,
     gpu_memory_limit: GpuMemoryLimit = None,

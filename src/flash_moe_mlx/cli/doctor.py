@@ -52,7 +52,9 @@ def doctor(
     kernels: Annotated[bool, typer.Option(help="Run each kernel once and compare it with its reference.")] = True,
     json: Json = False,
 ) -> None:
-    """Report this machine's backend, memory, kernels, disk and versions, and suggest changes.
+    """Check this machine's backend, memory, kernels and disk.
+
+    Lists the versions installed too, and suggests changes.
 
     With --model, the disk probe reads that model's experts, bypassing the page cache. Kernels that fail to compile,
     or whose results differ from their references, are listed with the compiler's message.

@@ -33,7 +33,7 @@ def launch(
         bool, typer.Option("--print", help="Print how to start server and agent, and start neither.")
     ] = False,
 ) -> None:
-    """Start a coding agent that uses a local model, and the server for it.
+    """Start a coding agent and the local model that serves it.
 
     The server ends with the agent. It listens on this machine alone, with a key of its own for each launch.
 

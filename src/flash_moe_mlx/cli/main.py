@@ -4,8 +4,9 @@ To add a command:
 1. Write its module here, ``cli/NAME.py``, with one function NAME. Its parameters are the options, with the types of
    options.py where they fit (``Model``, ``MemoryLimit``, ``Json`` ...). Keep the imports at the top light: import
    mlx, mlx_lm, transformers, rich and the library's own modules inside the function, so that ``flash-moe --help``
-   stays quick. The docstring is the help and ends with a section "Examples:".
-2. Register it below: import its module and add one line ``add_command(app, NAME.NAME)``.
+   stays quick. The docstring is the help: a summary that fits in a line of the list of commands, details, and a section
+   "Examples:".
+2. Register it below: import its module and add one line ``add_command(app, NAME.NAME, PANEL)``.
 3. Print text with `printable.echo`; with ``--json`` print exactly one JSON document with `options.print_json`.
    Raise FlashMoEErrors: each becomes one line on stderr and exit code 2.
 4. Run ``make docs``, which writes docs/cli.md from the help. tests/cli/test_main.py checks the rest.
@@ -21,15 +22,15 @@ from collections.abc import Sequence
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from .. import __version__
 from ..errors import FlashMoEError
 from ..installation import explain_import
 from ..progress import showing
 from . import bench, chat, doctor, generate, launch, models, pack, plan, pull, serve, simulate, trace, verify
+from .help import PanelGroup
 from .logs import log_to_stderr
-from .options import add_command, add_group
+from .options import CHOOSE, PREPARE, USE, add_command, add_group
 from .printable import echo, make_streams_total
 
 logger = logging.getLogger(__name__)
@@ -38,7 +39,7 @@ INTERRUPTED = 130  # 128 + SIGINT, the shell convention
 PIPE_CLOSED = 141  # 128 + SIGPIPE, the shell convention
 
 
-class _Commands(TyperGroup):
+class _Commands(PanelGroup):
     """A command group that handles errors the same way for every command."""
 
     def main(
@@ -135,7 +136,7 @@ def _fail(error: Exception, message: str) -> int:
 
 app = typer.Typer(
     cls=_Commands,
-    rich_markup_mode=None,  # plain help: fast, and identical in a pipe
+    rich_markup_mode=None,  # help.py lays the help out
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -146,7 +147,10 @@ def flash_moe(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     verbose: Annotated[
-        int, typer.Option("--verbose", "-v", count=True, help="Log to stderr; twice for details and tracebacks.")
+        int,
+        typer.Option(
+            "--verbose", "-v", count=True, show_default=False, help="Log to stderr; twice for details and tracebacks."
+        ),
     ] = 0,
 ) -> None:
     """Run Mixture-of-Experts models larger than memory by streaming experts from the SSD.
@@ -159,19 +163,19 @@ def flash_moe(
     if version:
         echo(__version__)
     elif context.invoked_subcommand is None:
-        echo(context.get_help())
+        typer.echo(context.get_help())
 
 
-add_command(app, generate.generate)
-add_command(app, chat.chat)
-add_command(app, doctor.doctor)
-add_command(app, models.models)
-add_command(app, pull.pull)
-add_command(app, plan.plan)
-add_command(app, trace.trace)
-add_command(app, simulate.simulate)
-add_command(app, serve.serve)
-add_command(app, launch.launch)
-add_command(app, pack.pack)
-add_command(app, verify.verify)
-add_group(app, bench.app, bench.bench)
+add_command(app, generate.generate, USE)
+add_command(app, chat.chat, USE)
+add_command(app, serve.serve, USE)
+add_command(app, launch.launch, USE)
+add_command(app, models.models, CHOOSE)
+add_command(app, pull.pull, CHOOSE)
+add_command(app, plan.plan, CHOOSE)
+add_command(app, doctor.doctor, CHOOSE)
+add_command(app, pack.pack, PREPARE)
+add_command(app, verify.verify, PREPARE)
+add_command(app, trace.trace, PREPARE)
+add_command(app, simulate.simulate, PREPARE)
+add_group(app, bench.app, bench.bench, PREPARE)

@@ -26,9 +26,10 @@ def models(
     speed: Annotated[bool, typer.Option(help="Measure this machine for a few seconds, to predict speeds.")] = True,
     json: Json = False,
 ) -> None:
-    """List known models: size on disk, smallest memory limit, expected speed here, and what the hub's cache holds.
+    """List known models: size, smallest memory limit, expected speed.
 
-    Works without a network. Any name can be used where a command takes --model, and with flash-moe plan and pull.
+    Says which the hub's cache holds. Works without a network. Any name can be used where a command takes --model, and
+    with flash-moe plan and pull.
 
     Examples:
         flash-moe models

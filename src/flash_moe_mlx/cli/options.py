@@ -14,42 +14,63 @@ import typer
 from ..errors import RequestError
 from ..installation import install_command
 from ..progress import report
+from .help import PanelCommand, PanelGroup
 from .printable import escaped
 
 if TYPE_CHECKING:
     from ..formats.config_files import SamplingDefaults
 
+# Panels of the help: what options and commands are about.
+MODEL, MEMORY, SAMPLING = "Model", "Memory and speed", "Sampling"
+USE, CHOOSE, PREPARE = "Use a model", "Choose a model", "Prepare and measure"
+
 Model = Annotated[
     str | None,
     typer.Option(
         "--model", "-m", help="Directory, hub repository, or name from flash-moe models. Default: the demo.",
-        show_default=False,
+        show_default=False, rich_help_panel=MODEL,
     ),
 ]  # fmt: skip
 MemoryLimit = Annotated[
     str | None,
-    typer.Option(help='Maximum memory, such as "8GB" or "7.5GiB". Default: a safe share of this machine.'),
+    typer.Option(
+        help='Maximum memory, such as "8GB" or "7.5GiB". Default: a safe share of this machine.', rich_help_panel=MEMORY
+    ),
 ]
 GpuMemoryLimit = Annotated[
     str | None,
-    typer.Option(help="Maximum memory of a CUDA GPU. Default: a safe share of it."),
+    typer.Option(help="Maximum memory of a CUDA GPU. Default: a safe share of it.", rich_help_panel=MEMORY),
 ]
-MaxContext = Annotated[int, typer.Option(help="Context length to reserve memory for (prompt plus answer), in tokens.")]
+MaxContext = Annotated[
+    int,
+    typer.Option(help="Context length to reserve memory for (prompt plus answer), in tokens.", rich_help_panel=MEMORY),
+]
 Io = Annotated[
     Literal["auto", "mmap", "pread", "direct"],
-    typer.Option(help="How experts are read: through the page cache, past it, or as measured."),
+    typer.Option(help="How experts are read: through the page cache, past it, or as measured.", rich_help_panel=MEMORY),
 ]
 NumExpertsPerTok = Annotated[
-    int | None, typer.Option(help="Experts per token. Fewer than the model's own is faster but changes the output.")
+    int | None,
+    typer.Option(
+        help="Experts per token. Fewer than the model's own is faster but changes the output.", rich_help_panel=MEMORY
+    ),
 ]
 ActivationBits = Annotated[
-    int | None, typer.Option(help="8: quantise activations to 8 bits on the CPU. Faster, slightly less accurate.")
+    int | None,
+    typer.Option(
+        help="8: quantise activations to 8 bits on the CPU. Faster, slightly less accurate.", rich_help_panel=MEMORY
+    ),
 ]
 Verify = Annotated[
-    Literal["sample", "full", "none"], typer.Option(help="Packed records to check against their checksums.")
+    Literal["sample", "full", "none"],
+    typer.Option(help="Packed records to check against their checksums.", rich_help_panel=MODEL),
 ]
-Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of the hub repository.")]
-MaxTokens = Annotated[int, typer.Option(help="Maximum number of tokens to generate; -1 for no limit.")]
+Revision = Annotated[
+    str | None, typer.Option(help="Branch, tag or commit of the hub repository.", rich_help_panel=MODEL)
+]
+MaxTokens = Annotated[
+    int, typer.Option(help="Maximum number of tokens to generate; -1 for no limit.", rich_help_panel=SAMPLING)
+]
 Temperature = Annotated[
     float | None,
     typer.Option(
@@ -57,17 +78,32 @@ Temperature = Annotated[
         "--temp",
         help="Sampling temperature; 0: the likeliest token. Default: the model's own; in generate 0.",
         min=0,
+        rich_help_panel=SAMPLING,
     ),
 ]
 TopP = Annotated[
     float | None,
-    typer.Option(help="Sample from the likeliest tokens up to this total probability; 1: all.", min=0.001, max=1),
+    typer.Option(
+        help="Sample from the likeliest tokens up to this total probability; 1: all.",
+        min=0.001,
+        max=1,
+        rich_help_panel=SAMPLING,
+    ),
 ]
-TopK = Annotated[int | None, typer.Option(help="Sample from this many of the likeliest tokens; 0 for all.", min=0)]
-MinP = Annotated[float | None, typer.Option(help="Drop tokens below this share of the top probability.", min=0, max=1)]
-Seed = Annotated[int | None, typer.Option(help="Random seed, for repeatable sampling.", min=0)]
+TopK = Annotated[
+    int | None,
+    typer.Option(help="Sample from this many of the likeliest tokens; 0 for all.", min=0, rich_help_panel=SAMPLING),
+]
+MinP = Annotated[
+    float | None,
+    typer.Option(help="Drop tokens below this share of the top probability.", min=0, max=1, rich_help_panel=SAMPLING),
+]
+Seed = Annotated[
+    int | None, typer.Option(help="Random seed, for repeatable sampling.", min=0, rich_help_panel=SAMPLING)
+]
 TrustRemoteCode = Annotated[
-    bool, typer.Option("--trust-remote-code", help="Run Python files that come with the checkpoint.")
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python files that come with the checkpoint.", rich_help_panel=MODEL),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of text.")]
 
@@ -75,16 +111,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 STARTING = "starting: importing MLX and transformers"
 
 
-def add_command(app: typer.Typer, function: Callable[..., None]) -> None:
-    """Register a command whose docstring is its help."""
+def add_command(app: typer.Typer, function: Callable[..., None], panel: str | None = None) -> None:
+    """Register a command whose docstring is its help, in a panel of the list of commands."""
     text, examples = _help(function)
-    app.command(help=text, epilog=examples)(function)
+    app.command(cls=PanelCommand, help=text, epilog=examples, rich_help_panel=panel)(function)
 
 
-def add_group(app: typer.Typer, group: typer.Typer, function: Callable[..., None]) -> None:
+def add_group(app: typer.Typer, group: typer.Typer, function: Callable[..., None], panel: str) -> None:
     """Register a command with subcommands; ``function`` is its callback."""
     text, examples = _help(function)
-    app.add_typer(group, name=function.__name__, help=text, epilog=examples)
+    app.add_typer(group, cls=PanelGroup, name=function.__name__, help=text, epilog=examples, rich_help_panel=panel)
 
 
 def _help(function: Callable[..., None]) -> tuple[str, str]:

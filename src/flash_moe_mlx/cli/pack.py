@@ -32,9 +32,9 @@ def pack(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print sizes, time and disk space needed.")] = False,
     json: Json = False,
 ) -> None:
-    """Pack a checkpoint: store each expert as one aligned, checksummed read.
+    """Rewrite a checkpoint, each expert as one checksummed read.
 
-    Safe to interrupt: run the same command again to resume.
+    May change the bits of the weights too. Safe to interrupt: run the same command again to resume.
 
     Examples:
         flash-moe pack Qwen/Qwen3.5-35B-A3B packed --bits 4 --down-bits 6 --from-hub

@@ -46,10 +46,10 @@ def plan(
     trust_remote_code: TrustRemoteCode = False,
     json: Json = False,
 ) -> None:
-    """Predict whether a model fits a memory limit, where the memory goes, and how fast it runs.
+    """Predict whether a model fits in memory, and how fast it runs.
 
-    Reads only headers. For a hub repository this downloads a few hundred kilobytes, for a name from flash-moe models
-    nothing. Exits with code 1 if the model doesn't fit.
+    Says where the memory goes, and which limit is best. Reads only headers. For a hub repository this downloads a few
+    hundred kilobytes, for a name from flash-moe models nothing. Exits with code 1 if the model doesn't fit.
 
     Examples:
         flash-moe plan qwen3.5-397b-4bit --memory-limit 34GB --disk-rate 5.5GB

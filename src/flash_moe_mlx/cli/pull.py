@@ -16,9 +16,9 @@ def pull(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print sizes and free disk space.")] = False,
     json: Json = False,
 ) -> None:
-    """Download a model into the hub's cache, after checking that it fits the disk.
+    """Download a model into the hub's cache.
 
-    Safe to interrupt: run the same command again to resume.
+    Checks first that it fits on the disk. Safe to interrupt: run the same command again to resume.
 
     Examples:
         flash-moe pull qwen3.5-35b-4bit

@@ -43,36 +43,62 @@ LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
 
 def serve(
     model: Model = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535)] = 8080,
-    name: Annotated[str | None, typer.Option(help="Model name for clients. Default: the checkpoint's.")] = None,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 for all interfaces.", rich_help_panel="Access")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(help="Port to listen on; 0 picks a free one.", min=0, max=65535, rich_help_panel="Access")
+    ] = 8080,
+    name: Annotated[
+        str | None, typer.Option(help="Model name for clients. Default: the checkpoint's.", rich_help_panel="Access")
+    ] = None,
     api_key: Annotated[
-        str | None, typer.Option(help="Key that clients must send as a bearer token.", envvar="FLASH_MOE_API_KEY")
+        str | None,
+        typer.Option(
+            help="Key that clients must send as a bearer token.", envvar="FLASH_MOE_API_KEY", rich_help_panel="Access"
+        ),
     ] = None,
     allow_host: Annotated[
-        list[str] | None, typer.Option(help="Extra Host header to accept, such as behind a proxy; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            help="Extra Host header to accept, such as behind a proxy; may be repeated.", rich_help_panel="Access"
+        ),
     ] = None,
-    max_queue: Annotated[int, typer.Option(help="Maximum number of requests waiting in the queue.", min=0)] = 16,
-    max_body: Annotated[str, typer.Option(help="Maximum size of a request body.")] = "4MB",
+    max_queue: Annotated[
+        int, typer.Option(help="Maximum number of requests waiting in the queue.", min=0, rich_help_panel="Access")
+    ] = 16,
+    max_body: Annotated[str, typer.Option(help="Maximum size of a request body.", rich_help_panel="Access")] = "4MB",
     prefix_cache: Annotated[
-        str, typer.Option(help='Memory for the prefix cache of earlier turns: auto, 0 (off) or a size like "500MB".')
+        str,
+        typer.Option(
+            help='Memory for the prefix cache of earlier turns: auto, 0 (off) or a size like "500MB".',
+            rich_help_panel="Caches",
+        ),
     ] = "auto",
     prefix_dir: Annotated[
         str | None,
         typer.Option(
-            help="Directory for long prompts' states and hot experts, which outlive the server. Holds prompts."
+            help="Directory for long prompts' states and hot experts, which outlive the server. Holds prompts.",
+            rich_help_panel="Caches",
         ),
     ] = None,
-    prefix_dir_size: Annotated[str, typer.Option(help="Maximum total size of the files in --prefix-dir.")] = "10GB",
+    prefix_dir_size: Annotated[
+        str, typer.Option(help="Maximum total size of the files in --prefix-dir.", rich_help_panel="Caches")
+    ] = "10GB",
     chat_template_args: Annotated[
         str, typer.Option(help="""Variables of the chat template, as JSON, such as '{"enable_thinking": false}'.""")
     ] = "{}",
     kv_bits: Annotated[
-        int | None, typer.Option(help="Quantise the KV cache to 2 to 8 bits. Lossy; without a prefix cache.")
+        int | None,
+        typer.Option(
+            help="Quantise the KV cache to 2 to 8 bits. Lossy; without a prefix cache.", rich_help_panel="Caches"
+        ),
     ] = None,
-    kv_group_size: Annotated[int, typer.Option(help="Group size of a quantised KV cache: 32, 64 or 128.")] = 64,
+    kv_group_size: Annotated[
+        int, typer.Option(help="Group size of a quantised KV cache: 32, 64 or 128.", rich_help_panel="Caches")
+    ] = 64,
     quantized_kv_start: Annotated[
-        int, typer.Option(help="Tokens after which the KV cache is quantised.", min=0)
+        int, typer.Option(help="Tokens after which the KV cache is quantised.", min=0, rich_help_panel="Caches")
     ] = 5000,
     temperature: Temperature = None,
     top_p: TopP = None,
@@ -88,10 +114,11 @@ def serve(
     verify: Verify = "sample",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Serve a model through an OpenAI-compatible API, with a status page.
+    """Serve a model over HTTP, through OpenAI-compatible APIs.
 
-    The sampling options are defaults for requests that don't set their own; without them, the model's own values
-    apply. Without --api-key, anyone who can reach the address can use the model.
+    Takes requests of OpenAI's and Anthropic's APIs, and shows a status page at /. Sampling options are defaults for
+    requests that don't set their own; without them, the model's own values apply. Without --api-key, anyone who can
+    reach the address can use the model.
 
     Examples:
         flash-moe serve

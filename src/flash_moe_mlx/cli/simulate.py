@@ -27,19 +27,29 @@ def simulate(
     hosts: Annotated[
         list[int] | None,
         typer.Option(
-            help="Number of hosts that share the experts; may be repeated. Predicts speed from the times below."
+            help="Number of hosts that share the experts; may be repeated. Predicts speed from the times below.",
+            rich_help_panel="Several hosts",
         ),
     ] = None,
-    link_us: Annotated[float, typer.Option(help="Microseconds per message between two hosts.", min=0)] = 40.0,
-    read_us: Annotated[float, typer.Option(help="Microseconds per expert read by a host.", min=0)] = 1000.0,
-    layer_us: Annotated[float, typer.Option(help="Microseconds per layer without its reads.", min=0)] = 300.0,
-    replicas: Annotated[int, typer.Option(help="Hottest experts per layer that every host keeps.", min=0)] = 0,
+    link_us: Annotated[
+        float, typer.Option(help="Microseconds per message between two hosts.", min=0, rich_help_panel="Several hosts")
+    ] = 40.0,
+    read_us: Annotated[
+        float, typer.Option(help="Microseconds per expert read by a host.", min=0, rich_help_panel="Several hosts")
+    ] = 1000.0,
+    layer_us: Annotated[
+        float, typer.Option(help="Microseconds per layer without its reads.", min=0, rich_help_panel="Several hosts")
+    ] = 300.0,
+    replicas: Annotated[
+        int,
+        typer.Option(help="Hottest experts per layer that every host keeps.", min=0, rich_help_panel="Several hosts"),
+    ] = 0,
     json: Json = False,
 ) -> None:
-    """Predict the hit rate of recorded routing at other memory limits and eviction policies.
+    """Predict recorded routing's hit rate at other memory limits.
 
-    With --model, predict its decode speed at that hit rate too. With --hosts, predict decode over hosts that share the
-    experts, placed by number and by heat; each host has the given slots.
+    Compares eviction policies. With --model, predicts its decode speed at each hit rate too. With --hosts, predicts
+    decode over hosts that share the experts, placed by number and by heat; each host has the given slots.
 
     Examples:
         flash-moe simulate routing.npz --slots 4 --slots 8 --policy lfu --policy lru --policy belady

@@ -38,7 +38,7 @@ def trace(
     verify: Verify = "sample",
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
-    """Generate an answer and record its routing for flash-moe simulate and flash-moe plan.
+    """Record an answer's routing, for simulate and plan.
 
     Examples:
         flash-moe trace "What is 17 + 25?" --output routing.npz

@@ -16,7 +16,9 @@ def verify(
     against: Annotated[Path | None, typer.Option(help="Source checkpoint to compare some records with.")] = None,
     json: Json = False,
 ) -> None:
-    """Check a checkpoint's structure, shapes and checksums. Exits with code 1 if there are problems.
+    """Check a checkpoint's structure, shapes and checksums.
+
+    Exits with code 1 if there are problems.
 
     Examples:
         flash-moe verify packed --full
