@@ -27,7 +27,7 @@ def address() -> Iterator[str]:
     process = spawn("serve", "--port", "0", "--max-context", "512", text=True)
     try:
         line = process.stdout.readline()
-        match = re.match(r"Serving demo at (http://127\.0\.0\.1:\d+)/v1, status page at \1/\. Ctrl-C ends it\.", line)
+        match = re.match(r"Serving demo at (http://127\.0\.0\.1:\d+)/v1, chat page at \1/chat\. Ctrl-C ends it\.", line)
         assert match, line + process.stderr.read()
         assert process.stdout.readline() == "Sampling, where a request doesn't say: greedy.\n"
         yield match[1]
@@ -69,7 +69,7 @@ def test_the_curl_example(address: str):
 
 def test_the_documented_routes_exist(address: str):
     routes = re.findall(r"`(?:GET|POST) ([^`]+)`", PAGE)
-    assert len(routes) == 10
+    assert len(routes) == 11
     for route in routes:
         assert httpx.get(address + route).status_code in (200, 405)  # 405: it is for POST
 

@@ -75,7 +75,7 @@ def test_hosts_are_one_and_ours(address: tuple[str, int], head: bytes):
     assert send(address, request(head=head + KEYED))[0] in (400, 403)
 
 
-OPEN = [b"/health", b"/"]
+OPEN = [b"/health", b"/", b"/chat"]
 TARGETS = [
     b"/v1/completions", b"/v1/completions?/health", b"/v1/completions#/health", b"//health", b"/health/", b"/%68ealth",
     b"/health/../v1/completions", b"/v1/../health", b"/./", b"/HEALTH", b"/health;", b"/health%00", b"/health%3f",

@@ -116,9 +116,9 @@ def serve(
 ) -> None:
     """Serve a model over HTTP, through OpenAI-compatible APIs.
 
-    Takes requests of OpenAI's and Anthropic's APIs, and shows a status page at /. Sampling options are defaults for
-    requests that don't set their own; without them, the model's own values apply. Without --api-key, anyone who can
-    reach the address can use the model.
+    Takes requests of OpenAI's and Anthropic's APIs, and shows a chat page at /chat and a status page at /. Sampling
+    options are defaults for requests that don't set their own; without them, the model's own values apply. Without
+    --api-key, anyone who can reach the address can use the model.
 
     Examples:
         flash-moe serve
@@ -164,7 +164,7 @@ def serve(
             config = replace(config, sampling=Sampling(**asdict(sampling)))
             app = create_app(loaded, tokenizer, config)
             address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
-            echo(f"Serving {config.model_id} at {address}/v1, status page at {address}/. Ctrl-C ends it.")
+            echo(f"Serving {config.model_id} at {address}/v1, chat page at {address}/chat. Ctrl-C ends it.")
             echo(f"Sampling, where a request doesn't say: {sampling}.")
             if not local and api_key is None:
                 echo("Everybody on the network may use it: set FLASH_MOE_API_KEY to a key.", err=True)

@@ -6,13 +6,12 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from functools import partial
-from importlib.resources import files
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
@@ -26,6 +25,7 @@ from .body import BodyBudget, parse_body, read_body
 from .config import ServerConfig
 from .guard import Guard, headers, refusal
 from .openai_format import ChatFormat, CompletionFormat, OpenAIStream
+from .pages import PAGES, page
 from .parts import AnswerPart
 from .response_store import ResponseStore
 from .responses_format import ResponseFormat
@@ -87,7 +87,6 @@ class _Server:
         self._bodies = BodyBudget(BODIES_AT_ONCE * config.max_body_bytes)
         self._max_values = VALUES + 4 * model.streaming.max_context  # a prompt may be token ids
         self._responses = ResponseStore(4 * config.max_body_bytes)
-        self._page = files(__package__).joinpath("status.html").read_text()
         self.app = Starlette(
             routes=[
                 Route("/v1/chat/completions", self._chat, methods=["POST"]),
@@ -100,7 +99,7 @@ class _Server:
                 Route("/health", self._health),
                 Route("/metrics", self._metrics),
                 Route("/stats", self._stats),
-                Route("/", self._status_page),
+                *(Route(path, page(name)) for path, name in PAGES.items()),
             ],
             exception_handlers={
                 ApiError: lambda request, error: _refused(request, error),
@@ -214,10 +213,6 @@ class _Server:
     async def _stats(self, request: Request) -> Response:
         figures = metrics.values(self._worker.metrics, self._model, self._worker)
         return JSONResponse({"model": self._config.model_id, **figures})
-
-    async def _status_page(self, request: Request) -> Response:
-        policy = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; connect-src 'self'"
-        return HTMLResponse(self._page, headers={"Content-Security-Policy": policy})
 
 
 def _refused(request: Request, error: ApiError) -> Response:

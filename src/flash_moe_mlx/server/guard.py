@@ -13,9 +13,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .api_error import ApiError, anthropic_error
 from .config import ServerConfig
+from .pages import PAGES
 
-OPEN_PATHS = ("/", "/health")
-"""Paths that need no API key: the status page, which contains no data itself, and the health check."""
+OPEN_PATHS = (*PAGES, "/health")
+"""Paths that need no API key: the pages, which contain no data themselves, and the health check."""
 
 # RFC 9112 section 3.2, without percent-encoding and user names, which API clients don't send.
 _HOST = re.compile(rb"(\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9._-]{1,253})(?::[0-9]{1,5})?")
