@@ -7,7 +7,7 @@ import pexpect
 import pytest
 
 from flash_moe_mlx import generate, load, progress
-from flash_moe_mlx.progress import Progress, report, showing, watching
+from flash_moe_mlx.progress import Progress, report, reporting, showing, watching
 
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "src" / "flash_moe_mlx" / "demo"
@@ -110,3 +110,15 @@ def test_compilation_of_kernels_is_reported():
     with watching(seen.append):
         assert double(21) == 42
     assert any("compiling CPU kernels" in moment.step for moment in seen)
+
+
+def test_a_bar_appears_with_the_first_report(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    with reporting(True, "verify"):
+        pass
+    assert "verify" not in capsys.readouterr().err
+    with reporting(True, "verify") as tell:
+        tell(Progress("", 5, 5))
+    assert "verify" in capsys.readouterr().err

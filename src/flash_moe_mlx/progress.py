@@ -223,7 +223,7 @@ def _bar(title: str) -> Iterator[Report]:
 
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     with Bar(*columns, TimeRemainingColumn(), console=Console(stderr=True)) as bar:
-        task = bar.add_task(title, total=None)
+        task = bar.add_task(title, total=None, visible=False)  # until there is something to do
         started = False
 
         def draw(moment: Progress) -> None:
@@ -231,7 +231,7 @@ def _bar(title: str) -> Iterator[Report]:
             nonlocal started
             if not started:
                 started = True
-                bar.reset(task, total=moment.total, completed=moment.done)
+                bar.reset(task, total=moment.total, completed=moment.done, visible=True)
             bar.update(
                 task,
                 description=escape(f"{title}: {printable_step(moment.step)}" if moment.step else title),

@@ -137,6 +137,12 @@ def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 
+def format_rate(rate: float) -> str:
+    """Return a predicted rate with two significant digits, such as "160" or "5.8": predictions have no more."""
+    rounded = float(f"{rate:.2g}")
+    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
+
+
 def format_bytes(nbytes: float) -> str:
     """Return a human-readable size in powers of ten, such as "1.77 MB"."""
     for unit in ("B", "kB", "MB", "GB"):

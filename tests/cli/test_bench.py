@@ -28,9 +28,9 @@ def test_cold_runs_find_no_expert_in_memory():
     assert "directory" in refusal("bench", "--cold", "--model", "no/such/place")
 
 
-def test_bench_prints_a_line_a_run():
+def test_bench_prints_a_row_per_run():
     lines = succeed("bench", "--runs", "2", *SHORT).splitlines()
-    assert len(lines) == 4 and lines[-1].startswith("median decode ")
+    assert len(lines) == 5 and lines[-1].startswith("median decode ")
 
 
 def test_kernels_are_timed_beside_mlx():

@@ -49,6 +49,7 @@ def test_pack_and_verify(source: Path, tmp_path: Path):
     path.write_bytes(data)
     result = json.loads(run("verify", packed, "--json", "--full", code=1))
     assert [problem["expert"] for problem in result["problems"]] == [0]
+    assert "FAILED: 1 problem\n" in run("verify", packed, "--full", code=1)
 
 
 def test_unchanged_bits(source: Path, tmp_path: Path):

@@ -13,9 +13,10 @@ from flash_moe_mlx.errors import CheckpointError, RequestError
 from flash_moe_mlx.formats.hub_headers import FIRST_BYTES, download_headers
 from flash_moe_mlx.planning.plan import Plan, plan
 from flash_moe_mlx.planning.simulation import replay
-from flash_moe_mlx.planning.speed import Speed, TokenWork, measure_speed
+from flash_moe_mlx.planning.speed import Speed, TokenWork, busy_note, measure_speed
 from flash_moe_mlx.planning.synthetic_routing import LOCAL, make_routing
 from flash_moe_mlx.runtime.loading import load_model
+from flash_moe_mlx.stats import format_rate
 
 from ..support.models import make_small, smallest_limit
 from ..support.range_hub import Hub, serve_hub
@@ -112,6 +113,22 @@ def test_it_renders(demo: Plan):
     assert values["at_limit"]["num_slots"] == demo.at_limit.num_slots
     named = replace(demo, model="<b>owner/name</b>")
     assert "<b>" not in named._repr_html_()
+
+
+@pytest.mark.parametrize(
+    ("rate", "text"),
+    [(157.4, "160"), (1234, "1,200"), (12.34, "12"), (9.96, "10"), (5.83, "5.8"), (0.1549, "0.15"), (0, "0")],
+)
+def test_rates_have_two_digits(rate: float, text: str):
+    assert format_rate(rate) == text
+
+
+def test_a_busy_machine_is_mentioned(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 4)
+    monkeypatch.setattr("os.getloadavg", lambda: (1.9, 9, 9))
+    assert busy_note() is None
+    monkeypatch.setattr("os.getloadavg", lambda: (2.1, 0, 0))
+    assert "2.1 on 4 cores" in busy_note()
 
 
 def test_this_machine_is_measured():

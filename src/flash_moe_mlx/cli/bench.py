@@ -8,6 +8,7 @@ import typer
 
 from ..errors import RequestError
 from ..progress import report
+from ..stats import format_bytes
 from ..system import can_drop_pages, drop_pages
 from .options import (
     ActivationBits,
@@ -27,6 +28,7 @@ from .options import (
     print_json,
 )
 from .printable import echo
+from .tables import print_table
 
 app = typer.Typer(rich_markup_mode=None)
 
@@ -93,12 +95,19 @@ def bench(
         f"{result['model']}, {result['state']}, {prompt_tokens} prompt tokens, {max_tokens} generated, "
         f"{stats.num_slots:,} of {stats.num_experts:,} experts in slots"
     )
-    for figures in measured:
-        echo(
-            f"prefill {figures['prompt_tps']:.1f} tok/s, decode {figures['generation_tps']:.1f} tok/s, "
-            f"hit rate {figures['hit_rate']:.1%}, {figures['bytes_read'] / 1e6:.1f} MB read, "
-            f"{figures['read_seconds']:.2f} s waiting for them"
-        )
+    head = ["run", "prefill tok/s", "decode tok/s", "hit rate", "read", "waiting for reads"]
+    rows = [
+        [
+            str(number),
+            f"{run['prompt_tps']:.1f}",
+            f"{run['generation_tps']:.1f}",
+            f"{run['hit_rate']:.1%}",
+            format_bytes(int(run["bytes_read"])),
+            f"{run['read_seconds']:.2f} s",
+        ]
+        for number, run in enumerate(measured, 1)
+    ]
+    print_table(head, rows, right=head)
     echo(f"median decode {result['median_generation_tps']:.1f} tok/s")
 
 

@@ -17,6 +17,7 @@ from ..installation import backend_fault, install_command
 from ..progress import report
 from .options import Json, model_path, print_json
 from .printable import echo
+from .tables import print_paragraphs, print_rows
 
 if TYPE_CHECKING:
     from ..storage.disk_probe import DiskProbe
@@ -87,11 +88,9 @@ def doctor(
     if json:
         print_json(found)
         return
-    rows = _rows(found)
-    width = max(len(name) for name, _ in rows)
-    for name, value in rows:
-        echo(f"{name:<{width}}  {value}")
-    echo("\n" + ("\n".join(f"- {line}" for line in found["advice"]) or "Nothing to change."))
+    print_rows(_rows(found))
+    echo()
+    print_paragraphs([f"- {line}" for line in found["advice"]] or ["Nothing to change."])
 
 
 def _without_backend(fault: str, json: bool) -> NoReturn:
@@ -189,8 +188,9 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("device", str(found["device"].get("device_name", platform.processor() or "unknown"))),
         ("system", f"{found['system']}, {found['cores']} cores, Python {found['python']}"),
     ]
+    names = {"physical": "physical memory", "cgroup limit": "control group's limit"}
     sizes = ((name.removesuffix("_bytes").replace("_", " "), size) for name, size in memory.items())
-    rows += [(name, format_bytes(size)) for name, size in sizes if size is not None]
+    rows += [(names.get(name, name), format_bytes(size)) for name, size in sizes if size is not None]
     rows += [("", found["default_memory_limit_reason"])]
     if checks := found["kernels"]:
         good = [check for check in checks if check["ok"]]

@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..progress import report
-from ..stats import format_bytes
+from ..stats import format_bytes, format_rate
 from .options import Json, MemoryLimit, print_json
 from .printable import echo
-from .tables import columns, print_table
+from .tables import columns, print_paragraphs, print_table
 
 if TYPE_CHECKING:
     from ..planning.presets import Preset
@@ -40,13 +40,14 @@ def models(
     from ..config import StreamingConfig, parse_size
     from ..ops.backend import backend
     from ..planning.presets import CONTEXT, presets
-    from ..planning.speed import measure_speed
+    from ..planning.speed import busy_note, measure_speed
     from ..runtime.downloads import cached
     from ..runtime.loading import choose_limits
 
     limit_bytes = choose_limits(StreamingConfig.from_arguments(memory_limit, CONTEXT, None, "auto"))[0]
     rate = parse_size(disk_rate)
     report("measuring this machine")
+    busy = busy_note() if speed else None
     measured = measure_speed(rate) if speed else None
     report("reading the hub's cache")
     present = cached()
@@ -58,7 +59,7 @@ def models(
             {"memory_limit_bytes": limit_bytes, "disk_bytes_per_second": rate, "models": known, "other_cached": others}
         )
         return
-    head = ["name", "repository", "disk", "smallest limit", "experts in memory", "tok/s", "here"]
+    head = ["name", "repository", "disk", "smallest limit", "experts in RAM", "tok/s", "here"]
     rows = [
         [
             entry["name"],
@@ -66,7 +67,7 @@ def models(
             format_bytes(entry["checkpoint_bytes"]),
             format_bytes(entry["smallest_limit_bytes"]),
             f"{entry['share_in_memory']:.0%}" if entry["fits"] else "does not fit",
-            f"{entry['tokens_per_second']:.2g}" if entry["tokens_per_second"] else "",
+            format_rate(entry["tokens_per_second"]) if entry["tokens_per_second"] else "",
             "yes" if entry["cached_bytes"] else "",
         ]
         for entry in known
@@ -78,16 +79,15 @@ def models(
     if others:
         echo()
         print_table(["also in the hub's cache", "size"], [[k, format_bytes(v)] for k, v in others.items()], ["size"])
-    echo(
-        f"\nAt a limit of {format_bytes(limit_bytes)} and {CONTEXT:,} tokens of context; sizes are computed from the "
+    notes = [
+        f"At a limit of {format_bytes(limit_bytes)} and {CONTEXT:,} tokens of context; sizes are computed from the "
         "models' dimensions, without vision towers."
-        + (
-            f" Speeds are estimates for a disk of {format_bytes(rate)}/s and local routing: see flash-moe plan NAME."
-            if speed
-            else ""
-        )
-        + "\nDownload one: flash-moe pull NAME. Then: flash-moe chat --model NAME."
-    )
+    ]
+    if speed:
+        notes[0] += f" Speeds are estimates for a disk of {format_bytes(rate)}/s and local routing: see flash-moe plan."
+    notes += [busy] if busy else []
+    echo()
+    print_paragraphs([*notes, "Download one: flash-moe pull NAME. Then: flash-moe chat --model NAME."])
 
 
 def _describe(

@@ -10,6 +10,7 @@ from ..errors import RequestError
 from ..stats import format_bytes
 from .options import Json, Revision, print_json
 from .printable import echo
+from .tables import print_rows
 
 
 def pack(
@@ -53,7 +54,7 @@ def pack(
             if json:
                 print_json(estimate.to_json())
             else:
-                echo(str(estimate))
+                print_rows(estimate.rows())
             return
         started = time.perf_counter()
         try:

@@ -1,7 +1,7 @@
 """``flash-moe plan``: predict whether a model fits and how fast it will run."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -22,6 +22,10 @@ from .options import (
     print_json,
 )
 from .printable import echo
+from .tables import print_paragraphs, print_rows, print_table
+
+if TYPE_CHECKING:
+    from ..planning.plan import Plan
 
 Trace = Annotated[Path | None, typer.Option(help="Routing recorded by flash-moe trace, to predict its hit rate too.")]
 DiskRate = Annotated[
@@ -62,11 +66,13 @@ def plan(
     report(STARTING)
     from ..config import parse_size
     from ..planning.plan import plan as make_plan
+    from ..planning.speed import busy_note
 
     if plot is not None:
         from ..lab.plot import require_matplotlib, save, speed_by_limit
 
         require_matplotlib()  # before anything is measured
+    busy = busy_note()
     result = make_plan(
         target,
         memory_limit=memory_limit,
@@ -83,6 +89,16 @@ def plan(
     if json:
         print_json(result.to_dict())
     else:
-        echo(str(result))
+        _print(result, busy)
     if not result.fits:
         raise typer.Exit(1)
+
+
+def _print(result: "Plan", busy: str | None) -> None:
+    print_rows(result.rows())
+    if result.sweep:
+        echo()
+        head, *rows = result.sweep_table()
+        print_table(head, rows, right=head[:-1])
+    echo()
+    print_paragraphs([*result.assumptions, *([busy] if busy else [])])

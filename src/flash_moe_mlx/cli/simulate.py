@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import typer
 
 from .options import Json, MaxContext, print_json
-from .printable import echo
+from .tables import print_table
 
 
 def simulate(
@@ -79,7 +79,7 @@ def simulate(
     if hosts:
         _print_hosts(routing, hosts, shares, (link_us, read_us, layer_us, replicas), json)
         return
-    results = []
+    results: list[dict[str, Any]] = []
     for name, num_slots in shares:
         for kind in policy:
             found = replay(routing, num_slots, kind)
@@ -96,13 +96,19 @@ def simulate(
     if json:
         print_json({"trace": str(trace), "tokens": len(routing.phase), "results": results})
         return
-    echo(f"{'slots':>10}  policy  hit rate  decode  misses a token" + ("   tok/s" if planner else ""))
-    for r in results:
-        speed = f"  {r['tokens_per_second']:6.2f}" if r["tokens_per_second"] else ""
-        echo(
-            f"{r['slots']:>10}  {r['policy']:<6}  {r['hit_rate']:8.1%}  {r['decode_hit_rate']:6.1%}  "
-            f"{r['misses_per_token']:14.1f}{speed}"
-        )
+    head = ["slots", "policy", "hit rate", "decode hit rate", "misses per token", *(["tok/s"] if planner else [])]
+    rows = [
+        [
+            r["slots"],
+            r["policy"],
+            f"{r['hit_rate']:.1%}",
+            f"{r['decode_hit_rate']:.1%}",
+            f"{r['misses_per_token']:.1f}",
+            *([f"{r['tokens_per_second']:.2f}" if r["tokens_per_second"] else ""] if planner else []),
+        ]
+        for r in results
+    ]
+    print_table(head, rows, right={*head} - {"policy"})
 
 
 def _print_hosts(
@@ -112,7 +118,7 @@ def _print_hosts(
     from ..planning.hosts import replay_hosts
 
     link_us, read_us, layer_us, replicas = times
-    results = []
+    results: list[dict[str, Any]] = []
     for name, slots in shares:
         if not isinstance(slots, int):
             raise RequestError("[simulate] --hosts must come with --slots, got --memory-limit. Name the slots.")
@@ -141,9 +147,16 @@ def _print_hosts(
     if json:
         print_json({"results": results})
         return
-    echo("slots  hosts  placed by  hit rate  longest reads   tok/s")
-    for r in results:
-        echo(
-            f"{r['slots']:>5}  {r['hosts']:>5}  {r['placement']:>9}  {r['hit_rate']:8.1%}  "
-            f"{r['longest_reads_per_token']:13.1f}  {r['tokens_per_second']:6.2f}"
-        )
+    head = ["slots", "hosts", "placed by", "hit rate", "longest reads per token", "tok/s"]
+    rows = [
+        [
+            r["slots"],
+            str(r["hosts"]),
+            r["placement"],
+            f"{r['hit_rate']:.1%}",
+            f"{r['longest_reads_per_token']:.1f}",
+            f"{r['tokens_per_second']:.2f}",
+        ]
+        for r in results
+    ]
+    print_table(head, rows, right={*head} - {"placed by"})

@@ -7,7 +7,7 @@ import typer
 
 from ..errors import RequestError
 from .options import Json, print_json
-from .printable import echo
+from .tables import print_rows
 
 
 def verify(
@@ -34,6 +34,6 @@ def verify(
     if json:
         print_json(result.to_json())
     else:
-        echo(str(result).replace("full=True reads all", "--full reads all"))
+        print_rows((name, value.replace("full=True reads all", "--full reads all")) for name, value in result.rows())
     if not result.ok:
         raise typer.Exit(1)

@@ -83,12 +83,14 @@ class Report(NamedRows):
             ("checkpoint", str(self.path)),
             ("format", self.format or "not readable"),
             ("records", checked + ("" if self.full or self.format != "packed" else " (a sample: full=True reads all)")),
-            ("other files", f"{self.files} match their checksums"),
-            ("bytes read", format_bytes(self.bytes_read)),
         ]
+        if self.format == "packed":
+            rows.append(("other files", f"{self.files} match their checksums"))
+        rows.append(("bytes read", format_bytes(self.bytes_read)))
         if self.compared:
             rows.append(("source", f"{self.compared} records are what its source makes"))
-        rows.append(("result", "good" if self.ok else f"{len(self.problems)} problems"))
+        count = len(self.problems)
+        rows.append(("result", "good" if self.ok else f"FAILED: {count} problem{'s' if count > 1 else ''}"))
         return rows + [("problem", problem.message) for problem in self.problems[:20]]
 
     def to_json(self) -> dict[str, Any]:

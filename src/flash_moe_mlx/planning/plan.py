@@ -8,7 +8,7 @@ from typing import Any
 
 from ..experts.trace import RoutingTrace
 from ..runtime.loading import limit_reason
-from ..stats import format_bytes, table_html
+from ..stats import format_bytes, format_rate, table_html
 from .planner import Expectation, LimitPlan, Planner
 from .presets import find
 from .speed import Speed
@@ -90,28 +90,27 @@ class Plan:
         ]
         return rows + [(f"{e.routing} routing", _expected(e)) for e in self.at_limit.expectations]
 
-    def _sweep_rows(self) -> list[list[str]]:
-        rows = []
+    def sweep_table(self) -> list[list[str]]:
+        """Return the sweep as rows of cells, the first of which is the head."""
+        rows = [["limit", "slots", *(f"{e.routing} routing" for e in self.sweep[0].expectations), ""]]
         for point in self.sweep:
             mark = "best" if point is self.best else ""
             figures = [f"{e.hit_rate:.0%}, {_tokens_per_second(e)}" for e in point.expectations]
             rows.append([format_bytes(point.limit_bytes), f"{point.num_slots:,}", *figures, mark])
         return rows
 
-    def _sweep_head(self) -> list[str]:
-        return ["limit", "slots", *(f"{e.routing} routing" for e in self.sweep[0].expectations), ""]
-
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.rows())
         lines = [f"{name:<{width}}  {value}" for name, value in self.rows()]
         if self.sweep:
-            table = [self._sweep_head(), *self._sweep_rows()]
+            table = self.sweep_table()
             widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
             lines += ["", *("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in table)]
         return "\n".join([*lines, "", *self.assumptions])
 
     def _repr_html_(self) -> str:
-        sweep = table_html(self._sweep_rows(), self._sweep_head()) if self.sweep else ""
+        head, *rows = self.sweep_table() if self.sweep else [[]]
+        sweep = table_html(rows, head) if rows else ""
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.assumptions)
         return f"{table_html(self.rows())}{sweep}<ul>{notes}</ul>"
 
@@ -160,7 +159,7 @@ def _expected(expectation: Expectation) -> str:
 
 def _tokens_per_second(expectation: Expectation) -> str:
     rate = expectation.tokens_per_second
-    return "speed unknown" if rate is None else f"{rate:.3g} tok/s"
+    return "speed unknown" if rate is None else f"{format_rate(rate)} tok/s"
 
 
 def plan(

@@ -1,5 +1,6 @@
 """Predicts tokens per second from measurable parts: weight throughput, time per layer call, disk reads."""
 
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -88,6 +89,14 @@ def measure_speed(disk_bytes_per_second: float | None = None) -> Speed:
     """
     rate = _weight_rate()
     return Speed(rate, _layer_seconds(rate), disk_bytes_per_second)
+
+
+def busy_note() -> str | None:
+    """Return a sentence about other programs' load, if it makes what `measure_speed` finds too low."""
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load <= cores / 2:
+        return None
+    return f"The load was {load:.1f} on {cores} cores when this machine was measured: idle, it is faster."
 
 
 def _weight_rate() -> float:
