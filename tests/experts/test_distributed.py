@@ -27,7 +27,6 @@ def ranks() -> Iterator[Ranks]:
         yield running
 
 
-@pytest.mark.serial  # four ranks on two cores: beside other tests it failed once, for a reason not found
 def test_ranks_give_the_bits_of_one(directory: Path, tmp_path: Path, ranks: Ranks):
     """Prompts, single tokens and batches, with equal and uneven shares, and with the fewest slots."""
     with streamed(directory) as model:

@@ -41,7 +41,7 @@ def _product(x, x_stride, rows, tile, tile_stride, count, y, y_stride, outputs, 
         _multiply_one(x + row * x_stride, x_stride, tile, tile_stride, count, at, y_stride, outputs, start)
 
 
-_product_kernel = compiled(_product)
+_product_kernel = compiled(_product, inline=True)
 
 
 def _attend(queries, keys, values, sizes, mode, mask, scale, y, state):  # type: ignore[no-untyped-def]

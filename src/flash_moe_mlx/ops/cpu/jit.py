@@ -47,14 +47,20 @@ def compiled(
     name: str = "",
     bindings: Mapping[str, Any] | None = None,
     fastmath: bool | set[str] = False,
+    *,
+    inline: bool = False,
 ) -> Callable[..., Any]:
     """Compile a copy of ``function``, cached on disk, in which the globals named in ``bindings`` have other values.
 
     numba finds a cached kernel by its name. Values in a closure would be part of the key as well, but those
     of intrinsics differ between processes. Kernels run without the GIL.
+
+    A function that other kernels call must be inlined in them. Otherwise each kernel brings a copy of it, optimised
+    together with that kernel, and the linker takes the copy of the kernel that was loaded first for all of them: the
+    order of sums would depend on the order of imports, and on whether the cache was empty.
     """
     copy = _bound(function, name, bindings or {})
-    return numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy")(copy)
+    return numba.njit(cache=True, nogil=True, fastmath=fastmath, error_model="numpy", forceinline=inline)(copy)
 
 
 def task(
@@ -75,4 +81,4 @@ def _bound(function: Any, name: str, bindings: Mapping[str, Any]) -> FunctionTyp
 
 def serial(function: Any) -> Callable[..., Any]:
     """Compile a small function that runs in the calling thread or is called by kernels. A decorator."""
-    return compiled(function, fastmath=VECTORISED)
+    return compiled(function, fastmath=VECTORISED, inline=True)

@@ -292,7 +292,7 @@ def product_rows_of(format_: Format) -> Callable[..., None]:
         "row_dots": dots(DOT_ROWS),
         "one_row_dot": dots(1),
     }
-    return compiled(_rows, format_.name, bindings)
+    return compiled(_rows, format_.name, bindings, inline=True)
 
 
 @cache
