@@ -15,7 +15,7 @@ import flash_moe_mlx
 from flash_moe_mlx import MemoryLimitError, PrefixCache, stream_generate
 from flash_moe_mlx.experts.reservations import RELEASE_PASSES, Reservations
 
-from ..support.models import VOCABULARY, chat_config, make_converted, smallest_limit
+from ..support.models import VOCABULARY, chat_config, forget_peak, make_converted, smallest_limit
 
 RNG = np.random.default_rng(3)
 CONTEXT = 1024
@@ -153,7 +153,7 @@ def prompt(length: int) -> list[int]:
 def test_caches_that_a_caller_keeps_are_counted(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     engine, kept, slots = model.streaming, [], engine_slots(model)
-    mx.reset_peak_memory()
+    forget_peak()
 
     def keep_many() -> None:
         for _ in range(200):
