@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -11,6 +12,8 @@ from pathlib import Path
 
 import httpx
 import pytest
+
+from flash_moe_mlx.cli import options as module
 
 from ..support.command_line import refusal
 from .test_main import spawn
@@ -23,13 +26,23 @@ DOCUMENTED = "http://127.0.0.1:8080"
 
 
 @pytest.fixture(scope="module")
-def address() -> Iterator[str]:
-    process = spawn("serve", "--port", "0", "--max-context", "512", text=True)
+def recommending(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the demo with sampling that its authors recommend; the likeliest token is still the only choice."""
+    directory = tmp_path_factory.mktemp("checkpoint") / "demo"
+    shutil.copytree(module.model_path(None), directory)
+    recommended = {"do_sample": True, "temperature": 0.6, "top_k": 1}
+    (directory / "generation_config.json").write_text(json.dumps(recommended))
+    return directory
+
+
+@pytest.fixture(scope="module")
+def address(recommending: Path) -> Iterator[str]:
+    process = spawn("serve", "--model", str(recommending), "--port", "0", "--max-context", "512", text=True)
     try:
         line = process.stdout.readline()
         match = re.match(r"Serving demo at (http://127\.0\.0\.1:\d+)/v1, chat page at \1/chat\. Ctrl-C ends it\.", line)
         assert match, line + process.stderr.read()
-        assert process.stdout.readline() == "Sampling, where a request doesn't say: greedy.\n"
+        assert process.stdout.readline() == "Sampling, where a request doesn't say: temperature 0.6, top-k 1.\n"
         yield match[1]
         process.send_signal(signal.SIGINT)
         rest, errors = process.communicate(timeout=30)
@@ -38,6 +51,11 @@ def address() -> Iterator[str]:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_checkpoints_sampling_is_named(address: str):
+    (described,) = httpx.get(f"{address}/v1/models").json()["data"]
+    assert described["default_sampling"] == {"temperature": 0.6, "top_p": 1.0, "top_k": 1, "min_p": 0.0}
 
 
 def blocks(language: str) -> list[str]:

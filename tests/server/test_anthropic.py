@@ -199,6 +199,7 @@ def test_keys_and_models(serve: Any):
     with start(KIMI.tokenizer, api_key="secret") as address:
         api = client(address, "secret")
         assert [m.id for m in api.models.list()] == ["demo"] and api.models.retrieve("demo").display_name == "demo"
+        assert api.models.retrieve("demo").created_at.year >= 2026
         bearer = anthropic.Anthropic(base_url=address, auth_token="secret", max_retries=0)
         assert bearer.messages.count_tokens(model="demo", messages=ASK).input_tokens > 0
         assert post(address, headers={"X-Api-Key": "secret"}).status_code == 401  # the other routes have Bearer

@@ -1,6 +1,7 @@
 """The official client against the embedded model."""
 
 import json
+import time
 from collections.abc import Iterator
 
 import openai
@@ -26,7 +27,9 @@ def tokens(api: openai.OpenAI) -> list[str]:
 
 def test_models(api: openai.OpenAI):
     assert [model.id for model in api.models.list()] == ["demo"]
-    assert api.models.retrieve("demo").id == "demo"
+    found = api.models.retrieve("demo")
+    assert found.id == "demo" and abs(found.created - time.time()) < 3600
+    assert found.default_sampling == {"temperature": 0.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}
     with pytest.raises(openai.NotFoundError, match="'demo'"):
         api.models.retrieve("gpt-none")
     with pytest.raises(openai.NotFoundError, match="'demo'"):

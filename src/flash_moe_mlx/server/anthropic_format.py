@@ -3,6 +3,7 @@
 import json
 import uuid
 from collections.abc import Iterable, Sequence
+from datetime import UTC, datetime
 from typing import Any
 
 from .api_error import ApiError, anthropic_error
@@ -24,8 +25,9 @@ def model_list(description: dict[str, Any]) -> dict[str, Any]:
 def model(description: dict[str, Any]) -> dict[str, Any]:
     """Return one model, from its description in OpenAI's form."""
     context = description["max_model_len"]
+    created = datetime.fromtimestamp(description["created"], UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
     return {"type": "model", "id": description["id"], "display_name": description["id"], "lifecycle": "active",
-            "created_at": "1970-01-01T00:00:00Z", "max_input_tokens": context, "max_tokens": context}  # fmt: skip
+            "created_at": created, "max_input_tokens": context, "max_tokens": context}  # fmt: skip
 
 
 class MessagesFormat:

@@ -2,6 +2,7 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
@@ -67,6 +68,7 @@ class _Server:
     def __init__(self, model: Any, tokenizer: Any, config: ServerConfig):
         self._model = model
         self._config = config
+        self._created = int(time.time())
         # Ids beyond the logits would be written outside the array, and a tokenizer may know more ids than the model.
         logits = getattr(getattr(model, "config", getattr(model, "args", None)), "vocab_size", None)
         self._vocabulary = min(len(tokenizer), logits or len(tokenizer))
@@ -194,13 +196,14 @@ class _Server:
         return JSONResponse(anthropic_format.model(description) if _is_anthropic(request) else description)
 
     def _description(self) -> dict[str, Any]:
-        context = self._model.streaming.max_context
+        sampling = self._config.sampling
         return {
             "id": self._config.model_id,
             "object": "model",
-            "created": 0,
+            "created": self._created,
             "owned_by": "flash_moe_mlx",
-            "max_model_len": context,
+            "max_model_len": self._model.streaming.max_context,
+            "default_sampling": {name: getattr(sampling, name) for name in ("temperature", "top_p", "top_k", "min_p")},
         }
 
     async def _health(self, request: Request) -> Response:
