@@ -54,6 +54,22 @@ def test_expert_frequency():
     assert (np.diff(image, axis=1) <= 0).all()
 
 
+def test_expert_heat():
+    figure = plot.expert_heat(TRACE, {"first": 1, "last": 44})
+    first, last = (axes.images[0] for axes in figure.axes[:2])
+    assert [axes.get_title() for axes in figure.axes[:2]] == ["first", "last"]
+    assert first.get_clim() == last.get_clim() == (0, 100)
+    for layer in range(5):
+        assert set(np.flatnonzero(first.get_array()[layer])) == set(TRACE.experts[0, layer])
+    np.testing.assert_allclose(last.get_array().sum(axis=1), 400)  # K experts per token
+    weights = 0.5 ** ((43 - np.arange(44)) / 32)
+    picked = (TRACE.experts[:, 2] == 7).any(axis=1)
+    assert last.get_array()[2, 7] == pytest.approx(100 * weights[picked].sum() / weights.sum())
+    for moments in ({}, {"none": 0}, {"too many": 45}):
+        with pytest.raises(RequestError, match="from 1 to 44 tokens"):
+            plot.expert_heat(TRACE, moments)
+
+
 def test_speed_by_limit(demo: Plan):
     (axes,) = plot.speed_by_limit(demo).axes
     *lines, best = axes.lines

@@ -3,13 +3,14 @@
 Each function returns a matplotlib Figure, which a notebook displays; `save` writes it to a file.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..errors import RequestError
+from ..experts.policies import HALF_LIFE
 from ..experts.trace import NOT_RECORDED, RoutingTrace
 from ..installation import install_command
 from ..planning.plan import Plan
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["expert_frequency", "hits_by_layer", "save", "speed_by_limit", "time_by_phase"]
+__all__ = ["expert_frequency", "expert_heat", "hits_by_layer", "save", "speed_by_limit", "time_by_phase"]
 
 # Okabe and Ito's colours, which most people can tell apart.
 _COLOURS = ("#0072B2", "#56B4E9", "#009E73", "#D55E00", "#E69F00", "#CC79A7", "#999999")
@@ -78,6 +79,53 @@ def expert_frequency(trace: RoutingTrace) -> "Figure":
     _in_ink(bar.ax)
     bar.outline.set_visible(False)
     return figure
+
+
+def expert_heat(trace: RoutingTrace, moments: Mapping[str, int]) -> "Figure":
+    """Plot how hot each expert of each layer is at some moments, as heat maps beside each other.
+
+    Heat is the share of recent tokens that picked an expert, where a token counts half after 32 further ones: of the
+    experts in memory, the engine evicts the coldest. Experts keep their places, and colours mean the same in all maps.
+
+    Args:
+        trace: Recorded routing.
+        moments: Number of tokens from the trace's start, by the title of its map.
+
+    Raises:
+        RequestError: If there is no moment, or one that the trace doesn't reach.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    total = len(trace.phase)
+    if not moments or not all(1 <= tokens <= total for tokens in moments.values()):
+        raise RequestError(f"[plot] moments must be from 1 to {total} tokens, got {list(moments.values())}.")
+    figure = Figure(figsize=(7, 3.2), layout="constrained", facecolor="none")
+    every = figure.subplots(1, len(moments), sharey=True, squeeze=False)[0]
+    for axes, (title, tokens) in zip(every, moments.items(), strict=True):
+        heat = 100 * _heat(trace, tokens)
+        image = axes.imshow(heat, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0, vmax=100)
+        axes.set(xlabel="expert", title=title)
+        _in_ink(axes)
+    every[0].set_ylabel("layer")
+    step = max(1, len(trace.layers) // 8)
+    every[0].set_yticks(range(0, len(trace.layers), step), [str(layer) for layer in trace.layers[::step]])
+    bar = figure.colorbar(image, ax=list(every), label="recent tokens that picked it, %")
+    _in_ink(bar.ax)
+    bar.outline.set_visible(False)
+    return figure
+
+
+def _heat(trace: RoutingTrace, tokens: int) -> np.ndarray:
+    """Return the share of the first tokens, the later the weightier, that picked each expert: (layers, experts)."""
+    weights = 0.5 ** (np.arange(tokens)[::-1] / HALF_LIFE)
+    heat = np.zeros((len(trace.layers), trace.num_experts))
+    for column in range(len(trace.layers)):
+        ids = trace.experts[:tokens, column]
+        known = ids != NOT_RECORDED
+        of_each = np.broadcast_to(weights[:, None], ids.shape)
+        heat[column] = np.bincount(ids[known], of_each[known], minlength=trace.num_experts)
+    return heat / weights.sum()
 
 
 def speed_by_limit(plan: Plan) -> "Figure":
