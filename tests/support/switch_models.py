@@ -1,7 +1,7 @@
-"""Tiny models of every mlx-lm type whose experts are a SwitchGLU, converted by mlx-lm's own functions; their table."""
+"""Tiny models of every mlx-lm type whose experts are a SwitchGLU, converted by mlx-lm's own functions."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +13,13 @@ from mlx.utils import tree_map
 
 from .models import greedy, load_resident, smallest_limit, streamed
 from .numerics import relative_rms
-from .switch_configs import EXPERTS, OTHERS, QUARTER, VOCABULARY, make_config
+from .switch_configs import OTHERS, QUARTER, VOCABULARY, make_config
 
 CONVERSIONS: dict[str, tuple[int, int, str] | None] = {
     "unquantised": None, "4-bit g64": (4, 64, "affine"), "8-bit g32": (8, 32, "affine"),
     "mxfp4": (4, 32, "mxfp4"), "mxfp8": (8, 32, "mxfp8"), "nvfp4": (4, 16, "nvfp4"),
 }  # fmt: skip
 GREEDY_TOKENS = 32
-BOUND = 1e-5
 MAX_CONTEXT = 512
 
 
@@ -115,28 +114,15 @@ def compare(directory: Path) -> Comparison:
         )
 
 
-def table_row(model_type: str, comparisons: Sequence[Comparison]) -> str:
-    """One line of the table in docs/models.md: bounds, not measured values, so that it is the same everywhere."""
-    cells = [
-        f"< {BOUND:.0e}, {'equal' if c.tokens == c.expected else 'DIFFERENT'}" if c.rms < BOUND else f"{c.rms:.1e}"
-        for c in comparisons
-    ]
-    first = comparisons[0]
-    slots = f"{QUARTER} of {EXPERTS}" if 4 * first.num_slots == first.num_experts else str(first.num_slots)
-    cells = [f"`{model_type}`", str(first.num_experts_per_tok), slots, *(cell.replace("e-0", "e-") for cell in cells)]
-    return f"| {' | '.join(cells)} |"
-
-
 def conversions_of(model_type: str) -> list[str]:
     """Return the conversions in which a type is tested: all for the required types, two for the others."""
     affine = [name for name, how in CONVERSIONS.items() if how is None or how[2] == "affine"]
     return [name for name in affine if model_type not in OTHERS or name != "8-bit g32"]
 
 
-def measure_row(model_type: str, directory: Path) -> tuple[str, list[Comparison]]:
-    """Convert, compare and render one type."""
+def measure(model_type: str, directory: Path) -> list[Comparison]:
+    """Convert and compare one type, in each of its conversions."""
     config = make_config(model_type)
-    comparisons = [
+    return [
         compare(write_model(directory / name.replace(" ", "-"), config, name)) for name in conversions_of(model_type)
     ]
-    return table_row(model_type, comparisons), comparisons
