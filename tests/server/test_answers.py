@@ -61,8 +61,8 @@ def test_a_half_pair_does_not_end_a_stream(serve):
         script.play(QWEN3_NEXT.tokenizer, said)
         told = events(address, tools=[TOOL])
         deltas = [json.loads(line[6:])["choices"][0]["delta"] for line in told if line.startswith("data: {")]
-        (call,) = (call for delta in deltas for call in delta.get("tool_calls", []))
-        assert told[-1] == "data: [DONE]" and json.loads(call["function"]["arguments"]) == {"path": "a\ufffd"}
+        pieces = [call["function"]["arguments"] for delta in deltas for call in delta.get("tool_calls", [])]
+        assert told[-1] == "data: [DONE]" and json.loads("".join(pieces)) == {"path": "a\ufffd"}
         script.play(QWEN3_NEXT.tokenizer, "ok")
         body = json.dumps({"messages": [{"role": "user", "content": "half \ud83d of it"}]}).encode()
         reply = httpx.post(address + CHAT, content=body, headers={"Content-Type": "application/json"}, timeout=60)

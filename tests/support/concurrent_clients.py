@@ -50,7 +50,11 @@ def ask(api: openai.OpenAI, conversation: dict[str, Any], stream: bool) -> Answe
         usage = chunk.usage
         for choice in chunk.choices:
             tokens += [t.token for t in choice.logprobs.content] if choice.logprobs else []
-            calls += [(call.function.name, call.function.arguments) for call in choice.delta.tool_calls or []]
+            for piece in choice.delta.tool_calls or []:
+                if piece.index == len(calls):
+                    calls.append((piece.function.name, ""))
+                name, arguments = calls[piece.index]
+                calls[piece.index] = name, arguments + piece.function.arguments
             text += choice.delta.content or ""
             reason = choice.finish_reason
     return tokens, calls, text, reason, usage.completion_tokens

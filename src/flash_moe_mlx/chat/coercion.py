@@ -106,6 +106,21 @@ def allowed_types(schema: Any, root: Mapping[str, Any], depth: int = 0) -> set[s
     return {"array"} if "items" in schema else set()
 
 
+def keeps_text(name: str, parameters: Mapping[str, Any], *, written: bool) -> bool:
+    """Return whether every text of an argument is its own value.
+
+    Args:
+        name: The argument's name.
+        parameters: The schema of all parameters.
+        written: Whether the model writes every value as text, rather than in JSON.
+    """
+    schema = _property(name, parameters)
+    types = allowed_types(schema, parameters)
+    if written:
+        return types == {"string"} and not constants_of(schema, parameters)
+    return not types or "string" in types
+
+
 def _property(name: str, parameters: Mapping[str, Any]) -> Any:
     """Return the schema of one parameter, also where the object is put together from others."""
     properties = parameters.get("properties")

@@ -15,7 +15,7 @@ from .dialect import dialect_of
 from .ids import CallIds
 from .mcp_tools import McpTool
 from .prompt import chat_prompt
-from .reader import AnswerReader
+from .reader import AnswerReader, Piece
 from .tools import Tool, ToolResult
 
 REFUSED = "refused by the user"
@@ -255,7 +255,7 @@ class Conversation:
 class _Answer:
     """One generation: its pieces, and its last response."""
 
-    pieces: list[Part | Call | BadCall] = field(default_factory=list)
+    pieces: list[Piece] = field(default_factory=list)
     response: GenerationResponse | None = None
 
     def said(self, kind: Kind) -> str:

@@ -17,10 +17,11 @@ from .calls import Call, NotACallError
 from .channels import ChannelReader
 from .dialect import Dialect, dialect_of
 from .inline_thinking import SpokenMarkers
+from .partial import CallBegun, CallFollower, CallText
 from .syntax import Block, CallSyntax, Tools, UnfinishedError
 from .text import AnswerText
 
-Piece = Part | Call | BadCall
+Piece = Part | Call | BadCall | CallBegun | CallText
 
 _MAX_REJECTED = 64  # openings that begin no call; after them the answer's words are words
 _SYMBOL = re.compile("([\ud800-\udbff])")
@@ -41,7 +42,15 @@ class AnswerReader:
 
     said = ""
 
-    def __init__(self, tokenizer: Any, prompt: Sequence[int] = (), tools: Tools = None, *, called: bool = False):
+    def __init__(
+        self,
+        tokenizer: Any,
+        prompt: Sequence[int] = (),
+        tools: Tools = None,
+        *,
+        called: bool = False,
+        partial: bool = False,
+    ):
         """Begin an answer.
 
         Args:
@@ -49,6 +58,8 @@ class AnswerReader:
             prompt: The prompt's tokens: templates may open or close the thinking there.
             tools: Tools that may be called; without any, calls are text.
             called: Whether the prompt ends with the opening of a call.
+            partial: Whether to give a call's beginning and its arguments as they are written, before the call itself.
+                If it turns out to be none, text follows instead, or nothing where the answer was cut.
         """
         dialect = dialect_of(tokenizer).with_tools(tools)
         self._symbols = dialect.symbols
@@ -59,7 +70,7 @@ class AnswerReader:
         if dialect.channels:
             self._words = ChannelReader(dialect, tools, self._said(tokenizer, prompt))
         else:
-            self._words = _Words(dialect, thinking_at_end(tokenizer, prompt), called)
+            self._words = _Words(dialect, thinking_at_end(tokenizer, prompt), called, partial)
 
     def feed(self, token: int, finish_reason: str | None = None) -> list[Piece]:
         """Take a token; returns the pieces that are certain.
@@ -78,7 +89,7 @@ class AnswerReader:
             self._words.take(self.said)
         if finish_reason is not None:
             self._words.finish(cut=finish_reason == "length")
-        pieces = self._words.pieces()
+        pieces: list[Piece] = [*self._words.pieces()]
         for piece in pieces:
             if isinstance(piece, BadCall) or (isinstance(piece, Part) and piece.kind == "text"):
                 self._spoken.take(piece.text)
@@ -102,11 +113,13 @@ class _Words:
     "text" or "thinking". Between a call's opening and its end the words are the call's.
     """
 
-    def __init__(self, dialect: Dialect, thinking: str, called: bool):
+    def __init__(self, dialect: Dialect, thinking: str, called: bool, partial: bool):
         self._dialect = dialect
         self._syntax = dialect.calls
         self.size = 0
         self._pieces: list[Piece] = []
+        self._partial = partial
+        self._follower: CallFollower | None = None
         self._rejected = 0
         self._strip = False  # the line ends after a marker
         self._space = ""  # at the end of what was said; a call swallows it
@@ -131,11 +144,15 @@ class _Words:
 
     def finish(self, *, cut: bool) -> None:
         """Let go of what is held back, at the answer's end."""
+        given = self._block is not None and self._follower is not None and self._follower.begun
+        before = len(self._pieces)
         while self._block is not None:
             self._finish_block(cut)
         self._state, rest, _ = TextStateMachine.flush(self._state)
         self._say(rest)
         self._flush_space()
+        if cut and given:  # what was said of the call has been given, and is no text
+            self._pieces[before:] = [piece for piece in self._pieces[before:] if not isinstance(piece, Part)]
 
     # Words.
 
@@ -233,6 +250,8 @@ class _Words:
 
     def _begin_block(self, opening: str, start: int, text: str = "") -> None:
         self._block, self._opening, self._block_start = text, opening, start
+        follows = self._partial and self._where != "thinking" and not self._is_bare
+        self._follower = CallFollower(self._required_syntax) if follows else None
         if text:
             self._try_block(len(text))
 
@@ -246,12 +265,18 @@ class _Words:
             try:
                 read = syntax.read(block, self._opening)
             except UnfinishedError:
-                return
+                self._follow(block)
             except NotACallError as error:
                 if self._is_bare or self._closing in block:
                     self._refuse(error)
-                return
-            self._accept(read)
+            else:
+                self._accept(read)
+        else:
+            self._follow(block)
+
+    def _follow(self, block: str) -> None:
+        if self._follower is not None:
+            self._pieces += self._follower.take(block)
 
     @property
     def _closing(self) -> str:

@@ -170,7 +170,15 @@ def _refuse(constant: str) -> Any:
     raise NotACallError(f"arguments must be JSON, got {constant}")
 
 
-_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse)
+def _first_of_each(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Keep the first of values with the same name: streams have sent it when the others come."""
+    members: dict[str, Any] = {}
+    for name, value in pairs:
+        members.setdefault(name, value)
+    return members
+
+
+_DECODER = json.JSONDecoder(strict=False, parse_constant=_refuse, object_pairs_hook=_first_of_each)
 
 
 @dataclass(frozen=True)
@@ -261,7 +269,7 @@ class XmlSyntax(CallSyntax):
                 if (end := ending.search(text, start)) is None:
                     raise UnfinishedError
                 value = text[start : end.start()]
-                arguments[parameter.group(1)] = value.removeprefix("\n") if self.form.lines else value
+                arguments.setdefault(parameter.group(1), value.removeprefix("\n") if self.form.lines else value)
                 position = end.end()
             elif text.startswith(self.form.function_end, position):
                 return self.written_call(begin.group(1), arguments), position + len(self.form.function_end)
@@ -274,10 +282,16 @@ class XmlSyntax(CallSyntax):
 
     def _ending(self, closing: str, bare: bool) -> "re.Pattern[str]":
         """Return what ends a value: the end of a parameter, where another one or the function's end follows."""
-        end, function_end = re.escape(self.form.parameter_end), re.escape(self.form.function_end)
-        last = function_end
-        if not bare:
-            last += rf"\s*(?:{re.escape(closing)}|{self.form.function.pattern}|\Z)"
+        return self._end_before("" if bare else rf"\s*(?:{re.escape(closing)}|{self.form.function.pattern}|\Z)")
+
+    @property
+    def certain_ending(self) -> "re.Pattern[str]":
+        """What ends a value whatever follows in the block."""
+        closing = re.escape(self.symbols[self.closing])
+        return self._end_before(rf"\s*(?:{closing}|{self.form.function.pattern})")
+
+    def _end_before(self, follows: str) -> "re.Pattern[str]":
+        end, last = re.escape(self.form.parameter_end), re.escape(self.form.function_end) + follows
         lines = r"\n?" if self.form.lines else ""
         return re.compile(rf"{lines}{end}(?=\s*(?:{self.form.parameter.pattern}|{last}))")
 
@@ -386,19 +400,19 @@ class SectionSyntax(CallSyntax):
             raise UnfinishedError
         header = self.symbols.text(text[position:found]).strip()
         position = skip_space(text, found + len(separator))
-        if fenced := _FENCED.match(text, position):  # DeepSeek V3 and R1: the name and fenced JSON
+        if fenced := FENCED.match(text, position):  # DeepSeek V3 and R1: the name and fenced JSON
             arguments, position = json_at(text, fenced.end())
             closing = _FENCE.match(text, position)
             return self.call(fenced.group(1), arguments), position if closing is None else closing.end()
         arguments, position = json_at(text, position)
-        if numbered := _NUMBERED.fullmatch(header):
+        if numbered := NUMBERED.fullmatch(header):
             return self.call(numbered.group(1), arguments, header), position
         return self.call(header, arguments), position
 
 
-_FENCED = re.compile(r"([\w.-]+)\s*```(?:json)?\s*")
+FENCED = re.compile(r"([\w.-]+)\s*```(?:json)?\s*")
 _FENCE = re.compile(r"\s*```")
-_NUMBERED = re.compile(r"(?:functions\.)?(.+):\d+", re.DOTALL)
+NUMBERED = re.compile(r"(?:functions\.)?(.+):\d+", re.DOTALL)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .api_error import ApiError, anthropic_error
-from .parts import AnswerPart, TextPart, ToolCall
+from .parts import AnswerPart, TextPart, ToolCall, ToolCallDelta, ToolCallStart
 from .worker import Finished, Generation
 
 SIGNATURE = "Zmxhc2gtbW9l"
@@ -70,6 +70,10 @@ class MessagesFormat:
         if isinstance(part, ToolCall):
             events = [*self._close(), *self._begin(part)]
             events.append(self._delta({"type": "input_json_delta", "partial_json": part.arguments}))
+        elif isinstance(part, ToolCallStart):
+            events = [*self._close(), *self._begin(ToolCall(part.name, "", part.id))]
+        elif isinstance(part, ToolCallDelta):
+            events = [self._delta({"type": "input_json_delta", "partial_json": part.arguments})]
         elif isinstance(part, TextPart):
             name = _field(part)
             if name != self._open:

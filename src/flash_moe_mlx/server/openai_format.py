@@ -8,7 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .api_error import ApiError
-from .parts import AnswerPart, Progress, TextPart, TokenLogprob, ToolCall
+from .parts import (
+    AnswerPart,
+    Progress,
+    TextPart,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
 from .worker import Finished, Generation
 
 DONE = b"data: [DONE]\n\n"
@@ -44,8 +53,8 @@ class OpenAIStream:
 
     def part(self, part: AnswerPart) -> bytes:
         """Return the chunk of one part of the answer."""
-        chunk = event(self._answer.chunk(part, self._calls))
-        self._calls += isinstance(part, ToolCall)
+        chunk = b"" if isinstance(part, ToolCallEnd) else event(self._answer.chunk(part, self._calls))
+        self._calls += isinstance(part, ToolCall | ToolCallEnd)
         return chunk
 
     def silence(self) -> bytes:
@@ -98,8 +107,14 @@ class ChatFormat:
         """Return the chunk of one part of the answer; ``index`` is the number of tool calls before it."""
         if isinstance(part, ToolCall):
             return self._chunk({"tool_calls": [{"index": index, **_call(part)}]})
+        if isinstance(part, ToolCallStart):
+            return self._chunk({"tool_calls": [{"index": index, **_call(ToolCall(part.name, "", part.id))}]})
+        if isinstance(part, ToolCallDelta):
+            return self._chunk({"tool_calls": [{"index": index, "function": {"arguments": part.arguments}}]})
         if isinstance(part, Progress):
             return {**self._chunk({}), "prompt_progress": _progress(part)}
+        if not isinstance(part, TextPart):
+            return self._chunk({})
         name = "content" if part.channel == "content" else "reasoning_content"
         return self._chunk({name: part.text}, part.logprobs)
 

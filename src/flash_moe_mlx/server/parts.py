@@ -2,13 +2,14 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from ..chat.answer import BadCall, Part
 from ..chat.calls import Call
 from ..chat.ids import CallIds
-from ..chat.reader import AnswerReader
+from ..chat.partial import CallBegun, CallText
+from ..chat.reader import AnswerReader, Piece
 from ..chat.text import AnswerText
 from .schema import GenerationRequest
 
@@ -49,6 +50,34 @@ class ToolCall:
 
 
 @dataclass(frozen=True)
+class ToolCallStart:
+    """The beginning of a call that comes piece by piece, as calls do in streams."""
+
+    name: str
+    id: str
+
+
+@dataclass(frozen=True)
+class ToolCallDelta:
+    """More of the JSON text of the arguments of the call that was begun."""
+
+    arguments: str
+
+
+@dataclass(frozen=True)
+class ToolCallEnd:
+    """The end of the call that was begun.
+
+    Attributes:
+        call: The call, with the arguments that were sent.
+        whole: Whether these are all; otherwise the answer was cut, or the model wrote no call.
+    """
+
+    call: ToolCall
+    whole: bool
+
+
+@dataclass(frozen=True)
 class Progress:
     """How much of the prompt was read.
 
@@ -65,7 +94,7 @@ class Progress:
     seconds: float
 
 
-AnswerPart = TextPart | ToolCall | Progress
+AnswerPart = TextPart | ToolCall | ToolCallStart | ToolCallDelta | ToolCallEnd | Progress
 
 
 class AnswerParser:
@@ -103,13 +132,16 @@ class AnswerParser:
         if request.messages is None:
             self._plain = AnswerText(tokenizer, prompt)
         else:
-            self._reader = AnswerReader(tokenizer, prompt, request.tools, called=request.call_required)
+            self._reader = AnswerReader(
+                tokenizer, prompt, request.tools, called=request.call_required, partial=request.stream
+            )
+        self._begun: ToolCall | None = None  # the call that is being sent
         self._held = ""
         self._fed = 0
         self._unplaced: list[tuple[int, int, TokenLogprob]] = []  # keyed by start and end in the text fed so far
         self._placed: list[tuple[int, TokenLogprob]] = []  # keyed by start in the text held back
 
-    def read(self, token: int, finish_reason: str | None = None) -> list[Part | Call | BadCall]:
+    def read(self, token: int, finish_reason: str | None = None) -> list[Piece]:
         """Take a token, and return its pieces for :meth:`feed`, which places its log-probability."""
         if self._reader is not None:
             pieces = self._reader.feed(token, finish_reason)
@@ -120,7 +152,7 @@ class AnswerParser:
         return [Part("text", self.text, self._fed, len(self.text))]
 
     def feed(
-        self, pieces: Sequence[Part | Call | BadCall], logprob: TokenLogprob | None = None, last: bool = False
+        self, pieces: Sequence[Piece], logprob: TokenLogprob | None = None, last: bool = False
     ) -> list[AnswerPart]:
         """Take the pieces of one token, and return the parts that are certain; ``last`` releases all held text."""
         size = self._fed + len(self.text) if self._reader is None else self._reader.size
@@ -131,18 +163,28 @@ class AnswerParser:
         for piece in pieces:
             if self.stopped:
                 break
-            if isinstance(piece, Call):
+            if isinstance(piece, CallBegun):
+                parts += self._begin(piece.call)
+            elif isinstance(piece, CallText):
+                parts += self._send(piece.text)
+            elif isinstance(piece, Call):
                 parts += self._call(piece)
-            elif isinstance(piece, BadCall):  # returned as text with a note, rather than lost
-                parts += self._content(f"{piece.text}\n[This is no call that can be run: {piece.reason}.]")
-            elif piece.kind == "text":
-                self._place(piece)
-                parts += self._content(piece.text)
-            elif piece.text:
-                parts.append(TextPart("reasoning", piece.text))
+            else:
+                parts += self._end(whole=False)  # it was none, or was cut
+                parts += self._words(piece)
         if last and not self.stopped:
+            parts += self._end(whole=False)
             parts += self._release(len(self._held))
         return parts
+
+    def _words(self, piece: Part | BadCall) -> Iterator[AnswerPart]:
+        if isinstance(piece, BadCall):  # returned as text with a note, rather than lost
+            yield from self._content(f"{piece.text}\n[This is no call that can be run: {piece.reason}.]")
+        elif piece.kind == "text":
+            self._place(piece)
+            yield from self._content(piece.text)
+        elif piece.text:
+            yield TextPart("reasoning", piece.text)
 
     def _content(self, text: str) -> Iterator[AnswerPart]:
         self._held += text
@@ -178,8 +220,33 @@ class AnswerParser:
             yield TextPart("content", text, logprobs)
 
     def _call(self, call: Call) -> Iterator[AnswerPart]:
+        arguments = json.dumps(call.arguments, ensure_ascii=False)
+        begun = self._begun
+        if begun is not None and begun.name == call.name and arguments.startswith(begun.arguments):
+            yield from self._send(arguments[len(begun.arguments) :])
+            yield from self._end(whole=True)
+        else:
+            yield from self._end(whole=False)
+            yield from self._before_call()
+            yield ToolCall(call.name, arguments, self._ids.of(call))
+        self.stopped = not self._request.parallel_tool_calls
+
+    def _before_call(self) -> Iterator[AnswerPart]:
         yield from self._release(len(self._held))
         self._placed.clear()
-        self.stopped = not self._request.parallel_tool_calls
         self.calls += 1
-        yield ToolCall(call.name, json.dumps(call.arguments, ensure_ascii=False), self._ids.of(call))
+
+    def _begin(self, call: Call) -> Iterator[AnswerPart]:
+        yield from self._before_call()
+        self._begun = ToolCall(call.name, "", self._ids.of(call))
+        yield ToolCallStart(call.name, self._begun.id)
+
+    def _send(self, text: str) -> Iterator[AnswerPart]:
+        if text and self._begun is not None:
+            self._begun = replace(self._begun, arguments=self._begun.arguments + text)
+            yield ToolCallDelta(text)
+
+    def _end(self, *, whole: bool) -> Iterator[AnswerPart]:
+        begun, self._begun = self._begun, None
+        if begun is not None:
+            yield ToolCallEnd(begun, whole)

@@ -4,10 +4,11 @@ import json
 import time
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 from .api_error import ApiError
-from .parts import AnswerPart, TextPart, ToolCall
+from .parts import AnswerPart, TextPart, ToolCall, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .response_store import ResponseStore
 from .worker import Finished, Generation
 
@@ -81,8 +82,15 @@ class ResponseFormat:
 
     def _events(self, part: AnswerPart) -> Iterator[tuple[str, dict[str, Any]]]:
         if isinstance(part, ToolCall):
-            yield from self._close()
-            yield from self._call(part)
+            yield from self._begin_call(part.name, part.id)
+            yield from self._call_delta(part.arguments)
+            yield from self._end_call(part, "completed")
+        elif isinstance(part, ToolCallStart):
+            yield from self._begin_call(part.name, part.id)
+        elif isinstance(part, ToolCallDelta):
+            yield from self._call_delta(part.arguments)
+        elif isinstance(part, ToolCallEnd):
+            yield from self._end_call(part.call, "completed" if part.whole else "incomplete")
         elif isinstance(part, TextPart):
             if part.channel != self._open:
                 yield from self._close()
@@ -93,18 +101,24 @@ class ResponseFormat:
             logprobs: dict[str, Any] = {"logprobs": []} if part.channel == "content" else {}
             yield f"response.{_NAMES[part.channel]}.delta", {**self._where(), "delta": part.text, **logprobs}
 
-    def _call(self, call: ToolCall) -> Iterator[tuple[str, dict[str, Any]]]:
-        item = {"id": f"fc_{uuid.uuid4().hex}", "call_id": call.id, "name": call.name, "status": "in_progress"}
-        if call.name in self._custom:
-            kind, event, field = "custom_tool_call", "custom_tool_call_input", "input"
-            text = str(json.loads(call.arguments).get("input", ""))
-        else:
-            kind, event, field, text = "function_call", "function_call_arguments", "arguments", call.arguments
+    def _begin_call(self, name: str, call_id: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        yield from self._close()
+        kind, field = ("custom_tool_call", "input") if name in self._custom else ("function_call", "arguments")
+        item = {"id": f"fc_{uuid.uuid4().hex}", "call_id": call_id, "name": name, "status": "in_progress"}
         yield from self._begin({"type": kind, **item, field: ""})
-        where = {"item_id": item["id"], "output_index": len(self._items) - 1}
-        yield f"response.{event}.delta", {**where, "delta": text}
-        yield f"response.{event}.done", {**where, "name": call.name, field: text}
-        done = self._items[-1] = {"type": kind, **item, field: text, "status": "completed"}
+
+    def _call_delta(self, arguments: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._items[-1]["type"] == "function_call":  # the text in free form is known at the end
+            yield "response.function_call_arguments.delta", {**self._item(), "delta": arguments}
+
+    def _end_call(self, call: ToolCall, status: str) -> Iterator[tuple[str, dict[str, Any]]]:
+        if self._items[-1]["type"] == "function_call":
+            field, event, text = "arguments", "function_call_arguments", call.arguments
+        else:
+            field, event, text = "input", "custom_tool_call_input", _free_text(call.arguments)
+            yield f"response.{event}.delta", {**self._item(), "delta": text}
+        yield f"response.{event}.done", {**self._item(), "name": call.name, field: text}
+        done = self._items[-1] = {**self._items[-1], field: text, "status": status}
         yield "response.output_item.done", {"output_index": len(self._items) - 1, "item": done}
 
     def _begin(self, item: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -124,7 +138,10 @@ class ResponseFormat:
         yield "response.output_item.done", {"output_index": len(self._items) - 1, "item": item}
 
     def _where(self) -> dict[str, Any]:
-        return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1, "content_index": 0}
+        return {**self._item(), "content_index": 0}
+
+    def _item(self) -> dict[str, Any]:
+        return {"item_id": self._items[-1]["id"], "output_index": len(self._items) - 1}
 
     def _finished(self, finished: Finished) -> dict[str, Any]:
         """Return the response at its end, and keep the conversation."""
@@ -157,6 +174,13 @@ class ResponseFormat:
             text = json.dumps(data, ensure_ascii=False, allow_nan=False)
             lines += f"event: {name}\ndata: {text}\n\n".encode(errors="replace")
         return lines
+
+
+def _free_text(arguments: str) -> str:
+    """Return the text of a call in free form; the JSON as far as it came where that was cut."""
+    with suppress(ValueError):
+        return str(json.loads(arguments).get("input", ""))
+    return arguments
 
 
 def _item(channel: str) -> dict[str, Any]:
