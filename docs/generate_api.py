@@ -30,7 +30,7 @@ def prose(docstring: str | None) -> str:
         elif title == "Example:":
             blocks.append("```python\n" + re.sub(r"^ *(>>>|\.\.\.) ?", "", body, flags=re.MULTILINE) + "\n```")
         else:
-            items = re.sub(r"^    ([\w*, .]+): ", r"- `\1`: ", body, flags=re.MULTILINE)
+            items = re.sub(r"^    ([\w*][\w*, .]*): ", r"- `\1`: ", body, flags=re.MULTILINE)
             items = re.sub(r"^ {8}", "  ", items, flags=re.MULTILINE)
             blocks.append(f"**{title[:-1]}**\n\n" + re.sub(r"^ {4}", "", items, flags=re.MULTILINE))
     text = re.sub(r":\w+:`([^`]+)`", r"`\1`", "\n\n".join(blocks))

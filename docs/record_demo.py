@@ -134,7 +134,7 @@ def render() -> None:
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" viewBox="0 0 {width} {height}" '
         'role="img" aria-label="flash-moe answers in a terminal">'
         "<style>text{font:14px ui-monospace,Menlo,Consolas,'DejaVu Sans Mono',monospace;white-space:pre}"
-        f"{''.join(style)}"
+        f"{''.join(style)}@media (prefers-reduced-motion:reduce){{g{{animation:none!important}}}}"
         f'</style><rect width="100%" height="100%" rx="8" fill="#161b22"/>{dots}{"".join(groups)}</svg>\n'
     )
 

@@ -1,7 +1,7 @@
 """Plays a newcomer's first hour: a clean clone, an empty home, and what README and quickstart print, in order.
 
     python tests/first_hour.py                       # with the environment that runs this
-    python tests/first_hour.py --environment .venv   # with another one, as `make demo` or CI made it
+    python tests/first_hour.py --environment .venv   # with another one, as `make demo` made it
 
 Commands come from the pages, so a page that changes is played as it is then. Each must end with 0 and print what
 `SAYS` has for it; what the first token waits for must be said on the terminal within `PATIENCE_SECONDS`.

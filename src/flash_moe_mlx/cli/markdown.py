@@ -2,11 +2,30 @@
 
 import math
 
+import rich.markdown
 from markdown_it import MarkdownIt
+from markdown_it.rules_inline import StateInline, escape
 from rich.cells import cell_len
 from rich.console import Console, RenderableType
 
-_PARSER = MarkdownIt().enable("strikethrough").enable("table")  # as rich.markdown parses
+_MATHS = (r"\(", r"\)", r"\[", r"\]")
+
+
+def _escape_all_but_maths(state: StateInline, silent: bool) -> bool:
+    return state.src[state.pos : state.pos + 2] not in _MATHS and escape(state, silent)
+
+
+# As rich.markdown parses, but tags are text, which rich leaves out, and TeX's brackets keep their backslashes.
+_PARSER = MarkdownIt("commonmark", {"html": False}).enable("strikethrough").enable("table")
+_PARSER.inline.ruler.at("escape", _escape_all_but_maths)
+
+
+class Markdown(rich.markdown.Markdown):
+    """Markdown as models write it: HTML tags and the brackets of TeX's formulas are shown as they stand."""
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.parsed = _PARSER.parse(text)
 
 
 def finished(text: str) -> int:

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console, RenderableType
-from rich.markdown import Markdown
 from rich.text import Text
 
 from ..progress import Progress
-from .markdown import Region, finished
+from .markdown import Markdown, Region, finished
 from .printable import printable
 
 REFRESH_SECONDS = 0.1
