@@ -153,15 +153,49 @@ def test_refusals(serve: Any, field: str, value: Any):
     assert refused.status_code in (400, 404) and refused.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_stored_response_is_read_again_and_deleted(serve: Any, stream: bool):
+    start, script = serve
+    script.play(QWEN3_NEXT.tokenizer, f"<think>\nhm\n</think>\n\nI write.\n{CALL}", "Next.")
+    with start(QWEN3_NEXT.tokenizer) as address:
+        api = client(address)
+        options: Any = {"model": "demo", "input": "Write.", "tools": [TOOL], "metadata": {"a": "b"}}
+        if stream:
+            with api.responses.stream(**options) as events:
+                first = next(event for event in events if event.type == "response.completed").response
+        else:
+            first = api.responses.create(**options)
+        kept = api.responses.retrieve(first.id)
+        assert kept.model_dump(exclude={"output"}) == Response(**first.model_dump()).model_dump(exclude={"output"})
+        assert [item.id for item in kept.output] == [item.id for item in first.output] and len(kept.output) == 3
+        output = {"type": "function_call_output", "call_id": kept.output[-1].call_id, "output": "written"}
+        second = api.responses.create(model="demo", input=[output], previous_response_id=first.id)
+        assert api.responses.delete(first.id) is None
+        for again in (api.responses.retrieve, api.responses.delete):
+            with pytest.raises(openai.NotFoundError, match="still stored") as refused:
+                again(first.id)
+            assert refused.value.code == "response_not_found"
+        with pytest.raises(openai.NotFoundError, match="previous_response_id"):
+            api.responses.create(model="demo", input=[output], previous_response_id=first.id)
+        assert api.responses.retrieve(second.id).output_text == "Next."
+        with pytest.raises(openai.BadRequestError, match="stream"):
+            list(api.responses.retrieve(second.id, stream=True))
+        script.play(QWEN3_NEXT.tokenizer, "Not kept.")
+        unstored = api.responses.create(model="demo", input="Hi", store=False)
+        with pytest.raises(openai.NotFoundError):
+            api.responses.retrieve(unstored.id)
+
+
 def test_the_store_is_bounded():
     store = ResponseStore(max_bytes=1000, max_responses=3)
-    messages = [{"role": "user", "content": "x" * 100}]
+    messages, response = [{"role": "user", "content": "x" * 100}], {"id": "a"}
     for name in "abc":
-        store.put(name, messages)
-    assert store.get("a") == messages
-    store.put("d", messages)
+        store.put(name, messages, response)
+    assert store.get("a") == messages and store.response("a") == response
+    store.put("d", messages, response)
     assert store.get("b") is None and store.get("a") == messages
-    store.put("e", [{"role": "user", "content": "x" * 700}])
+    store.put("e", messages, {"text": "x" * 600})
     assert store.get("a") is not None and store.get("c") is None and store.nbytes <= 1000
-    store.put("f", [{"role": "user", "content": "x" * 1001}])
-    assert store.get("f") is None and store.nbytes <= 1000
+    store.put("f", messages, {"text": "x" * 1001})
+    assert store.get("f") is store.response("f") is None and store.nbytes <= 1000
+    assert store.delete("a") and not store.delete("a") and store.delete("e") and store.nbytes == 0

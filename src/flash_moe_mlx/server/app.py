@@ -17,7 +17,7 @@ from starlette.routing import Route
 from starlette.types import Receive, Scope, Send
 
 from ..errors import FlashMoEError
-from . import anthropic_format, metrics
+from . import anthropic_format, metrics, responses_request
 from .answer_format import AnswerFormat
 from .anthropic_format import MessagesFormat
 from .anthropic_request import parse_messages
@@ -96,6 +96,7 @@ class _Server:
                 Route("/v1/messages", self._messages, methods=["POST"]),
                 Route("/v1/messages/count_tokens", self._count, methods=["POST"]),
                 Route("/v1/responses", self._response, methods=["POST"]),
+                Route("/v1/responses/{name}", self._response_named, methods=["GET", "DELETE"]),
                 Route("/v1/models", self._models),
                 Route("/v1/models/{name:path}", self._model_named),
                 Route("/health", self._health),
@@ -138,6 +139,18 @@ class _Server:
     async def _response(self, request: Request) -> Response:
         parse = partial(parse_response, store=self._responses)
         return await self._generate(request, parse, partial(ResponseFormat, self._responses))
+
+    async def _response_named(self, request: Request) -> Response:
+        name = request.path_params["name"]
+        if request.method == "DELETE":
+            if not self._responses.delete(name):
+                raise responses_request.not_stored("the id")
+            return JSONResponse({"id": name, "object": "response", "deleted": True})
+        if request.query_params.get("stream", "false").lower() not in ("false", "0"):
+            raise ApiError(400, "stream must be false for a stored response. Leave it out.", param="stream")
+        if (kept := self._responses.response(name)) is None:
+            raise responses_request.not_stored("the id")
+        return JSONResponse(kept)
 
     async def _count(self, request: Request) -> Response:
         async with self._read(request, parse_messages) as (generation, read):

@@ -148,8 +148,6 @@ class ResponseFormat:
         cut = finished.reason == "length"
         if cut and self._items:
             self._items[-1] = {**self._items[-1], "status": "incomplete"}
-        if self._messages is not None:
-            self._store.put(self._id, [*self._messages, _message(self._items)])
         usage = {
             "input_tokens": finished.prompt_tokens,
             "input_tokens_details": {"cached_tokens": finished.cached_tokens, "cache_write_tokens": 0},
@@ -157,7 +155,11 @@ class ResponseFormat:
             "total_tokens": finished.prompt_tokens + finished.completion_tokens,
         }  # fmt: skip
         why = {"reason": "max_output_tokens"} if cut else None
-        return {**self._response("incomplete" if cut else "completed"), "incomplete_details": why, "usage": usage}
+        status = "incomplete" if cut else "completed"
+        response = {**self._response(status), "incomplete_details": why, "usage": usage}
+        if self._messages is not None:
+            self._store.put(self._id, [*self._messages, _message(self._items)], response)
+        return response
 
     def _response(self, status: str) -> dict[str, Any]:
         return {

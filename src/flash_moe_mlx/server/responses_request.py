@@ -56,15 +56,24 @@ def parse_response(
     return replace(request, echo={**echo, "messages": messages if body.get("store") is not False else None})
 
 
+def not_stored(name: str, advice: str = "") -> ApiError:
+    """Return the error of a response's id that is not in the store.
+
+    Args:
+        name: The field or place that holds the id.
+        advice: Text after it.
+    """
+    param, code = (name, "previous_response_not_found") if advice else (None, "response_not_found")
+    told = f"{name} must be that of a response that is still stored, got another.{advice}"
+    return ApiError(404, told, param=param, code=code)
+
+
 def _earlier(previous: Any, store: ResponseStore) -> list[dict[str, Any]]:
     if previous is None:
         return []
     kept = store.get(previous) if isinstance(previous, str) else None
     if kept is None:
-        raise ApiError(
-            404, "previous_response_id must be a response that is still stored, got another. Send the whole input.",
-            param="previous_response_id", code="previous_response_not_found",
-        )  # fmt: skip
+        raise not_stored("previous_response_id", " Send the whole input.")
     return kept
 
 
