@@ -1,8 +1,8 @@
-"""What takes long says so: steps are reported from where they happen to whoever watches, and drawn where one looks.
+"""Progress of long work, reported where it happens and drawn on a terminal or in a notebook.
 
-Code that works calls `report`; it costs nothing while nobody watches. Code that users call opens `showing`, which draws
-on a terminal (rich) or in a notebook (tqdm), hands steps to a caller's function, or does nothing. Watchers nest: the
-innermost one gets the steps, and `showing(True)` leaves them to a watcher that is there already.
+Code that does the work calls `report`, which costs nothing while nobody watches. Code that users call opens `showing`,
+which draws on a terminal (rich) or in a notebook (tqdm), passes steps to a caller's function, or does nothing. Watchers
+nest: the innermost one gets the steps, and `showing(True)` leaves them to a watcher that is there already.
 """
 
 import sys

@@ -1,4 +1,4 @@
-"""What each coding agent needs to know of a server: environment variables, and arguments of its command."""
+"""Environment variables and arguments that point each coding agent to a server."""
 
 import json
 from collections.abc import Callable
