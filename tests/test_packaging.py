@@ -17,25 +17,31 @@ DEMO = ROOT / "src" / "flash_moe_mlx" / "demo"
 EXTRA = "" if sys.platform == "darwin" else "[cpu]"
 
 # Everything reachable from a repository root must come from the environment, so this runs with -I elsewhere.
-GENERATE = """
-import sys
-from importlib.resources import files
+PLACES = """
 from pathlib import Path
 import flash_moe_mlx
-from flash_moe_mlx import generate, load
 from flash_moe_mlx.ops.gpu.kernel_source import kernel_folder, read_kernel
 
-model, tokenizer = load(files("flash_moe_mlx") / "demo", memory_limit="64MB", max_context=256)
-prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is 17 + 25?"}], add_generation_prompt=True)
-print(Path(flash_moe_mlx.__file__).parent)
-print(flash_moe_mlx.__version__)
-print("torch" in sys.modules)
 for kernel in kernel_folder().iterdir():
     if kernel.name.endswith(".metal"):
         read_kernel(kernel.name.removesuffix(".metal"))
+print(Path(flash_moe_mlx.__file__).parent)
 print(kernel_folder())
+"""
+GENERATE = (
+    PLACES
+    + """
+import sys
+from importlib.resources import files
+from flash_moe_mlx import generate, load
+
+model, tokenizer = load(files("flash_moe_mlx") / "demo", memory_limit="64MB", max_context=256)
+prompt = tokenizer.apply_chat_template([{"role": "user", "content": "What is 17 + 25?"}], add_generation_prompt=True)
+print(flash_moe_mlx.__version__)
+print("torch" in sys.modules)
 print(generate(model, tokenizer, prompt, max_tokens=30))
 """
+)
 
 # One worker of pytest-xdist: the tests share what they build and install.
 pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("packaging")]
@@ -128,33 +134,27 @@ def python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def install(python: Path, *arguments: str | Path) -> None:
-    run(python, "-m", "pip", "install", "--quiet", "--quiet", *arguments, cwd=python.parent)
-
-
-def check_generates(python: Path, elsewhere: Path) -> tuple[Path, Path]:
-    """Generates with the installed package. Returns where it and its kernels were found."""
-    folder, version, torch, kernels, text = run(python, "-I", "-c", GENERATE, cwd=elsewhere).split("\n", 4)
-    assert version == flash_moe_mlx.__version__
-    assert torch == "False"
-    assert "42" in text
-    return Path(folder), Path(kernels)
+    run(python, "-m", "pip", "install", "--quiet", "--quiet", "--no-compile", *arguments, cwd=python.parent)
 
 
 def test_installed_wheel_generates(python: Path, distributions: tuple[Path, Path], tmp_path: Path):
     install(python, f"{distributions[1]}{EXTRA}")
-    package, kernels = check_generates(python, tmp_path)
-    assert package.is_relative_to(python.parent.parent)
-    assert kernels == package / "kernels"
-    assert sources(kernels) == sources(ROOT / "kernels")
+    package, kernels, version, torch, text = run(python, "-I", "-c", GENERATE, cwd=tmp_path).split("\n", 4)
+    assert Path(package).is_relative_to(python.parent.parent)
+    assert Path(kernels) == Path(package) / "kernels"
+    assert version == flash_moe_mlx.__version__
+    assert torch == "False"
+    assert "42" in text
+    assert sources(Path(kernels)) == sources(ROOT / "kernels")
     run(python, "-m", "pip", "check", cwd=tmp_path)
     # The command, its tools and their processes.
     chat = f"printf 'Use the calculator for 12 * 12.\\nyes\\n' | {python.with_name('flash-moe')} chat"
     assert "gives 144" in run("sh", "-c", chat, cwd=tmp_path)
 
 
-def test_editable_install_generates(python: Path, source_tree: Path, tmp_path: Path):
+def test_editable_install_uses_the_source_tree(python: Path, source_tree: Path, tmp_path: Path):
     # Into the same environment, in the wheel's place if that has been there: its dependencies are the same.
     install(python, "--editable", f"{source_tree}{EXTRA}")
-    package, kernels = check_generates(python, tmp_path)
-    assert package == source_tree / "src" / "flash_moe_mlx"
-    assert kernels == source_tree / "kernels"
+    package, kernels = run(python, "-I", "-c", PLACES, cwd=tmp_path).split()
+    assert Path(package) == source_tree / "src" / "flash_moe_mlx"
+    assert Path(kernels) == source_tree / "kernels"
