@@ -87,7 +87,7 @@ class StreamingConfig:
             )
         if activation_bits not in (None, 8):
             raise RequestError(
-                f"[activation_bits] must be 8, or None for exact products, got {activation_bits!r}. Leave it out."
+                f"[activation_bits] must be 8, got {activation_bits!r}. Leave it out for exact products."
             )
         if not isinstance(trust_remote_code, bool):
             raise RequestError(

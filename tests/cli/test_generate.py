@@ -1,10 +1,11 @@
 """``flash-moe generate`` on the embedded model."""
 
+import re
 import sys
 
 import pytest
 
-from ..support.command_line import document, refusal, succeed
+from ..support.command_line import document, invoke, refusal, succeed
 
 ADD = "What is 17 + 25?"
 
@@ -13,6 +14,7 @@ def test_prompt_from_the_command_line_and_from_standard_input():
     answer = succeed("generate", ADD)
     assert "42" in answer and answer.endswith("\n")
     assert succeed("generate", stdin=f"{ADD}\n") == answer
+    assert succeed("generate", "-p", ADD) == answer
     assert succeed("generate", "--system", "Speak of foxes only.", ADD) != ""
 
 
@@ -31,6 +33,12 @@ def test_json_has_usage_and_streaming_figures():
     rounded = document("generate", ADD, "--json", "--max-tokens", "2", "--activation-bits", "8", "--verify", "none")
     assert rounded["lossy"] == ["8-bit activations in decode"]
     assert "sample" in refusal("generate", ADD, "--verify", "all")
+
+
+def test_figures_are_printed_beside_the_answer():
+    plain, told = (invoke("generate", ADD, "--max-tokens", "3", *more) for more in ((), ("--stats",)))
+    assert (plain.stdout, plain.stderr) == (told.stdout, ""), "none where nobody looks"
+    assert re.fullmatch(r"\d+ prompt tokens, .* tok/s; 3 tokens, .* tok/s; hit rate \d+%, .* read\n", told.stderr)
 
 
 def test_sampling_is_repeatable_with_a_seed():

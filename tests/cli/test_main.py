@@ -72,8 +72,15 @@ def test_version():
     [
         (("nonsense",), r"No such command 'nonsense'\. See flash-moe --help\."),
         (("generate", "--qqq", "x"), r"No such option: --qqq\. See flash-moe generate --help\."),
-        (("generate", "--max-tokens", "many", "x"), "--max-tokens.*integer.*See flash-moe generate --help"),
-        (("generate", "--max-tokens", "0", "x"), r"\[max_tokens\] must be a number and not 0"),
+        (
+            ("generate", "--max-tokens", "many", "x"),
+            r"--max-tokens': must be of type integer\. See flash-moe generate --help",
+        ),
+        (("generate", "--max-tokens", "0", "x"), r"\[max_tokens\] must be at least 1, or -1"),
+        (("generate", "--max-tokens", "-5", "x"), r"\[max_tokens\] must be at least 1, or -1"),
+        (("generate", "x", "--system"), r"--system.*See flash-moe generate --help"),
+        (("generate", "x", "-p", "y"), r"\[prompt\] must be given once"),
+        (("generate", " "), r"\[prompt\] must have text"),
         (("generate", "--io", "tape", "x"), r"'--io': 'tape' is not one of .*'direct'"),
         (("genrate", "x"), r"Did you mean 'generate'\? See flash-moe --help"),
         (("generate", "--memory-limit", "much", "x"), r"\[memory_limit\] must be"),

@@ -137,6 +137,8 @@ REQUESTS: dict[str, tuple[Any, dict[str, Any], str]] = {
     "a negative token": ([1, -1], {}, "prompt"),
     "no max_tokens": ([1], {"max_tokens": 0}, "max_tokens"),
     "max_tokens text": ([1], {"max_tokens": "4"}, "max_tokens"),
+    "max_tokens below -1": ([1], {"max_tokens": -5}, "at least 1, or -1 for no limit"),
+    "messages": ([{"role": "user", "content": "Hi"}], {}, r"tokenizer\.apply_chat_template\(messages"),
     "prefill_step_size 0": ([1], {"prefill_step_size": 0}, "prefill_step_size"),
     "embeddings of another length": ([1, 2], {"input_embeddings": mx.zeros((3, 64))}, "input_embeddings"),
     "embeddings of a batch": ([1, 2], {"input_embeddings": mx.zeros((1, 2, 64))}, "input_embeddings"),

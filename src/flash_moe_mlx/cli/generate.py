@@ -7,6 +7,7 @@ import typer
 
 from ..errors import RequestError
 from ..progress import report
+from ..stats import format_bytes
 from .options import (
     STARTING,
     ActivationBits,
@@ -39,6 +40,9 @@ MAX_STDIN_CHARACTERS = 1 << 24  # more than any context holds; standard input ma
 
 def generate(
     prompt: Annotated[str | None, typer.Argument(help="Prompt text; read from standard input if omitted.")] = None,
+    prompt_option: Annotated[
+        str | None, typer.Option("--prompt", "-p", help="The prompt, as mlx_lm.generate takes it.", hidden=True)
+    ] = None,
     model: Model = None,
     system: Annotated[str, typer.Option("--system", "--system-prompt", help="System prompt.")] = "",
     raw: Annotated[
@@ -60,6 +64,9 @@ def generate(
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
     trust_remote_code: TrustRemoteCode = False,
+    stats: Annotated[
+        bool | None, typer.Option(help="Print speeds and the hit rate to standard error. Default: on a terminal.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Generate an answer and stream it to the terminal.
@@ -69,7 +76,12 @@ def generate(
         flash-moe generate --json --memory-limit 14MB --max-context 128 "Tell me a story about a small fox."
         echo "Explain mixture-of-experts in one line." | flash-moe generate
     """
-    if prompt is None and not leads():
+    if prompt_option is not None:
+        if prompt is not None:
+            raise RequestError("[prompt] must be given once, got an argument and --prompt. Leave one out.")
+        prompt = prompt_option
+    is_leading = prompt is not None or leads()
+    if not is_leading:
         prompt = ""  # rank 0 has it
     if prompt is None:
         if sys.stdin.isatty():
@@ -79,6 +91,8 @@ def generate(
             raise RequestError(
                 f"[prompt] must have at most {MAX_STDIN_CHARACTERS} characters, got more on standard input. Shorten it."
             )
+    if is_leading and not raw and not prompt.strip():
+        raise RequestError('[prompt] must have text, got none. Try flash-moe generate "Hello".')
     report(STARTING)
     from .. import stream_generate
     from ..chat.text import AnswerText
@@ -107,8 +121,18 @@ def generate(
                 (echo if sys.stdout.isatty() else typer.echo)(piece, nl=False)
         if json:
             print_json({"text": text, **_figures(response, loaded.streaming.stats())})
-        else:
-            echo()
+            return
+        echo()
+        if sys.stderr.isatty() if stats is None else stats:
+            echo(_summary(response), err=True)
+
+
+def _summary(response: Any) -> str:
+    return (
+        f"{response.prompt_tokens:,} prompt tokens, {response.prompt_tps:.1f} tok/s; "
+        f"{response.generation_tokens:,} tokens, {response.generation_tps:.1f} tok/s; "
+        f"hit rate {response.streaming.hit_rate:.0%}, {format_bytes(response.streaming.bytes_read)} read"
+    )
 
 
 def _messages(tokenizer: Any, prompt: str, system: str) -> list[int]:

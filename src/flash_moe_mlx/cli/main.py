@@ -54,7 +54,8 @@ class _Commands(PanelGroup):
                 code = super().main(args, prog_name, *arguments, **extra)
         except typer.TyperException as error:  # wrong usage
             context = getattr(error, "ctx", None)
-            path = context.command_path if context is not None else "flash-moe"
+            named = next((argument for argument in args if argument in self.commands), "")
+            path = context.command_path if context is not None else f"flash-moe {named}".rstrip()
             code = _fail(error, f"{_usage(error.format_message())} See {path} --help.")
         except FlashMoEError as error:
             code = _fail(error, as_options(str(error)))
@@ -100,6 +101,9 @@ def as_options(message: str) -> str:
 def _usage(message: str) -> str:
     """Return a sentence about wrong usage, without what the parser's layers add to it."""
     message = message.replace("Value error, ", "").rstrip(".")
+    message = re.sub(
+        r"Input should be a valid (\w+), unable to parse string as an? \w+", r"must be of type \1", message
+    )
     return message if message.endswith("?") else f"{message}."
 
 

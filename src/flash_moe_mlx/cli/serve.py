@@ -39,6 +39,7 @@ from .options import (
 from .printable import echo
 
 LOCAL_HOSTS = ("127.0.0.1", "localhost", "::1")
+_REACHED = {"0.0.0.0": "127.0.0.1", "": "127.0.0.1", "::": "::1"}
 
 
 def serve(
@@ -163,7 +164,8 @@ def serve(
             sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
             config = replace(config, sampling=Sampling(**asdict(sampling)))
             app = create_app(loaded, tokenizer, config)
-            address = f"http://{f'[{host}]' if ':' in host else host}:{listener.getsockname()[1]}"
+            reached = _REACHED.get(host, host)  # where this machine's programs find it
+            address = f"http://{f'[{reached}]' if ':' in reached else reached}:{listener.getsockname()[1]}"
             echo(f"Serving {config.model_id} at {address}/v1, chat page at {address}/chat. Ctrl-C ends it.")
             echo(f"Sampling, where a request doesn't say: {sampling}.")
             if not local and api_key is None:

@@ -109,15 +109,16 @@ def stream_generate(
         Responses with mlx_lm's fields and ``.streaming``.
 
     Raises:
-        RequestError: If the prompt is empty or longer than max_context, if max_tokens is 0, if prefix_cache belongs to
-            another model or is combined with options that exclude it, or if llguidance can't compile the schema.
+        RequestError: If the prompt is empty or longer than max_context, if max_tokens is neither positive nor -1, if
+            prefix_cache belongs to another model or is combined with options that exclude it, or if llguidance can't
+            compile the schema.
         MemoryLimitError: If the limit can't hold a forward pass of this size.
         StoreError: If an expert can't be read, or this process was forked from the one that loaded the model.
     """
     check_process("generate")
     borrow_stream()
-    if not isinstance(max_tokens, int) or max_tokens == 0:
-        raise RequestError(f"[max_tokens] must be a number and not 0, got {max_tokens!r}. Use -1 for no limit.")
+    if not isinstance(max_tokens, int) or max_tokens < -1 or max_tokens == 0:
+        raise RequestError(f"[max_tokens] must be at least 1, or -1 for no limit, got {max_tokens!r}. Choose one.")
     if not isinstance(prefill_step_size, int) or prefill_step_size < 1:
         raise RequestError(
             f"[prefill_step_size] must be at least 1 token, got {prefill_step_size!r}. Leave it out for "
@@ -236,7 +237,10 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], mod
         ids = np.asarray(None)
     if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)):
         got = f"shape {ids.shape} of {ids.dtype}" if ids.ndim else type(prompt).__name__
-        raise RequestError(f"[prompt] must be text or token ids of shape (L,), got {got}. Encode it first.")
+        advice = "Encode it first."
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+            advice = "Use tokenizer.apply_chat_template(messages, add_generation_prompt=True)."
+        raise RequestError(f"[prompt] must be text or token ids of shape (L,), got {got}. {advice}")
     size = model.vocabulary_size
     # Out of range, MLX would read memory beyond the embeddings.
     if ids.size and (ids.min() < 0 or ids.max() >= size):
