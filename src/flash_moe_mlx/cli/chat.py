@@ -15,6 +15,7 @@ from .options import (
     MEMORY,
     STARTING,
     ActivationBits,
+    AdapterPath,
     GpuMemoryLimit,
     Io,
     MaxContext,
@@ -96,6 +97,7 @@ def chat(
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
     trust_remote_code: TrustRemoteCode = False,
+    adapter_path: AdapterPath = None,
 ) -> None:
     """Chat in the terminal, with tools.
 
@@ -130,7 +132,7 @@ def chat(
         for command in mcp or []:
             report(f"starting {command}")
             offered += stack.enter_context(McpServer(command)).tools
-        loaded, tokenizer = stack.enter_context(open_model(model, *how))
+        loaded, tokenizer = stack.enter_context(open_model(model, *how, adapter_path=adapter_path))
         settings.sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
         if calculator and tokenizer.has_tool_calling:
             offered += load_tools(CALCULATOR)

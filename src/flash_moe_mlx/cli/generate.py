@@ -11,6 +11,7 @@ from ..stats import format_bytes
 from .options import (
     STARTING,
     ActivationBits,
+    AdapterPath,
     GpuMemoryLimit,
     Io,
     Json,
@@ -64,6 +65,7 @@ def generate(
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
     trust_remote_code: TrustRemoteCode = False,
+    adapter_path: AdapterPath = None,
     stats: Annotated[
         bool | None, typer.Option(help="Print speeds and the hit rate to standard error. Default: on a terminal.")
     ] = None,
@@ -104,7 +106,7 @@ def generate(
 
     limits = memory_limit, gpu_memory_limit
     how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
-    with open_model(model, *how) as (loaded, tokenizer):
+    with open_model(model, *how, adapter_path=adapter_path) as (loaded, tokenizer):
         text, words = "", AnswerText(tokenizer, message=not raw)
         for response in stream_generate(
             loaded,

@@ -101,6 +101,12 @@ MinP = Annotated[
 Seed = Annotated[
     int | None, typer.Option(help="Random seed, for repeatable sampling.", min=0, rich_help_panel=SAMPLING)
 ]
+AdapterPath = Annotated[
+    str | None,
+    typer.Option(
+        help="Directory of a LoRA adapter by mlx_lm.lora, of dense modules alone.", metavar="DIR", rich_help_panel=MODEL
+    ),
+]
 TrustRemoteCode = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python files that come with the checkpoint.", rich_help_panel=MODEL),
@@ -153,6 +159,7 @@ def open_model(
     verify: str,
     trust_remote_code: bool = False,
     *,
+    adapter_path: str | None = None,
     alone: bool = False,
 ) -> Iterator[tuple[Any, Any]]:
     """Load the model and its tokenizer with a command's options, and close the model at the end.
@@ -175,6 +182,7 @@ def open_model(
         activation_bits=activation_bits,
         verify=verify != "none" and verify,
         trust_remote_code=trust_remote_code,
+        adapter_path=adapter_path,
     )
     with loaded[0].streaming as engine:
         if alone and engine.ranks > 1:

@@ -18,6 +18,7 @@ from .logs import log_to_stderr
 from .options import (
     STARTING,
     ActivationBits,
+    AdapterPath,
     GpuMemoryLimit,
     Io,
     MaxContext,
@@ -114,6 +115,7 @@ def serve(
     activation_bits: ActivationBits = None,
     verify: Verify = "sample",
     trust_remote_code: TrustRemoteCode = False,
+    adapter_path: AdapterPath = None,
 ) -> None:
     """Serve a model over HTTP, through OpenAI-compatible APIs.
 
@@ -159,7 +161,7 @@ def serve(
         )
         limits = memory_limit, gpu_memory_limit
         how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
-        with open_model(model, *how) as (loaded, tokenizer):
+        with open_model(model, *how, adapter_path=adapter_path) as (loaded, tokenizer):
             assert listener is not None
             sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
             config = replace(config, sampling=Sampling(**asdict(sampling)))

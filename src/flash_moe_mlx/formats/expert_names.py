@@ -21,7 +21,7 @@ UNREAD = ""
 """Part of a tensor that belongs to an expert and isn't needed: scales of activations, a shape written down."""
 
 _NUMBER = re.compile(r"(0|[1-9][0-9]{0,5})\Z")  # one spelling a number, and none that is slow to convert
-_STACKED = ("switch_mlp", "switch_glu", "experts")
+STACKED = ("switch_mlp", "switch_glu", "experts")
 _OWN = {projection: projection for projection in PROJECTIONS}
 _WITHOUT_GATE = {"fc1": "up_proj", "fc2": "down_proj"}
 _NUMBERED = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -77,13 +77,13 @@ def parse_name(name: str) -> ExpertTensor | None:
         return None
     rest = words[position + 2 :]
     granite = len(rest) > 2 and rest[-3] == "block_sparse_moe" and rest[-2] in _GRANITE
-    if not (granite or set(_STACKED) & set(rest)) or not _NUMBER.match(words[position + 1]):
+    if not (granite or set(STACKED) & set(rest)) or not _NUMBER.match(words[position + 1]):
         return None
     layer = int(words[position + 1])
     stacked = _OWN | _WITHOUT_GATE
     numbered = _OWN | _NUMBERED
     match rest:
-        case [*_, module, projection, part] if module in _STACKED and projection in stacked and part in record_parts():
+        case [*_, module, projection, part] if module in STACKED and projection in stacked and part in record_parts():
             return ExpertTensor("mlx", layer, None, stacked[projection], part)
         case [*_, "experts", word] if word in _FUSED:
             return ExpertTensor("hf-fused", layer, None, *_FUSED[word])

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..errors import UnsupportedModelError
 from ..formats.expert_layout import Quantization
 from ..ops.dense_matmul import dense_matmul
 from ..ops.quantized import Parts, dequantize, lazy_product, product
@@ -20,6 +21,7 @@ class Linear(nn.Module):
     def __init__(self, input_dims: int, output_dims: int, quantization: Quantization | None, bias: bool = False):
         super().__init__()
         self.quantization = quantization
+        self.input_dims = input_dims
         if quantization is None:
             self.weight = mx.zeros((output_dims, input_dims))
         else:
@@ -52,12 +54,56 @@ class Linear(nn.Module):
             y = lazy_product(x, self.parts, self.quantization)
         return y + self.bias if "bias" in self else y
 
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> "LoRALinear":
+        """Return the module with an adapter of rank ``r``; mlx_lm's tuner calls this. Nothing drops out."""
+        return LoRALinear(self, r, scale)
+
+
+class LoRALinear(nn.Module):
+    """``y = linear(x) + scale (x A) B``, with A of shape (in, r) and B of (r, out).
+
+    Reference: Hu 2021, arXiv:2106.09685.
+    """
+
+    def __init__(self, linear: Linear, rank: int, scale: float):
+        super().__init__()
+        self.linear = linear
+        self.scale = scale
+        self.lora_a = mx.zeros((linear.input_dims, rank))
+        self.lora_b = mx.zeros((rank, linear["weight"].shape[0]))
+
+    @property
+    def weight(self) -> mx.array:
+        """The module's own weight."""
+        return self.linear["weight"]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        """Map (..., in) to (..., out), in the dtype of x."""
+        return self._adapted(x, self.linear(x))
+
+    def deferred(self, x: mx.array) -> mx.array:
+        """Return the same product, lazily."""
+        return self._adapted(x, self.linear.deferred(x))
+
+    def _adapted(self, x: mx.array, y: mx.array) -> mx.array:
+        return y + (self.scale * ((x @ self.lora_a) @ self.lora_b)).astype(x.dtype)
+
 
 class Embedding(Linear):
     """Token embeddings, quantised or not. When called on hidden states, it is the tied output projection."""
 
     def __init__(self, vocab_size: int, hidden_size: int, quantization: Quantization | None):
         super().__init__(hidden_size, vocab_size, quantization)
+
+    def to_lora(self, r: int = 8, dropout: float = 0.0, scale: float = 20.0) -> LoRALinear:
+        """Refuse an adapter.
+
+        Raises:
+            UnsupportedModelError: Always.
+        """
+        raise UnsupportedModelError(
+            "[adapter_path] must change linear modules alone, got the embeddings. Train with keys that leave them out."
+        )
 
     def embed(self, tokens: mx.array, dtype: mx.Dtype) -> mx.array:
         """Return the embeddings of token ids: (...) to (..., H), in ``dtype``."""

@@ -57,6 +57,7 @@ from ..progress import Report, report, showing
 from ..stats import format_bytes
 from ..storage.store import ExpertStore
 from ..system import raise_file_limit, return_freed_buffers
+from .adapters import Adapter, check_alone
 from .downloads import PATTERNS
 from .model_type import StreamingModel
 from .sharding import loading_together, share_experts
@@ -80,6 +81,7 @@ def load(
     verify: str | bool = ...,
     revision: str | None = ...,
     tokenizer_config: dict[str, Any] | None = ...,
+    adapter_path: str | Path | None = ...,
     return_config: Literal[False] = ...,
     trust_remote_code: bool = ...,
     shard: bool | str | Path | None = ...,
@@ -101,6 +103,7 @@ def load(
     verify: str | bool = ...,
     revision: str | None = ...,
     tokenizer_config: dict[str, Any] | None = ...,
+    adapter_path: str | Path | None = ...,
     return_config: Literal[True],
     trust_remote_code: bool = ...,
     shard: bool | str | Path | None = ...,
@@ -121,6 +124,7 @@ def load(
     verify: str | bool = "sample",
     revision: str | None = None,
     tokenizer_config: dict[str, Any] | None = None,
+    adapter_path: str | Path | None = None,
     return_config: bool = False,
     trust_remote_code: bool = False,
     shard: bool | str | Path | None = None,
@@ -146,6 +150,7 @@ def load(
             before they are loaded; "sample" checks one record in 16; False none. Stock checkpoints have no checksums.
         revision: Branch, tag or commit of the repository.
         tokenizer_config: Options passed to the tokenizer.
+        adapter_path: Directory of a LoRA adapter that ``mlx_lm.lora`` wrote, which changes no routed experts.
         return_config: Whether to return the contents of config.json too.
         trust_remote_code: Whether to run Python files that come with the checkpoint: its tokenizer's, and the model's
             own where config.json names a ``model_file``. Only for checkpoints whose code you have read or trust.
@@ -169,7 +174,7 @@ def load(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
     )
     with showing(progress), loading_together(shard, rank_timeout) as ranks:
-        prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify, ranks, shard)
+        prepared = _prepare(_resolve(path_or_repo, revision), streaming, verify, ranks, shard, adapter_path)
         with ExitStack() as undo:
             undo.callback(prepared.store.close)
             config = copy.deepcopy(dict(prepared.checkpoint.config))
@@ -196,6 +201,7 @@ def load_model(
     activation_bits: int | None = None,
     verify: str | bool = "sample",
     revision: str | None = None,
+    adapter_path: str | Path | None = None,
     trust_remote_code: bool = False,
     shard: bool | str | Path | None = None,
     rank_timeout: float = DEFAULT_TIMEOUT,
@@ -206,7 +212,7 @@ def load_model(
         memory_limit, max_context, num_experts_per_tok, io, activation_bits, trust_remote_code, gpu_memory_limit
     )
     with showing(progress), loading_together(shard, rank_timeout) as ranks:
-        return _prepare(_resolve(path, revision), streaming, verify, ranks, shard).load()
+        return _prepare(_resolve(path, revision), streaming, verify, ranks, shard, adapter_path).load()
 
 
 def _resolve(path_or_repo: str | Path, revision: str | None) -> Path:
@@ -233,6 +239,7 @@ class _Prepared:
     plan: MemoryPlan
     store: ExpertStore
     share: Share | None
+    adapter: Adapter | None
 
     def load(self) -> Any:
         model = self.spec.model
@@ -250,9 +257,12 @@ class _Prepared:
 
     def _load_dense(self) -> None:
         """Read and convert the dense tensors, and compile a GPU's kernels meanwhile."""
-        if not use_kernels():
+        if self.adapter is not None or not use_kernels():  # a GPU's steps are built around the modules they find
             self._load_weights(list(self.spec.weights))
             self._finish(self.spec.model.modules())
+            if self.adapter is not None:
+                self.adapter.apply(self.spec.model)
+            self._prepare_steps()
             return
         layouts = {layer: self.checkpoint.layout(layer) for layer in self.checkpoint.moe_layers}
         warm_up = KernelWarmUp(self.spec.model, self.spec.weights, layouts, self.spec.num_experts_per_tok)
@@ -261,6 +271,9 @@ class _Prepared:
         with compiling(warm_up.run):
             self._load_weights(warm_up.others)
         self._finish(self.spec.model.modules())
+        self._prepare_steps()
+
+    def _prepare_steps(self) -> None:
         if hasattr(self.spec.model, "prepare_steps"):
             self.spec.model.prepare_steps()
 
@@ -412,11 +425,15 @@ def _prepare(
     verify: str | bool,
     ranks: RankGroup | None = None,
     shard: bool | str | Path | None = None,
+    adapter_path: str | Path | None = None,
 ) -> _Prepared:
     begin_use()
+    check_alone(adapter_path, streaming.activation_bits, ranks)
+    adapter = None if adapter_path is None else Adapter.open(adapter_path)
     report("reading headers")
     return_freed_buffers()
     checkpoint, spec = inspect_checkpoint(directory, streaming)
+    spec = spec if adapter is None else adapter.counted(spec)
     share = None if ranks is None else share_experts(ranks, checkpoint, streaming, shard)
     if streaming.activation_bits is not None:
         spec = _with_rounded_activations(spec, streaming.activation_bits)
@@ -431,7 +448,7 @@ def _prepare(
         message = f"{error} No limit was given: this one is {limit_reason()}."
         raise MemoryLimitError(message, error.smallest_limit_bytes) from None
     store = ExpertStore(checkpoint, io=plan.reads.io, num_threads=plan.reads.num_threads, verify=verify)
-    return _Prepared(checkpoint, spec, plan, store, share)
+    return _Prepared(checkpoint, spec, plan, store, share, adapter)
 
 
 def _lazy_dense(checkpoint: Checkpoint) -> dict[str, mx.array]:

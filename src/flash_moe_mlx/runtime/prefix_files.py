@@ -227,6 +227,8 @@ def _model_fingerprint(model: Any) -> str:
     parts: list[Any] = [_FORMAT, mx.__version__, backend(), str(getattr(model, "dtype", ""))]
     parts += [getattr(model, "activation_bits", None), *engine.stats().lossy]
     parts += [f"{path.name} {fingerprint(path)}" for path in sorted(paths)]
+    if (adapter := getattr(model, "adapter", None)) is not None:
+        parts.append(adapter)
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
 
 
