@@ -243,6 +243,7 @@ def test_progress_and_estimate(stock: Path, tmp_path: Path, monkeypatch: pytest.
     assert "disk needed" in str(estimate) and "<table>" in estimate._repr_html_()
     seen = []
     packed = pack(stock, tmp_path / "packed", bits=2, progress=seen.append)
+    assert seen[-1].step == "waiting for the disk" and seen[-1].done == seen[-1].total
     done = [moment.done for moment in seen]
     assert done == sorted(done)
     assert done[-1] == seen[-1].total == estimate.remaining_bytes

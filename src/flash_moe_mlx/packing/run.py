@@ -80,6 +80,8 @@ class Runner:
             try:
                 self._run_tasks(pool)
                 self._run_late()
+                self._step = "waiting for the disk"  # which may take seconds, with the bar at its end
+                self._tell()
                 self._commit()
             except OSError as error:
                 self._commit_rest()
