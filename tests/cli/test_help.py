@@ -47,6 +47,7 @@ def test_each_command_has_a_line_with_its_whole_summary(monkeypatch: pytest.Monk
 def test_options_are_in_panels_by_subject():
     sections = re.findall(r"^(\w.*):$\n((?:  .*\n)+)", succeed("serve", "--help"), re.MULTILINE)
     assert [title for title, _ in sections] == ["Options", "Model", "Access", "Caches", "Sampling", "Memory and speed"]
+    assert "--allow-host <str>" in dict(sections)["Access"]
     assert "--top-p" in dict(sections)["Sampling"] and "--io" in dict(sections)["Memory and speed"]
 
 

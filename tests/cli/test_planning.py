@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from flash_moe_mlx import RoutingTrace
 from flash_moe_mlx.planning.speed import Speed
 
 from ..support.command_line import document, invoke, refusal, succeed
@@ -23,6 +24,14 @@ def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     printed = succeed("trace", "What is 17 + 25?", "--output", str(path), "--max-tokens", "12", *LIMIT)
     assert "42" in printed and str(path) in printed
     return path
+
+
+def test_trace_as_json(tmp_path: Path):
+    path = tmp_path / "routing.npz"
+    options = ("--output", str(path), "--max-tokens", "3", "--system", "Be brief.", "--json", *LIMIT)
+    told = document("trace", "What is 17 + 25?", *options)
+    assert told["trace"] == str(path) and told["text"] and 0 < told["hit_rate"] < 1
+    assert told["tokens"] == len(RoutingTrace.read(path).phase)
 
 
 def test_plan_as_text_and_json(trace: Path):

@@ -56,9 +56,10 @@ def _options(command: Any, ctx: Any) -> Iterator[tuple[str, Rows]]:
 
 
 def _name(parameter: Any, record: str) -> str:
-    """Return an option's names and type, without mlx-lm's names for it."""
+    """Return an option's names and the type of one value, without mlx-lm's names for it."""
     for alias in [name for name in parameter.opts if name.startswith("--")][1:]:
         record = record.replace(f", {alias}", "")
+    record = re.sub(r"<list\[(\w+)\]>", lambda found: f"<{found[1].lower()}>", record)
     return record.replace(" range>", ">")
 
 
