@@ -264,3 +264,40 @@ def test_resized_up_and_down_in_the_middle(loaded: tuple[Any, Any]) -> None:
     engine.resize(limit)
     list(stream_generate(model, tokenizer, tokens, 2))
     assert engine.counters.since(hits).hits > 0
+
+
+@pytest.mark.parametrize("lengths", [[100], [5, 5], [100, 3, 40], [90] * 12])
+def test_rooms_of_sequences_at_once_hold_every_pass(lengths: list[int]):
+    """In whichever order their prompts are read, and however many of them are merged into one batch."""
+    reservations = Reservations(Costs(), *PROMISED)
+    largest = max(reservations.least().nbytes, *(room.nbytes for room in reservations.together(lengths)))
+
+    def prompts_read(lengths: list[int]) -> list[list[Cache]]:
+        alone = [[Cache()] for _ in lengths]
+        for caches, length in zip(alone, lengths, strict=True):
+            assert reservations.needed(1, min(10, length), length, caches).nbytes <= largest
+            reservations.note(caches, 1, length)
+        return alone
+
+    for size in range(1, len(lengths) + 1):
+        others = prompts_read(lengths[size:])
+        merged = [Cache()]
+        assert reservations.needed(size, 1, max(lengths), merged).nbytes <= largest
+        del others, merged
+    everybody = prompts_read(lengths)
+    assert len(everybody) == len(lengths)
+
+
+def test_room_for_sequences_at_once(directory: Path):
+    """Counts states and scratch of all; what fits can then be had."""
+    limit = smallest_limit(directory, max_context=CONTEXT)
+    with flash_moe_mlx.load_model(directory, memory_limit=limit, max_context=CONTEXT).streaming as engine:
+        assert engine.has_room([CONTEXT])
+        assert not engine.has_room([CONTEXT] * 2)
+        engine.resize(limit + 20_000_000)
+        fit = max(n for n in range(1, 100) if engine.has_room([CONTEXT] * n))
+        assert 1 < fit < 99
+        with engine.forward_pass(fit, 1, CONTEXT):
+            pass
+        with pytest.raises(MemoryLimitError), engine.forward_pass(4 * fit, 1, CONTEXT):
+            pass

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import RequestError
-from ..runtime.generation import GenerationResponse, LogitsProcessor, Sampler, stream_generate
+from ..runtime.generation import GenerationResponse, stream_generate
 from ..runtime.prefix_cache import PrefixCache
+from ..runtime.steps import LogitsProcessor, Sampler
 from .answer import BadCall, Kind, Part, ThinkingBudget
 from .calls import Call
 from .dialect import dialect_of

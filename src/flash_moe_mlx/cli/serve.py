@@ -69,6 +69,12 @@ def serve(
     max_queue: Annotated[
         int, typer.Option(help="Maximum number of requests waiting in the queue.", min=0, rich_help_panel="Access")
     ] = 16,
+    max_concurrent: Annotated[
+        int,
+        typer.Option(
+            help="Maximum number of requests to answer at once, within memory.", min=1, rich_help_panel="Access"
+        ),
+    ] = 1,
     max_body: Annotated[str, typer.Option(help="Maximum size of a request body.", rich_help_panel="Access")] = "4MB",
     prefix_cache: Annotated[
         str,
@@ -149,6 +155,7 @@ def serve(
             model_id=name or ("demo" if model is None else checkpoint_name(model)),
             api_key=api_key or None,
             max_queue=max_queue,
+            max_concurrent=max_concurrent,
             max_body_bytes=parse_size(max_body),
             prefix_cache=None if prefix_cache == "0" else prefix_cache,
             prefix_directory=prefix_dir,

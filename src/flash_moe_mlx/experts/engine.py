@@ -290,6 +290,19 @@ class StreamingEngine(RankMethods):
             if self._reservations.remove_snapshots(snapshots) and not self._closed:
                 self._apply(*self._divide_anew(self._limit_bytes))
 
+    def has_room(self, lengths: Sequence[int]) -> bool:
+        """Return whether sequences that will hold so many tokens each fit into the limit at once.
+
+        Nothing is reserved: passes take what they need, as long as no others are begun.
+        """
+        with self.lock:
+            try:
+                for room in self._reservations.together(lengths):
+                    self._divide(self._limit_bytes, room)
+            except MemoryLimitError:
+                return False
+            return True
+
     def debug_state(self) -> DebugState:
         """Return the engine's parts as they are now, for tests and debugging."""
         return DebugState(

@@ -91,6 +91,22 @@ class Reservations:
             return Room(batch, tokens, length, others, needed)
         return Room(promised.batch, promised.tokens, promised.length, needed - promised.nbytes, needed)
 
+    def together(self, lengths: Sequence[int]) -> list[Room]:
+        """Return the rooms that must fit for sequences of these lengths, to run at once, whichever pass comes next.
+
+        Args:
+            lengths: Tokens that each will hold in the end.
+        """
+        promised, batch, longest = self._promised, len(lengths), max(lengths)
+        # Shorter sequences are padded to the longest. One's prompt may be read while the others wait.
+        scratch = self._footprint.scratch_bytes(batch, 1, longest)
+        reading = self._footprint.scratch_bytes(1, min(promised.tokens, longest), longest)
+        nbytes = self._footprint.state_bytes(batch, longest) + max(scratch, reading)
+        return [
+            self._room(batch, 1, longest, max(0, reading - scratch)),
+            Room(promised.batch, promised.tokens, promised.length, max(0, nbytes - promised.nbytes), nbytes),
+        ]
+
     def change(self, needed: Room) -> Room | None:
         """Return the room to reserve instead of the current one before a pass, or None to leave it.
 

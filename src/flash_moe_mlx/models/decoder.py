@@ -141,6 +141,11 @@ class HybridModel(nn.Module):
         self._deferred = DeferredChecks()
 
     @property
+    def decodes_singly(self) -> bool:
+        """Whether single tokens have a program of their own, which needs no MLX."""
+        return self._decoder() is not None
+
+    @property
     def dtype(self) -> mx.Dtype:
         """Dtype of activations; ``set_dtype`` changes it, as in mlx-lm's models."""
         return self.text_model.norm.weight.dtype

@@ -8,9 +8,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import closing
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -21,23 +21,18 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import DEFAULT_PREFILL_STEP_SIZE
 from ..errors import RequestError
-from ..experts.leading import Leader
 from ..experts.thread_streams import borrow_stream
 from ..forks import check_process
-from ..models.caches import context_length, pending_states
-from ..models.checks import check_sampled, lazily_finite
-from ..ops.gpu.kernel_source import explain_refusals
+from ..models.caches import context_length
 from ..progress import Report, report, showing
 from ..stats import GenerationStats
 from .constraint import Constraint
 from .grammar import as_grammar
 from .prefix_cache import PrefixCache
 from .prompt_text import check_length, check_text
+from .steps import LogitsProcessor, Sampler, Snapshots, Steps
 
 logger = logging.getLogger(__name__)
-
-Sampler = Callable[[mx.array], mx.array]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 
 
 @dataclass
@@ -115,6 +110,62 @@ def stream_generate(
         MemoryLimitError: If the limit can't hold a forward pass of this size.
         StoreError: If an expert can't be read, or this process was forked from the one that loaded the model.
     """
+    answer = begin_answer(
+        model,
+        tokenizer,
+        prompt,
+        max_tokens,
+        sampler=sampler,
+        logits_processors=logits_processors,
+        max_kv_size=max_kv_size,
+        prompt_cache=prompt_cache,
+        prefill_step_size=prefill_step_size,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        quantized_kv_start=quantized_kv_start,
+        prompt_progress_callback=prompt_progress_callback,
+        input_embeddings=input_embeddings,
+        prefix_cache=prefix_cache,
+        snapshot_at=snapshot_at,
+        schema=schema,
+    )
+    return _showing_first(_responses(answer.passes), progress)
+
+
+@dataclass(eq=False)
+class Answer:
+    """A generation that is advanced one pass at a time.
+
+    Attributes:
+        steps: Its passes.
+        passes: Advances it: yields None before each pass, and the response of each token.
+    """
+
+    steps: Steps
+    passes: Generator[GenerationResponse | None, None, None]
+
+
+def begin_answer(
+    model: Any,
+    tokenizer: Any,
+    prompt: str | mx.array | list[int],
+    max_tokens: int = 256,
+    *,
+    sampler: Sampler | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    max_kv_size: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    prefill_step_size: int = DEFAULT_PREFILL_STEP_SIZE,
+    kv_bits: int | None = None,
+    kv_group_size: int = 64,
+    quantized_kv_start: int = 5000,
+    prompt_progress_callback: Callable[[int, int], None] | None = None,
+    input_embeddings: mx.array | None = None,
+    prefix_cache: PrefixCache | None = None,
+    snapshot_at: Sequence[int] | None = None,
+    schema: Any = None,
+) -> Answer:
+    """Check the arguments of :func:`stream_generate`, which raises the same, and return the generation to advance."""
     check_process("generate")
     borrow_stream()
     if not isinstance(max_tokens, int) or max_tokens < -1 or max_tokens == 0:
@@ -160,7 +211,7 @@ def stream_generate(
     # The last token needs no room in the cache: it is never fed back.
     room = limit - context + 1
     kv = quantized_kv_start, kv_group_size, kv_bits
-    steps = _Steps(
+    steps = Steps(
         model,
         caches,
         sampler or (lambda logprobs: mx.argmax(logprobs, axis=-1)),
@@ -174,7 +225,7 @@ def stream_generate(
                 "of them. Run the same program on every rank to use them."
             )
         steps.lead(tokens.tolist(), prefix_cache, max_kv_size, kv)
-    responses = _stream(
+    passes = _passes(
         steps,
         tokenizer,
         tokens,
@@ -185,9 +236,9 @@ def stream_generate(
         room if prompt_cache is not None else 0,
         None
         if prefix_cache is None
-        else _Snapshots(prefix_cache, cached, prefix_cache.points(snapshot_at, cached, length)),
+        else Snapshots(prefix_cache, cached, prefix_cache.points(snapshot_at, cached, length)),
     )
-    return _showing_first(responses, progress)
+    return Answer(steps, passes)
 
 
 def generate(
@@ -251,131 +302,12 @@ def _encode(tokenizer: TokenizerWrapper, prompt: str | mx.array | list[int], mod
     return mx.array(ids.astype(np.uint32))
 
 
-@dataclass
-class _Snapshots:
-    """One generation's use of a prefix cache: tokens it saved, and points still to be snapshotted, ascending."""
-
-    cache: PrefixCache
-    cached: int
-    points: list[int]
-
-
-class _Step(NamedTuple):
-    """A token being computed: its id, its log-probabilities, whether the logits are finite, and its input."""
-
-    token: mx.array
-    logprobs: mx.array
-    finite: mx.array | None
-    fed: mx.array
-    embeddings: mx.array | None
-
-
-class _Steps:
-    """Forward passes of one generation: the prompt in chunks, then one token at a time."""
-
-    def __init__(
-        self,
-        model: Any,
-        caches: list[Any],
-        sampler: Sampler,
-        processors: list[LogitsProcessor],
-        quantize_caches: Callable[[], None],
-    ):
-        self.model = model
-        self.caches = caches
-        self._sampler = sampler
-        # Constraints come last, and need no history: keeping one costs an operation per token.
-        self._constraints = [p for p in processors if isinstance(p, Constraint)]
-        self._processors = [p for p in processors if not isinstance(p, Constraint)]
-        self._quantize_caches = quantize_caches
-        self._seen: mx.array | None = None
-        self._leader: Leader | None = None
-        self._number = 0
-
-    def lead(
-        self, tokens: list[int], prefix_cache: PrefixCache | None, max_kv_size: int | None, kv: tuple[int, int, Any]
-    ) -> None:
-        """Announce this generation to the ranks that follow, and later each of its passes."""
-        leader: Leader = self.model.streaming.leader
-        self._leader, self._number = leader, leader.number(self)
-        prefix = None if prefix_cache is None else prefix_cache.number
-        with self._announced("begin", tokens=tokens, prefix=prefix, max_kv_size=max_kv_size, kv=kv):
-            pass
-
-    def _announced(self, op: str, **fields: Any) -> AbstractContextManager[None]:
-        return nullcontext() if self._leader is None else self._leader.announced(op, number=self._number, **fields)
-
-    def _feeding(self, op: str, tokens: mx.array) -> AbstractContextManager[None]:
-        return nullcontext() if self._leader is None else self._announced(op, tokens=tokens.tolist())
-
-    def snapshot(self, cache: PrefixCache, tokens: list[int], *, lasting: bool = False) -> None:
-        """Store a copy of the caches, which hold exactly ``tokens``; a ``lasting`` one in the cache's directory too."""
-        with self._announced("store", prefix=cache.number, tokens=tokens):
-            cache.store(tokens, self.caches, lasting=lasting)
-
-    def note(self, tokens: mx.array) -> None:
-        """Append tokens to the history that logits processors receive."""
-        if self._processors and len(tokens):
-            self._seen = tokens if self._seen is None else mx.concatenate([self._seen, tokens])
-
-    @explain_refusals()
-    def prefill(self, tokens: mx.array, embeddings: mx.array | None) -> None:
-        """Advance the caches by a chunk of the prompt; no logits are computed."""
-        borrow_stream()
-        with self._feeding("prefill", tokens):
-            self.model(tokens[None], cache=self.caches, input_embeddings=_batched(embeddings), logits_to_keep=0)
-        self.note(tokens)
-        self._quantize_caches()
-        mx.eval(pending_states(self.caches), self._seen)
-        mx.clear_cache()
-
-    @property
-    def run_ahead(self) -> bool:
-        """Whether the next token may be built while the current one is computed, which takes lazy passes."""
-        return not self._constraints and bool(getattr(self.model, "runs_ahead", False))
-
-    def advance(self, token: int) -> None:
-        """Let constraints compute what may follow a token; call it before :meth:`start` with that token."""
-        for constraint in self._constraints:
-            constraint.advance(token)
-
-    @explain_refusals()
-    def start(self, tokens: mx.array, embeddings: mx.array | None = None) -> "_Step":
-        """Feed tokens and start computing the next one."""
-        borrow_stream()
-        given = _batched(embeddings)
-        with self._feeding("start", tokens):
-            logits = self.model(tokens[None], cache=self.caches, input_embeddings=given, logits_to_keep=1)[:, -1, :]
-        self.note(tokens)
-        finite = lazily_finite(logits)  # before processors: they may exclude tokens with -inf
-        for processor in self._processors:
-            logits = processor(self._seen, logits)
-        for constraint in self._constraints:
-            logits = constraint(tokens, logits)
-        self._quantize_caches()
-        # Always in float32: samplers sum as many probabilities as the vocabulary has entries.
-        logits = logits.astype(mx.float32)
-        logprobs = logits - mx.logsumexp(logits, keepdims=True)
-        token, logprobs = self.model.streaming.agreed(self._sampler(logprobs)), logprobs.squeeze(0)
-        # Start everything that outlives the step: only this thread could evaluate it later if it stayed lazy.
-        mx.async_eval(token, logprobs, pending_states(self.caches), self._seen, finite)
-        return _Step(token, logprobs, finite, tokens, embeddings)
-
-    @explain_refusals()
-    def finish(self, step: "_Step") -> tuple[mx.array, mx.array]:
-        """Wait for a step and return the next token (1,) and its log-probabilities (vocabulary,), float32."""
-        mx.eval(step.token, step.logprobs, step.finite)
-        if not self.run_ahead:
-            mx.eval(pending_states(self.caches), self._seen)
-        if step.finite is not None and not step.finite.item():
-            with self._announced("diagnose"):
-                raise self.model.diagnose(step.fed[None], _batched(step.embeddings))
-        check_sampled(step.token, step.logprobs.shape[-1])
-        return step.token, step.logprobs
-
-
-def _batched(embeddings: mx.array | None) -> mx.array | None:
-    return None if embeddings is None else embeddings[None]
+def _responses(
+    passes: Generator[GenerationResponse | None, None, None],
+) -> Generator[GenerationResponse, None, None]:
+    """Run every pass at once, and yield the responses."""
+    with closing(passes):
+        yield from (response for response in passes if response is not None)
 
 
 def _showing_first(
@@ -389,8 +321,8 @@ def _showing_first(
         yield from responses
 
 
-def _stream(
-    steps: _Steps,
+def _passes(
+    steps: Steps,
     tokenizer: TokenizerWrapper,
     prompt: mx.array,
     embeddings: mx.array | None,
@@ -398,8 +330,8 @@ def _stream(
     prefill_step_size: int,
     progress: Callable[[int, int], None],
     room_to_keep: int,
-    snapshots: _Snapshots | None,
-) -> Generator[GenerationResponse, None, None]:
+    snapshots: Snapshots | None,
+) -> Generator[GenerationResponse | None, None, None]:
     before = steps.model.streaming.counters.copy()
     detokenizer = tokenizer.detokenizer
     length = len(prompt) if embeddings is None else len(embeddings)
@@ -412,6 +344,7 @@ def _stream(
     points = list(snapshots.points) if snapshots is not None else []
     # As in mlx_lm, the last prompt token is fed alone: the chunks before it need no logits.
     while length - done > 1:
+        yield None
         size = min(prefill_step_size, *(point - done for point in points[:1]), length - done - 1)
         steps.prefill(prompt[done : done + size], _part(embeddings, done, size))
         done += size
@@ -419,7 +352,9 @@ def _stream(
             steps.snapshot(snapshots.cache, prompt[: points.pop(0)].tolist(), lasting=True)
         progress(done, length)
         report("reading the prompt", done, length, "tokens")
+    yield None
     step = steps.start(prompt[done:], _part(embeddings, done, 1))
+    steps.reading = False
     prompt_tps = 0.0
     fed: list[int] = []
     for count in range(1, max_tokens + 1):
@@ -466,6 +401,9 @@ def _stream(
             return
         if following is None:
             steps.advance(token_id)
+            steps.due = token
+        yield None
+        steps.due = None
         step = following or steps.start(token)
         fed.append(token_id)
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from typing import Any, Protocol
 
 from .api_error import ApiError
+from .generation import Finished
 from .parts import AnswerPart
-from .worker import Finished
 
 
 class AnswerFormat(Protocol):

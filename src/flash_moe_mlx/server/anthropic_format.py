@@ -7,8 +7,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from .api_error import ApiError, anthropic_error
+from .generation import Finished, Generation
 from .parts import AnswerPart, TextPart, ToolCall, ToolCallDelta, ToolCallStart
-from .worker import Finished, Generation
 
 SIGNATURE = "Zmxhc2gtbW9l"
 """Signature of thinking blocks: clients send them back with it, and it is not looked at."""

@@ -24,6 +24,7 @@ from .anthropic_request import parse_messages
 from .api_error import ApiError, failed_generation
 from .body import BodyBudget, parse_body, read_body
 from .config import ServerConfig
+from .generation import ClientLeft, Finished, Generation
 from .guard import Guard, headers, refusal
 from .openai_format import ChatFormat, CompletionFormat, OpenAIStream
 from .pages import PAGES, page
@@ -32,7 +33,7 @@ from .response_store import ResponseStore
 from .responses_format import ResponseFormat
 from .responses_request import parse_response
 from .schema import GenerationRequest, parse_chat, parse_completion
-from .worker import ClientLeft, Finished, Generation, Worker
+from .worker import Worker
 
 logger = logging.getLogger(__name__)
 
@@ -76,6 +77,7 @@ class _Server:
             model,
             tokenizer,
             max_queue=config.max_queue,
+            max_concurrent=config.max_concurrent,
             prefix_cache=None if config.kv_bits is not None else config.prefix_cache,
             prefix_directory=config.prefix_directory,
             prefix_directory_bytes=config.prefix_directory_bytes,

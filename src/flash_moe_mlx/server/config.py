@@ -24,7 +24,8 @@ class ServerConfig:
     Attributes:
         model_id: Name by which clients request the model.
         api_key: Key that clients must send; None admits everybody.
-        max_queue: Maximum number of waiting requests, not counting the running one.
+        max_queue: Maximum number of waiting requests, not counting the running ones.
+        max_concurrent: Maximum number of requests to answer at once.
         max_body_bytes: Maximum size of a request body.
         prefix_cache: Size of the prefix cache, "auto", or None for none.
         prefix_directory: Directory in which prefix states and hot experts outlive the server; None keeps none.
@@ -41,6 +42,7 @@ class ServerConfig:
     model_id: str
     api_key: str | None = None
     max_queue: int = 16
+    max_concurrent: int = 1
     max_body_bytes: int = 4 << 20
     prefix_cache: int | str | None = "auto"
     prefix_directory: str | None = None
@@ -59,6 +61,10 @@ class ServerConfig:
             # The message must not contain the key, because messages end up in logs.
             raise RequestError(
                 "[api_key] must be printable text without spaces around it, got another. Choose another key."
+            )
+        if self.max_concurrent < 1:
+            raise RequestError(
+                f"[max_concurrent] must be at least 1 request, got {self.max_concurrent}. Leave it out for 1."
             )
         if self.prefix_directory is not None and (self.prefix_cache is None or self.kv_bits is not None):
             raise RequestError(

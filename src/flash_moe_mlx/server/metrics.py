@@ -57,7 +57,7 @@ _Reader = Callable[[Metrics, Any, Any], float]
 # name, type, help, value of (metrics, model, worker)
 _TABLE: list[tuple[str, str, str, _Reader]] = [
     ("queued_requests", "gauge", "Requests that wait for their turn.", lambda m, model, w: w.queued),
-    ("running_requests", "gauge", "Generations under way: 0 or 1.", lambda m, model, w: w.running),
+    ("running_requests", "gauge", "Generations under way.", lambda m, model, w: w.running),
     ("prompt_tokens_total", "counter", "Tokens of prompts, cached ones included.", lambda m, model, w: m.prompt_tokens),
     ("cached_prompt_tokens_total", "counter", "Tokens of prompts that the prefix cache spared.",
      lambda m, model, w: m.cached_tokens),

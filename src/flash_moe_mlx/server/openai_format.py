@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from .api_error import ApiError
+from .generation import Finished, Generation
 from .parts import (
     AnswerPart,
     Progress,
@@ -18,7 +19,6 @@ from .parts import (
     ToolCallEnd,
     ToolCallStart,
 )
-from .worker import Finished, Generation
 
 DONE = b"data: [DONE]\n\n"
 

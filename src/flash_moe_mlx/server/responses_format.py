@@ -8,9 +8,9 @@ from contextlib import suppress
 from typing import Any
 
 from .api_error import ApiError
+from .generation import Finished, Generation
 from .parts import AnswerPart, TextPart, ToolCall, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .response_store import ResponseStore
-from .worker import Finished, Generation
 
 _NAMES = {"content": "output_text", "reasoning": "reasoning_text"}
 _DEFAULTS: dict[str, Any] = {

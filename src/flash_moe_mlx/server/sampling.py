@@ -10,7 +10,8 @@ from mlx_lm.sample_utils import make_logits_processors, make_sampler
 
 from ..chat.text import TokenTable
 from ..errors import FlashMoEError
-from ..runtime.generation import GenerationResponse, LogitsProcessor, Sampler
+from ..runtime.generation import GenerationResponse
+from ..runtime.steps import LogitsProcessor, Sampler
 from .parts import TokenLogprob
 from .schema import Sampling
 

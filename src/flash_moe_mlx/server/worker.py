@@ -1,4 +1,4 @@
-"""Worker: the single thread that generates, and the bounded queue in front of it.
+"""Worker: the thread that generates, and the bounded queue in front of it.
 
 Requests come from the event loop. Parts of answers return to it through one `asyncio.Queue` per request, so that a slow
 client delays nobody else. A second thread parses bodies, and renders and encodes prompts, one at a time: memory holds
@@ -7,109 +7,36 @@ one parsed body, however many wait. Between these stages, clients that have left
 
 import asyncio
 import logging
-import threading
-import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 
-from ..chat.answer import ThinkingBudget
 from ..chat.dialect import dialect_of
 from ..chat.ids import CallIds
 from ..chat.prompt import chat_prompt
-from ..chat.text import token_table
-from ..errors import MemoryLimitError
-from ..runtime.constraint import Constraint
-from ..runtime.generation import GenerationResponse, stream_generate
+from ..errors import MemoryLimitError, RequestError
+from ..runtime.generation import Answer, begin_answer, stream_generate
 from ..runtime.prefix_cache import PrefixCache
 from ..runtime.prompt_text import PromptTooLongError, check_conversation, check_length
 from ..stats import StreamingStats
 from .api_error import ApiError
+from .concurrency import Concurrency
+from .delivery import Delivery
+from .generation import ClientLeft, Finished, Generation, Prompt
 from .metrics import Metrics
-from .parts import AnswerParser, AnswerPart, Progress
-from .sampling import processors_for, sampler_for, token_logprob
 from .schema import GenerationRequest
 from .structured import constraint_for
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Finished:
-    """The end of an answer, with its usage.
-
-    Attributes:
-        reason: "stop", "length" or "tool_calls".
-        stop: The stop string that ended it, if one did.
-    """
-
-    reason: str
-    prompt_tokens: int
-    completion_tokens: int
-    cached_tokens: int
-    stop: str | None = None
-
-
-class ClientLeft(Exception):
-    """The client left before its answer began."""
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    tokens: list[int]
-    snapshot_at: list[int] | None
-    ids: CallIds
-    constraint: Constraint | None
-
-
-class Generation:
-    """One request's generation: an asynchronous iterator over its answer's parts, of which `Finished` is the last.
-
-    If `Finished` does not come, `error` says why.
-
-    Attributes:
-        request: The request, without its messages and prompt, once `Worker.start` has read it.
-        prompt_tokens: Tokens of its prompt, from then on.
-    """
-
-    request: GenerationRequest
-    prompt_tokens = 0
-
-    def __init__(self, loop: asyncio.AbstractEventLoop):
-        self.arrived = time.perf_counter()
-        self.cancelled = threading.Event()
-        self.future: Future[Finished | None] | None = None
-        self.loop = loop
-        self._parts: asyncio.Queue[AnswerPart | Finished | None] = asyncio.Queue()
-
-    def put(self, part: AnswerPart | Finished | None) -> None:
-        """Pass on a part, or None at the end, from any thread."""
-        self.loop.call_soon_threadsafe(self._parts.put_nowait, part)
-
-    def cancel(self) -> None:
-        """End the generation: immediately if it waits, else before the next layer's reads. Later calls do nothing."""
-        self.cancelled.set()
-        if self.future is not None:
-            self.future.cancel()
-
-    async def __aiter__(self) -> AsyncIterator[AnswerPart | Finished]:
-        while (part := await self._parts.get()) is not None:
-            yield part
-
-    def error(self) -> BaseException | None:
-        """Return the error that ended it early; `CancelledError` if it was cancelled. Call this at the end."""
-        if self.future is None or self.cancelled.is_set():
-            return CancelledError()
-        return self.future.exception()
-
-
 class Worker:
-    """Generates for one request at a time. `close` it when done.
+    """Generates for one request at a time, or for several. `close` it when done.
 
     Attributes:
         metrics: Counters that the worker updates.
@@ -121,6 +48,7 @@ class Worker:
         tokenizer: Any,
         *,
         max_queue: int,
+        max_concurrent: int = 1,
         prefix_cache: int | str | None = "auto",
         prefix_directory: str | None = None,
         prefix_directory_bytes: int | str = "10GB",
@@ -132,7 +60,8 @@ class Worker:
         Args:
             model: The model that :func:`flash_moe_mlx.load` returned.
             tokenizer: The tokenizer that :func:`flash_moe_mlx.load` returned.
-            max_queue: Maximum number of waiting requests, not counting the running one.
+            max_queue: Maximum number of waiting requests, not counting the running ones.
+            max_concurrent: Maximum number of requests to answer at once.
             prefix_cache: Size of the prefix cache. "auto" is three conversations of max_context tokens, but at most a
                 quarter of the expert slots' memory; None keeps no cache.
             prefix_directory: Directory in which the prefix cache's states outlive the process; None for none.
@@ -142,8 +71,12 @@ class Worker:
 
         Raises:
             MemoryLimitError: If the memory limit can't spare the requested size.
-            RequestError: If the directory can't be used.
+            RequestError: If the directory can't be used, or ranks would have to answer several requests at once.
         """
+        if max_concurrent > 1 and model.streaming.ranks > 1:
+            raise RequestError(
+                f"[max_concurrent] must be 1 where ranks share the experts, got {max_concurrent}. Leave it out."
+            )
         self.metrics = Metrics()
         self._model = model
         self._tokenizer = tokenizer
@@ -159,11 +92,15 @@ class Worker:
         self._generations = ThreadPoolExecutor(1, thread_name_prefix="flash-moe-serve")
         self._admitted: set[Generation] = set()
         self._current: Generation | None = None
+        self._max_concurrent = max_concurrent
+        self._concurrency: Concurrency | None = None
+        if max_concurrent > 1:
+            self._concurrency = Concurrency(model, max_concurrent, self._generations, self._begin)
 
     @property
     def running(self) -> int:
-        """Number of running generations: 0 or 1."""
-        return int(self._current is not None)
+        """Number of running generations."""
+        return int(self._current is not None) if self._concurrency is None else self._concurrency.running
 
     @property
     def queued(self) -> int:
@@ -186,7 +123,7 @@ class Worker:
         Raises:
             ApiError: 429 if the queue is full.
         """
-        if len(self._admitted) > self._max_queue:
+        if len(self._admitted) >= self._max_queue + self._max_concurrent:
             raise ApiError(429, f"the queue must have room, got {len(self._admitted)} requests. Try again soon.")
         generation = Generation(asyncio.get_running_loop())
         self._admitted.add(generation)
@@ -209,7 +146,10 @@ class Worker:
             if generation.cancelled.is_set():
                 raise ClientLeft
             generation.prompt_tokens = len(prompt.tokens)
-            generation.future = self._generations.submit(self._run, generation, prompt)
+            if self._concurrency is None:
+                generation.future = self._generations.submit(self._run, generation, prompt)
+            else:
+                generation.future = self._concurrency.submit(generation, prompt)
         finally:
             if generation.future is None:
                 self._admitted.discard(generation)
@@ -243,7 +183,7 @@ class Worker:
         if self._prefix_cache is not None:
             self._prefix_cache.close()
 
-    def _prepare(self, generation: Generation, read: Callable[[], GenerationRequest]) -> _Prompt:
+    def _prepare(self, generation: Generation, read: Callable[[], GenerationRequest]) -> Prompt:
         """Parse the request, and render and encode its prompt. Runs on the prompts' thread."""
         _check_wanted(generation)
         request = read()
@@ -274,7 +214,7 @@ class Worker:
             tools=request.tools,
             call_required=request.call_required,
         )
-        return _Prompt(tokens, snapshot_at, ids, constraint)
+        return Prompt(tokens, snapshot_at, ids, constraint)
 
     def _too_long(self, request: GenerationRequest, message: str) -> ApiError:
         param = "prompt" if request.messages is None else "messages"
@@ -302,7 +242,7 @@ class Worker:
         tokens, points = chat_prompt(tokenizer, request.messages, **arguments | {"enable_thinking": False})
         return [*tokens, *tokenizer.encode(dialect.call_beginning, add_special_tokens=False)], points
 
-    def _run(self, generation: Generation, prompt: _Prompt) -> Finished | None:
+    def _run(self, generation: Generation, prompt: Prompt) -> Finished | None:
         """Generate an answer. Runs on the worker's thread."""
         self._current = generation
         try:
@@ -311,70 +251,30 @@ class Worker:
         finally:
             self._current = None
 
-    def _generate(self, generation: Generation, prompt: _Prompt) -> Finished | None:
-        request, tokenizer = generation.request, self._tokenizer
-        parser = AnswerParser(tokenizer, prompt.tokens, request, prompt.ids)
-        table = token_table(tokenizer)
-        limit = self._model.streaming.max_context
-        responses = stream_generate(
-            self._model,
-            tokenizer,
-            prompt.tokens,
-            -1 if request.max_tokens is None else request.max_tokens,
-            sampler=sampler_for(request.sampling, len(tokenizer)),
-            logits_processors=[
-                *processors_for(request.sampling, len(prompt.tokens), limit),
-                *_budget(tokenizer, prompt.tokens, request.thinking_budget),
-                *([] if prompt.constraint is None else [prompt.constraint]),
-            ],
-            prompt_progress_callback=_reporter(generation) if request.progress else None,
-            prefix_cache=self._prefix_cache,
-            snapshot_at=prompt.snapshot_at,
-            progress=False,
-            **self._kv_cache,
-        )
-        with closing(responses):
-            for response in self._counted(responses, generation):
-                logprob = None
-                pieces = parser.read(response.token, response.finish_reason)
-                if request.top_logprobs is not None and response.token not in tokenizer.eos_token_ids:
-                    logprob = token_logprob(response, parser.text, table, request.top_logprobs)
-                for part in parser.feed(pieces, logprob, last=response.finish_reason is not None):
-                    generation.put(part)
-                if response.finish_reason or parser.stopped:
-                    break
+    def _generate(self, generation: Generation, prompt: Prompt) -> Finished | None:
+        delivery = Delivery(self._tokenizer, generation, prompt, self.metrics)
+        with closing(stream_generate(*self._arguments(prompt), progress=False, **self._options(delivery))) as responses:
+            for response in responses:
+                if (finished := delivery.take(response)) is not None:
+                    return finished
                 if generation.cancelled.is_set():
                     return None
-        cut = response.finish_reason == "length" and not parser.stopped
-        reason = "length" if cut else "tool_calls" if parser.calls else "stop"
-        usage = response.prompt_tokens, response.generation_tokens, response.cached_tokens
-        return Finished(reason, *usage, stop=parser.stop)
+        return None
 
-    def _counted(self, responses: Iterator[GenerationResponse], generation: Generation) -> Iterator[GenerationResponse]:
-        last = None
-        for response in responses:
-            now = time.perf_counter()
-            if last is None:
-                self.metrics.first_token(response, generation.arrived)
-            self.metrics.token(response, 0.0 if last is None else now - last)
-            last = now
-            yield response
+    def _begin(self, generation: Generation, prompt: Prompt) -> tuple[Answer, Delivery]:
+        """Begin an answer that others may run beside."""
+        delivery = Delivery(self._tokenizer, generation, prompt, self.metrics)
+        return begin_answer(*self._arguments(prompt), **self._options(delivery)), delivery
 
+    def _arguments(self, prompt: Prompt) -> tuple[Any, Any, list[int]]:
+        return self._model, self._tokenizer, prompt.tokens
 
-def _budget(tokenizer: Any, prompt: list[int], tokens: int | None) -> list[ThinkingBudget]:
-    return [] if tokens is None else [ThinkingBudget(tokenizer, prompt, tokens)]
-
-
-def _reporter(generation: Generation) -> Callable[[int, int], None]:
-    """Return what passes on how much of the prompt was read; what was read at the first call, the prefix cache had."""
-    began, first = time.perf_counter(), [-1]
-
-    def report(processed: int, total: int) -> None:
-        if first[0] < 0:
-            first[0] = processed
-        generation.put(Progress(total, processed, first[0], time.perf_counter() - began))
-
-    return report
+    def _options(self, delivery: Delivery) -> dict[str, Any]:
+        return {
+            **delivery.options(self._model.streaming.max_context),
+            "prefix_cache": self._prefix_cache,
+            **self._kv_cache,
+        }
 
 
 def _check_wanted(generation: Generation) -> None:
