@@ -168,3 +168,5 @@ def test_progress_of_a_prompt(serve):
         assert bool(progress) is wanted
         assert all(0 <= p["cache"] <= p["processed"] <= p["total"] and p["time_ms"] >= 0 for p in progress)
         assert [p["processed"] for p in progress] == sorted(p["processed"] for p in progress)
+        assert all((p["remaining_ms"] is None) == (p["processed"] == p["cache"]) for p in progress)
+        assert not progress or progress[-1]["remaining_ms"] == 0

@@ -251,12 +251,11 @@ def test_the_page_puts_pieces_of_calls_together():
 
 
 @needs_node
-def test_the_page_estimates_how_long_a_prompt_takes():
-    said = run(
-        "return [[0, 0], [500, 400], [500, 4000], [20000, 4000]].map(([processed, time_ms]) => "
-        "reading({ total: 40000, cache: 0, processed, time_ms }));"
-    )
-    assert said == [
+def test_the_page_says_how_long_a_prompt_takes():
+    shown = [(0, 0, None), (500, 400, 31600), (500, 4000, 316000), (20000, 4000, 4000)]
+    known = {"total": 40000, "cache": 0}
+    progress = [{**known, "processed": p, "time_ms": t, "remaining_ms": r} for p, t, r in shown]
+    assert run(f"return {json.dumps(progress)}.map(reading);") == [
         "Reading the prompt: 0 % of 40000 tokens",
         "Reading the prompt: 1 % of 40000 tokens",
         "Reading the prompt: 1 % of 40000 tokens, about 5 min left",

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from flash_moe_mlx.server.parts import AnswerParser, TextPart, TokenLogprob, ToolCall
+from flash_moe_mlx.server.parts import AnswerParser, Progress, TextPart, TokenLogprob, ToolCall
 from flash_moe_mlx.server.schema import GenerationRequest, Sampling
 
 from ..support.chat_models import QWEN3_5, QWEN3_CODER, QWEN3_NEXT, encoded
@@ -142,3 +142,10 @@ def test_logprobs_of_tokens_that_stop_cuts():
     parser, parts = parse("éxEND", tools=None, stop=("END",))
     assert said(parts) == "éx" and logprobs(parts) == ["", "é", "x"]
     assert parser.stopped
+
+
+def test_the_rest_of_a_prompt_takes_as_long_as_what_was_computed():
+    """What the prefix cache had took no time."""
+    assert Progress(total=1000, processed=600, cached=600, seconds=0.1).remaining_seconds is None
+    assert Progress(total=1000, processed=700, cached=600, seconds=2.0).remaining_seconds == 6.0
+    assert Progress(total=1000, processed=1000, cached=600, seconds=8.0).remaining_seconds == 0.0

@@ -187,13 +187,15 @@ def _call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.name, "arguments": call.arguments}}
 
 
-def _progress(progress: Progress) -> dict[str, int]:
-    """Return it as llama.cpp's server has it."""
+def _progress(progress: Progress) -> dict[str, int | None]:
+    """Return it as llama.cpp's server has it, with an estimate."""
+    remaining = progress.remaining_seconds
     return {
         "total": progress.total,
         "cache": progress.cached,
         "processed": progress.processed,
         "time_ms": int(progress.seconds * 1000),
+        "remaining_ms": None if remaining is None else int(remaining * 1000),
     }
 
 

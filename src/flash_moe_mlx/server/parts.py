@@ -93,6 +93,12 @@ class Progress:
     cached: int
     seconds: float
 
+    @property
+    def remaining_seconds(self) -> float | None:
+        """Estimate of the time until the prompt is read, at the speed so far; None before anything was computed."""
+        computed = self.processed - self.cached
+        return self.seconds * (self.total - self.processed) / computed if computed > 0 else None
+
 
 AnswerPart = TextPart | ToolCall | ToolCallStart | ToolCallDelta | ToolCallEnd | Progress
 
