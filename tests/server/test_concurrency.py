@@ -1,6 +1,7 @@
 """Several clients at once on one server: complete answers, fair turns, memory counted before a request begins."""
 
 import contextlib
+import itertools
 import json
 import threading
 from collections.abc import Iterator
@@ -113,6 +114,20 @@ def test_one_that_leaves_changes_nothing_for_the_others(address: str, alone: lis
         answers = [other.result(60) for other in others]
     assert answers == alone[:2]
     wait_until(lambda: stats(address)["running_requests"] == 0)
+
+
+def test_a_fault_of_a_step_leaves_nobody_waiting(address: str, alone: list[Answer], monkeypatch: pytest.MonkeyPatch):
+    step, calls = Batch.step, itertools.count()
+
+    def fail_once(batch: Batch) -> Any:
+        if next(calls) == 3:
+            raise RuntimeError("a fault")
+        return step(batch)
+
+    monkeypatch.setattr(Batch, "step", fail_once)
+    assert post(address, body={"messages": STORY}).status_code == 500
+    assert ask(client(address), ALL[0], stream=False) == alone[0]
+    assert stats(address)["running_requests"] == 0
 
 
 def test_progress_and_errors_are_each_ones_own(address: str):

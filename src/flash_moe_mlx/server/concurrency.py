@@ -52,6 +52,7 @@ class Concurrency:
             executor: Executor of one thread.
             begin: Function that begins an answer, called on that thread.
         """
+        self._model = model
         self._engine = model.streaming
         self._max_concurrent = max_concurrent
         self._executor = executor
@@ -84,8 +85,10 @@ class Concurrency:
             self._answer()
         if caught.error is not None:
             logger.error("answering several requests failed", exc_info=caught.error)
-            for member in list(self._running):
-                self._end(member, error=caught.error)
+            ended, self._running = self._running, {}
+            self._batch = Batch(self._model)  # the old one's caches may be half merged
+            for running in ended.values():
+                running.future.set_exception(caught.error)
             with self._lock:
                 self._busy = bool(self._waiting)
             if self._busy:
