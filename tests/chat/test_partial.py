@@ -65,9 +65,11 @@ def check(family: Family, said: str, reason: str = "stop") -> list[str]:
             texts.append(piece.text)
         elif isinstance(piece, Call):
             if begun is not None:
-                assert (begun.name, begun.id) == (piece.name, piece.id)
-                assert json.dumps(piece.arguments, ensure_ascii=False).startswith("".join(texts))
-                first = first or texts
+                named = (begun.name, begun.id) == (piece.name, piece.id)
+                continued = named and json.dumps(piece.arguments, ensure_ascii=False).startswith("".join(texts))
+                # The words of a cut call are read again, and may hold another one, as they do without pieces.
+                assert continued or reason == "length"
+                first = first or (texts if continued else [])
             begun = None
         elif isinstance(piece, BadCall):
             begun = None
@@ -123,7 +125,7 @@ def test_the_first_of_two_values_counts_in_both():
     ),
     cut=st.none() | st.integers(1, 200),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_json(name: str, members: list[tuple[str, Any]], cut: int | None):
     family, form = JSON_FORMS[name]
     body = "{" + ", ".join(f'"{key}": {"null" if value is None else value}' for key, value in members) + "}"
@@ -136,7 +138,7 @@ def test_any_json(name: str, members: list[tuple[str, Any]], cut: int | None):
     members=st.lists(st.tuples(st.sampled_from(NAMES), WORDS), max_size=4),
     cut=st.none() | st.integers(1, 200),
 )
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_any_parameters(name: str, members: list[tuple[str, str]], cut: int | None):
     family, form, parameter = XML_FORMS[name]
     said = form.format("".join(parameter.format(*member) for member in members))

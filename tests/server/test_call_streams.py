@@ -35,12 +35,12 @@ def serve() -> Iterator[tuple[Any, Script]]:
 
 
 @pytest.mark.parametrize("form", FAMILIES)
-def test_every_api_sends_the_pieces(serve: Any, form: str):
+def test_chat_completions(serve: Any, form: str):
+    """Two calls in one answer."""
     start, script = serve
     family, said = FAMILIES[form]
-    script.play(family.tokenizer, said + said.removeprefix("I write.\n"), said, said)
+    script.play(family.tokenizer, said + said.removeprefix("I write.\n"))
     with start(family.tokenizer) as address:
-        # Two calls in one answer.
         chunks = client(address).chat.completions.create(model="demo", messages=ASK, tools=[CHAT_TOOL], stream=True)
         choices = [chunk.choices[0] for chunk in chunks]
         pieces = [piece for choice in choices for piece in choice.delta.tool_calls or []]
@@ -51,6 +51,11 @@ def test_every_api_sends_the_pieces(serve: Any, form: str):
             assert {(delta.id, delta.function.name) for delta in deltas} == {(None, None)}
             assert len(deltas) > 3 and "".join(delta.function.arguments for delta in deltas) == TEXT
 
+
+def test_responses_and_messages(serve: Any):
+    start, script = serve
+    script.play(QWEN3_NEXT.tokenizer, JSON_CALL, JSON_CALL)
+    with start(QWEN3_NEXT.tokenizer) as address:
         with client(address).responses.stream(model="demo", input="Write.", tools=[FUNCTION]) as stream:
             events = list(stream)
         deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]
