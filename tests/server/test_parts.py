@@ -5,7 +5,16 @@ from typing import Any
 
 import pytest
 
-from flash_moe_mlx.server.parts import AnswerParser, Progress, TextPart, TokenLogprob, ToolCall
+from flash_moe_mlx.server.parts import (
+    AnswerParser,
+    Progress,
+    TextPart,
+    TokenLogprob,
+    ToolCall,
+    ToolCallDelta,
+    ToolCallEnd,
+    ToolCallStart,
+)
 from flash_moe_mlx.server.schema import GenerationRequest, Sampling
 
 from ..support.chat_models import QWEN3_5, QWEN3_CODER, QWEN3_NEXT, encoded
@@ -149,3 +158,19 @@ def test_the_rest_of_a_prompt_takes_as_long_as_what_was_computed():
     assert Progress(total=1000, processed=600, cached=600, seconds=0.1).remaining_seconds is None
     assert Progress(total=1000, processed=700, cached=600, seconds=2.0).remaining_seconds == 6.0
     assert Progress(total=1000, processed=1000, cached=600, seconds=8.0).remaining_seconds == 0.0
+
+
+def test_a_stream_ends_a_cut_call_unfinished_before_another_one():
+    """The words of a cut call are read again; another call in them is not the one that was begun."""
+    cut = "<tool_call>\n<function=get_weather>\n<parameter=city>\nOslo <function=get_weather></function> and"
+    tokenizer = QWEN3_CODER.tokenizer
+    parser = AnswerParser(tokenizer, (), request(stream=True))
+    tokens, parts = encoded(tokenizer, cut), []
+    for i, token in enumerate(tokens):
+        last = i == len(tokens) - 1
+        parts += parser.feed(parser.read(token, "length" if last else None), last=last)
+    sent = "".join(part.arguments for part in parts if isinstance(part, ToolCallDelta))
+    start, end, other = (part for part in parts if not isinstance(part, ToolCallDelta))
+    assert isinstance(start, ToolCallStart) and isinstance(end, ToolCallEnd) and isinstance(other, ToolCall)
+    assert (end.whole, end.call.arguments, end.call.id) == (False, sent, start.id)
+    assert sent.startswith('{"city": "Oslo ') and (other.arguments, other.id != start.id) == ("{}", True)
