@@ -24,7 +24,7 @@ from ..support.models import VOCABULARY, chat_config, make_converted
 Loaded = tuple[Any, TokenizerWrapper]
 RNG = np.random.default_rng(12)
 PROMPTS = [RNG.integers(1, VOCABULARY, length).tolist() for length in (9, 1, 17, 30, 4, 12, 2, 23)]
-LENGTHS = [12, 3, 8, 12, 1, 5, 12, 9]
+LENGTHS = [9, 3, 6, 10, 1, 4, 8, 5]
 WAYS = pytest.mark.parametrize("together", [False, True], ids=["in turn", "together"])
 
 
@@ -62,7 +62,7 @@ def run(batch: Batch, received: dict[Member, list[Any]], steps: int | None = Non
 
 
 @WAYS
-@pytest.mark.parametrize("size", [1, 2, 4, 8])
+@pytest.mark.parametrize("size", [1, 8])
 def test_each_gets_the_tokens_of_its_single_run(loaded: Loaded, singles: list[list[int]], size: int, together: bool):
     """Some join while others are under way, and they end one after the other."""
     batch, received = Batch(loaded[0], together=together), {}
@@ -154,7 +154,7 @@ def test_a_shared_pass_ends_early_only_if_all_have_left(
 @WAYS
 def test_tokens_keep_coming_while_a_long_prompt_is_read(loaded: Loaded, together: bool):
     batch, received = Batch(loaded[0], together=together), {}
-    short = [batch.add(begin_answer(*loaded, PROMPTS[n], 100)) for n in (0, 3)]
+    short = [batch.add(begin_answer(*loaded, PROMPTS[n], 30)) for n in (0, 3)]
     run(batch, received, 6)
     begun = len(received[short[0]])
     prompt = RNG.integers(1, VOCABULARY, 81).tolist()

@@ -41,7 +41,7 @@ EXTRA: list[dict[str, Any]] = [
     },
     {"messages": STORY, "max_tokens": 16, "frequency_penalty": 1.0, "presence_penalty": 0.5},
 ]
-ALL = [*CONVERSATIONS, *EXTRA]
+ALL = [*CONVERSATIONS[:5], *EXTRA]
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +89,7 @@ def check_answers(numbers: list[int], answers: list[Answer]) -> None:
 
 @pytest.mark.parametrize("clients", [1, 2, 4, 8])
 def test_all_clients_get_the_answers_that_they_get_alone(address: str, alone: list[Answer], clients: int):
-    numbers = [*range(len(CONVERSATIONS), len(ALL)), *range(len(CONVERSATIONS))][:clients]
+    numbers = list(range(len(ALL)))[-clients:]
     answers = at_once(address, numbers)
     check_answers(numbers, answers)
     assert answers == [alone[number] for number in numbers]  # the same programs, so the same bits
@@ -97,7 +97,7 @@ def test_all_clients_get_the_answers_that_they_get_alone(address: str, alone: li
 
 
 def test_shared_passes_give_complete_answers(loaded: tuple[Any, Any]):
-    numbers = [2, 3, 5, 6, 8, 9, 10]
+    numbers = [0, 5, 6, 7]
     with several(loaded, together=True) as address:
         check_answers(numbers, at_once(address, numbers))
 
@@ -156,13 +156,13 @@ def test_memory_is_counted_before_a_request_begins(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Batch, "step", counted)
     with model.streaming as engine, served(model, tokenizer, max_concurrent=8, prefix_cache=None) as address:
         fit = max(n for n in range(1, 8) if engine.has_room([CONTEXT] * n))
-        assert 1 < fit < 4
-        with ThreadPoolExecutor(4) as threads:
-            answers = [threads.submit(post, address, body={"messages": STORY}) for _ in range(4)]
-            wait_until(lambda: stats(address)["running_requests"] + stats(address)["queued_requests"] == 4)
+        assert fit == 2
+        with ThreadPoolExecutor(3) as threads:
+            answers = [threads.submit(post, address, body={"messages": STORY}) for _ in range(3)]
+            wait_until(lambda: stats(address)["running_requests"] + stats(address)["queued_requests"] == 3)
             all_asked.set()
             reasons = [answer.result(60).json()["choices"][0]["finish_reason"] for answer in answers]
-        assert reasons == ["stop"] * 4
+        assert reasons == ["stop"] * 3
         assert max(counts) == fit
         assert engine.stats().peak_memory_bytes <= engine.limit_bytes
 
@@ -172,11 +172,11 @@ def test_greedy_tokens_of_shared_passes(loaded: tuple[Any, Any]):
     model, tokenizer = loaded
     prompts = [
         tokenizer.apply_chat_template(conversation["messages"], tools=conversation.get("tools"))
-        for conversation in CONVERSATIONS
+        for conversation in CONVERSATIONS[:4]
     ]
-    singles = [[r.token for r in stream_generate(model, tokenizer, prompt, 24)] for prompt in prompts]
+    singles = [[r.token for r in stream_generate(model, tokenizer, prompt, 12)] for prompt in prompts]
     batch, received = Batch(model, together=True), {}
-    members = [batch.add(begin_answer(model, tokenizer, prompt, 24)) for prompt in prompts]
+    members = [batch.add(begin_answer(model, tokenizer, prompt, 12)) for prompt in prompts]
     while len(batch):
         for outcome in batch.step():
             assert outcome.response is not None
