@@ -14,7 +14,7 @@ def _has_gpu() -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mutations", type=int, default=0, help="mutations of each checkpoint's JSON files; few without")
-    parser.addoption("--generations", type=int, default=20, help="generations in each way of calling, memory watched")
+    parser.addoption("--generations", type=int, default=12, help="generations in each way of calling, memory watched")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

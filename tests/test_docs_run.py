@@ -8,6 +8,7 @@ options are checked.
 import ast
 import asyncio
 import contextlib
+import importlib.util
 import inspect
 import logging
 import os
@@ -192,7 +193,7 @@ def fault_of(line: str) -> str | None:
     """Return the fault of a printed command, or None. Commands that build or install are looked up, not run."""
     words = shlex.split(line, comments=True)
     if words[0] == "make":
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
         return next((f"{line}: there is no such target" for word in words[1:] if word not in targets), None)
     if words[0] == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
@@ -202,7 +203,8 @@ def fault_of(line: str) -> str | None:
     if words[0].startswith("python"):
         script = Path(*words[2].split(".")) if words[1] == "-m" else Path(words[1])
         found = any((ROOT / path).is_file() for path in (script, script.with_suffix(".py"), script / "__main__.py"))
-        return None if found or words[1:3] == ["-m", "flash_moe_mlx"] else f"{line}: there is no {script}"
+        installed = words[1] == "-m" and importlib.util.find_spec(words[2].split(".")[0]) is not None
+        return None if found or installed else f"{line}: there is no {script}"
     if words[0] == "mlx.launch":  # several processes: what they run is looked up
         started = words[words.index("--") + 1 :]
         program = 1 if started[0] == "flash-moe" else 3

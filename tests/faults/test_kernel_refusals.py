@@ -6,7 +6,7 @@ import pytest
 
 from flash_moe_mlx import generate
 from flash_moe_mlx.errors import FlashMoEError
-from flash_moe_mlx.runtime import generation
+from flash_moe_mlx.runtime import steps
 
 from ..support.models import make_small, with_fewest_slots
 
@@ -33,7 +33,7 @@ def test_where_a_tokens_logits_are_evaluated(directory: Path, monkeypatch: pytes
         raise RuntimeError(METAL)
 
     with with_fewest_slots(directory) as (model, tokenizer):
-        monkeypatch.setattr(generation, "pending_states", refuse)
+        monkeypatch.setattr(steps, "pending_states", refuse)
         with pytest.raises(FlashMoEError, match="program_source:12:3"):
             generate(model, tokenizer, "Hi", max_tokens=2)
 

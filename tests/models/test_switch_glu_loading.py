@@ -254,7 +254,7 @@ def test_limit_holds(model_type: str, tmp_path: Path, monkeypatch: pytest.Monkey
     directory = write_model(tmp_path, make_config(model_type, **LARGER[model_type]), "4-bit g64")
     smallest = smallest_limit(directory, max_context=1024)
     slots = []
-    for limit in (smallest, smallest + 10_000_000, 2 * smallest):
+    for limit in (smallest, 2 * smallest):
         command = [sys.executable, str(CHILD), str(directory), str(DEMO), str(limit), "auto", "512", "16", "1024"]
         done = subprocess.run(command, input="\n", capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
@@ -262,4 +262,4 @@ def test_limit_holds(model_type: str, tmp_path: Path, monkeypatch: pytest.Monkey
         assert report["load_peak_bytes"] <= report["peak_bytes"] <= report["limit_bytes"] <= limit
         assert report["tokens"] == 16
         slots.append(report["slots"])
-    assert slots[0] < slots[1] < slots[2] == report["experts"]
+    assert slots[0] < slots[1] == report["experts"]

@@ -24,7 +24,7 @@ from flash_moe_mlx import (
 from flash_moe_mlx.runtime import loading
 
 from ..support.command_line import invoke
-from ..support.models import greedy, load_resident, make_converted, smallest_limit, streamed
+from ..support.models import forget_peak, greedy, load_resident, make_converted, smallest_limit, streamed
 from ..support.numerics import RELATIVE_RMS, assert_close
 from ..support.switch_configs import make_config
 from ..support.switch_models import MAX_CONTEXT, write_model
@@ -92,6 +92,7 @@ def test_logits_and_tokens_are_mlx_lms(trained: tuple[Path, Path, Any]):
     limit = smallest_limit(directory, adapter_path=adapter, max_context=MAX_CONTEXT)
     assert limit > smallest_limit(directory, max_context=MAX_CONTEXT)
     with streamed(directory, limit, adapter_path=adapter, max_context=MAX_CONTEXT) as model:
+        forget_peak()
         assert_close("logits", expected, model(mx.array(IDS)), RELATIVE_RMS["mlx-lm"])
         assert greedy(model, IDS[0], 24)[0] == greedy(resident, IDS[0], 24)[0]
         stats = model.streaming.stats()
