@@ -7,6 +7,7 @@ time, so that its parent can look. "-" for MODEL is the control, which loads the
 """
 
 import asyncio
+import ctypes
 import gc
 import itertools
 import sys
@@ -61,7 +62,9 @@ def ways(model: Any, tokenizer: Any) -> dict[str, Callable[[], object]]:
 
 
 def report(text: str) -> None:
+    """Print a line with only memory in use held: pages that malloc would give back later count in the peak alone."""
     gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
     print(text, flush=True)
     sys.stdin.readline()
 
@@ -76,7 +79,7 @@ def main() -> None:
     model = load_model(path, memory_limit=limit, max_context=512)
     calls = ways(model, tokenizer)
     for call in calls.values():  # what is made once: kernels, tapes, streams
-        for _ in range(int(generations) // 5):
+        for _ in range(max(5, int(generations) // 5)):
             call()
     for name, call in calls.items():
         report(f"before {name}")
