@@ -159,6 +159,7 @@ class StreamingEngine(RankMethods):
                 f"[model.streaming] the context must be at most max_context = {self.max_context} tokens, "
                 f"got {length}. Shorten the prompt or load with a larger max_context."
             )
+        self._store.drain()  # reads that an interrupt between two steps may have left
         if self._applied is not self._budget:
             self._apply(self._budget)
         self._make_room(batch, tokens, length, caches)
