@@ -10,7 +10,7 @@ import mlx.core as mx
 import pytest
 
 import flash_moe_mlx
-from flash_moe_mlx.server import delivery
+from flash_moe_mlx.server import worker
 
 from .chat_models import encoded
 from .serving import served
@@ -44,7 +44,7 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Script]]:
 
         return sample
 
-    monkeypatch.setattr(delivery, "sampler_for", sampler)
+    monkeypatch.setattr(worker, "sampler_for", sampler)
     model = flash_moe_mlx.load_model(files("flash_moe_mlx") / "demo", memory_limit="300MB", max_context=4096)
 
     def serve(tokenizer: Any, **config: Any) -> Any:

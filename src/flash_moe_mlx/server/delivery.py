@@ -10,7 +10,7 @@ from ..runtime.generation import GenerationResponse
 from .generation import Finished, Generation, Prompt
 from .metrics import Metrics
 from .parts import AnswerParser, Progress
-from .sampling import processors_for, sampler_for, token_logprob
+from .sampling import processors_for, token_logprob
 
 
 class Delivery:
@@ -34,11 +34,10 @@ class Delivery:
         self._last: float | None = None
 
     def options(self, max_context: int) -> dict[str, Any]:
-        """Return the arguments of :func:`stream_generate` that the request decides."""
+        """Return the arguments of :func:`stream_generate` that the request decides, besides the sampler."""
         request, prompt, tokenizer = self._generation.request, self._prompt, self._tokenizer
         return {
             "max_tokens": -1 if request.max_tokens is None else request.max_tokens,
-            "sampler": sampler_for(request.sampling, len(tokenizer)),
             "logits_processors": [
                 *processors_for(request.sampling, len(prompt.tokens), max_context),
                 *_budget(tokenizer, prompt.tokens, request.thinking_budget),

@@ -29,6 +29,7 @@ from .concurrency import Concurrency
 from .delivery import Delivery
 from .generation import ClientLeft, Finished, Generation, Prompt
 from .metrics import Metrics
+from .sampling import sampler_for
 from .schema import GenerationRequest
 from .structured import constraint_for
 
@@ -253,7 +254,9 @@ class Worker:
 
     def _generate(self, generation: Generation, prompt: Prompt) -> Finished | None:
         delivery = Delivery(self._tokenizer, generation, prompt, self.metrics)
-        with closing(stream_generate(*self._arguments(prompt), progress=False, **self._options(delivery))) as responses:
+        with closing(
+            stream_generate(*self._arguments(prompt), progress=False, **self._options(generation, delivery))
+        ) as responses:
             for response in responses:
                 if (finished := delivery.take(response)) is not None:
                     return finished
@@ -264,13 +267,14 @@ class Worker:
     def _begin(self, generation: Generation, prompt: Prompt) -> tuple[Answer, Delivery]:
         """Begin an answer that others may run beside."""
         delivery = Delivery(self._tokenizer, generation, prompt, self.metrics)
-        return begin_answer(*self._arguments(prompt), **self._options(delivery)), delivery
+        return begin_answer(*self._arguments(prompt), **self._options(generation, delivery)), delivery
 
     def _arguments(self, prompt: Prompt) -> tuple[Any, Any, list[int]]:
         return self._model, self._tokenizer, prompt.tokens
 
-    def _options(self, delivery: Delivery) -> dict[str, Any]:
+    def _options(self, generation: Generation, delivery: Delivery) -> dict[str, Any]:
         return {
+            "sampler": sampler_for(generation.request.sampling, len(self._tokenizer)),
             **delivery.options(self._model.streaming.max_context),
             "prefix_cache": self._prefix_cache,
             **self._kv_cache,
