@@ -73,7 +73,12 @@ class _Piece(NamedTuple):
 class PendingReads:
     """A batch of reads in progress. The store owns its buffers until `wait` has returned or raised."""
 
-    def __init__(self, requests: Sequence[ReadRequest], jobs: Sequence[Sequence[_Piece]]):
+    def __init__(
+        self,
+        requests: Sequence[ReadRequest],
+        jobs: Sequence[Sequence[_Piece]],
+        on_end: "Callable[[PendingReads], None]",
+    ):
         self._requests = tuple(requests)
         self._jobs = tuple(jobs)
         self._open_pieces = [0] * len(self._requests)  # per request: number of pieces not read yet
@@ -88,7 +93,7 @@ class PendingReads:
         self._finished = Latch()
         self._fault: BaseException | None = None  # a bug in this library, raised on one of its threads
         self._bytes_read = 0
-        self._on_end: Callable[[PendingReads], None] = lambda _: None
+        self._on_end = on_end
 
     def wait(self) -> int:
         """Wait until every read of the batch has ended.
@@ -265,23 +270,22 @@ class ExpertStore:
         """
         targets = [writable_bytes(r, self.checkpoint.layout(r.layer).record_bytes) for r in requests]
         ranges = [self.checkpoint.ranges(r.layer, r.expert) for r in requests]
-        pending = PendingReads(requests, self._split(targets, ranges))
-        with self._lock:
-            self._check_open()
-            if not self._under_way:
-                self._busy_since = time.perf_counter()
-            self._under_way.add(pending)
-            pending._on_end = self._batch_ended
+        pending = PendingReads(requests, self._split(targets, ranges), self._batch_ended)
         begun = False
         try:
+            with self._lock:
+                self._check_open()
+                if not self._under_way:
+                    self._busy_since = time.perf_counter()
+                self._under_way.add(pending)
             for job in range(len(pending._jobs)):
                 self._threads.submit(partial(self._run, pending, job))
+            if not pending._jobs:
+                pending._drop()
             begun = True
         finally:
             if not begun:  # also on an interrupt: nobody would wait for the jobs that have started
                 pending._abandon()
-        if not pending._jobs:
-            pending._drop()
         return pending
 
     def read_into(self, requests: Sequence[ReadRequest]) -> int:
