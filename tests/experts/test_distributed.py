@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from flash_moe_mlx import pack
 from flash_moe_mlx.experts.placement import Placement
 
 from ..support.models import chat_config, logits_of, make_converted, smallest_limit, streamed
@@ -46,6 +47,22 @@ def test_ranks_give_the_bits_of_one(directory: Path, tmp_path: Path, ranks: Rank
         read = [rank.results[number]["bytes_read"] for rank in two]
         assert sum(read) == everything.bytes_read and min(read) > 0
     assert [rank.results[0]["num_experts"] for rank in four] == [16] * 4
+
+
+def test_ranks_with_only_their_own_experts_give_the_bits_of_one(directory: Path, tmp_path: Path, ranks: Ranks):
+    """Each has its share of a packing on disk, placed by a plan; then rank 1 has rank 0's."""
+    with streamed(directory) as model:
+        expected = digest_of(logits_of(model))
+    plan, folder = tmp_path / "plan.json", tmp_path / "packed"
+    Placement(2, {layer: (np.arange(EXPERTS) % 5 == layer).astype(np.int64) for layer in LAYERS}).write(plan)
+    for rank in (0, 1):
+        pack(directory, folder / f"{rank}-of-2", bits=None, shard=f"{rank}/2", placement=plan)
+    for rank in ranks.run(2, folder, tmp_path, {"do": "logits", "loads": [{"verify": "full"}]}):
+        assert rank.status == 0 and rank.results[0]["digest"] == expected, rank.stderr
+    what = {"do": "logits", "numba": False, "directories": {"1": str(folder / "0-of-2")}}
+    ended = ranks.run(2, folder, tmp_path, what)
+    assert [rank.results[0]["error"] for rank in ended] == ["DistributedError", "RequestError"]
+    assert all("got share 0 of 2 for rank 1 of 2" in rank.results[0]["message"] for rank in ended)
 
 
 def test_ranks_sample_the_same_tokens(directory: Path, tmp_path: Path, ranks: Ranks):

@@ -1,8 +1,9 @@
 """``flash-moe pack``: rewrite a checkpoint so that each expert is one aligned read."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -11,6 +12,9 @@ from ..stats import format_bytes
 from .options import Json, Revision, print_json
 from .printable import echo
 from .tables import print_rows
+
+if TYPE_CHECKING:
+    from ..packing import ShareRequest
 
 
 def pack(
@@ -30,6 +34,27 @@ def pack(
     ] = False,
     revision: Revision = None,
     restart: Annotated[bool, typer.Option("--restart", help="Discard an earlier run and start over.")] = False,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            help="Only what rank i of N needs, such as 0/2: its share of the experts, and all else.",
+            metavar="I/N",
+            rich_help_panel="Several hosts",
+        ),
+    ] = None,
+    shards: Annotated[
+        int | None,
+        typer.Option(
+            help="All shares of N ranks, each in a folder of its own.", metavar="N", rich_help_panel="Several hosts"
+        ),
+    ] = None,
+    placement: Annotated[
+        Path | None,
+        typer.Option(
+            help="Plan file that says which rank holds which experts. Default: dealt out by number.",
+            rich_help_panel="Several hosts",
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print sizes, time and disk space needed.")] = False,
     json: Json = False,
 ) -> None:
@@ -41,34 +66,66 @@ def pack(
         flash-moe pack Qwen/Qwen3.5-35B-A3B packed --bits 4 --down-bits 6 --from-hub
         flash-moe pack Qwen3.5-35B-A3B-4bit packed --bits unchanged
         flash-moe pack Qwen3.5-35B-A3B packed-6 --layers 0-3=6 --dry-run
+        flash-moe pack Qwen/Qwen3.5-35B-A3B mine --shard 0/2 --from-hub
     """
     from ..packing import PackSettings, open_packing
 
     settings = PackSettings(
         None if bits == "unchanged" else _integer("--bits", bits), group_size, down_bits, _layer_bits(layers), dense
     )
-    target = destination.expanduser()
-    with open_packing(source, target, settings, from_hub=from_hub, revision=revision, restart=restart) as packing:
-        if dry_run:
-            estimate = packing.estimate()
-            if json:
-                print_json(estimate.to_json())
-            else:
-                print_rows(estimate.rows())
-            return
-        started = time.perf_counter()
-        try:
-            packing.run(progress=not json)
-        except KeyboardInterrupt:
-            echo("Stopped. What was done is kept: the same command resumes.", err=True)
-            raise
-        lossy, nbytes = packing.plan.lossy, packing.plan.result_bytes
+    results = []
+    for target, share in _targets(destination.expanduser(), shard, shards, placement):
+        with open_packing(
+            source, target, settings, from_hub=from_hub, revision=revision, restart=restart, share=share
+        ) as packing:
+            if dry_run:
+                estimate = packing.estimate()
+                results.append(estimate.to_json())
+                if not json:
+                    print_rows(estimate.rows() if shards is None else [("share", str(target)), *estimate.rows()])
+                continue
+            started = time.perf_counter()
+            try:
+                packing.run(progress=not json)
+            except KeyboardInterrupt:
+                echo("Stopped. What was done is kept: the same command resumes.", err=True)
+                raise
+            lossy, nbytes = packing.plan.lossy, packing.plan.result_bytes
+        results.append(
+            {"path": str(target), "bytes": nbytes, "lossy": list(lossy), "quantization_error": _errors(target)}
+        )
+        if not json:
+            _print_result(target, nbytes, time.perf_counter() - started, lossy, is_share=share is not None)
     if json:
-        print_json({"path": str(target), "bytes": nbytes, "lossy": list(lossy), "quantization_error": _errors(target)})
-        return
+        print_json(results[0] if shards is None else results)
+
+
+def _targets(
+    destination: Path, shard: str | None, shards: int | None, placement: Path | None
+) -> list[tuple[Path, "ShareRequest | None"]]:
+    """Return the directories to write, and the share that each holds."""
+    from ..formats.packed_share import share_folder
+    from ..packing import parse_share
+
+    if shards is None:
+        return [(destination, parse_share(shard, placement))]
+    if shard is not None:
+        raise RequestError(f"[--shards] writes every share, got --shard {shard} too. Leave one out.")
+    if shards < 2:
+        raise RequestError(f"[--shards] must be at least 2, got {shards}. Leave it out for a whole checkpoint.")
+    return [
+        (destination / share_folder(rank, shards), parse_share(f"{rank}/{shards}", placement)) for rank in range(shards)
+    ]
+
+
+def _print_result(target: Path, nbytes: int, seconds: float, lossy: Sequence[str], *, is_share: bool) -> None:
     echo(str(target))
-    seconds = time.perf_counter() - started
-    echo(f"{format_bytes(nbytes)} in {seconds:.0f} s. Use it: flash-moe chat --model {target}", err=True)
+    use = (
+        "mlx.launch starts the ranks that load it: docs/distributed.md"
+        if is_share
+        else f"flash-moe chat --model {target}"
+    )
+    echo(f"{format_bytes(nbytes)} in {seconds:.0f} s. Use it: {use}", err=True)
     for choice in lossy:
         echo(f"lossy: {choice}")
     for projection, error in _errors(target).items():

@@ -1,7 +1,6 @@
 """Placement: the rank that holds each expert, chosen by number or by measured use, and its plan file."""
 
 import json
-import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from ..errors import DistributedError, RequestError
+from ..formats.packed_share import placement_digest
 
 _VERSION = 1
 
@@ -100,10 +100,7 @@ class Placement:
     @property
     def digest(self) -> int:
         """A 32-bit checksum of the placement."""
-        total = self.ranks
-        for layer, owner in sorted(self.owners.items()):
-            total = zlib.crc32(np.ascontiguousarray(owner, "<i8").tobytes(), zlib.crc32(b"%d" % layer, total))
-        return total
+        return placement_digest(self.ranks, {layer: owner.tolist() for layer, owner in self.owners.items()})
 
     def counts(self, rank: int) -> dict[int, int]:
         """Return how many experts of each layer a rank keeps."""

@@ -202,7 +202,7 @@ class Checkpoint:
         """Return the ranges of an expert's bytes in record order, merging ranges adjacent in both file and record.
 
         Raises:
-            RequestError: If there is no such layer or expert.
+            RequestError: If there is no such layer or expert, or its record is in another rank's share.
         """
         where = self._layer_of(layer)
         if not 0 <= expert < where.num_experts:
@@ -211,7 +211,7 @@ class Checkpoint:
                 "Ask for one of these."
             )
         if self.manifest:  # the record as in memory, including padding between its parts
-            path, offset = where.parts[0].locate(expert)
+            path, offset = where.parts[0].locate(self._place(layer, expert))
             return (ByteRange(path, offset, 0, payload_bytes(where.layout)),)
         ranges: list[ByteRange] = []
         # Sorted by offset, so that parts that share bytes are adjacent and merge into one range.
@@ -232,12 +232,15 @@ class Checkpoint:
         return tuple(ranges)
 
     def parts(self, layer: int) -> tuple[Part, ...]:
-        """Return the location of each part of a layer's records, in the layout's order."""
+        """Return the location of each part of a layer's records, in the layout's order.
+
+        In one rank's share they are located by the record's position in the file.
+        """
         return self._layer_of(layer).parts
 
     def checksum(self, layer: int, expert: int) -> int | None:
         """Return the CRC-32 of a record's payload; None if the checkpoint has no checksums."""
-        return self.manifest.layers[layer].checksums[expert] if self.manifest else None
+        return self.manifest.layers[layer].checksums[self._place(layer, expert)] if self.manifest else None
 
     def quantization(self, module: str) -> Quantization | None:
         """Return a module's quantisation by its path, as stored or as mlx-lm names it; None if unquantised.
@@ -293,6 +296,17 @@ class Checkpoint:
             raise RequestError(
                 f"[Checkpoint] layer must have routed experts, got {layer}. Ask for one of {self.moe_layers}."
             ) from None
+
+    def _place(self, layer: int, expert: int) -> int:
+        """Return the position of a packed record in its file."""
+        assert self.manifest is not None
+        place = self.manifest.layers[layer].place(expert)
+        if place is None:
+            raise RequestError(
+                f"[Checkpoint] layer {layer} expert {expert} must be in this checkpoint, got {self.manifest.share}. "
+                "Ask for one of its own experts."
+            )
+        return place
 
     def _check_layer_count(self) -> None:
         count = self.setting("num_hidden_layers")

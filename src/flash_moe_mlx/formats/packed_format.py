@@ -7,13 +7,14 @@ import json
 import re
 import struct
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
 from .expert_layout import PROJECTIONS, Quantization, RecordLayout, record_parts
+from .packed_share import MAX_RANKS, LayerShare, ShareLabel, placement_digest
 from .safetensors_header import TensorInfo, brief, load_json, read_bytes, read_header, read_metadata
 from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES
 
@@ -24,6 +25,10 @@ WORK_FOLDER = ".flash-moe-pack"
 
 FORMAT = "flash-moe-packed"
 VERSION = 1
+"""Version of a checkpoint that holds all experts."""
+
+SHARE_VERSION = 2
+"""Version of a checkpoint that holds one rank's share of them."""
 
 PAGE_BYTES = 16384
 """Records and the data they follow each other in start on multiples of this: a page of Apple silicon, and what any
@@ -46,7 +51,8 @@ class PackedLayer:
         module: Path of the layer's stacked experts in mlx-lm's naming, such as "model.layers.0.mlp.switch_mlp".
         num_experts: E.
         layout: Layout of a record in memory; its parts have the same offsets in the file.
-        checksums: CRC-32 of each expert's payload, by expert.
+        checksums: CRC-32 of each record's payload, in the file's order.
+        share: Which of the experts the file holds; None for all.
     """
 
     layer: int
@@ -54,6 +60,16 @@ class PackedLayer:
     num_experts: int
     layout: RecordLayout
     checksums: tuple[int, ...] = field(repr=False)
+    share: LayerShare | None = None
+
+    @property
+    def experts(self) -> Sequence[int]:
+        """Numbers of the experts in the file, in its order."""
+        return range(self.num_experts) if self.share is None else self.share.experts
+
+    def place(self, expert: int) -> int | None:
+        """Return the position of an expert's record in the file; None if another rank's file has it."""
+        return expert if self.share is None else self.share.places.get(expert)
 
     @property
     def file_name(self) -> str:
@@ -75,7 +91,7 @@ class PackedLayer:
 
     @property
     def file_bytes(self) -> int:
-        return self.data_offset + self.num_experts * self.stride
+        return self.data_offset + len(self.experts) * self.stride
 
     @property
     def data_offset(self) -> int:
@@ -84,25 +100,28 @@ class PackedLayer:
 
     def header(self) -> bytes:
         """Return the file's bytes before the first record: a safetensors header, padded with spaces."""
-        size = self.num_experts * self.stride
-        entry = {"dtype": "U8", "shape": [self.num_experts, self.stride], "data_offsets": [0, size]}
+        count = len(self.experts)
+        entry = {"dtype": "U8", "shape": [count, self.stride], "data_offsets": [0, count * self.stride]}
         text = _compact({"__metadata__": self.metadata(), self.tensor_name: entry}).encode()
         text += b" " * (-(8 + len(text)) % PAGE_BYTES)
         return struct.pack("<Q", len(text)) + text
 
     def metadata(self) -> dict[str, str]:
         """Return the header's ``__metadata__``: a copy of the manifest's entry that makes the file self-describing."""
-        return {
+        fields = {
             "format": FORMAT,
-            "version": str(VERSION),
+            "version": str(VERSION if self.share is None else SHARE_VERSION),
             "layer": str(self.layer),
             "module": self.module,
             "layout": _compact(_layout_to_json(self.layout)),
             "crc32": "".join(f"{value:08x}" for value in self.checksums),
         }
+        if self.share is not None:
+            fields |= {"rank": str(self.share.rank), "owners": _compact(self.share.owners)}
+        return fields
 
     def to_json(self) -> dict[str, Any]:
-        return {
+        fields = {
             "layer": self.layer,
             "file": self.file_name,
             "module": self.module,
@@ -112,6 +131,7 @@ class PackedLayer:
             "layout": _layout_to_json(self.layout),
             "crc32": "".join(f"{value:08x}" for value in self.checksums),
         }
+        return fields if self.share is None else {**fields, "owners": list(self.share.owners)}
 
 
 @dataclass(frozen=True)
@@ -140,11 +160,17 @@ class Manifest:
     conversion: Mapping[str, Any]
     quantization_error: Mapping[str, Any]
 
+    @property
+    def share(self) -> ShareLabel | None:
+        """The share that the checkpoint is; None if it has all experts."""
+        return share_label(self.layers.values())
+
     def to_bytes(self) -> bytes:
         """Return the file's bytes. Equal manifests give equal bytes."""
+        label = self.share
         fields = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if label is None else SHARE_VERSION,
             "source": dict(self.source),
             "conversion": dict(self.conversion),
             "quantization_error": dict(self.quantization_error),
@@ -153,6 +179,8 @@ class Manifest:
                 name: {"bytes": file.nbytes, "crc32": f"{file.crc32:08x}"} for name, file in sorted(self.files.items())
             },
         }
+        if label is not None:
+            fields["share"] = {"rank": label.rank, "ranks": label.ranks, "placement": f"{label.placement:08x}"}
         text = json.dumps(fields, indent=1).removesuffix("\n}").encode()
         return text + _manifest_end(zlib.crc32(text))
 
@@ -160,6 +188,16 @@ class Manifest:
 def layer_file_name(layer: int) -> str:
     """Return the path of a layer's experts, relative to the checkpoint's directory."""
     return f"{EXPERTS_FOLDER}/layer_{layer:02d}.safetensors"
+
+
+def share_label(layers: Iterable[PackedLayer]) -> ShareLabel | None:
+    """Return the share that these layers, all of a checkpoint's, are; None if they have all experts."""
+    shares = {layer.layer: layer.share for layer in layers if layer.share is not None}
+    if not shares:
+        return None
+    first = next(iter(shares.values()))
+    digest = placement_digest(first.ranks, {layer: share.owners for layer, share in shares.items()})
+    return ShareLabel(first.rank, first.ranks, digest)
 
 
 def payload_bytes(layout: RecordLayout) -> int:
@@ -197,22 +235,26 @@ def parse_manifest(data: bytes) -> Manifest:
     fields = _object(value, "the manifest", None)
     if fields.get("format") != FORMAT:
         raise _corrupt(f"format must be {FORMAT!r}", fields.get("format"))
-    if fields.get("version") != VERSION or type(fields["version"]) is not int:
+    version = fields.get("version")
+    if version not in (VERSION, SHARE_VERSION) or type(version) is not int:
         raise UnsupportedModelError(
-            f"[{MANIFEST_NAME}] version must be {VERSION}, got {brief(fields.get('version'))}. "
+            f"[{MANIFEST_NAME}] version must be {VERSION} or {SHARE_VERSION}, got {brief(version)}. "
             "Update flash_moe_mlx, or pack the checkpoint again."
         )
     keys = {"format", "version", "source", "conversion", "quantization_error", "layers", "files", _CHECKSUM_KEY}
-    _object(fields, "the manifest", keys)
+    _object(fields, "the manifest", keys | ({"share"} if version == SHARE_VERSION else set()))
     text, end = data[: -len(_manifest_end(0))], data[-len(_manifest_end(0)) :]
     if end != _manifest_end(zlib.crc32(text)):
         raise _corrupt("its bytes must have the CRC-32 that it ends with", brief(end.decode("utf-8", "replace")))
     if not isinstance(fields["layers"], list) or not fields["layers"]:
         raise _corrupt("layers must list at least one", fields["layers"])
-    layers = [_layer(entry) for entry in fields["layers"]]
+    label = _share_label(fields["share"]) if version == SHARE_VERSION else None
+    layers = [_layer(entry, label) for entry in fields["layers"]]
     numbers = [layer.layer for layer in layers]
     if numbers != sorted(set(numbers)):
         raise _corrupt("layers must ascend", numbers)
+    if share_label(layers) != label:
+        raise _corrupt("share's placement must be that of the layers' owners", fields["share"])
     source = _object(fields["source"], "source", {"name", "revision", "samples", "format", "files"})
     return Manifest(
         layers={layer.layer: layer for layer in layers},
@@ -233,8 +275,8 @@ def read_layer(directory: Path, layer: PackedLayer) -> TensorInfo:
     path = directory / layer.file_name
     tensors = read_header(path)
     expected = TensorInfo(
-        layer.tensor_name, path, "U8", (layer.num_experts, layer.stride), layer.data_offset,
-        layer.num_experts * layer.stride,
+        layer.tensor_name, path, "U8", (len(layer.experts), layer.stride), layer.data_offset,
+        len(layer.experts) * layer.stride,
     )  # fmt: skip
     if list(tensors.values()) != [expected] or read_metadata(path) != layer.metadata():
         raise CorruptError(
@@ -244,9 +286,28 @@ def read_layer(directory: Path, layer: PackedLayer) -> TensorInfo:
     return expected
 
 
-def _layer(value: Any) -> PackedLayer:
+def _share_label(value: Any) -> ShareLabel:
+    entry = _object(value, "share", {"rank", "ranks", "placement"})
+    ranks = _integer(entry["ranks"], "share's ranks", 2, MAX_RANKS)
+    rank = _integer(entry["rank"], "share's rank", 0, ranks - 1)
+    text = entry["placement"]
+    if not isinstance(text, str) or len(text) != 8 or not _HEX.match(text):
+        raise _corrupt("share's placement must be 8 hexadecimal digits", text)
+    return ShareLabel(rank, ranks, int(text, 16))
+
+
+def _layer_share(value: Any, label: ShareLabel, num_experts: int, where: str) -> LayerShare:
+    if not isinstance(value, list) or len(value) != num_experts:
+        raise _corrupt(where + f"owners must list a rank for each of {num_experts} experts", value)
+    owners = tuple(_integer(owner, where + "owner", 0, label.ranks - 1) for owner in value)
+    if len(set(owners)) != label.ranks:
+        raise _corrupt(where + f"each of {label.ranks} ranks must own an expert", sorted(set(owners)))
+    return LayerShare(label.rank, label.ranks, owners)
+
+
+def _layer(value: Any, label: ShareLabel | None) -> PackedLayer:
     keys = {"layer", "file", "module", "num_experts", "record_bytes", "data_offset", "layout", "crc32"}
-    entry = _object(value, "a layer", keys)
+    entry = _object(value, "a layer", keys if label is None else keys | {"owners"})
     layer = _integer(entry["layer"], "layer", 0, _MAX_LAYER)
     where = f"layer {layer}: "
     num_experts = _integer(entry["num_experts"], where + "num_experts", 1, _MAX_EXPERTS)
@@ -254,11 +315,13 @@ def _layer(value: Any) -> PackedLayer:
         raise _corrupt(where + "module must be a module's path", entry["module"])
     if f".layers.{layer}." not in f".{entry['module']}":
         raise _corrupt(where + "module must be of this layer", entry["module"])
+    share = None if label is None else _layer_share(entry["owners"], label, num_experts, where)
+    count = num_experts if share is None else len(share.experts)
     text = entry["crc32"]
-    if not isinstance(text, str) or len(text) != 8 * num_experts or not _HEX.match(text):
-        raise _corrupt(where + f"crc32 must be {num_experts} times 8 hexadecimal digits", text)
+    if not isinstance(text, str) or len(text) != 8 * count or not _HEX.match(text):
+        raise _corrupt(where + f"crc32 must be {count} times 8 hexadecimal digits", text)
     checksums = tuple(int(text[i : i + 8], 16) for i in range(0, len(text), 8))
-    result = PackedLayer(layer, entry["module"], num_experts, _layout(entry["layout"], where), checksums)
+    result = PackedLayer(layer, entry["module"], num_experts, _layout(entry["layout"], where), checksums, share)
     for key, expected in (
         ("file", result.file_name),
         ("record_bytes", result.stride),

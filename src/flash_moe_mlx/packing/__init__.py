@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lm.utils import DEFAULT_ALLOW_PATTERNS
 
 from ..errors import PackError, RequestError
-from ..formats.packed_format import MANIFEST_NAME, VERSION, read_manifest
+from ..formats.packed_format import MANIFEST_NAME, SHARE_VERSION, VERSION, read_manifest
 from ..formats.places import local_directory
 from ..formats.shards import INDEX_NAME
 from ..progress import Report, reporting
@@ -27,6 +27,7 @@ from .journal import Journal
 from .plan import PackPlan, make_plan
 from .run import Runner
 from .settings import PackSettings
+from .shares import ShareRequest, parse_share
 from .sources import LocalSource, Source
 from .workspace import RESERVE_BYTES, Workspace, locked
 
@@ -45,6 +46,8 @@ def pack(
     from_hub: bool = False,
     revision: str | None = None,
     restart: bool = False,
+    shard: str | None = None,
+    placement: str | Path | None = None,
     progress: bool | Report = True,
 ) -> Path:
     """Write a packed checkpoint, which stores each expert as one aligned, checksummed read.
@@ -64,6 +67,9 @@ def pack(
         from_hub: Download one shard at a time from the hub and delete it before the next.
         revision: Branch, tag or commit of the repository.
         restart: Discard the output of an earlier call and start over.
+        shard: "i/N" writes only what rank i of N needs, from 0: its experts and all other tensors. None writes all.
+        placement: With ``shard``, a plan file that says which rank holds which experts, as ``load`` takes it. None
+            deals them out by number.
         progress: Whether to show a progress bar if stderr is a terminal; or a function that takes a `Progress`.
 
     Returns:
@@ -79,7 +85,10 @@ def pack(
     """
     settings = PackSettings(bits, group_size, down_bits, dict(layer_bits or {}), dense)
     target = Path(os.path.expanduser(destination))
-    with open_packing(source, target, settings, from_hub=from_hub, revision=revision, restart=restart) as packing:
+    share = parse_share(shard, placement)
+    with open_packing(
+        source, target, settings, from_hub=from_hub, revision=revision, restart=restart, share=share
+    ) as packing:
         packing.run(progress)
     return target
 
@@ -137,6 +146,8 @@ class Packing:
             "tasks": len(self.plan.tasks),
             "source": self.source.identity(),
         }
+        if (label := self.plan.share) is not None:
+            identity |= {"version": SHARE_VERSION, "share": vars(label)}
         try:
             return Journal(self.workspace.journal_path, identity)
         except OSError as error:
@@ -152,6 +163,7 @@ def open_packing(
     from_hub: bool = False,
     revision: str | None = None,
     restart: bool = False,
+    share: ShareRequest | None = None,
 ) -> Iterator[Packing]:
     """Lock a destination, read the source's headers and plan. Takes the arguments and raises the errors of `pack`."""
     directory = None if from_hub else local_directory(source, "pack")
@@ -169,7 +181,8 @@ def open_packing(
             from .hub import HubSource
 
             opened = HubSource(str(source), revision, workspace.folder / "source")
-        plan = make_plan(opened.checkpoint, settings, by_shard=opened.by_shard)
+        placed = None if share is None else share.place(opened.checkpoint)
+        plan = make_plan(opened.checkpoint, settings, by_shard=opened.by_shard, share=placed)
         yield Packing(opened, plan, workspace, _is_finished(opened, plan, workspace))
 
 
@@ -179,13 +192,14 @@ def _is_finished(source: Source, plan: PackPlan, workspace: Workspace) -> bool:
     manifest = read_manifest(workspace.destination)
     same = manifest is not None and (
         manifest.conversion == plan.settings.to_json()
+        and manifest.share == plan.share
         and [manifest.source[key] for key in ("name", "revision", "samples")]
         == [source.name, source.revision, source.samples]
     )
     if not same:
         raise PackError(
-            f"[pack] {workspace.destination} must hold no other packed checkpoint, got one of another source or other "
-            "settings. Name another directory, or start over with restart=True (--restart)."
+            f"[pack] {workspace.destination} must hold no other packed checkpoint, got one of another source or share, "
+            "or with other settings. Name another directory, or start over with restart=True (--restart)."
         )
     return True
 
@@ -207,4 +221,4 @@ def _small_files(directory: Path) -> dict[str, bytes]:
     return found
 
 
-__all__ = ["Estimate", "PackSettings", "Packing", "open_packing", "pack"]
+__all__ = ["Estimate", "PackSettings", "Packing", "ShareRequest", "open_packing", "pack", "parse_share"]

@@ -11,7 +11,8 @@ from typing import Any
 from ..errors import RequestError
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_layout import Quantization, RecordLayout
-from ..formats.packed_format import PackedLayer
+from ..formats.packed_format import PackedLayer, share_label
+from ..formats.packed_share import LayerShare, ShareLabel
 from ..formats.quantization import mlx_name
 from ..formats.safetensors_header import TensorInfo
 from ..formats.schemes import AFFINE
@@ -19,6 +20,7 @@ from ..models.registry import OWN_FAMILIES
 from .dense import CHUNK_BYTES, DenseFile, copy_tasks, row_tasks
 from .mlx_lm_dense import DenseParameter, MlxLmDense, cast_dtype, is_known
 from .settings import Conversion, PackSettings, target_layout
+from .shares import check_whole
 from .tasks import ExpertTask, Item, Task, merge_runs
 
 
@@ -62,31 +64,41 @@ class PackPlan:
         return sum(self.file_sizes.values())
 
     @property
+    def share(self) -> ShareLabel | None:
+        """The share that the result is; None if it has all experts."""
+        return share_label(self.layers)
+
+    @property
     def file_sizes(self) -> dict[str, int]:
         sizes = {layer.file_name: layer.file_bytes for layer in self.layers}
         return sizes | {file.name: file.nbytes for file in self.dense_files}
 
     def record_task(self, layer: int, expert: int) -> ExpertTask:
-        """Return a task that produces one whole record, for comparison."""
+        """Return a task that produces one whole record, for comparison. Its place in the file is left out."""
         packed = next(p for p in self.layers if p.layer == layer)
         layout, conversions = target_layout(
             layer, self.checkpoint.layout(layer), self.settings, cast_dtype(self.checkpoint.config)
         )
         items = _items(self.checkpoint, layer, layout, conversions)
-        return _expert_task(packed, expert, expert + 1, items)
+        return _expert_task(packed, (expert,), 0, items)
 
 
-def make_plan(checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool) -> PackPlan:
+def make_plan(
+    checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool, share: Mapping[int, LayerShare] | None = None
+) -> PackPlan:
     """Plan a packing. Reads no tensor data.
 
     Args:
         checkpoint: The source checkpoint.
         settings: Packing settings.
         by_shard: Whether shards arrive one at a time, so that records are written in parts.
+        share: Which experts to write, by layer; None for all.
 
     Raises:
+        RequestError: If the source has not all experts.
         UnsupportedModelError: If the dense tensors can't be converted.
     """
+    check_whole(checkpoint)
     cast = cast_dtype(checkpoint.config)
     layers: list[PackedLayer] = []
     lossy: set[str] = set()
@@ -102,7 +114,9 @@ def make_plan(checkpoint: Checkpoint, settings: PackSettings, *, by_shard: bool)
         layout, conversions = target_layout(layer, checkpoint.layout(layer), settings, cast)
         count = checkpoint.num_experts(layer)
         path = dense.expert_paths[layer] if dense else module_path(checkpoint, layer)
-        packed = PackedLayer(layer, path, count, layout, (0,) * count)
+        own = None if share is None else share[layer]
+        checksums = (0,) * (count if own is None else len(own.experts))
+        packed = PackedLayer(layer, path, count, layout, checksums, own)
         layers.append(packed)
         lossy |= {_in_words(projection, conversion) for projection, conversion in conversions.items()}
         tasks += _expert_tasks(checkpoint, packed, _items(checkpoint, layer, layout, conversions), by_shard)
@@ -174,20 +188,22 @@ def _expert_tasks(
     def files(expert: int) -> tuple[frozenset[Path], ...]:
         return tuple(item.files(expert) for item in items) if by_shard else ()
 
-    for _, same in groupby(range(packed.num_experts), key=files):
-        experts = list(same)
+    place = 0
+    for _, same in groupby(packed.experts, key=files):
+        experts = tuple(same)
         for group in split(experts[0]):
             chosen = tuple(items[index] for index in group)
-            for first in range(experts[0], experts[-1] + 1, step):
-                yield _expert_task(packed, first, min(first + step, experts[-1] + 1), chosen)
+            for first in range(0, len(experts), step):
+                yield _expert_task(packed, experts[first : first + step], place + first, chosen)
+        place += len(experts)
 
 
-def _expert_task(packed: PackedLayer, first: int, last: int, items: tuple[Item, ...]) -> ExpertTask:
+def _expert_task(packed: PackedLayer, experts: tuple[int, ...], place: int, items: tuple[Item, ...]) -> ExpertTask:
     targets = [target for item in items for target in item.targets]
     runs = merge_runs(targets, packed.layout.parts)
     whole = len(targets) == len(packed.layout.parts)
     return ExpertTask(
-        packed.layer, first, last, items, runs, whole, packed.stride, packed.data_offset, packed.file_name
+        packed.layer, experts, place, items, runs, whole, packed.stride, packed.data_offset, packed.file_name
     )
 
 

@@ -304,10 +304,10 @@ class Runner:
         return {name: sorted(some) for name, some in found.items()}
 
     def _sealed(self, layer: PackedLayer, segments: list[tuple[int, int, int]]) -> PackedLayer:
-        records: list[list[tuple[int, int, int]]] = [[] for _ in range(layer.num_experts)]
+        records: list[list[tuple[int, int, int]]] = [[] for _ in layer.experts]
         for offset, nbytes, checksum in segments:
-            expert, begin = divmod(offset - layer.data_offset, layer.stride)
-            records[expert].append((begin, nbytes, checksum))
+            place, begin = divmod(offset - layer.data_offset, layer.stride)
+            records[place].append((begin, nbytes, checksum))
         whole = layer.payload_bytes
         return replace(layer, checksums=tuple(
             some[0][2] if some[0][:2] == (0, whole) else combine_segments(some, whole) for some in records

@@ -145,10 +145,12 @@ class Item:
 
 @dataclass(frozen=True)
 class ExpertTask:
-    """A task for experts ``first`` to ``last`` (exclusive) of a layer: whole records, or some items of them.
+    """A task for some experts of a layer whose records follow each other: whole records, or some items of them.
 
     Attributes:
         layer: Number of the layer.
+        experts: Numbers of the experts.
+        place: Position of the first one's record in the output file.
         items: Items to write.
         runs: (begin, end) of the contiguous ranges of a record that the items fill, ignoring alignment gaps.
         whole: Whether the items are complete, so that whole records are written at once, including padding.
@@ -157,8 +159,8 @@ class ExpertTask:
     """
 
     layer: int
-    first: int
-    last: int
+    experts: tuple[int, ...]
+    place: int
     items: tuple[Item, ...]
     runs: tuple[tuple[int, int], ...]
     whole: bool
@@ -168,21 +170,21 @@ class ExpertTask:
 
     @property
     def needs(self) -> frozenset[Path]:
-        return frozenset().union(*(item.files(e) for item in self.items for e in range(self.first, self.last)))
+        return frozenset().union(*(item.files(e) for item in self.items for e in self.experts))
 
     @property
     def segments(self) -> tuple[Segment, ...]:
         """Return one segment per run of each record, expert by expert."""
         return tuple(
-            Segment(self.data_offset + expert * self.stride + begin, end - begin)
-            for expert in range(self.first, self.last)
+            Segment(self.data_offset + place * self.stride + begin, end - begin)
+            for place in range(self.place, self.place + len(self.experts))
             for begin, end in self.runs
         )
 
     def run(self, source: SourceFiles, write: Write) -> TaskResult:
         records, errors = self.make(source)
         checksums = tuple(zlib.crc32(record[begin:end].data) for record in records for begin, end in self.runs)
-        start = self.data_offset + self.first * self.stride
+        start = self.data_offset + self.place * self.stride
         if self.whole:
             write(records.reshape(-1).data, start)
         else:
@@ -192,8 +194,8 @@ class ExpertTask:
         return TaskResult(checksums, errors)
 
     def make(self, source: SourceFiles) -> tuple[Bytes, dict[str, ErrorSums]]:
-        """Return records of shape (last - first, stride), zero-filled. This thread's next call reuses their memory."""
-        records = _zeros((self.last - self.first, self.stride))
+        """Return zero-filled records, shape (experts, stride). This thread's next call reuses their memory."""
+        records = _zeros((len(self.experts), self.stride))
         errors: dict[str, ErrorSums] = {}
         for item in self.items:
             if item.conversion is None:
@@ -213,12 +215,12 @@ class ExpertTask:
     ) -> None:
         parts: dict[str, tuple[str, Bytes]] = {}
         for name, part in item.sources.items():
-            data = np.empty((self.last - self.first, _nbytes(part)), np.uint8)
+            data = np.empty((len(self.experts), _nbytes(part)), np.uint8)
             self._read(source, part, data)
             parts[name] = (part.dtype, data)
         rows = item.targets[0].shape[0]
-        for number in range(self.last - self.first):
-            measure = (self.first + number) % ERROR_INTERVAL == 0
+        for number in range(len(self.experts)):
+            measure = (self.place + number) % ERROR_INTERVAL == 0
             one = {name: (dtype, data[number]) for name, (dtype, data) in parts.items()}
             made, error = quantise(rows, one, conversion, measure=measure)
             for target in item.targets:
@@ -233,7 +235,7 @@ class ExpertTask:
             return
         pending: list[Bytes] = []
         begin: tuple[Path, int] | None = None
-        for number, expert in enumerate(range(self.first, self.last)):
+        for number, expert in enumerate(self.experts):
             path, offset = part.locate(expert)
             if begin is not None and (path, offset) != (begin[0], begin[1] + len(pending) * targets.shape[1]):
                 source.read(begin[0], pending, begin[1])
@@ -247,7 +249,7 @@ class ExpertTask:
         """Read one part of every expert and rearrange its elements row by row if the file stores them differently."""
         size = DTYPE_BYTES[part.dtype]
         block: Bytes = np.empty(view.nbytes, np.uint8)
-        for number, expert in enumerate(range(self.first, self.last)):
+        for number, expert in enumerate(self.experts):
             path, offset = part.locate(expert)
             source.read(path, [block], offset - view.first)
             elements = np.lib.stride_tricks.as_strided(

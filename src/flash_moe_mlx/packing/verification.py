@@ -55,6 +55,7 @@ class Report(NamedRows):
         compared: Number of records compared with the source's.
         bytes_read: Bytes read by the check.
         problems: Problems found.
+        share: The rank's share that the checkpoint holds, in words; empty if it holds all experts.
     """
 
     path: Path
@@ -66,6 +67,7 @@ class Report(NamedRows):
     compared: int = 0
     bytes_read: int = 0
     problems: tuple[Problem, ...] = field(default=())
+    share: str = ""
 
     @property
     def ok(self) -> bool:
@@ -81,7 +83,7 @@ class Report(NamedRows):
             checked = f"{self.all_records:,}, structure only: this format has no checksums"
         rows = [
             ("checkpoint", str(self.path)),
-            ("format", self.format or "not readable"),
+            ("format", (self.format or "not readable") + (f", {self.share}" if self.share else "")),
             ("records", checked + ("" if self.full or self.format != "packed" else " (a sample: full=True reads all)")),
         ]
         if self.format == "packed":
@@ -96,7 +98,7 @@ class Report(NamedRows):
     def to_json(self) -> dict[str, Any]:
         """Return the value that ``flash-moe verify --json`` prints."""
         return {
-            "path": str(self.path), "format": self.format, "ok": self.ok, "full": self.full,
+            "path": str(self.path), "format": self.format, "share": self.share, "ok": self.ok, "full": self.full,
             "records": self.records, "all_records": self.all_records, "files": self.files,
             "compared": self.compared, "bytes_read": self.bytes_read,
             "problems": [vars(problem) for problem in self.problems],
@@ -132,14 +134,15 @@ def verify(
         checkpoint = Checkpoint.open(directory)
     except CheckpointError as error:
         return Report(directory, "", full, problems=(Problem(_file_of(error), str(error)),))
-    records = sum(checkpoint.num_experts(layer) for layer in checkpoint.moe_layers)
     manifest = checkpoint.manifest
     if manifest is None:
+        records = sum(checkpoint.num_experts(layer) for layer in checkpoint.moe_layers)
         if against is not None:
             raise RequestError(
                 f"[against] only a packed checkpoint is compared with a source, got {checkpoint.format}. Leave it out."
             )
         return Report(directory, checkpoint.format, full, all_records=records)
+    records = sum(len(layer.experts) for layer in manifest.layers.values())
     jobs = [*_file_jobs(directory, manifest, full), *_record_jobs(directory, manifest, full)]
     total, done = sum(job.nbytes for job in jobs), 0
     problems: list[Problem] = []
@@ -157,7 +160,7 @@ def verify(
         directory, "packed", full,
         records=sum(job.expert is not None for job in jobs), all_records=records,
         files=sum(job.expert is None for job in jobs), compared=compared, bytes_read=total,
-        problems=tuple(problems),
+        problems=tuple(problems), share=str(manifest.share or ""),
     )  # fmt: skip
 
 
@@ -236,15 +239,17 @@ def _file_jobs(directory: Path, manifest: Manifest, full: bool) -> Iterable[_Job
 def _record_jobs(directory: Path, manifest: Manifest, full: bool) -> Iterable[_Job]:
     for layer in manifest.layers.values():
         path = directory / layer.file_name
-        for expert in range(layer.num_experts) if full else _sample(layer, SAMPLED_RECORDS):
+        for place in range(len(layer.experts)) if full else _sample(layer, SAMPLED_RECORDS):
+            expert = layer.experts[place]
             yield _Job(
-                path, layer.file_name, layer.data_offset + expert * layer.stride, layer.payload_bytes,
-                layer.checksums[expert], zeros=layer.stride - layer.payload_bytes, layer=layer.layer, expert=expert,
+                path, layer.file_name, layer.data_offset + place * layer.stride, layer.payload_bytes,
+                layer.checksums[place], zeros=layer.stride - layer.payload_bytes, layer=layer.layer, expert=expert,
             )  # fmt: skip
 
 
 def _sample(layer: PackedLayer, count: int) -> list[int]:
-    last = layer.num_experts - 1
+    """Return the positions of some records in a layer's file."""
+    last = len(layer.experts) - 1
     return sorted({last * number // max(1, count - 1) for number in range(count)})
 
 
@@ -266,9 +271,10 @@ def _compare(checkpoint: Checkpoint, source: Path) -> tuple[int, list[Problem]]:
     files = SourceFiles()
     try:
         for layer in checkpoint.manifest.layers.values():
-            for expert in _sample(layer, _COMPARED_RECORDS):
+            for place in _sample(layer, _COMPARED_RECORDS):
+                expert = layer.experts[place]
                 made, _ = plan.record_task(layer.layer, expert).make(files)
-                if zlib.crc32(made[0, : layer.payload_bytes].data) == layer.checksums[expert]:
+                if zlib.crc32(made[0, : layer.payload_bytes].data) == layer.checksums[place]:
                     same += 1
                 else:
                     message = (

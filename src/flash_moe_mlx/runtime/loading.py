@@ -60,7 +60,7 @@ from ..system import raise_file_limit, return_freed_buffers
 from .adapters import Adapter, check_alone
 from .downloads import PATTERNS
 from .model_type import StreamingModel
-from .sharding import loading_together, share_experts
+from .sharding import loading_together, own_directory, share_experts
 from .tokenizer_files import load_checked_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -155,7 +155,8 @@ def load(
         trust_remote_code: Whether to run Python files that come with the checkpoint: its tokenizer's, and the model's
             own where config.json names a ``model_file``. Only for checkpoints whose code you have read or trust.
         shard: How the ranks that ``mlx.launch`` started share the experts. None divides them by number if there are
-            several ranks; a path names a plan file; False makes each rank load the whole model.
+            several ranks, or as a checkpoint packed with ``shard`` says; a path names a plan file; False makes each
+            rank load the whole model.
         rank_timeout: Seconds that a rank waits for another one before it gives up.
         progress: True shows what takes long: one line on a terminal's stderr, a bar in a notebook, nothing elsewhere.
             A function receives each `Progress`. False shows nothing.
@@ -432,9 +433,10 @@ def _prepare(
     adapter = None if adapter_path is None else Adapter.open(adapter_path)
     report("reading headers")
     return_freed_buffers()
+    directory = own_directory(directory, ranks)
     checkpoint, spec = inspect_checkpoint(directory, streaming)
     spec = spec if adapter is None else adapter.counted(spec)
-    share = None if ranks is None else share_experts(ranks, checkpoint, streaming, shard)
+    share = share_experts(ranks, checkpoint, streaming, shard)
     if streaming.activation_bits is not None:
         spec = _with_rounded_activations(spec, streaming.activation_bits)
     if verify == "full" and checkpoint.manifest:

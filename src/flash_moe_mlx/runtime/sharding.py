@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from .. import __version__
 from ..config import StreamingConfig
@@ -16,6 +17,7 @@ from ..experts.distributed import Share
 from ..experts.placement import Placement, check_alike
 from ..experts.ranks import RankGroup, join_ranks
 from ..formats.checkpoint import Checkpoint
+from ..formats.packed_share import share_folder
 
 _SAMPLES, _SAMPLE_BYTES = 64, 4096
 
@@ -56,25 +58,78 @@ def loading_together(shard: bool | str | Path | None, timeout: float) -> Iterato
             ranks.fail(f"could not load: {sys.exception()}")
 
 
+def own_directory(directory: Path, ranks: RankGroup | None) -> Path:
+    """Return this rank's folder of a directory with a folder for each rank's share; any other directory as it is.
+
+    Raises:
+        RequestError: If there are such folders, and none is for this rank and this number of ranks.
+    """
+    if (directory / "config.json").exists():
+        return directory
+    folders = sorted(path.name for path in directory.glob("*-of-*") if path.is_dir())
+    if not folders:
+        return directory
+    if ranks is not None and (name := share_folder(ranks.rank, ranks.size)) in folders:
+        return directory / name
+    raise RequestError(
+        f"[load] {directory} must hold this process's share of the experts, got {', '.join(folders[:4])} for "
+        f"{_in_words(ranks)}. Start as many ranks with mlx.launch, or pack the source again for these."
+    )
+
+
+def _stored_placement(checkpoint: Checkpoint, ranks: RankGroup | None) -> Placement | None:
+    """Return the placement that a checkpoint's share is part of, or None if it has all experts.
+
+    Raises:
+        RequestError: If it is another rank's, or of another number of ranks.
+    """
+    manifest = checkpoint.manifest
+    if manifest is None or (label := manifest.share) is None:
+        return None
+    if ranks is None or (label.rank, label.ranks) != (ranks.rank, ranks.size):
+        raise RequestError(
+            f"[load] {checkpoint.directory} must be this process's share of the experts, got {label} for "
+            f"{_in_words(ranks)}. Start {label.ranks} ranks with mlx.launch, each with its own share; "
+            "a process on its own needs the whole checkpoint."
+        )
+    owners = {n: np.array(layer.share.owners) for n, layer in manifest.layers.items() if layer.share}
+    return Placement(label.ranks, owners)
+
+
+def _in_words(ranks: RankGroup | None) -> str:
+    return "a process on its own" if ranks is None else f"rank {ranks.rank} of {ranks.size}"
+
+
 def share_experts(
-    ranks: RankGroup, checkpoint: Checkpoint, streaming: StreamingConfig, shard: bool | str | Path | None
-) -> Share:
+    ranks: RankGroup | None, checkpoint: Checkpoint, streaming: StreamingConfig, shard: bool | str | Path | None
+) -> Share | None:
     """Choose who keeps which experts, and check that all ranks mean the same.
 
+    Some ranks may have the whole checkpoint, and others their share of it.
+
     Args:
-        ranks: The group.
+        ranks: The group; None if this process is on its own.
         checkpoint: Opened.
         streaming: load's arguments.
         shard: load's argument.
 
     Raises:
         DistributedError: If ranks differ in version, checkpoint, arguments or plan.
-        RequestError: If the plan is not usable.
+        RequestError: If the plan is not usable, or the checkpoint is another rank's share.
     """
     num_experts = {layer: checkpoint.num_experts(layer) for layer in checkpoint.moe_layers}
+    placement = _stored_placement(checkpoint, ranks)
+    if ranks is None:
+        return None
     if isinstance(shard, str | Path):
-        placement = Placement.read(shard, num_experts, ranks.size)
-    else:
+        chosen = Placement.read(shard, num_experts, ranks.size)
+        if placement is not None and chosen.digest != placement.digest:
+            raise RequestError(
+                f"[shard] {shard} must be the plan that {checkpoint.directory} was packed with, got another. "
+                "Leave shard out: the checkpoint has its plan."
+            )
+        placement = chosen
+    elif placement is None:
         placement = Placement.by_number(num_experts, ranks.size)
     arguments = (
         streaming.max_context,
@@ -93,7 +148,10 @@ def share_experts(
 
 
 def _fingerprint(checkpoint: Checkpoint) -> int:
-    """Return a checksum of names and shapes, and of a few of the dense weights' bytes."""
+    """Return a checksum of names and shapes, and of a few of the dense weights' bytes.
+
+    It doesn't depend on which experts the files hold.
+    """
     total = zlib.crc32(repr(sorted(checkpoint.config.items(), key=str)).encode())
     for layer in checkpoint.moe_layers:
         total = zlib.crc32(repr((checkpoint.num_experts(layer), checkpoint.layout(layer).parts)).encode(), total)
