@@ -6,6 +6,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import huggingface_hub.constants
 import numpy as np
 import pytest
 from typer.testing import CliRunner
@@ -18,10 +19,12 @@ from flash_moe_mlx.experts.placement import Placement
 from flash_moe_mlx.formats.checkpoint import Checkpoint
 from flash_moe_mlx.formats.packed_format import MANIFEST_NAME, parse_manifest, read_manifest
 from flash_moe_mlx.packing import PackSettings, open_packing, parse_share
+from flash_moe_mlx.packing import hub as packing_hub
 from flash_moe_mlx.runtime.sharding import own_directory, share_experts
 
 from ..formats.test_packed_format import seal
 from ..support.checkpoints import make_checkpoint, text_config
+from ..support.hub import REPOSITORY, Hub, serve
 from ..support.packing import contents, small_tasks, stop_at
 
 EXPERTS = 6
@@ -162,6 +165,51 @@ def test_manifests_that_contradict_themselves_are_refused(shares: Path):
     ):
         with pytest.raises(CorruptError, match=message):
             parse_manifest(change(path, **fields))
+
+
+# --- from a hub ---
+
+
+def test_only_the_share_is_downloaded_from_a_hub(
+    source: Path, whole: Path, shares: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """No request asks for a byte of another rank's experts, and a connection that ends early is continued."""
+    checkpoint = Checkpoint.open(source)
+    placement = Placement.by_number(dict.fromkeys(checkpoint.moe_layers, EXPERTS), 2)
+    others = [
+        (where.path.name, where.file_offset, where.file_offset + where.nbytes)
+        for layer in checkpoint.moe_layers
+        for expert in np.flatnonzero(placement.owners[layer] != 1)
+        for where in checkpoint.ranges(layer, int(expert))
+    ]
+    monkeypatch.setattr(packing_hub, "_RETRY_SECONDS", 0.0)
+    with serve(source) as hub:
+        use_hub(hub, monkeypatch)
+        with open_packing(
+            REPOSITORY, tmp_path / "packed", PackSettings(3), from_hub=True, share=parse_share("1/2")
+        ) as packing:
+            ranges = packing.plan.reads()
+            held = packing.source.held_bytes
+            hub.ranges.clear()  # those of headers
+            hub.downloads.clear()
+            hub.cut = {some[len(some) // 2][0] for some in ranges.values()}
+            packing.run(False)
+    assert not hub.cut and all(first > 0 for _, first in hub.downloads)
+    for name, first, last in hub.ranges:
+        assert not any(name == file and first < end and begin <= last for file, begin, end in others)
+    asked = sum(last + 1 - first for _, first, last in hub.ranges)
+    needed = sum(end - begin for some in ranges.values() for begin, end in some)
+    assert needed == held < asked < 2 * needed  # two shards; those that were cut have been asked for again
+    made, expected = contents(tmp_path / "packed"), contents(shares / "1-of-2")
+    assert made.keys() == expected.keys()
+    assert all(data == expected[name] for name, data in made.items() if name != MANIFEST_NAME)
+
+
+def use_hub(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Use another hub, as HF_ENDPOINT does when huggingface_hub is imported."""
+    template = f"{hub.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", hub.endpoint)
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
 
 
 # --- what load makes of them ---

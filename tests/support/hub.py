@@ -27,6 +27,8 @@ class Hub:
         shortened: Files to how many more downloads come with that many bytes too few, and a length to match.
         altered: Files to how many more downloads come with a flipped bit.
         downloads: (file, first byte) of each download begun.
+        ranges: (file, first byte, last byte) of each part of a file that was asked for.
+        cut: Ranges, first bytes, whose first download ends after half of its bytes, by a closed connection.
     """
 
     endpoint: str
@@ -35,6 +37,8 @@ class Hub:
     shortened: dict[str, int] = field(default_factory=dict)
     altered: dict[str, int] = field(default_factory=dict)
     downloads: list[tuple[str, int]] = field(default_factory=list)
+    ranges: list[tuple[str, int, int]] = field(default_factory=list)
+    cut: set[int] = field(default_factory=set)
 
 
 @contextmanager
@@ -85,6 +89,8 @@ def serve(directory: Path) -> Iterator[Hub]:
             first, last = 0, len(data) - 1
             if match := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or ""):
                 first, last = int(match[1]), min(int(match[2] or last), last)
+            if body and match:
+                hub.ranges.append((path.name, first, last))
             whole = body and last == len(data) - 1
             if whole:
                 hub.downloads.append((path.name, first))
@@ -104,8 +110,9 @@ def serve(directory: Path) -> Iterator[Hub]:
             self.end_headers()
             if not body:
                 return
-            if whole and path.name in hub.dropped:
-                hub.dropped.remove(path.name)
+            if (whole and path.name in hub.dropped) or (match and first in hub.cut):
+                hub.dropped.discard(path.name)
+                hub.cut.discard(first)
                 self.wfile.write(part[: len(part) // 2])
                 self.wfile.flush()
                 self.connection.shutdown(socket.SHUT_RDWR)

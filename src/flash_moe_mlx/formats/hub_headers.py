@@ -6,6 +6,7 @@ with them. A hole takes no disk space and reads as zeros.
 
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import HfApi, get_session, hf_hub_url
@@ -77,6 +78,25 @@ def read_header(url: str) -> tuple[bytes, int]:
     if len(start) < end <= 8 + MAX_HEADER_BYTES:
         start, size = _first_bytes(url, end)
     return start[:end], size
+
+
+def read_range(url: str, begin: int, end: int) -> Iterator[bytes]:
+    """Yield the bytes of a file from ``begin`` to ``end`` in pieces.
+
+    Raises:
+        CorruptError: If the server sends other bytes.
+        HTTPError: If the download fails, perhaps after some pieces.
+    """
+    headers = {**build_hf_headers(), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    with get_session().stream("GET", url, headers=headers, follow_redirects=True) as response:
+        response.raise_for_status()
+        got = response.headers.get("Content-Range", "")
+        if response.status_code != 206 or not got.startswith(f"bytes {begin}-{end - 1}/"):
+            raise CorruptError(
+                f"[hub] {brief(url)} must be served in ranges, got {response.status_code} {brief(got)} for bytes "
+                f"{begin} to {end - 1}. Download the checkpoint whole."
+            )
+        yield from response.iter_bytes()
 
 
 def _first_bytes(url: str, count: int) -> tuple[bytes, int]:

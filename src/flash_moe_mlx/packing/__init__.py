@@ -183,6 +183,8 @@ def open_packing(
             opened = HubSource(str(source), revision, workspace.folder / "source")
         placed = None if share is None else share.place(opened.checkpoint)
         plan = make_plan(opened.checkpoint, settings, by_shard=opened.by_shard, share=placed)
+        if share is not None:
+            opened.fetch_only(plan.reads())
         yield Packing(opened, plan, workspace, _is_finished(opened, plan, workspace))
 
 

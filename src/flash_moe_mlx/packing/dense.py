@@ -20,7 +20,7 @@ from ..formats.expert_layout import DTYPE_BYTES, Quantization
 from ..formats.safetensors_header import TensorInfo
 from .quantiser import Bytes, quantise
 from .settings import Conversion
-from .tasks import Segment, SourceFiles, TaskResult, Write
+from .tasks import Read, Segment, SourceFiles, TaskResult, Write
 
 CHUNK_BYTES = 32 << 20
 """Approximate number of bytes that one task reads."""
@@ -89,6 +89,10 @@ class CopyTask:
     def segments(self) -> tuple[Segment, ...]:
         return (Segment(self.offset, sum(nbytes for _, _, nbytes in self.pieces)),)
 
+    @property
+    def reads(self) -> Iterator[Read]:
+        yield from self.pieces
+
     def run(self, source: SourceFiles, write: Write) -> TaskResult:
         data = np.empty(self.segments[0].nbytes, np.uint8)
         done = 0
@@ -121,6 +125,11 @@ class RowsTask:
             for target in self.targets
             for row in (target.nbytes // prod(target.shape[:-1]),)
         )
+
+    @property
+    def reads(self) -> Iterator[Read]:
+        row = self.source.nbytes // prod(self.source.shape[:-1])
+        yield self.source.path, self.source.offset + self.first * row, (self.last - self.first) * row
 
     def run(self, source: SourceFiles, write: Write) -> TaskResult:
         row = self.source.nbytes // prod(self.source.shape[:-1])

@@ -68,6 +68,26 @@ class PackPlan:
         """The share that the result is; None if it has all experts."""
         return share_label(self.layers)
 
+    def late_inputs(self) -> dict[Path, tuple[TensorInfo, ...]]:
+        """Return the tensors that the late parameters are computed from, by file."""
+        if not self.late or self.dense is None:
+            return {}
+        tensors = {info.name: info for info in self.dense.unmatched}
+        tensors |= {part.parameter.source.name: part.parameter.source for part in self.late if part.parameter.source}
+        inputs: dict[Path, tuple[TensorInfo, ...]] = {}
+        for info in tensors.values():
+            inputs[info.path] = (*inputs.get(info.path, ()), info)
+        return inputs
+
+    def reads(self) -> dict[Path, list[tuple[int, int]]]:
+        """Return the byte ranges (begin, end) that the plan reads of each source file, ascending and merged."""
+        found: dict[Path, list[tuple[int, int]]] = {}
+        for path, offset, nbytes in (read for task in self.tasks for read in task.reads):
+            found.setdefault(path, []).append((offset, offset + nbytes))
+        for path, tensors in self.late_inputs().items():
+            found.setdefault(path, []).extend((info.offset, info.offset + info.nbytes) for info in tensors)
+        return {path: _merged(ranges) for path, ranges in found.items()}
+
     @property
     def file_sizes(self) -> dict[str, int]:
         sizes = {layer.file_name: layer.file_bytes for layer in self.layers}
@@ -133,6 +153,16 @@ def make_plan(
     return PackPlan(
         checkpoint, settings, tuple(layers), tuple(sorted(lossy)), files, tuple(ordered), late, dense, config
     )
+
+
+def _merged(ranges: list[tuple[int, int]]) -> list[tuple[int, int]]:
+    merged: list[tuple[int, int]] = []
+    for begin, end in sorted(ranges):
+        if merged and begin <= merged[-1][1]:
+            merged[-1] = merged[-1][0], max(merged[-1][1], end)
+        else:
+            merged.append((begin, end))
+    return merged
 
 
 def _mlx_lm_dense(checkpoint: Checkpoint, settings: PackSettings, *, quantise: bool) -> MlxLmDense | None:

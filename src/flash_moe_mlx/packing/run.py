@@ -166,15 +166,7 @@ class Runner:
         return task.run(self._files, lambda data, offset: self._workspace.write(name, data, offset))
 
     def _late_inputs(self) -> dict[Path, tuple[TensorInfo, ...]]:
-        if not self._plan.late or self._plan.dense is None or self._is_late_done():
-            return {}
-        inputs: dict[Path, tuple[TensorInfo, ...]] = {}
-        unmatched = {info.name: info for info in self._plan.dense.unmatched}
-        unmatched |= {part.parameter.source.name: part.parameter.source for part in self._plan.late
-                      if part.parameter.source}  # fmt: skip
-        for info in unmatched.values():
-            inputs[info.path] = (*inputs.get(info.path, ()), info)
-        return inputs
+        return {} if self._is_late_done() else self._plan.late_inputs()
 
     def _is_late_done(self) -> bool:
         first = len(self._plan.tasks)

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,6 +36,10 @@ class Source(Protocol):
 
     def identity(self) -> dict[str, Any]:
         """Return values that distinguish this source from others and from changed versions of itself."""
+        ...
+
+    def fetch_only(self, ranges: Mapping[Path, Sequence[tuple[int, int]]]) -> None:
+        """Restrict what `fetch` makes readable to byte ranges (begin, end), by shard."""
         ...
 
     def fetch(self, path: Path) -> None:
@@ -75,6 +80,9 @@ class LocalSource:
 
     def identity(self) -> dict[str, Any]:
         return self._identity
+
+    def fetch_only(self, ranges: Mapping[Path, Sequence[tuple[int, int]]]) -> None:
+        """Do nothing: the files are local."""
 
     def fetch(self, path: Path) -> None:
         """Do nothing: the file is local."""

@@ -6,7 +6,7 @@ A task is small (tens of megabytes), always produces the same bytes, and is repe
 import mmap
 import threading
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -62,10 +62,18 @@ class Task(Protocol):
         """Byte ranges that the task writes."""
         ...
 
+    @property
+    def reads(self) -> "Iterator[Read]":
+        """Byte ranges of source files that the task reads."""
+        ...
+
     def run(self, source: "SourceFiles", write: "Write") -> TaskResult:
         """Read, convert and write. Runs on a worker thread."""
         ...
 
+
+Read = tuple[Path, int, int]
+"""A source file, an offset, and a number of bytes."""
 
 Write = Callable[[memoryview, int], None]
 """Function that writes bytes at an offset of the task's output file."""
@@ -180,6 +188,15 @@ class ExpertTask:
             for place in range(self.place, self.place + len(self.experts))
             for begin, end in self.runs
         )
+
+    @property
+    def reads(self) -> Iterator[Read]:
+        for part in (part for item in self.items for part in item.sources.values()):
+            for expert in self.experts:
+                path, offset = part.locate(expert)
+                yield (path, offset, _nbytes(part)) if part.view is None else (
+                    path, offset - part.view.first, part.view.nbytes
+                )  # fmt: skip
 
     def run(self, source: SourceFiles, write: Write) -> TaskResult:
         records, errors = self.make(source)
