@@ -48,6 +48,19 @@ def differs(launch: tuple[Any, ...], order: str, edit: Edit) -> bool:
     return bool(np.sqrt(((result - expected) ** 2).sum() / (expected**2).sum()) > LIMIT)
 
 
+DEQUANTIZED_WRONGLY = {
+    "wrong shift": in_body("(index % (32 / BITS) * BITS)", "(index % (32 / BITS))"),
+    "off-by-one group": in_body("index / GROUP", "(index + 1) / GROUP"),
+    "wrong matrix": in_body("slots[matrix]", "matrix"),
+    "not all weights": in_body("index < count", "index + 1 < count"),
+}
+
+
+@pytest.mark.parametrize("fault", DEQUANTIZED_WRONGLY)
+def test_a_wrong_dequantisation_shows(fault: str, monkeypatch: pytest.MonkeyPatch):
+    assert differs(record(monkeypatch, "dequantize"), "ascending", DEQUANTIZED_WRONGLY[fault])
+
+
 MATVECS = (
     "dequant_matvec", "expert_gate_up", "expert_down", "expert_down_combine", "norm_matvec", "matvec_residual"
 )  # fmt: skip

@@ -2,10 +2,14 @@
 
 import mlx.core as mx
 
-from .backend import backend, use_reference
+from .backend import backend, use_kernels, use_reference
+from .dequantize import KERNEL_BITS, dense_matrix
 
 TILE_BYTES = 128 << 20
 """Size of the dequantised weights held at a time, as float32."""
+
+LAZY_BYTES = 32 << 20
+"""Dequantised tiles up to this size are not waited for: a layer has few of them."""
 
 GROUP_BYTES = 256 << 20
 """Size of the dequantised weights of one projection of several experts, as float32. On an H200, a prompt of 2,048
@@ -53,7 +57,7 @@ def dequant_matmul(
     dequantised and multiplied by cuBLAS (in TF32 if x is float32, unless MLX_ENABLE_TF32=0). That moves each weight
     through the GPU's memory a few more times; a prompt's experts come from the disk at a hundredth of that rate.
 
-    Each tile is evaluated before the next is made, since MLX keeps a graph's inputs until all of it has run. With
+    Each large tile is evaluated before the next is made, since MLX keeps a graph's inputs until all of it has run. With
     ``lazy``, the caller is responsible for evaluating often enough.
     """
     if not dequantizes():
@@ -61,19 +65,19 @@ def dequant_matmul(
             x, weight, scales.astype(x.dtype), biases.astype(x.dtype), group_size=group_size, bits=bits
         )
     tile = max(1, TILE_BYTES // (4 * x.shape[-1]))
-    parts = []
+    has_kernel, parts = use_kernels() and bits in KERNEL_BITS, []
     for first in range(0, weight.shape[0], tile):
         rows = slice(first, first + tile)
-        # In float32, then rounded once: in bfloat16, the product with the scale would be rounded too.
-        dense = mx.dequantize(
-            weight[rows],
-            scales[rows].astype(mx.float32),
-            biases[rows].astype(mx.float32),
-            group_size=group_size,
-            bits=bits,
-        )
-        parts.append(x @ dense.astype(x.dtype).T)
+        matrix = weight[rows], scales[rows], biases[rows]
+        if has_kernel:
+            dense = dense_matrix(*matrix, bits=bits, group_size=group_size, dtype=x.dtype)
+        else:
+            # In float32, then rounded once: in bfloat16, the product with the scale would be rounded too.
+            floats = (part.astype(mx.float32) for part in matrix[1:])
+            dense = mx.dequantize(matrix[0], *floats, group_size=group_size, bits=bits).astype(x.dtype)
+        parts.append(x @ dense.T)
+        small = has_kernel and dense.nbytes <= LAZY_BYTES
         del dense
-        if not lazy:
+        if not (lazy or small):
             mx.eval(parts[-1])
     return parts[0] if len(parts) == 1 else mx.concatenate(parts, axis=-1)

@@ -6,17 +6,22 @@ import mlx.core as mx
 import numpy as np
 
 from .backend import use_cpu_kernels, use_kernels
-from .dequant_matmul import GROUP_BYTES, experts_at_once
+from .dequant_matmul import GROUP_BYTES, dequantizes, experts_at_once
+from .dequantize import dense_experts, has_kernel
 from .numerics import Activation, swiglu
-from .quantized import GATHERED_BYTES, has_kernels, lazy_product, pair_bytes, sorted_product
+from .quantized import GATHERED_BYTES, grouped_product, has_kernels, lazy_product, pair_bytes, sorted_product
 from .slot_memory import ExpertRecords
 
 CPU_ROWS, GPU_ROWS = 512, 8192
+RUNS_AHEAD = 2
+"""Number of grouped products that a GPU may have before it at a time."""
+
+_SMALL = 2  # bytes of a dtype whose dequantised weights fit twice in what products reserve
 
 
 def grouped_rows() -> int:
     """Return the maximum number of unevaluated output rows; at least one expert's. It bounds a prefill's scratch."""
-    return GPU_ROWS if use_kernels() else CPU_ROWS
+    return RUNS_AHEAD * GPU_ROWS if use_kernels() else CPU_ROWS
 
 
 def expert_ffn_batch(x: mx.array, bank: ExpertRecords, slot: int, activation: Activation | None = None) -> mx.array:
@@ -66,7 +71,7 @@ def expert_ffn_grouped(
         y including this group's pairs, evaluated. Each expert's rows have the bits of ``expert_ffn_batch``.
 
     Cost: reads one record per expert. Scratch holds at most CPU_ROWS pairs, or one expert's, on a CPU; on a GPU it
-    holds GPU_ROWS pairs, or one expert's, and the dequantised matrices of ``experts_at_once``.
+    holds pairs and dequantised matrices of two runs, each of GPU_ROWS pairs or one expert's, and ``experts_at_once``.
     """
     if use_cpu_kernels() and has_kernels(bank.layout, "cpu"):
         from .cpu import arrays, experts
@@ -105,17 +110,29 @@ def _grouped_products(
     at_once = experts_at_once(bank.layout.hidden_size, bank.layout.intermediate_size)
     # What is dequantised by several operations takes more than its float32 weights.
     at_once = max(1, min(at_once, GROUP_BYTES // pair_bytes(bank.layout)))
-    for first, last in _runs([len(own) for own in pairs], at_once, grouped_rows()):
-        chosen, own = mx.array(slots[first:last], mx.uint32), pairs[first:last]
-        index = mx.array(np.repeat(np.arange(len(own), dtype=np.uint32), [len(each) for each in own]))
-        rows = np.concatenate(own)
-        each = x[mx.array(rows // k)].reshape(len(rows), 1, -1)
+    counts = [len(own) for own in pairs]
+    starts = np.cumsum([0, *counts]).tolist()
+    # Uploaded once for all runs.
+    rows = mx.array(np.concatenate(pairs).astype(np.uint32))
+    expert_of_row = mx.array(np.repeat(np.arange(len(pairs), dtype=np.uint32), counts))
+    all_slots, tokens = mx.array(slots, mx.uint32), rows // k
+    before: mx.array | None = None
+    for first, last in _runs(counts, at_once, GPU_ROWS):
+        own = slice(starts[first], starts[last])
+        chosen, index = all_slots[first:last], expert_of_row[own] - first
+        each = x[tokens[own]][:, None]
         up = _sorted_product(each, bank, "up_proj", chosen, index)
         gate = _sorted_product(each, bank, "gate_proj", chosen, index) if bank.layout.has_gate else up
         # Not "or": an nn.Module without parameters is an empty dict, hence false.
         h = (swiglu if activation is None else activation)(up, gate).astype(x.dtype)
-        y[mx.array(rows)] = _sorted_product(h, bank, "down_proj", chosen, index)[:, 0]
-        mx.eval(y)
+        result = _sorted_product(h, bank, "down_proj", chosen, index)[:, 0]
+        y[rows[own]] = result
+        mx.async_eval(y)
+        # The next run is built while this one is computed, and waits for the one before, whose memory it takes.
+        if before is not None or x.dtype.size > _SMALL:
+            mx.eval(result if before is None else before)
+        before = result
+    mx.eval(y)
     return y
 
 
@@ -134,8 +151,11 @@ def _runs(counts: Sequence[int], most_experts: int, most_rows: int) -> Iterator[
 def _sorted_product(x: mx.array, bank: ExpertRecords, projection: str, slots: mx.array, index: mx.array) -> mx.array:
     """Multiply rows (R, 1, in), sorted by expert, with their experts' projection; returns (R, 1, out), float32."""
     quantization = bank.layout.quantization(projection)
-    parts = {part.part: bank.part(part.name)[slots] for part in bank.layout.quantized_parts(projection)}
-    y = sorted_product(x, parts, quantization, index).astype(mx.float32)
+    if dequantizes() and has_kernel(quantization):
+        y = grouped_product(x, dense_experts(bank, projection, slots, x.dtype), index).astype(mx.float32)
+    else:
+        parts = {part.part: bank.part(part.name)[slots] for part in bank.layout.quantized_parts(projection)}
+        y = sorted_product(x, parts, quantization, index).astype(mx.float32)
     if f"{projection}.bias" in bank.layout.by_name:
         y = y + bank.part(f"{projection}.bias")[slots][index][:, None].astype(mx.float32)
     return y

@@ -207,12 +207,10 @@ def sorted_product(x: mx.array, parts: Parts, quantization: Quantization | None,
     Returns:
         Shape (R, 1, out), dtype of x. Sums are float32.
     """
-    # Reshaped, not expanded: MLX's grouped product on CUDA takes the stride of the axis of one for that of the rows.
-    x = x.reshape(len(x), -1).reshape(len(x), 1, -1)
     if quantization is None or not _multiplies(quantization) or dequantizes():
         # In float32, then rounded once: in bfloat16 the product with the scale would be rounded as well.
         dense = parts["weight"] if quantization is None else dequantize(parts, quantization)
-        return mx.gather_mm(x, dense.astype(x.dtype).swapaxes(-1, -2), rhs_indices=index, sorted_indices=True)
+        return grouped_product(x, dense.astype(x.dtype), index)
     own = _completed(parts, quantization, x.dtype)
     y = mx.gather_qmm(
         x,
@@ -225,6 +223,13 @@ def sorted_product(x: mx.array, parts: Parts, quantization: Quantization | None,
         **mlx_arguments(quantization),
     )
     return _times_factors(y, {name: parts[name][index] for name in quantization.scheme.factors}, quantization)
+
+
+def grouped_product(x: mx.array, matrices: mx.array, index: mx.array) -> mx.array:
+    """Multiply rows (R, 1, in), sorted by matrix, with one of several plain matrices (S, out, in) each."""
+    # Reshaped, not expanded: MLX's grouped product on CUDA takes the stride of the axis of one for that of the rows.
+    x = x.reshape(len(x), -1).reshape(len(x), 1, -1)
+    return mx.gather_mm(x, matrices.swapaxes(-1, -2), rhs_indices=index, sorted_indices=True)
 
 
 def gathered_product(x: mx.array, parts: Parts, quantization: Quantization, index: mx.array) -> mx.array:
