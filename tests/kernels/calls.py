@@ -4,11 +4,14 @@ from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from flash_moe_mlx.ops.dequant_matvec import dequant_matvec_kernel
+from flash_moe_mlx.ops.dequantize import dense_experts
 from flash_moe_mlx.ops.expert_ffn import expert_ffn_kernel
 from flash_moe_mlx.ops.expert_ffn_combine import expert_ffn_combine_kernel
+from flash_moe_mlx.ops.fetch_records import NOT_IN_SLOT, fetch_records_kernel, halves_of, host_records
 from flash_moe_mlx.ops.gated_delta import gated_delta_kernel
 from flash_moe_mlx.ops.gated_delta_step import Columns, gated_delta_conv_step_kernel
 from flash_moe_mlx.ops.gpu import kernel_source
@@ -95,7 +98,27 @@ def rope() -> mx.array:
     return qk_norm_rope_kernel(mx.random.normal((2, 768)).astype(BF16), heads, norm(64), norm(64), turns)[0]
 
 
+def dequantized() -> mx.array:
+    bank, _ = make_bank(HIDDEN, WIDTH, 4, (4, 4, 4), (64, 64, 64))
+    return dense_experts(bank, "up_proj", mx.array([2, 0], mx.uint32), BF16)
+
+
+FETCHED = np.random.default_rng(4).integers(0, 2**32, 200).astype(np.uint32), np.zeros(4 * 40, np.uint32)
+
+
+def fetched() -> mx.array:
+    memory, slots = FETCHED
+    addresses = memory.ctypes.data + np.array([[3, 200], [77, 401]], np.uint64)
+    records = host_records(addresses, [0, 64], 160, 160)
+    assert records is not None
+    table = mx.array([NOT_IN_SLOT, NOT_IN_SLOT, 1, 2, 3, 0, 1, 2], mx.uint32)
+    ids, landing = mx.array([[1, 5]], mx.uint32), mx.array([2, 3], mx.uint32)
+    return fetch_records_kernel(ids, table, landing, halves_of(slots.ctypes.data), records, mx.zeros((1,)))
+
+
 CALLS: dict[str, Callable[[], mx.array]] = {
+    "dequantize": dequantized,
+    "fetch_records": fetched,
     "expert_gate_up": layer,
     "expert_down": experts,
     "expert_down_combine": layer,

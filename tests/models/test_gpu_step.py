@@ -11,14 +11,22 @@ import pytest
 from mlx.utils import tree_flatten
 
 from flash_moe_mlx.errors import NonFiniteError, RequestError
+from flash_moe_mlx.experts import reader
+from flash_moe_mlx.experts.executor import OtherRanks
+from flash_moe_mlx.experts.local import LocalExperts
+from flash_moe_mlx.formats.checkpoint import Checkpoint
 from flash_moe_mlx.models import checks, gpu_step, gpu_token
 from flash_moe_mlx.models.config import ModelConfig
 from flash_moe_mlx.models.qwen3_next import FusedGatedDeltaNet
 from flash_moe_mlx.ops.gated_delta_step import split_columns
 from flash_moe_mlx.ops.gpu import kernel_source
+from flash_moe_mlx.ops.gpu.cuda_slots import MappedMemory
+from flash_moe_mlx.packing import pack
+from flash_moe_mlx.runtime import loading
 
 from ..kernels import opencl
 from ..support.checkpoints import make_checkpoint, text_config
+from ..support.fake_cuda import FakeRuntime
 from ..support.models import VOCABULARY, chat_config, make_converted, smallest_limit, streamed
 
 pytestmark = pytest.mark.skipif(opencl.opencl() is None, reason="needs the OpenCL CPU runtime of the dev extra")
@@ -165,6 +173,110 @@ def test_a_token_without_the_host_has_the_bits_of_one_that_asks_it(checkpoint: P
         layer.scales = layer.scales * 2
         changed = logits(model)
         assert model.runs_ahead and not np.array_equal(changed, expected)
+
+
+def fetching(checkpoint: Path, slots_per_layer: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Load with CUDA's slot memory, whose host memory the kernels here read as well."""
+    monkeypatch.setattr(loading, "slot_memory", lambda store, plan: MappedMemory(store, FakeRuntime(delay=0)))
+    opened = Checkpoint.open(checkpoint)
+    more = sum(opened.layout(layer).record_bytes for layer in opened.moe_layers)
+    k = chat_config()["num_experts_per_tok"]
+    return streamed(checkpoint, smallest_limit(checkpoint) + (slots_per_layer - k) * more)
+
+
+@pytest.mark.parametrize(("slots", "packed"), [(4, False), (7, False), (7, True)])
+def test_a_token_that_fetches_its_experts_has_the_bits_of_one_that_waits_for_them(
+    slots: int,
+    packed: bool,
+    checkpoint: Path,
+    launched: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+):
+    monkeypatch.setattr(reader, "PROMOTION_TOKENS", 2)
+    if packed:
+        pack(checkpoint, tmp_path / "packed")
+        checkpoint = tmp_path / "packed"
+    with streamed(checkpoint, smallest_limit(checkpoint)) as model:
+        expected = logits(model)
+    with fetching(checkpoint, slots, monkeypatch) as model:
+        layers, k = len(model.layers), model.config.num_experts_per_tok
+        cache = model.streaming.debug_state().cache
+        assert cache.num_slots(0) == slots < model.config.num_experts
+        for _ in range(3):
+            before = model.streaming.counters.copy()
+            assert np.array_equal(logits(model, launched), expected)
+            assert model.runs_ahead
+            assert launched.count("fetch_records") == len(TOKENS) * layers
+            model.streaming.debug_state().reader.settle()
+            since = model.streaming.counters.since(before)
+            assert since.misses > 0
+            assert all(len(cache.present(layer)) <= slots - k for layer in range(layers))
+        if slots > k:
+            assert all(cache.present(layer) for layer in range(layers))
+            assert since.hits > len(PROMPT)  # the same tokens again: what they used has been brought in
+        with model.streaming.trace(tmp_path / "trace.npz"):
+            assert np.array_equal(logits(model), expected)
+            assert not model.runs_ahead
+        before = model.streaming.counters.copy()
+        assert np.array_equal(logits(model), expected)
+
+
+def test_slots_that_change_between_tokens_are_seen(
+    checkpoint: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    with streamed(checkpoint) as model:
+        expected = logits(model)
+    with fetching(checkpoint, 7, monkeypatch) as model:
+        cache = model.make_cache()
+        mx.eval(model(mx.array([PROMPT]), cache=cache))
+        found, other = [], np.random.default_rng(0)
+        for token in TOKENS:
+            found.append(np.array(model(mx.array([[token]]), cache=cache))[0])
+            assert model.runs_ahead
+            mx.eval(model(mx.array(other.integers(0, VOCABULARY, (1, 30))), cache=model.make_cache()))
+            limit = model.streaming.stats().memory_limit_bytes
+            model.streaming.resize(limit - 1 if token == TOKENS[0] else limit + 200_000)
+        assert np.array_equal(np.concatenate(found), expected)
+
+
+def test_outputs_of_other_ranks_complete_a_token(
+    checkpoint: Path, launched: list[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Outputs are those of one operation if nothing is missing, and zero where another rank's experts are."""
+    resident = LocalExperts.resident
+    with streamed(checkpoint) as model:
+        expected = logits(model)
+        experts = model.config.num_experts
+        own = mx.arange(experts) % 2 == 0
+
+        def token(which: mx.array, complete: Any, cache: list[Any]) -> np.ndarray:
+            def shared(executor: LocalExperts, k: int) -> Any:
+                found = resident(executor, k)
+                if found is not None:
+                    found.others = OtherRanks(which, complete)
+                return found
+
+            monkeypatch.setattr(LocalExperts, "resident", shared)
+            model._resident_decoder = None
+            return np.array(model(mx.array([[TOKENS[0]]]), cache=cache))[0]
+
+        for layer in range(len(model.layers)):
+            model.streaming.debug_state().cache.acquire(layer, list(range(experts))).wait()
+        caches = [model.make_cache() for _ in range(2)]
+        for cache in caches:
+            mx.eval(model(mx.array([PROMPT]), cache=cache))
+        every = token(mx.ones(experts, mx.bool_), lambda y: y, caches[0])
+        assert model.runs_ahead
+        assert np.array_equal(every[0], expected[0])
+        halves: list[mx.array] = []
+
+        def both(y: mx.array) -> mx.array:
+            halves.append(y)
+            return y
+
+        token(own, both, caches[1])
+        assert all((np.array(y) == 0).all(axis=-1).any() for y in halves)
 
 
 def test_what_is_wrong_with_a_lazy_token_is_raised_two_tokens_later(

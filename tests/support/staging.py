@@ -81,6 +81,9 @@ class StagingMemory:
         self.buffers.setdefault(layout.record_bytes, np.full((BUFFERS, layout.record_bytes), POISON, np.uint8))
         return StagingSlots(self, layer, layout, num_slots)
 
+    def host_records(self, layer: int) -> None:
+        return None
+
     def drain(self) -> None:
         self.source.drain()
 

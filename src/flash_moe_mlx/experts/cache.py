@@ -12,6 +12,7 @@ import mlx.core as mx
 
 from ..errors import MemoryLimitError
 from ..formats.expert_layout import RecordLayout
+from ..ops.fetch_records import NOT_IN_SLOT, HostRecords
 from ..ops.slot_memory import ExpertSlots, Pending, SlotMemory
 from .policies import AgedLFU, Policy
 from .slots import SlotTable
@@ -52,12 +53,19 @@ class LayerSlots(SlotTable):
 
     _table: mx.array | None = None
 
-    def table(self) -> mx.array:
-        """Return the slot of each expert, once all experts are present. Shape (E,), uint32."""
+    def table(self, num_experts: int) -> mx.array:
+        """Return the slot of each expert, NOT_IN_SLOT for those that are not present. Shape (E,), uint32."""
         if self._table is None:
-            self._table = mx.array([self.present[expert] for expert in range(len(self.present))], mx.uint32)
+            slots = [self.present.get(expert, NOT_IN_SLOT) for expert in range(num_experts)]
+            self._table = mx.array(slots, mx.uint32)
             mx.eval(self._table)
         return self._table
+
+    def make_free(self, count: int) -> bool:
+        evicted = super().make_free(count)
+        if evicted:
+            self._table = None
+        return evicted
 
     def publish(self) -> None:
         super().publish()
@@ -135,13 +143,44 @@ class ExpertCache:
         """Return the slots of a layer, for kernels."""
         return self._layers[layer].bank
 
-    def table(self, layer: int) -> mx.array:
-        """Return the slot of each expert of a layer whose experts are all present. Shape (E,), uint32."""
-        return self._settled(layer).table()
+    def table(self, layer: int, num_experts: int) -> mx.array:
+        """Return the slot of each expert of a layer, NOT_IN_SLOT for those not present. Shape (E,), uint32."""
+        return self._settled(layer).table(num_experts)
 
-    def used(self, layer: int, experts: Sequence[int]) -> None:
-        """Tell the layer's policy that one token used these experts."""
+    def host_records(self, layer: int) -> HostRecords | None:
+        """Return where a GPU finds a layer's records in host memory; None if it can't read them by itself."""
+        return self._memory.host_records(layer)
+
+    def landing(self, layer: int, count: int) -> list[int]:
+        """Return ``count`` slots that hold no expert, having evicted the least valuable ones."""
+        slots = self._settled(layer)
+        if slots.make_free(count):
+            self.changes += 1
+        return slots.free[:count]
+
+    def used(self, layer: int, experts: Sequence[int]) -> int:
+        """Note that one token used these experts, without `acquire`; return how many were in no slot."""
+        slots = self._layers[layer]
         self._policies[layer].used(experts)
+        misses = sum(expert not in slots.present for expert in experts)
+        slots.hits += len(experts) - misses
+        slots.misses += misses
+        return misses
+
+    def promote(self, layer: int, experts: Sequence[int], kept_free: int) -> Fetch:
+        """Start reading absent experts that are worth more than present ones, in their place.
+
+        Args:
+            layer: The layer.
+            experts: Its experts that are read here.
+            kept_free: Number of slots that stay free.
+        """
+        slots = self._settled(layer)
+        better = slots.more_valuable(experts, kept_free)
+        if better:
+            self.changes += 1
+            slots.make_free(kept_free + len(better))
+        return self.acquire(layer, better, counted=True)
 
     def present(self, layer: int) -> tuple[int, ...]:
         """Return the experts of a layer that are in memory, most recently added last."""

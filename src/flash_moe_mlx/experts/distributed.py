@@ -21,8 +21,8 @@ from ..ops.expert_ffn_combine import combine_outputs
 from ..ops.norm import Norm
 from ..ops.slot_memory import ExpertRecords
 from .cancellation import Cancellation
-from .executor import ELSEWHERE, PendingExperts, choice_on_host
-from .local import LocalExperts, LocalToken
+from .executor import ELSEWHERE, OtherRanks, PendingExperts, choice_on_host
+from .local import LocalExperts, LocalResident, LocalToken
 from .placement import Placement
 from .ranks import RankGroup
 from .reader import ExpertReader
@@ -39,17 +39,19 @@ COMPILE_SECONDS = 60.0
 """Additional seconds that a rank waits for another in the first pass of each kind, which may compile kernels."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Share:
     """One rank's share of a model's experts.
 
     Attributes:
         ranks: The group.
         placement: Rank of each expert.
+        runs_ahead: Whether single tokens are computed without the hosts, which then don't meet before each.
     """
 
     ranks: RankGroup
     placement: Placement
+    runs_ahead: bool = False
     _known: set[tuple[int, bool]] = field(default_factory=set, repr=False)
     _cancellation: Cancellation = field(default_factory=Cancellation, repr=False)
 
@@ -61,6 +63,23 @@ class Share:
     def counts(self) -> dict[int, int]:
         """Return how many experts of each layer are this rank's."""
         return self.placement.counts(self.ranks.rank)
+
+    def experts(self) -> dict[int, list[int]]:
+        """Return this rank's experts of each layer."""
+        owners = self.placement.owners.items()
+        return {layer: np.flatnonzero(owner == self.ranks.rank).tolist() for layer, owner in owners}
+
+    def agree_to_run_ahead(self, can: bool) -> None:
+        """Find out whether all ranks can compute single tokens without their hosts. Collective.
+
+        Args:
+            can: Whether this rank's GPU finds its experts by itself.
+
+        Raises:
+            DistributedError: If a rank fails or doesn't come in time.
+        """
+        if self.ranks.sums_on_gpu:
+            self.runs_ahead = all(self.ranks.gather(int(can), patient=True))
 
     def own(self, layer: int, ids: np.ndarray) -> np.ndarray:
         """Return ids, with ``ELSEWHERE`` in place of those that other ranks hold."""
@@ -78,6 +97,9 @@ class Share:
         Raises:
             DistributedError: If a rank couldn't make room, fails, doesn't come in time or begins another pass.
         """
+        if self.runs_ahead and batch == tokens == 1:
+            yield  # a rank that doesn't come is noticed on the side channel
+            return
         ranks, shape = self.ranks, (batch, tokens, length)
         kind = batch, tokens > 1
         ranks.allowance = 0.0 if kind in self._known else COMPILE_SECONDS
@@ -134,18 +156,44 @@ class Share:
             part = slice(start, start + rows)
             bits = y[part].view(np.uint32)
             words = np.zeros(bits.size + 2, np.uint32)
-            words[-2] = self._cancellation.is_set()
+            words[-2:] = self._check_words(layer, ids[part])
             words[:-2].reshape(bits.shape)[own[part] != ELSEWHERE] = bits[own[part] != ELSEWHERE]
-            # Sums to zero over the ranks if all of them have rank 0's.
-            choice = zlib.crc32(np.ascontiguousarray(ids[part], np.int64).tobytes(), layer)
-            words[-1] = (choice * (self.ranks.size - 1) if self.ranks.rank == 0 else -choice) % (1 << 32)
             total = self.ranks.sum(words)
-            if total[-1]:
-                self.ranks.fail(f"found that routers of layer {layer} chose other experts on other ranks")
-                self.ranks.check()
-            if total[-2]:
-                raise CancelledError
+            self._check_sums(layer, total[-2:])
             bits[:] = total[:-2].reshape(bits.shape)
+
+    def exchange_on_gpu(self, layer: int, ids: np.ndarray, y: mx.array) -> mx.array:
+        """Return complete outputs, exchanged from GPU to GPU.
+
+        Args:
+            layer: The layer.
+            ids: The router's choice. Shape (T, K).
+            y: Output of each, zero for those elsewhere. Shape (T, K, H), float32.
+
+        Raises:
+            CancelledError: If a rank's pass has been cancelled.
+            DistributedError: If the group has failed, or another rank's router chose other experts.
+        """
+        self.ranks.check()
+        words = self.ranks.words_on_gpu(mx.array(self._check_words(layer, ids)))
+        total = self.ranks.sum_on_gpu(y)
+        del y  # its memory may become that of the sum
+        mx.eval(words, total)
+        self._check_sums(layer, np.array(words))
+        return total
+
+    def _check_words(self, layer: int, ids: np.ndarray) -> np.ndarray:
+        """Return whether this rank's pass is cancelled, and a word that sums to zero if all ranks chose the same."""
+        choice = zlib.crc32(np.ascontiguousarray(ids, np.int64).tobytes(), layer)
+        against = (choice * (self.ranks.size - 1) if self.ranks.rank == 0 else -choice) % (1 << 32)
+        return np.array([self._cancellation.is_set(), against], np.uint32)
+
+    def _check_sums(self, layer: int, sums: np.ndarray) -> None:
+        if sums[1]:
+            self.ranks.fail(f"found that routers of layer {layer} chose other experts on other ranks")
+            self.ranks.check()
+        if sums[0]:
+            raise CancelledError
 
 
 class DistributedExperts:
@@ -181,12 +229,39 @@ class DistributedExperts:
             self._reader.record(self._layer, chosen, weights)
         return DistributedPending(self._reader, self._layer, pending, self._share, chosen, own)
 
-    def resident(self) -> None:
-        """Return None: outputs are exchanged after each layer, wherever the records are."""
+    def resident(self, k: int) -> "DistributedResident | None":
+        """Return the experts if GPUs exchange outputs without their hosts: see `ExpertExecutor.resident`."""
+        local = self._local.resident(k) if self._share.runs_ahead else None
+        return None if local is None else DistributedResident(local, self._share, self._layer)
 
     def token_experts(self, x: "Vector", y: np.ndarray, pool: "Pool") -> "DistributedToken":
         """Build the operations that compute one token's experts on the CPU: see `ExpertExecutor.token_experts`."""
         return DistributedToken(self._layer, self._local.token_experts(x, y, pool), self._share, y)
+
+
+class DistributedResident:
+    """ResidentExperts of which other ranks' GPUs compute a part."""
+
+    def __init__(self, local: LocalResident, share: Share, layer: int):
+        self._local = local
+        own = share.placement.owners[layer] == share.ranks.rank
+        self.slots, self.landing, self.target, self.records = local.slots, local.landing, local.target, local.records
+        # Experts of others are computed as if they were in the first slot, and their outputs dropped.
+        self.table = mx.where(mx.array(own), local.table, 0)
+        self.others = OtherRanks(mx.array(own), share.ranks.sum_on_gpu)
+        mx.eval(self.table, self.others.own)
+
+    def is_current(self) -> bool:
+        """Return whether nothing has changed: see `ResidentExperts.is_current`."""
+        return self._local.is_current()
+
+    def used(self, ids: mx.array) -> None:
+        """Note one token's choice: lazy ids of shape (1, K)."""
+        self._local.used(ids)
+
+    def reading(self, output: mx.array) -> None:
+        """Note that ``output`` reads slots: see `ResidentExperts.reading`."""
+        self._local.reading(output)
 
 
 class DistributedPending:
@@ -213,6 +288,8 @@ class DistributedPending:
         Raises:
             DistributedError: If a rank fails or doesn't come in time.
         """
+        if self._share.ranks.sums_on_gpu:
+            return self._share.exchange_on_gpu(self._layer, self._ids, self._pending.run(x, norm))
         y = np.array(self._pending.run(x, norm))
         self._share.exchange(self._layer, self._ids.reshape(-1), self._own.reshape(-1), y.reshape(-1, y.shape[-1]))
         return mx.array(y)

@@ -82,7 +82,11 @@ class StreamingEngine(RankMethods):
         self._wired = WiredShare(plan.limit_bytes, self._budget.dense_bytes)
         self._memory: SlotMemory = UnifiedMemory(store) if memory is None else memory
         self._cache = ExpertCache(self._memory, demand.layouts, self._budget.num_slots)
-        self._reader = ExpertReader(self._cache, demand.layouts, demand.num_experts)
+        if share is None:
+            self._reader = ExpertReader(self._cache, demand.layouts, demand.num_experts)
+        else:
+            self._reader = ExpertReader(self._cache, demand.layouts, share.num_experts, share.experts())
+            share.agree_to_run_ahead(all(self._cache.host_records(layer) is not None for layer in demand.layouts))
         if share is not None:
             counters = self._reader.counters
             share.ranks.progress = lambda: counters.bytes_read + counters.hits + counters.misses

@@ -4,12 +4,13 @@ A model passes the router's choice, then the tokens, and receives outputs. `loca
 this process. An executor that computes some of them elsewhere implements the same protocols.
 """
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import mlx.core as mx
 import numpy as np
 
+from ..ops.fetch_records import HostRecords
 from ..ops.norm import Norm
 from ..ops.slot_memory import ExpertRecords
 
@@ -67,12 +68,28 @@ class PendingExperts(Protocol):
         ...
 
 
+class OtherRanks(NamedTuple):
+    """Other ranks that compute a part of one token's experts on their GPUs.
+
+    Attributes:
+        own: Whether each expert is this rank's. Shape (E,), bool.
+        complete: Lazily adds up all ranks' outputs, float32; the outputs that a rank doesn't compute are zero.
+    """
+
+    own: mx.array
+    complete: Callable[[mx.array], mx.array]
+
+
 class ResidentExperts(Protocol):
-    """One layer's experts, all of them resident in slots.
+    """One layer's experts where a GPU needs no host to use them: in slots, or in memory that it fetches them from.
 
     Attributes:
         slots: The layer's slots.
-        table: Slot of each expert. Shape (E,), uint32.
+        table: Slot of each expert, NOT_IN_SLOT for those in none. Shape (E,), uint32.
+        landing: Slots to fetch one token's experts into, shape (K,), uint32; None if all experts are in slots.
+        target: Address of the slots, as ``ops.fetch_records`` takes it.
+        records: Where to fetch experts from; None if all are in slots.
+        others: Ranks that compute the other experts; None if all are computed here.
     """
 
     @property
@@ -80,6 +97,18 @@ class ResidentExperts(Protocol):
 
     @property
     def table(self) -> mx.array: ...
+
+    @property
+    def landing(self) -> mx.array | None: ...
+
+    @property
+    def target(self) -> mx.array: ...
+
+    @property
+    def records(self) -> HostRecords | None: ...
+
+    @property
+    def others(self) -> OtherRanks | None: ...
 
     def is_current(self) -> bool:
         """Return whether these experts are still valid and no code on the host needs to see the ids."""
@@ -90,7 +119,7 @@ class ResidentExperts(Protocol):
         ...
 
     def reading(self, output: mx.array) -> None:
-        """Note that the lazy array ``output`` reads slots: they are not overwritten before it is evaluated."""
+        """Note that the lazy array ``output`` reads or fills slots: they are not overwritten before it is evaluated."""
         ...
 
 
@@ -164,8 +193,12 @@ class ExpertExecutor(Protocol):
         """
         ...
 
-    def resident(self) -> ResidentExperts | None:
-        """Return the layer's experts if all are in slots and no code on the host needs the ids; else None."""
+    def resident(self, k: int) -> ResidentExperts | None:
+        """Return the layer's experts if no code on the host needs the ids; else None.
+
+        Args:
+            k: Number of experts per token.
+        """
         ...
 
     def token_experts(self, x: "Vector", y: np.ndarray, pool: "Pool") -> TokenExperts:

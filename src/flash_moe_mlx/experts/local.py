@@ -15,10 +15,11 @@ from ..ops.backend import use_cpu_kernels
 from ..ops.expert_batch import expert_ffn_grouped
 from ..ops.expert_ffn import expert_ffn
 from ..ops.expert_ffn_combine import combine_outputs, expert_ffn_combine
+from ..ops.fetch_records import HostRecords, halves_of
 from ..ops.norm import Norm
 from ..ops.numerics import Activation
 from ..ops.slot_memory import ExpertRecords
-from .executor import ELSEWHERE, choice_on_host
+from .executor import ELSEWHERE, OtherRanks, choice_on_host
 from .reader import ExpertGroup, ExpertReader, TokenFetch
 from .slots import PAIRWISE_TOKENS
 
@@ -67,10 +68,15 @@ class LocalExperts:
             self._reader.record(self._layer, host_ids, weights)
         return LocalPending(self._reader, self._layer, self._activation, host_ids, groups)
 
-    def resident(self) -> "LocalResident | None":
-        """Return the experts if all are in slots: see `ExpertExecutor.resident`."""
-        table = None if self._activation is not None else self._reader.table(self._layer)
-        return None if table is None else LocalResident(self._reader, self._layer, table)
+    def resident(self, k: int) -> "LocalResident | None":
+        """Return the experts if a GPU needs no host to use them: see `ExpertExecutor.resident`."""
+        if self._activation is not None:
+            return None
+        table = self._reader.table(self._layer)
+        if table is not None:
+            return LocalResident(self._reader, self._layer, table)
+        found = self._reader.fetchable(self._layer, k)
+        return None if found is None else LocalResident(self._reader, self._layer, *found)
 
     def token_experts(self, x: "Vector", y: np.ndarray, pool: "Pool") -> "LocalToken":
         """Build the operations that compute one token's experts on the CPU: see `ExpertExecutor.token_experts`."""
@@ -80,19 +86,30 @@ class LocalExperts:
 class LocalResident:
     """ResidentExperts over the slots of one layer."""
 
-    def __init__(self, reader: ExpertReader, layer: int, table: mx.array):
+    def __init__(
+        self,
+        reader: ExpertReader,
+        layer: int,
+        table: mx.array,
+        landing: mx.array | None = None,
+        records: HostRecords | None = None,
+    ):
         self._reader, self._layer = reader, layer
         self._changes = reader.cache.changes
         self.slots = reader.cache.bank(layer)
-        self.table = table
+        self.table, self.landing, self.records = table, landing, records
+        self.target = halves_of(self.slots.address)
+        self.others: OtherRanks | None = None
 
     def is_current(self) -> bool:
         """Return whether nothing has changed: see `ResidentExperts.is_current`."""
-        return self._reader.cache.changes == self._changes and not self._reader.is_recording
+        reader = self._reader
+        unchanged = reader.cache.changes == self._changes and not reader.is_recording
+        return unchanged and (self.records is None or not reader.is_due())
 
     def used(self, ids: mx.array) -> None:
         """Note one token's choice: lazy ids of shape (1, K)."""
-        self._reader.used(self._layer, ids)
+        self._reader.used(self._layer, ids, fetched=self.records is not None)
 
     def reading(self, output: mx.array) -> None:
         """Note that ``output`` reads slots: see `ResidentExperts.reading`."""

@@ -54,6 +54,7 @@ class RankGroup:
     """The ranks that share a model. Used by one thread at a time: the one that holds the engine's lock.
 
     Attributes:
+        backend: Name of MLX's backend that carries the numbers.
         rank: This process's number.
         size: Number of ranks.
         timeout: Seconds that a rank waits for another one that makes no progress.
@@ -63,13 +64,20 @@ class RankGroup:
         is_led: Whether one rank leads and the others follow, so that none may leave before the leader ends it.
     """
 
-    def __init__(self, group: mx.distributed.Group, timeout: float = DEFAULT_TIMEOUT):
+    def __init__(self, group: mx.distributed.Group, timeout: float = DEFAULT_TIMEOUT, backend: str = ""):
         """Connect the side channel. Collective: every rank makes its own at the same time.
+
+        Args:
+            group: MLX's group.
+            timeout: Seconds that a rank waits for another one that makes no progress.
+            backend: Name of MLX's backend.
 
         Raises:
             DistributedError: If a rank doesn't come within ``timeout``.
         """
         self._group = group
+        self.backend = backend
+        self._unguarded = False
         self.rank, self.size, self.timeout = group.rank(), group.size(), timeout
         self.progress: Callable[[], int] = lambda: 0
         self.on_failure: Callable[[], None] = lambda: None
@@ -121,6 +129,24 @@ class RankGroup:
         self._requests.put(words)
         self._await(lambda: bool(self._answers), patient)
         return self._answers.pop()
+
+    @property
+    def sums_on_gpu(self) -> bool:
+        """Whether the numbers go from GPU to GPU, so that `sum_on_gpu` is of use."""
+        return self.backend == "nccl"
+
+    def sum_on_gpu(self, outputs: mx.array) -> mx.array:
+        """Return the sum of all ranks' float32 outputs, lazily. Each is zero on all ranks but one, whose bits stay.
+
+        Nobody waits for a lazy sum with a time limit: once one has been asked for, a failure of the group ends the
+        process.
+        """
+        return self.words_on_gpu(outputs.view(mx.uint32)).view(mx.float32)
+
+    def words_on_gpu(self, words: mx.array) -> mx.array:
+        """Return the sum of all ranks' words, uint32, lazily. Unguarded as `sum_on_gpu`."""
+        self._unguarded = True
+        return mx.distributed.all_sum(words, group=self._group)
 
     def broadcast(self, data: bytes | None = None, *, patient: bool = False) -> bytes:
         """Send rank 0's bytes to all.
@@ -196,10 +222,7 @@ class RankGroup:
         self._tell({"op": "leave", "rank": self.rank})
         self._requests.put(None)
         if self._computing:
-            logging.shutdown()
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
+            _exit()
 
     def _break(self, reason: str) -> None:
         with self._changed:
@@ -210,6 +233,9 @@ class RankGroup:
         logger.warning("[rank %d] %s", self.rank, reason)
         self._tell({"op": "fail", "reason": reason})
         self.on_failure()
+        if self._unguarded:
+            time.sleep(_GRACE)  # the message may leave
+            _exit()
 
     def _tell(self, message: dict[str, Any], but: int = -1) -> None:
         if self._links is not None:
@@ -316,6 +342,14 @@ class RankGroup:
                 self._break(self._gone[int(message["rank"])])
 
 
+def _exit() -> None:
+    """End the process at once, with code 1: a thread of it waits for another rank forever."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
+
+
 _joined: list[RankGroup] = []
 
 
@@ -329,7 +363,7 @@ def join_ranks(timeout: float = DEFAULT_TIMEOUT) -> RankGroup | None:
         for backend in BACKENDS:
             group = _initialise(backend) if mx.distributed.is_available(backend) else None
             if group is not None and group.size() > 1:
-                _joined.append(RankGroup(group, timeout))
+                _joined.append(RankGroup(group, timeout, backend))
                 break
         else:
             return None

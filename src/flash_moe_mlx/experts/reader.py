@@ -13,6 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..formats.expert_layout import RecordLayout
+from ..ops.fetch_records import HostRecords
 from ..ops.slot_memory import ExpertRecords
 from ..stats import Counters
 from .cache import ExpertCache, Fetch
@@ -25,6 +26,9 @@ RESIDENT_SHARE = 8
 
 TOKENS_REMEMBERED = 64
 """Number of recent tokens whose experts are reported to policies when slots change: a use counts half after 32."""
+
+PROMOTION_TOKENS = 32
+"""Number of tokens that run without the host before slots follow what they used."""
 
 _STARTED = -1  # replaces a thread's identifier once any thread may wait for the array
 
@@ -84,13 +88,28 @@ class ExpertReader:
         recorder: Receives routers' choices while a trace is being recorded.
     """
 
-    def __init__(self, cache: ExpertCache, layouts: Mapping[int, RecordLayout], num_experts: Mapping[int, int]):
-        """Wrap a cache whose layers have the given record layouts and numbers of experts."""
+    def __init__(
+        self,
+        cache: ExpertCache,
+        layouts: Mapping[int, RecordLayout],
+        num_experts: Mapping[int, int],
+        own: Mapping[int, Sequence[int]] | None = None,
+    ):
+        """Wrap a cache.
+
+        Args:
+            cache: The cache.
+            layouts: Record layout of each layer.
+            num_experts: Number of experts of each layer.
+            own: Experts of each layer that are read here; None means all.
+        """
         self.cache = cache
         self.counters = Counters()
         self.recorder: TraceRecorder | None = None
         self._layouts, self._num_experts = dict(layouts), dict(num_experts)
+        self._own = {layer: range(count) for layer, count in num_experts.items()} if own is None else dict(own)
         self._used: deque[tuple[int, mx.array]] = deque(maxlen=TOKENS_REMEMBERED * max(len(layouts), 1))
+        self._fetched = 0  # layers' fetches since slots last followed what was used
         self._unread: tuple[mx.array, int] | None = None
         self._cancellation = Cancellation()
 
@@ -135,27 +154,91 @@ class ExpertReader:
         """
         if self.is_recording:
             return None
-        num_experts = self._num_experts[layer]
-        missing = num_experts - self.cache.num_present(layer)
-        if self.cache.num_slots(layer) < num_experts or missing > num_experts // RESIDENT_SHARE:
+        own = self._own[layer]
+        missing = len(own) - self.cache.num_present(layer)
+        if self.cache.num_slots(layer) < len(own):
+            return None
+        # Mapped files are read so fast that a token waits less for all experts than it gains by having them.
+        if missing > len(own) // RESIDENT_SHARE and self.cache.host_records(layer) is None:
             return None
         self._check_cancelled()
         if missing:
             self.settle()
-            fetch = self.cache.acquire(layer, list(range(num_experts)), counted=True)
+            fetch = self.cache.acquire(layer, list(own), counted=True)
             self.counters.bytes_read += fetch.wait()
-        return self.cache.table(layer)
+        return self.cache.table(layer, self._num_experts[layer])
 
-    def used(self, layer: int, ids: mx.array) -> None:
-        """Note one token's experts that were found in slots without the host: lazy ids of shape (1, K)."""
-        self.counters.hits += ids.size
+    def fetchable(self, layer: int, k: int) -> tuple[mx.array, mx.array, HostRecords] | None:
+        """Return what a GPU needs to bring one token's experts into slots by itself.
+
+        Experts that have been used more than those in slots are read first, now and then.
+
+        Args:
+            layer: The layer.
+            k: Number of experts per token.
+
+        Returns:
+            Slot of each expert, NOT_IN_SLOT for those in none, shape (E,); k slots that hold none, shape (k,); and the
+            layer's records. None if the GPU can't read them, or code on the host needs the ids.
+
+        Raises:
+            StoreError: If a record can't be read.
+        """
+        records = None if self.is_recording else self.cache.host_records(layer)
+        if records is None:
+            return None
+        self._check_cancelled()
+        if self.is_due():
+            self._promote(k)
+        landing = self.cache.landing(layer, k)
+        return self.cache.table(layer, self._num_experts[layer]), mx.array(landing, mx.uint32), records
+
+    def is_due(self) -> bool:
+        """Return whether so many tokens have run without the host that slots should follow what they used."""
+        return self._fetched >= PROMOTION_TOKENS * len(self._num_experts)
+
+    def _promote(self, k: int) -> None:
+        self._fetched = 0
+        self.settle()
+        fetches = [
+            self.cache.promote(layer, own, k)
+            for layer, own in self._own.items()
+            if self.cache.num_slots(layer) < len(own)
+        ]
+        for fetch in fetches:
+            self.counters.bytes_read += fetch.wait()
+
+    def used(self, layer: int, ids: mx.array, *, fetched: bool) -> None:
+        """Note one token's experts that the host has not seen: lazy ids of shape (1, K).
+
+        Args:
+            layer: The layer.
+            ids: The experts.
+            fetched: Whether the GPU fetched those that were in no slot; if not, all were in slots.
+        """
         self._used.append((layer, ids))
+        self._fetched += fetched
+        if fetched or len(self._own[layer]) < self._num_experts[layer]:
+            # Those of two tokens ago have been computed, so this waits for nothing.
+            self.count_used(keep=2 * len(self._num_experts))
+        else:
+            self.counters.hits += ids.size
 
-    def count_used(self) -> None:
-        """Report to the policies which experts recent tokens used without the host."""
-        while self._used:
+    def count_used(self, keep: int = 0) -> None:
+        """Report the experts of such tokens to the policies, and count those that were fetched.
+
+        Args:
+            keep: Number of the last notes to leave for later.
+        """
+        while len(self._used) > keep:
             layer, ids = self._used.popleft()
-            self.cache.used(layer, np.array(ids).reshape(-1).tolist())
+            own = self._own[layer]
+            experts = [expert for expert in np.array(ids).reshape(-1).tolist() if expert in own]
+            misses = self.cache.used(layer, experts)
+            if self.cache.num_slots(layer) < self._num_experts[layer]:
+                self.counters.hits += len(experts) - misses
+                self.counters.misses += misses
+                self.counters.bytes_read += misses * self._layouts[layer].record_bytes
 
     def token(self, layer: int, experts: list[int]) -> TokenFetch:
         """Start bringing one token's distinct experts into memory, for CPU kernels.
@@ -215,7 +298,7 @@ class ExpertReader:
 
     def num_experts(self, layer: int) -> int:
         """Return how many experts of a layer are read here; 0 if there is no such layer."""
-        return self._num_experts.get(layer, 0)
+        return len(self._own.get(layer, ()))
 
     def settle(self) -> None:
         """Wait for the last computation that reads slots."""
@@ -224,6 +307,8 @@ class ExpertReader:
             # If an interrupt kept it from being started, no other thread can evaluate it: forget it.
             if thread in (_STARTED, threading.get_ident()):
                 mx.eval(output)
+                self.count_used()
+            self._used.clear()
             self._unread = None
 
     @property

@@ -1,5 +1,6 @@
 """SlotTable: the slot of each expert of a layer. Bookkeeping without memory, shared with simulations."""
 
+import itertools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -10,6 +11,10 @@ PAIRWISE_TOKENS = 8
 
 GROUP_EXPERTS = 32
 """Experts of a prompt computed while the next ones are read: enough to keep threads and disk busy."""
+
+
+REPLACE_RATIO = 1.5
+"""How much more an absent expert must be worth than one in a slot, to be read in its place between two tokens."""
 
 
 class PlannedGroup(NamedTuple):
@@ -112,6 +117,34 @@ class SlotTable:
             self._policy.entered(misses, displaced)
         self.unsettled = bool(filling)
         return {e: present[e] if e in present else filling[e] for e in experts}
+
+    def make_free(self, count: int) -> bool:
+        """Evict the least valuable experts until ``count`` slots are free; return whether any was evicted."""
+        wanting = count - len(self.free)
+        if wanting <= 0:
+            return False
+        self.unsettled = True
+        for victim in self._policy.victims(wanting, []):
+            self.free.append(self.present.pop(victim))
+        self.unsettled = bool(self.filling)
+        return True
+
+    def more_valuable(self, experts: Sequence[int], kept_free: int) -> list[int]:
+        """Return absent experts that deserve a slot: a free one, or that of an expert worth much less.
+
+        Args:
+            experts: Experts that may have a slot.
+            kept_free: Number of slots that are to stay free.
+        """
+        scores = dict(zip(experts, self._policy.scores(experts), strict=True))
+        absent = [e for e in experts if e not in self.present and scores[e] > 0]
+        absent.sort(key=scores.__getitem__, reverse=True)
+        weakest = sorted(self.present, key=scores.__getitem__)
+        room = max(len(self.free) - kept_free, 0)
+        better = itertools.takewhile(
+            lambda pair: scores[pair[0]] > REPLACE_RATIO * scores[pair[1]], zip(absent[room:], weakest, strict=False)
+        )
+        return absent[:room] + [expert for expert, _ in better]
 
     def publish(self) -> None:
         """Mark the records that were being read as complete."""

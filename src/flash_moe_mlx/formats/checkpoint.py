@@ -4,7 +4,7 @@ All checks run when the checkpoint is opened, so that no later request fails for
 """
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -193,6 +193,10 @@ class Checkpoint:
     def num_experts(self, layer: int) -> int:
         """Return E, the number of routed experts of a layer."""
         return self._layer_of(layer).num_experts
+
+    def held_experts(self, layer: int) -> Sequence[int]:
+        """Return the experts of a layer whose records are here: all, but in one rank's share."""
+        return self.manifest.layers[layer].experts if self.manifest else range(self.num_experts(layer))
 
     def layout(self, layer: int) -> RecordLayout:
         """Return the layout of a layer's expert records; layers with equal layouts share one object."""

@@ -5,6 +5,7 @@ and nothing waits for the host: with all experts in slots, the ids stay on the G
 quantised, a cache is padded or a layer is unknown, the step is None and the modules run as they do for a prompt.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
@@ -17,7 +18,8 @@ from ..formats.expert_layout import PROJECTIONS
 from ..ops.attention import attention
 from ..ops.backend import use_kernels
 from ..ops.dequant_matvec import MAX_ROWS
-from ..ops.expert_ffn_combine import expert_ffn_combine
+from ..ops.expert_ffn import expert_ffn
+from ..ops.expert_ffn_combine import combine_outputs, expert_ffn_combine
 from ..ops.gated_delta_step import Columns, gated_delta_conv_step, has_step_kernel
 from ..ops.norm import Norm
 from ..ops.norm_matvec import Gate, matvec_residual
@@ -214,6 +216,32 @@ class MoEStep:
     ) -> mx.array:
         """Return ``h + moe(norm(h))`` when all experts are in slots, from the arguments and results of ``route``."""
         return expert_ffn_combine(h, bank, slots, weights, self.shared.bank, logits, h, norm)
+
+    def finish_shared(
+        self,
+        h: mx.array,
+        norm: Norm,
+        bank: ExpertRecords,
+        slots: mx.array,
+        weights: mx.array,
+        logits: mx.array,
+        own: mx.array,
+        complete: Callable[[mx.array], mx.array],
+    ) -> mx.array:
+        """Return the bits of ``finish`` where other ranks compute some of the experts.
+
+        Args:
+            h: As in ``finish``, like the five arguments that follow.
+            norm: The block's norm.
+            bank: The layer's slots.
+            slots: Slots of the experts; any slot for those of others.
+            weights: Their weights.
+            logits: Logits whose last column is the shared expert's gate.
+            own: Whether each expert is computed here. Shape (T, K), bool.
+            complete: Adds up all ranks' outputs (T, K, H).
+        """
+        y = complete(mx.where(own[..., None], expert_ffn(h, bank, slots, norm=norm), 0))
+        return combine_outputs(y, h, bank.layout, weights, self.shared.bank, logits, h, norm)
 
 
 _STEPS: tuple[tuple[type[nn.Module], Any], ...] = ((GatedDeltaNet, DeltaStep), (GatedAttention, AttentionStep))

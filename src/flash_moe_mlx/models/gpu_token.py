@@ -1,4 +1,4 @@
-"""One token through a model all of whose experts are in slots, on a GPU: one lazy graph, which never asks the host.
+"""One token on a GPU that finds all experts by itself, in slots or in host memory: one lazy graph, without the host.
 
 What a layer launches is in `gpu_step.py`. Building it in Python takes longer than running it, so layers are traced
 once with ``mx.compile``; attention, whose cache grows, is built for each token.
@@ -7,13 +7,14 @@ once with ``mx.compile``; attention, whose cache grows, is built for each token.
 import copy
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
-from ..experts.executor import ResidentExperts
+from ..experts.executor import OtherRanks, ResidentExperts
 from ..ops.backend import use_kernels
+from ..ops.fetch_records import HostRecords, fetch_records
 from ..ops.slot_memory import ExpertRecords
 from .gpu_step import AttentionStep, DeltaStep, MoEStep, mixer_step, moe_step, norm_of, prepare
 
@@ -42,6 +43,15 @@ class _Window:
         """Return no mask: one sequence is not padded."""
 
 
+class Fetch(NamedTuple):
+    """How a layer's experts are fetched into slots: the last arguments of ``ops.fetch_records``."""
+
+    landing: mx.array
+    target: mx.array
+    records: HostRecords
+    after: mx.array
+
+
 class LayerToken:
     """One decoder layer's part of a token: its mixer, and what follows it."""
 
@@ -64,11 +74,31 @@ class LayerToken:
             raise AssertionError("a single sequence's cache fits the step")
         return h
 
-    def finish(self, h: mx.array, slots: ExpertRecords, table: mx.array) -> tuple[mx.array, mx.array]:
-        """Return ``h + moe(norm(h))`` and the chosen ids (1, K)."""
+    def finish(
+        self,
+        h: mx.array,
+        slots: ExpertRecords,
+        table: mx.array,
+        fetch: "Fetch | None" = None,
+        others: OtherRanks | None = None,
+    ) -> tuple[mx.array, mx.array]:
+        """Return ``h + moe(norm(h))`` and the chosen ids (1, K).
+
+        Args:
+            h: Hidden state. Shape (1, 1, H).
+            slots: The layer's slots.
+            table: Slot of each expert. Shape (E,), uint32.
+            fetch: How experts in no slot are fetched; None if there are none.
+            others: Ranks that compute a part of the experts; None if all are computed here.
+        """
         norm, rows = norm_of(self._layer.post_attention_layernorm), h.reshape(-1, h.shape[-1])
         ids, weights, places, logits = self._moe.route(rows, norm, table)
-        y = self._moe.finish(rows, norm, slots, places, weights, logits)
+        if fetch is not None:
+            places = fetch_records(ids, table, *fetch)
+        if others is None:
+            y = self._moe.finish(rows, norm, slots, places, weights, logits)
+        else:
+            y = self._moe.finish_shared(rows, norm, slots, places, weights, logits, others.own[ids], others.complete)
         return y.reshape(h.shape), ids
 
     def choose(self, h: mx.array) -> Sequence[mx.array]:
@@ -145,6 +175,7 @@ class Segment:
         self.places, self._layers = list(places), list(layers)
         self._states = [place for place, layer in zip(places, layers, strict=True) if not layer.is_attention]
         self._slots: list[ExpertRecords] = []
+        self._ways: list[tuple[HostRecords | None, OtherRanks | None]] = []
         self._compiled: Compiled | None = None
 
     def forget(self) -> None:
@@ -152,7 +183,7 @@ class Segment:
         self._compiled = None
 
     def __call__(
-        self, hidden: mx.array, caches: Sequence[Any], residents: Sequence[ResidentExperts]
+        self, hidden: mx.array, caches: Sequence[Any], residents: Sequence[ResidentExperts], after: mx.array
     ) -> tuple[mx.array, list[mx.array]]:
         """Run the layers, lazily.
 
@@ -160,6 +191,7 @@ class Segment:
             hidden: Hidden state. Shape (1, 1, H).
             caches: Caches of all layers of the model; these layers' are advanced.
             residents: Experts of all layers of the model.
+            after: Array to compute before slots are overwritten: the last token's hidden state.
 
         Returns:
             Hidden state (1, 1, H), and the chosen ids of each layer, (1, K).
@@ -168,11 +200,19 @@ class Segment:
         if first.is_attention:
             hidden = first.mix(hidden, caches[self.places[0]])
         own = [residents[place] for place in self.places]
-        if self._compiled is None:
+        if self._compiled is None or any(
+            resident.records is not records or (resident.others is None) != (others is None)
+            for resident, (records, others) in zip(own, self._ways, strict=True)
+        ):
             self._slots = [copy.copy(resident.slots) for resident in own]
+            self._ways = [(resident.records, resident.others) for resident in own]
             self._compiled = compile_layers(self._run)
         states = [caches[place] for place in self._states]
-        inputs = [array for resident in own for array in (resident.slots.array, resident.table)]
+        inputs = [after]
+        for resident in own:
+            inputs += [resident.slots.array, resident.table]
+            if resident.landing is not None:
+                inputs += [resident.landing, resident.target]
         inputs += [cache[index] for cache in states for index in (0, 1)]
         outputs = self._compiled(hidden, *inputs)
         ids, arrays = outputs[1 : 1 + len(own)], outputs[1 + len(own) :]
@@ -182,16 +222,20 @@ class Segment:
         return outputs[0], list(ids)
 
     def _run(self, hidden: mx.array, *inputs: mx.array) -> Sequence[mx.array]:
-        count = len(self._layers)
-        states = iter(zip(inputs[2 * count :: 2], inputs[2 * count + 1 :: 2], strict=True))
+        after, *given = inputs
+        following = iter(given)
+        experts = []
+        for slots, (records, others) in zip(self._slots, self._ways, strict=True):
+            slots.array, table = next(following), next(following)
+            fetch = None if records is None else Fetch(next(following), next(following), records, after)
+            experts.append((slots, table, fetch, others))
         ids, arrays = [], []
-        for number, (layer, slots) in enumerate(zip(self._layers, self._slots, strict=True)):
+        for layer, (slots, table, fetch, others) in zip(self._layers, experts, strict=True):
             if not layer.is_attention:
-                cache = _Window(*next(states))
+                cache = _Window(next(following), next(following))
                 hidden = layer.mix(hidden, cache)
                 arrays += cache.arrays
-            slots.array = inputs[2 * number]
-            hidden, chosen = layer.finish(hidden, slots, inputs[2 * number + 1])
+            hidden, chosen = layer.finish(hidden, slots, table, fetch, others)
             ids.append(chosen)
         return [hidden, *ids, *arrays]
 
@@ -203,7 +247,7 @@ def compile_layers(function: Compiled) -> Compiled:
 
 
 class ResidentDecoder:
-    """Decodes single tokens of a model all of whose experts are in slots."""
+    """Decodes single tokens of a model whose experts the GPU finds by itself."""
 
     def __init__(self, layers: Sequence[Any]):
         """Bind the model's layers."""
@@ -212,6 +256,7 @@ class ResidentDecoder:
         self._segments: list[Segment] = []
         self._residents: list[ResidentExperts] = []
         self._held: list[tuple[dict[str, Any], str, Any]] = []
+        self._last: mx.array | None = None  # hidden state of the last token, which has read slots
         self._unknown = False
 
     def __deepcopy__(self, memo: dict[int, object]) -> None:
@@ -225,18 +270,19 @@ class ResidentDecoder:
             caches: One per layer, advanced by the token.
 
         Returns:
-            Hidden state (1, 1, H); None, and no cache changed, where an expert is missing, the host must see the ids,
-            or a layer is not known.
+            Hidden state (1, 1, H); None, and no cache changed, where the host must see the ids or a layer is unknown.
         """
         if self._unknown or not use_kernels() or not (self._are_resident() and self._is_built()):
             return None
         if not all(token.fits(cache) for token, cache in zip(self._tokens, caches, strict=True)):
             return None
+        after = mx.zeros_like(hidden) if self._last is None else self._last
         for segment in self._segments:
-            hidden, ids = segment(hidden, caches, self._residents)
+            hidden, ids = segment(hidden, caches, self._residents, after)
             for place, chosen in zip(segment.places, ids, strict=True):
                 self._residents[place].used(chosen)
         self._residents[-1].reading(hidden)
+        self._last = hidden
         return hidden
 
     def _are_resident(self) -> bool:
@@ -246,12 +292,12 @@ class ResidentDecoder:
         found = []
         for layer in self._layers:
             routed = getattr(layer.mlp, "routed", None)
-            resident = None if routed is None else routed.resident()
+            resident = None if routed is None else routed.resident(layer.mlp.num_experts_per_tok)
             if resident is None:
                 return False
             found.append(resident)
         # Reading the last experts of one layer leaves the others as they were, but says that slots have changed.
-        self._residents = [layer.mlp.routed.resident() for layer in self._layers]
+        self._residents = [layer.mlp.routed.resident(layer.mlp.num_experts_per_tok) for layer in self._layers]
         return True
 
     def _is_built(self) -> bool:

@@ -16,6 +16,7 @@ import numpy as np
 from ..errors import ShapeError
 from ..formats.expert_layout import RecordLayout
 from ..storage.store import ReadRequest
+from .fetch_records import HostRecords
 
 MLX_DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
 DTYPE_NAMES = {dtype: name for name, dtype in MLX_DTYPES.items()}
@@ -160,6 +161,10 @@ class SlotMemory(Protocol):
         """
         ...
 
+    def host_records(self, layer: int) -> HostRecords | None:
+        """Return where a GPU finds a layer's records in host memory; None if it can't read them by itself."""
+        ...
+
     def drain(self) -> None:
         """Wait until nothing writes into any slot, after an interrupt, when nobody waits any more. Raises nothing."""
         ...
@@ -217,6 +222,9 @@ class UnifiedMemory:
     def allocate(self, layer: int, layout: RecordLayout, num_slots: int) -> UnifiedSlots:
         """Allocate the slots of a layer."""
         return UnifiedSlots(layout, num_slots, self, layer)
+
+    def host_records(self, layer: int) -> None:
+        """Return None: records are read into the memory that kernels read."""
 
     def drain(self) -> None:
         """Wait until no read is under way."""

@@ -22,6 +22,7 @@ from ...formats.checkpoint import ByteRange
 from ...formats.expert_layout import RecordLayout
 from ...storage.file_io import ReadOnlyFile
 from ...storage.store import ExpertStore, ReadRequest
+from ..fetch_records import HostRecords, host_records
 from ..slot_memory import ExpertSlots, Pending
 from .cuda_runtime import CudaRuntime
 
@@ -91,6 +92,10 @@ class CudaMemory(ABC):
         """Allocate the slots of a layer; implements `SlotMemory.allocate`."""
         return CudaSlots(self, layer, layout, num_slots)
 
+    def host_records(self, layer: int) -> HostRecords | None:
+        """Return where the GPU finds a layer's records: nowhere, unless their files are mapped."""
+        return None
+
     @abstractmethod
     def start(self, target: CudaSlots, slots: Mapping[int, int]) -> Pending:
         """Start bringing records into slots."""
@@ -143,6 +148,8 @@ class MappedMemory(CudaMemory):
         self._files: dict[Path, ReadOnlyFile] = {}
         self._addresses: dict[Path, int] = {}
         self._checked: set[tuple[int, int]] = set()
+        self._records: dict[int, HostRecords | None] = {}
+        self._lengths: dict[Path, int] = {}
         self._held: list[bytearray] = []  # checked records, held while they are copied from here
         self.host_bytes = 0
         # A model that is dropped without being closed must not leave its addresses pinned.
@@ -156,6 +163,7 @@ class MappedMemory(CudaMemory):
                 address = int(np.frombuffer(view, np.uint8).ctypes.data)
                 runtime.register(address, len(view))
                 self._addresses[path] = address
+                self._lengths[path] = len(view)
                 self.host_bytes += len(view)
             undo.pop_all()
 
@@ -174,6 +182,31 @@ class MappedMemory(CudaMemory):
                 self.copy(address + run.record_offset, self._addresses[run.path] + run.file_offset, run.nbytes)
                 nbytes += run.nbytes
         return _Copies(self, nbytes)
+
+    def host_records(self, layer: int) -> HostRecords | None:
+        """Return where the GPU finds a layer's records; None if every one is to be checked by the processor first."""
+        if self.source.check.interval == 1:
+            return None
+        if layer not in self._records:
+            self._records[layer] = self._find_records(layer)
+        return self._records[layer]
+
+    def _find_records(self, layer: int) -> HostRecords | None:
+        checkpoint = self.source.checkpoint
+        held = checkpoint.held_experts(layer)
+        records = {expert: checkpoint.ranges(layer, expert) for expert in held}
+        first = records[held[0]]
+        starts = [run.record_offset for run in first]
+        end = first[-1].record_offset + first[-1].nbytes
+        lengths = np.diff([*starts, end]).tolist()  # of each run and the padding behind it
+        addresses = np.zeros((checkpoint.num_experts(layer), len(first)), np.uint64)
+        for expert, runs in records.items():
+            if [run.record_offset for run in runs] != starts or any(
+                run.file_offset + nbytes > self._lengths[run.path] for run, nbytes in zip(runs, lengths, strict=True)
+            ):
+                return None
+            addresses[expert] = [self._addresses[run.path] + run.file_offset for run in runs]
+        return host_records(addresses, starts, end, checkpoint.layout(layer).record_bytes)
 
     def _compared(self, layer: int, expert: int, ranges: Sequence[ByteRange]) -> bytearray | None:
         """Return a verified copy of the record if this one is to be checked, else None.
