@@ -48,6 +48,16 @@ def test_plan_says_what_does_not_fit():
     assert "memory_limit" in refusal("plan", "--memory-limit", "much")
 
 
+def test_plan_for_several_hosts():
+    text = succeed("plan", *LIMIT, "--disk-rate", "1GB", "--hosts", "1", "--hosts", "4", "--link-us", "25")
+    (row,) = [line.split() for line in text.splitlines() if line.split()[:1] == ["4"]]
+    assert "100%," in row and "messages of 25 us" in text
+    few = document("plan", *LIMIT, "--disk-rate", "1GB", "--hosts", "2", "--json")["hosts"]
+    assert [(each["hosts"], each["fits"], each["num_experts"]) for each in few] == [(2, True, 64)]
+    result = invoke("plan", "--memory-limit", "1MB", "--max-context", "128", "--disk-rate", "1GB", "--hosts", "2")
+    assert result.exit_code == 1 and result.stdout.count("does not fit") == 2
+
+
 def test_simulate_predicts_what_trace_measured(trace: Path):
     printed = succeed("trace", "What is 17 + 25?", "--output", str(trace), "--max-tokens", "12", *LIMIT)
     measured = float(printed.split("hit rate ")[1].split("%")[0]) / 100

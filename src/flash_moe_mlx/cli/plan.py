@@ -31,6 +31,17 @@ Trace = Annotated[Path | None, typer.Option(help="Routing recorded by flash-moe 
 DiskRate = Annotated[
     str | None, typer.Option(help='Disk bytes per second, such as "3GB". Default: probe the disk of a local model.')
 ]
+Hosts = Annotated[
+    list[int] | None,
+    typer.Option(
+        help="Number of hosts that share the experts; may be repeated. Says what each needs.",
+        min=1,
+        rich_help_panel="Several hosts",
+    ),
+]
+LinkUs = Annotated[
+    float, typer.Option(help="Microseconds per message between two hosts.", min=0, rich_help_panel="Several hosts")
+]
 Plot = Annotated[Path | None, typer.Option(help="Plot speed against memory limit to a .png, .svg or .pdf file.")]
 
 
@@ -45,6 +56,8 @@ def plan(
     num_experts_per_tok: NumExpertsPerTok = None,
     trace: Trace = None,
     disk_rate: DiskRate = None,
+    hosts: Hosts = None,
+    link_us: LinkUs = 40.0,
     plot: Plot = None,
     revision: Revision = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -58,6 +71,7 @@ def plan(
     Examples:
         flash-moe plan qwen3.5-397b-4bit --memory-limit 34GB --disk-rate 5.5GB
         flash-moe plan --memory-limit 14MB --max-context 128
+        flash-moe plan qwen3.5-397b-4bit --memory-limit 34GB --disk-rate 5.5GB --hosts 1 --hosts 2 --hosts 4
         flash-moe plan --json --max-context 128 --disk-rate 3GB
     """
     if name is not None and model is not None:
@@ -83,6 +97,8 @@ def plan(
         trace=trace,
         disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate),
         trust_remote_code=trust_remote_code,
+        hosts=hosts or (),
+        link_us=link_us,
     )
     if plot is not None:
         save(speed_by_limit(result), plot)
@@ -96,9 +112,8 @@ def plan(
 
 def _print(result: "Plan", busy: str | None) -> None:
     print_rows(result.rows())
-    if result.sweep:
+    for head, *rows in result.tables():
         echo()
-        head, *rows = result.sweep_table()
-        print_table(head, rows, right=head[:-1])
+        print_table(head, rows, right=[name for name in head if name])
     echo()
     print_paragraphs([*result.assumptions, *([busy] if busy else [])])

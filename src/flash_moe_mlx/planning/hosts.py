@@ -18,12 +18,14 @@ class HostReplay:
     Attributes:
         hosts: Number of hosts.
         longest_reads: Mean reads per token of the host that reads most, summed over layers.
+        busiest_experts: Mean experts per token of the host that computes most, summed over layers.
         hit_rate: Hit rate over all hosts' experts.
         microseconds: Time per token.
     """
 
     hosts: int
     longest_reads: float
+    busiest_experts: float
     hit_rate: float
     microseconds: float
 
@@ -68,7 +70,7 @@ def replay_hosts(
     counts = dict.fromkeys(trace.layers, trace.num_experts)
     heat = {layer: _heat(trace, column, decoded[:half]) for column, layer in enumerate(trace.layers)}
     placement = Placement.by_heat(heat, hosts) if by_heat else Placement.by_number(counts, hosts)
-    longest = np.zeros(len(decoded), np.int64)
+    longest, busiest = np.zeros(len(decoded), np.int64), np.zeros(len(decoded), np.int64)
     hits = asked = 0
     for column, layer in enumerate(trace.layers):
         owner = placement.owners[layer]
@@ -79,13 +81,14 @@ def replay_hosts(
             shares = _shares(ids[ids != NOT_RECORDED].tolist(), owner, everywhere, hosts)
             reads = [_reads(table, share, slots) for table, share in zip(tables, shares, strict=True)]
             longest[place] += max(reads)
+            busiest[place] += max(map(len, shares))
             if place >= half:
                 asked += sum(map(len, shares))
                 hits += sum(map(len, shares)) - sum(reads)
     mean = float(longest[half:].mean())
     messages = 2 * (hosts - 1)
     microseconds = mean * read_us + len(trace.layers) * (layer_us + messages * link_us)
-    return HostReplay(hosts, mean, hits / max(asked, 1), microseconds)
+    return HostReplay(hosts, mean, float(busiest[half:].mean()), hits / max(asked, 1), microseconds)
 
 
 def _heat(trace: RoutingTrace, column: int, tokens: np.ndarray) -> np.ndarray:

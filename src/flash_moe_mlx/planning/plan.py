@@ -1,6 +1,7 @@
 """plan(): predicts whether a model fits a memory limit, and how fast it is. Result types; planner.py computes them."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from html import escape
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from ..experts.trace import RoutingTrace
 from ..runtime.loading import limit_reason
 from ..stats import format_bytes, format_rate, table_html
+from .host_plan import LINK_US, HostPlan, hosts_table, plan_hosts
 from .planner import Expectation, LimitPlan, Planner
 from .presets import find
 from .speed import Speed
@@ -36,6 +38,7 @@ class Plan:
         sweep: Predictions at other limits, ascending, up to this machine's memory.
         assumptions: Assumptions behind the figures.
         host_limit_bytes: The limit on the host's memory, where ``limit_bytes`` is that of a GPU's own; else None.
+        hosts: Predictions for several hosts that share the experts, if asked for.
     """
 
     model: str
@@ -51,11 +54,12 @@ class Plan:
     sweep: tuple[LimitPlan, ...]
     assumptions: tuple[str, ...]
     host_limit_bytes: int | None = None
+    hosts: tuple[HostPlan, ...] = ()
 
     @property
     def fits(self) -> bool:
-        """Whether the model fits the limit."""
-        return self.at_limit is not None
+        """Whether the model fits the limit, on one host or on one of the numbers of hosts."""
+        return self.at_limit is not None or any(plan.budget is not None for plan in self.hosts)
 
     @property
     def best(self) -> LimitPlan | None:
@@ -99,20 +103,22 @@ class Plan:
             rows.append([format_bytes(point.limit_bytes), f"{point.num_slots:,}", *figures, mark])
         return rows
 
+    def tables(self) -> list[list[list[str]]]:
+        """Return the tables that follow the rows: of limits, and of numbers of hosts."""
+        return [*([self.sweep_table()] if self.sweep else []), *([hosts_table(self.hosts)] if self.hosts else [])]
+
     def __str__(self) -> str:
         width = max(len(name) for name, _ in self.rows())
         lines = [f"{name:<{width}}  {value}" for name, value in self.rows()]
-        if self.sweep:
-            table = self.sweep_table()
+        for table in self.tables():
             widths = [max(len(row[i]) for row in table) for i in range(len(table[0]))]
             lines += ["", *("  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in table)]
         return "\n".join([*lines, "", *self.assumptions])
 
     def _repr_html_(self) -> str:
-        head, *rows = self.sweep_table() if self.sweep else [[]]
-        sweep = table_html(rows, head) if rows else ""
+        tables = "".join(table_html(rows, head) for head, *rows in self.tables())
         notes = "".join(f"<li>{escape(note)}</li>" for note in self.assumptions)
-        return f"{table_html(self.rows())}{sweep}<ul>{notes}</ul>"
+        return f"{table_html(self.rows())}{tables}<ul>{notes}</ul>"
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-compatible values."""
@@ -132,6 +138,7 @@ class Plan:
             "speed": asdict(self.speed),
             "at_limit": None if self.at_limit is None else _limit_dict(self.at_limit),
             "sweep": [_limit_dict(point) for point in self.sweep],
+            "hosts": [plan.to_dict() for plan in self.hosts],
             "assumptions": list(self.assumptions),
         }
 
@@ -174,6 +181,8 @@ def plan(
     disk_bytes_per_second: float | None = None,
     speed: Speed | None = None,
     trust_remote_code: bool = False,
+    hosts: Sequence[int] = (),
+    link_us: float = LINK_US,
 ) -> Plan:
     """Predict a model's memory use and speed on this machine from its headers, without reading any weights.
 
@@ -190,6 +199,8 @@ def plan(
             second; for a repository the rate is then unknown.
         speed: A machine's speed. None measures this machine, for a few seconds.
         trust_remote_code: Whether the checkpoint's own model file may be run; it must be in a local directory.
+        hosts: Numbers of hosts that share the experts, each with this limit, to predict as well.
+        link_us: Microseconds per message between two of these hosts.
 
     Returns:
         The plan, which says so if the model doesn't fit.
@@ -226,8 +237,10 @@ def plan(
         assumptions=(
             *_from_presets(path_or_repo),
             *_assumptions(planner.speed, None if memory_limit is not None else limit_reason()),
+            *([_of_hosts(link_us)] if hosts else []),
         ),
         host_limit_bytes=planner.host_limit_bytes,
+        hosts=tuple(plan_hosts(planner, count, link_us) for count in hosts),
     )
 
 
@@ -235,6 +248,13 @@ def _from_presets(path_or_repo: str | Path) -> tuple[str, ...]:
     if isinstance(path_or_repo, Path) or not (preset := find(path_or_repo)) or path_or_repo != preset.name:
         return ()
     return (f"Dimensions are those that this package knows of {preset.repository}; nothing was downloaded.",)
+
+
+def _of_hosts(link_us: float) -> str:
+    return (
+        "Hosts: each has this limit, this machine's speed and a disk like it; experts are dealt out by number. A layer "
+        f"waits for the host that reads most, and for 2 (N - 1) messages of {link_us:g} us."
+    )
 
 
 def _assumptions(speed: Speed, limit_reason: str | None) -> tuple[str, ...]:

@@ -67,6 +67,7 @@ class Planner:
         smallest_limit_bytes: Smallest limit that works.
         record_bytes, payload_bytes: Size of an expert by layer, in a slot and as read.
         num_experts: E by layer.
+        stored_dense_bytes: Stored size of all other tensors.
         k: Experts per token.
         speed: Speed of the machine.
     """
@@ -96,8 +97,9 @@ class Planner:
         self.record_bytes = {layer: checkpoint.layout(layer).record_bytes for layer in layers}
         self.payload_bytes = {layer: checkpoint.layout(layer).payload_bytes for layer in layers}
         self.num_experts = {layer: checkpoint.num_experts(layer) for layer in layers}
+        self.stored_dense_bytes = sum(info.nbytes for info in checkpoint.dense.values())
         self.limit_bytes, self.host_limit_bytes = choose_limits(config)
-        self.smallest_limit_bytes = self._smallest()
+        self.smallest_limit_bytes = self.smallest()
 
     @classmethod
     def open(
@@ -141,14 +143,23 @@ class Planner:
         """Total stored size of all routed experts."""
         return sum(count * self.payload_bytes[layer] for layer, count in self.num_experts.items())
 
-    def divide(self, limit_bytes: int) -> Budget:
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Kinds of routing to predict, in the order of display."""
+        return ("local", "uniform") if self._trace is None else ("trace", "local", "uniform")
+
+    def divide(self, limit_bytes: int, own: Mapping[int, int] | None = None) -> Budget:
         """Divide a limit as load does.
+
+        Args:
+            limit_bytes: The limit.
+            own: Number of experts of each layer that this host reads; None for all.
 
         Raises:
             MemoryLimitError: If the limit is too small.
         """
         limits = limit_bytes, self.host_limit_bytes
-        return plan_memory(self._checkpoint, self._spec, self._config, *limits, probe=False).budget
+        return plan_memory(self._checkpoint, self._spec, self._config, *limits, own, probe=False).budget
 
     def limits(self, count: int) -> list[int]:
         """Return limits from the smallest to this machine's memory, or to the limit at which all experts fit."""
@@ -161,8 +172,7 @@ class Planner:
     def at(self, limit_bytes: int) -> LimitPlan:
         """Predict performance at a limit that works, for the trace (if any), local and uniform routing."""
         budget = self.divide(limit_bytes)
-        kinds = ("local", "uniform") if self._trace is None else ("trace", "local", "uniform")
-        return LimitPlan(limit_bytes, budget, tuple(self._expect(kind, budget.num_slots) for kind in kinds))
+        return LimitPlan(limit_bytes, budget, tuple(self._expect(kind, budget.num_slots) for kind in self.kinds))
 
     def tokens_per_second(self, hit_rate: float) -> float | None:
         """Return the decode speed at a hit rate equal in all layers; None if the disk's rate is unknown."""
@@ -171,9 +181,10 @@ class Planner:
     def _asked(self, layer: int) -> int:
         return min(self.k, self.num_experts[layer])
 
-    def _smallest(self) -> int:
+    def smallest(self, own: Mapping[int, int] | None = None) -> int:
+        """Return the smallest limit that works. Takes the argument of `divide`."""
         try:
-            self.divide(1)
+            self.divide(1, own)
         except MemoryLimitError as error:
             if error.smallest_limit_bytes is not None:
                 return error.smallest_limit_bytes
@@ -200,6 +211,16 @@ class Planner:
         """Return the hit rate of synthetic routing."""
         if slots >= experts:
             return 1.0
+        key = (kind, experts, slots)
+        if key not in self._hit_rates:
+            made = self.routing(kind, experts)
+            self._hit_rates[key] = replay(made, slots, skip_passes=_SKIPPED).decode_hit_rate
+        return self._hit_rates[key]
+
+    def routing(self, kind: str, experts: int) -> RoutingTrace:
+        """Return the recorded routing, or synthetic routing of that kind over so many experts."""
+        if kind == "trace" and self._trace is not None:
+            return self._trace
         if (kind, experts) not in self._made:
             self._made[kind, experts] = make_routing(
                 LOCAL if kind == "local" else UNIFORM,
@@ -208,11 +229,7 @@ class Planner:
                 num_experts_per_tok=min(self.k, experts),
                 tokens=_TOKENS,
             )
-        key = (kind, experts, slots)
-        if key not in self._hit_rates:
-            made = self._made[kind, experts]
-            self._hit_rates[key] = replay(made, slots, skip_passes=_SKIPPED).decode_hit_rate
-        return self._hit_rates[key]
+        return self._made[kind, experts]
 
 
 def local_hit_rate(num_experts: int, num_experts_per_tok: int, slots: int) -> float:

@@ -64,6 +64,11 @@ class TokenWork:
     expert_bytes: int
     shared_bytes: int
 
+    def with_expert_bytes(self, expert_bytes: int) -> "TokenWork":
+        """Return the work of a host that computes only some of the routed experts."""
+        weight_bytes = self.weight_bytes - self.expert_bytes + expert_bytes
+        return TokenWork(self.layers, weight_bytes, expert_bytes, self.shared_bytes)
+
     @classmethod
     def of(cls, checkpoint: Checkpoint, spec: ModelSpec) -> "TokenWork":
         """Determine a model's work from its headers only."""

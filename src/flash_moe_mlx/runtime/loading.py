@@ -373,7 +373,7 @@ def plan_memory(
     streaming: StreamingConfig,
     limit_bytes: int,
     host_limit_bytes: int | None = None,
-    share: Share | None = None,
+    own: Mapping[int, int] | None = None,
     *,
     probe: bool = True,
 ) -> MemoryPlan:
@@ -385,13 +385,12 @@ def plan_memory(
         streaming: load's arguments.
         limit_bytes: The limit on the memory that holds the slots.
         host_limit_bytes: The limit on the host's memory, if that is a different one.
-        share: This rank's experts, if ranks share them.
+        own: Number of experts of each layer to read in this process; None for all.
         probe: Find the number of I/O threads by a short probe of the files where it isn't remembered.
 
     Raises:
         MemoryLimitError: If the limit is too small; names the smallest limit that works.
     """
-    own = None if share is None else share.counts()
     demand = MemoryDemand.of(checkpoint, spec.footprint, spec.num_experts_per_tok, streaming, own)
     if host_limit_bytes is None:
         return MemoryPlan.make(limit_bytes, demand, checkpoint, streaming.io, probe=probe)
@@ -443,7 +442,7 @@ def _prepare(
         check_other_files(directory, checkpoint.manifest)
     limits = choose_limits(streaming)
     try:
-        plan = plan_memory(checkpoint, spec, streaming, *limits, share)
+        plan = plan_memory(checkpoint, spec, streaming, *limits, None if share is None else share.counts())
     except MemoryLimitError as error:
         if streaming.memory_limit_bytes is not None:
             raise
