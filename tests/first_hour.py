@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -101,6 +102,7 @@ def main() -> None:
     parser.add_argument("--environment", type=Path, default=Path(sys.prefix), help="a virtual environment")
     environment = parser.parse_args().environment.absolute()
     assert os.access(environment / "bin" / "python", os.X_OK), f"{environment} is no environment"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job starts with Ctrl-C ignored
     with tempfile.TemporaryDirectory() as folder:
         newcomer = Newcomer(Path(folder), environment)
         seconds = newcomer.first_token()
