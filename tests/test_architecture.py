@@ -236,8 +236,9 @@ def test_no_broad_except():
 
 
 DIFFERENT_ON_MACOS = {
-    "F_FULLFSYNC", "F_NOCACHE", "O_DIRECT", "killpg", "mac_ver", "mallopt", "msync", "posix_fadvise", "preadv",
-    "pthread_set_qos_class_self_np", "ru_maxrss", "sched_getaffinity", "sysconf",
+    "F_FULLFSYNC", "F_NOCACHE", "O_DIRECT", "copy_file_range", "fdatasync", "killpg", "mac_ver", "mallopt", "msync",
+    "posix_fadvise", "posix_fallocate", "preadv", "pthread_set_qos_class_self_np", "ru_maxrss", "sched_getaffinity",
+    "sysconf", "max_recommended_working_set_size", "memory_size",
 }  # fmt: skip
 
 
@@ -247,13 +248,19 @@ def platform_calls(source: str) -> set[str]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Attribute) and ast.unparse(node.value) != "system":
             name = ast.unparse(node)
-            found |= {name} if node.attr in DIFFERENT_ON_MACOS or name == "sys.platform" else set()
+            found |= {name} if node.attr in DIFFERENT_ON_MACOS or name in ("sys.platform", "platform.system") else set()
+        elif isinstance(node, ast.ImportFrom) and not (node.module or "").endswith("system"):
+            found |= DIFFERENT_ON_MACOS & {alias.name for alias in node.names}
+        elif isinstance(node, ast.Constant) and node.value in DIFFERENT_ON_MACOS:
+            found.add(node.value)
     return found
 
 
 def test_what_macos_does_otherwise_is_in_one_module():
     sample = "import os, sys\nos.preadv(1, [], 0)\nsystem.preadv(1, [], 0)\nos.killpg(1, len(sys.platform))"
     assert platform_calls(sample) == {"os.preadv", "sys.platform", "os.killpg"}
+    sample = "from os import fdatasync\nfrom ..system import preadv\ninfo.get('memory_size')"
+    assert platform_calls(sample) == {"fdatasync", "memory_size"}
     others = [path for path in python_files("src", "examples") if path != SRC / "system.py"]
     assert {str(path): calls for path in others if (calls := platform_calls(path.read_text()))} == {}
 

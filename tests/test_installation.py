@@ -2,6 +2,8 @@
 
 import json
 import shlex
+import shutil
+import subprocess
 import sys
 import tomllib
 from pathlib import Path
@@ -86,6 +88,37 @@ def test_a_missing_backend_is_one_line_with_a_command(monkeypatch: pytest.Monkey
     command = shlex.split(line.partition("Run: ")[2])
     assert "install" in command and command[-1].endswith("[cpu]")
     assert installation.explain_import(ImportError("no module named x", name="x")) is None
+
+
+@pytest.mark.parametrize(
+    ("machine", "words"), [("x86_64", "needs an arm64 Python"), ("arm64", "--force-reinstall mlx")]
+)
+def test_on_a_mac_no_extra_is_missing(machine: str, words: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert installation.backend_extra() == ""
+    assert words in installation.explain_import(ImportError(LIBMLX))
+
+
+AS_A_MAC = """#!{python}
+import platform, sys
+platform.system, platform.machine = lambda: "Darwin", lambda: "{machine}"
+code = sys.argv[2].replace('sys.version_info < (3, 11)', 'False')
+exec(code) if sys.argv[1] == "-c" else print("a virtual environment")
+"""
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+@pytest.mark.parametrize(("machine", "is_fine"), [("x86_64", False), ("arm64", True)])
+def test_make_refuses_a_python_under_rosetta(machine: str, is_fine: bool, tmp_path: Path):
+    python = tmp_path / "python3"
+    python.write_text(AS_A_MAC.format(python=sys.executable, machine=machine))
+    python.chmod(0o755)
+    command = ["make", "-f", str(ROOT / "Makefile"), f"PYTHON={python}", "VENV=new", "new/bin/python"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode == 0) == is_fine, done.stderr
+    assert ("a virtual environment" in done.stdout) == is_fine
+    assert ("must be an arm64 Python" in done.stdout and "x86_64 under Rosetta" in done.stdout) != is_fine
 
 
 def test_python_says_the_same(monkeypatch: pytest.MonkeyPatch):

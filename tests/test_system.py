@@ -16,11 +16,13 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from flash_moe_mlx import system
+from flash_moe_mlx import machine, system
+from flash_moe_mlx.config import StreamingConfig
 from flash_moe_mlx.machine import physical_memory_bytes
 from flash_moe_mlx.packing.workspace import Workspace
+from flash_moe_mlx.runtime import loading
 from flash_moe_mlx.storage import io_choice
-from flash_moe_mlx.storage.disk_probe import FASTEST_DISK, DiskProbe
+from flash_moe_mlx.storage.disk_probe import FASTEST_DISK, DiskProbe, probe_disk
 from flash_moe_mlx.storage.file_io import ReadOnlyFile, read_from_disk, read_fully
 
 F_NOCACHE, F_FULLFSYNC = 48, 51  # macOS's numbers
@@ -149,6 +151,13 @@ def test_second_reads_are_the_disks(mac: Mac, path: Path):
     assert mac.libc.dropped == [1000]
 
 
+def test_probes_read_what_was_dropped(mac: Mac, path: Path):
+    assert system.can_drop_pages()
+    probe_disk([path], PAGE, seconds=0.0, num_threads=1)
+    assert mac.libc.dropped == [5 * PAGE + 123]
+    assert mac.libc.maps == 0
+
+
 def test_other_systems_are_asked_by_fadvise(path: Path):
     if not hasattr(os, "posix_fadvise"):
         pytest.skip("needs posix_fadvise")
@@ -206,6 +215,18 @@ def test_memory_is_mlxs_figure_where_python_has_none(monkeypatch: pytest.MonkeyP
     assert physical_memory_bytes() == 48 << 30
 
 
+def test_the_default_limit_is_that_of_the_working_set(monkeypatch: pytest.MonkeyPatch):
+    """What MLX says of a Mac's GPU reaches ``load``'s limit and its explanation."""
+    monkeypatch.setattr(machine, "usable_memory_bytes", lambda: 48 << 30)
+    for info, limit, reason in (
+        ({}, 0.7 * (48 << 30), "70% of 51.54 GB"),
+        ({"max_recommended_working_set_size": 38 * 10**9}, 0.9 * 38 * 10**9, "90% of the 38.00 GB that Metal"),
+    ):
+        monkeypatch.setattr(mx, "device_info", lambda: info)  # noqa: B023  called at once
+        assert loading.choose_limits(StreamingConfig()) == (int(limit) - machine.PROCESS_OVERHEAD_BYTES, None)
+        assert loading.limit_reason().startswith(reason)
+
+
 def test_io_threads_say_that_somebody_waits(mac: Mac):
     system.expect_waiters()
     assert mac.libc.qos == [(0x19, 0)]
@@ -259,9 +280,24 @@ def test_the_file_limit_is_raised_and_never_lowered(monkeypatch: pytest.MonkeyPa
 
 def test_versions(mac: Mac, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("platform.mac_ver", lambda: ("14.7.1", ("", "", ""), "arm64"))
+    monkeypatch.setattr("platform.machine", lambda: "arm64")
     assert system.macos_version() == (14, 7, 1)
+    assert system.describe_system() == "macOS 14.7.1 arm64"
     monkeypatch.setattr(sys, "platform", "linux")
     assert system.macos_version() == ()
+    monkeypatch.setattr("platform.system", lambda: "Linux")
+    monkeypatch.setattr("platform.release", lambda: "6.1")
+    assert system.describe_system() == "Linux 6.1 arm64"
+
+
+@pytest.mark.parametrize(
+    ("platform", "machine", "is_intel"),
+    [("darwin", "x86_64", True), ("darwin", "arm64", False), ("linux", "x86_64", False)],
+)
+def test_a_python_for_intel(platform: str, machine: str, is_intel: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    assert system.is_intel_python() == is_intel
 
 
 def probe(rate: float, direct: bool = True) -> DiskProbe:
@@ -342,6 +378,14 @@ if return_freed_buffers():
     assert resident() - before < size, (before, resident())
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_other_c_libraries_keep_their_heaps(mac: Mac, monkeypatch: pytest.MonkeyPatch):
+    """The stand-in has neither mallopt nor malloc_trim, as macOS."""
+    monkeypatch.setattr(system, "return_freed_buffers", system.return_freed_buffers.__wrapped__)
+    monkeypatch.setattr(system, "_next_trim", 0.0)
+    assert not system.return_freed_buffers()
+    system.trim_heap()
 
 
 def test_the_heap_is_trimmed_now_and_then(monkeypatch: pytest.MonkeyPatch):

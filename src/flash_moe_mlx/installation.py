@@ -2,7 +2,6 @@
 
 import json
 import os
-import platform
 import shlex
 import shutil
 import sys
@@ -61,7 +60,7 @@ def explain_import(error: ImportError) -> str | None:
     text = str(error)
     if "libmlx" not in text and (error.name or "").partition(".")[0] != "mlx":
         return None
-    if system.is_macos() and platform.machine() != "arm64":
+    if system.is_intel_python():
         return "[mlx] needs an arm64 Python on a Mac with Apple silicon; this one is for Intel."
     if extra := backend_extra():
         return (

@@ -8,6 +8,7 @@ import errno
 import fcntl
 import mmap
 import os
+import platform
 import signal
 import sys
 import time
@@ -55,9 +56,18 @@ def is_macos() -> bool:
 
 def macos_version() -> tuple[int, ...]:
     """Return the macOS version, such as (15, 1); empty on other systems."""
-    import platform
-
     return tuple(int(part) for part in platform.mac_ver()[0].split(".") if part.isdigit()) if is_macos() else ()
+
+
+def describe_system() -> str:
+    """Return the system's name and version and the machine's kind, such as "macOS 15.1 arm64"."""
+    version = ".".join(map(str, macos_version()))
+    return f"{f'macOS {version}' if version else f'{platform.system()} {platform.release()}'} {platform.machine()}"
+
+
+def is_intel_python() -> bool:
+    """Return whether this Python is one for Intel Macs, perhaps under Rosetta; MLX has no wheels for it."""
+    return is_macos() and platform.machine() != "arm64"
 
 
 @cache
@@ -119,6 +129,14 @@ def installed_memory_bytes() -> int:
         import mlx.core as mx
 
         return int(mx.device_info()["memory_size"])
+
+
+def recommended_working_set_bytes() -> int | None:
+    """Return the memory that Metal recommends as the maximum for this GPU, or None on other backends."""
+    import mlx.core as mx
+
+    nbytes = mx.device_info().get("max_recommended_working_set_size")
+    return int(nbytes) if nbytes else None
 
 
 def peak_resident_bytes() -> int:

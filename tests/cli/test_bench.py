@@ -101,6 +101,14 @@ def test_advice(changes: dict, words: str | None, monkeypatch: pytest.MonkeyPatc
     assert words is None or words in advice[0]
 
 
+@pytest.mark.parametrize("cpu_kernels", [True, False])
+def test_advice_on_a_mac_without_its_gpu(cpu_kernels: bool, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module.system, "is_macos", lambda: True)
+    monkeypatch.setattr(module.os.path, "exists", lambda path: False)
+    advice = module._advice({**GOOD, "backend": "cpu", "cpu_kernels": cpu_kernels})
+    assert len(advice) == 1 and "Apple silicon" in advice[0]
+
+
 def test_advice_about_versions(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(module, "requires", lambda _: ["mlx<0.33,>=0.32", "numpy>=1.26", "numba>=9; extra == 'cpu'"])
     found = {**GOOD, "versions": {"mlx": "0.40.1", "numpy": "2.4.6", "numba": "0.1"}}

@@ -20,11 +20,7 @@ class MLX:
 
     def __init__(self) -> None:
         self.wired, self.memory, self.active = 0, UNLIMITED, 0
-        self.device = {"max_recommended_working_set_size": WORKING_SET}
         self.wirings: list[int] = []
-
-    def device_info(self) -> dict[str, int]:
-        return self.device
 
     def get_active_memory(self) -> int:
         return self.active
@@ -48,6 +44,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> MLX:
     monkeypatch.setattr(wired_memory, "mx", mlx)
     monkeypatch.setattr(wired_memory, "backend", lambda: "metal")
     monkeypatch.setattr(wired_memory.system, "macos_version", lambda: (15, 1))
+    monkeypatch.setattr(wired_memory.system, "recommended_working_set_bytes", lambda: WORKING_SET)
     return mlx
 
 

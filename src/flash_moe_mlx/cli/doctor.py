@@ -69,7 +69,7 @@ def doctor(
         _without_backend(fault, json)
     found: dict[str, Any] = {
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": system.describe_system(),
         "cores": os.cpu_count(),
         "versions": {"flash_moe_mlx": __version__, **{name: _version(name) for name in PACKAGES}},
         **_backend(),
@@ -97,7 +97,7 @@ def _without_backend(fault: str, json: bool) -> NoReturn:
     """Report why nothing can run, and end with exit code 1."""
     found = {
         "python": platform.python_version(),
-        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "system": system.describe_system(),
         "backend": None,
         "versions": {"flash_moe_mlx": __version__, **{name: _version(name) for name in PACKAGES}},
         "advice": [fault],
@@ -126,12 +126,10 @@ def _backend() -> dict[str, Any]:
 
 
 def _memory() -> dict[str, int | None]:
-    import mlx.core as mx
-
     from ..machine import cgroup_limit_bytes, default_memory_limit_bytes, physical_memory_bytes
     from ..runtime.loading import default_gpu_memory_limit_bytes
 
-    working_set = mx.device_info().get("max_recommended_working_set_size")
+    working_set = system.recommended_working_set_bytes()
     return {
         "physical_bytes": physical_memory_bytes(),
         "cgroup_limit_bytes": cgroup_limit_bytes(),

@@ -65,7 +65,7 @@ class WiredShare:
 
 def _apply() -> None:
     wanted = sum(_shares.values())
-    working_set = mx.device_info().get("max_recommended_working_set_size")
+    working_set = system.recommended_working_set_bytes()
     if working_set and system.macos_version() >= WIRING_SINCE:
         # MLX raises an error for more than the working set.
         _before.setdefault("wired", mx.set_wired_limit(min(wanted, working_set)))

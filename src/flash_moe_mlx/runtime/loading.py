@@ -56,7 +56,7 @@ from ..packing.verification import check_other_files
 from ..progress import Report, report, showing
 from ..stats import format_bytes
 from ..storage.store import ExpertStore
-from ..system import raise_file_limit, return_freed_buffers
+from ..system import raise_file_limit, recommended_working_set_bytes, return_freed_buffers
 from .adapters import Adapter, check_alone
 from .downloads import PATTERNS
 from .model_type import StreamingModel
@@ -404,9 +404,8 @@ def limit_reason() -> str:
 
 def _device_memory() -> tuple[int | None, int | None]:
     """Return Metal's recommended working set and a discrete GPU's memory, where MLX reports them."""
-    info = mx.device_info()
-    working_set = info.get("max_recommended_working_set_size")
-    return working_set, info.get("total_memory") if backend() == "cuda" and not has_own_memory() else None
+    total = mx.device_info().get("total_memory") if backend() == "cuda" and not has_own_memory() else None
+    return recommended_working_set_bytes(), total
 
 
 def _with_rounded_activations(spec: ModelSpec, bits: int) -> ModelSpec:
