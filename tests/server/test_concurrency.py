@@ -156,13 +156,13 @@ def test_memory_is_counted_before_a_request_begins(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(Batch, "step", counted)
     with model.streaming as engine, served(model, tokenizer, max_concurrent=8, prefix_cache=None) as address:
         fit = max(n for n in range(1, 8) if engine.has_room([CONTEXT] * n))
-        assert fit == 2
-        with ThreadPoolExecutor(3) as threads:
-            answers = [threads.submit(post, address, body={"messages": STORY}) for _ in range(3)]
-            wait_until(lambda: stats(address)["running_requests"] + stats(address)["queued_requests"] == 3)
+        assert 2 <= fit < 7  # 2 in float32, 4 in bfloat16
+        with ThreadPoolExecutor(fit + 1) as threads:
+            answers = [threads.submit(post, address, body={"messages": STORY}) for _ in range(fit + 1)]
+            wait_until(lambda: stats(address)["running_requests"] + stats(address)["queued_requests"] == fit + 1)
             all_asked.set()
             reasons = [answer.result(60).json()["choices"][0]["finish_reason"] for answer in answers]
-        assert reasons == ["stop"] * 3
+        assert reasons == ["stop"] * (fit + 1)
         assert max(counts) == fit
         assert engine.stats().peak_memory_bytes <= engine.limit_bytes
 

@@ -39,10 +39,11 @@ def expert_parts(checkpoint: Checkpoint) -> dict[tuple[int, int, str], bytes]:
 
 
 def small_tasks(monkeypatch: pytest.MonkeyPatch, nbytes: int = 1 << 16) -> None:
-    """Many tasks, and many entries in the journal, of a small checkpoint."""
+    """Many tasks, and many entries in the journal, of a small checkpoint, however slow the disk is."""
     for module in (dense, plan):
         monkeypatch.setattr(module, "CHUNK_BYTES", nbytes)
-    monkeypatch.setattr(run, "_COMMIT_BYTES", 2 * nbytes)
+    for name in ("_COMMIT_BYTES", "_UNCOMMITTED_BYTES"):
+        monkeypatch.setattr(run, name, 2 * nbytes)
 
 
 def stop_at(share: float) -> Callable[[run.Progress], None]:
