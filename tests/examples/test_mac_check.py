@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import re
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -116,6 +117,19 @@ http.server.HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])
     outcome = script.check_server(OPTIONS)
     assert outcome.ok == answer.endswith("42")
     assert outcome.got.startswith(answer) if answer != "nothing" else "the model is missing" in outcome.got
+
+
+@pytest.mark.parametrize(
+    ("total", "code", "ok"),
+    [("9 passed, 1 skipped", 0, True), ("1 failed, 9 passed", 1, False), ("9 skipped", 0, None)],
+)
+def test_tests_that_were_all_skipped_show_nothing(
+    script: ModuleType, total: str, code: int, ok: bool | None, monkeypatch: pytest.MonkeyPatch
+):
+    done = subprocess.CompletedProcess([], code, f"...\nFAILED tests/a.py::test\n{total} in 1.00s\n", "")
+    monkeypatch.setattr(script.subprocess, "run", lambda *_, **__: done)
+    outcome = script.check_io_tests(OPTIONS)
+    assert (outcome.got, outcome.ok) == (f"FAILED tests/a.py::test\n{total} in 1.00s", ok)
 
 
 def test_what_a_step_lacks_is_named(script: ModuleType, monkeypatch: pytest.MonkeyPatch):
