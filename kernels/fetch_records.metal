@@ -4,7 +4,8 @@
 // Outputs  places
 // Shapes   ids (1, K) u32, table (E) u32, landing (K) u32: slots to fill, target (2) u32: low and high half of the
 //          address of slot 0, sources (E, RUNS, 2) u32: address of each run of an expert's record, starts (8 or more)
-//          u32: first unit of each run; a slot is STRIDE bytes long; after: any array that must be computed before slots are overwritten
+//          u32: first unit of each run; a slot is STRIDE bytes long; after: any array that must be computed before
+//          slots are overwritten
 // Threads  grid (UNITS / COUNT rounded up, K, 1), threadgroup (256, 1, 1): COUNT units of 8 bytes a thread, all loaded
 //          before the first is stored, so that many reads of host memory are under way
 // Traffic  8 UNITS bytes for each expert that is in no slot
