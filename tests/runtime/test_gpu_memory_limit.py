@@ -67,6 +67,13 @@ def test_each_limit_is_refused_by_name_with_a_value_that_works(directory: Path, 
         assert "host memory" in str(stats)
 
 
+def test_the_buffers_of_direct_reads_are_in_the_limit_that_a_refusal_names(directory: Path, runtime: FakeRuntime):
+    gpu = refusal(directory, memory_limit=1 << 30, gpu_memory_limit=1)
+    host = refusal(directory, memory_limit=1, gpu_memory_limit=gpu, io="direct")
+    with streamed(directory, host, gpu_memory_limit=gpu, io="direct") as model:
+        assert model.streaming.stats().host_bytes <= host
+
+
 def test_files_are_mapped_where_the_host_has_room_and_else_staged_with_the_same_bits(
     directory: Path, runtime: FakeRuntime
 ):

@@ -153,19 +153,18 @@ class MemoryPlan:
                 min_records=min(demand.num_experts_per_tok, MAX_STAGING_RECORDS),
             )
 
+        if io != "auto":
+            reads = Reads(io, "as asked for")
+            return cls(demand, gpu_limit_bytes, reads, budget, divided(reads))
         reads = Reads("pread", "host memory has room for all files with experts: mapped and pinned")
         host = divided(reads)
         if not host.mapped_bytes:
-            reads = Reads(io, "as asked for")
-            if io == "auto":
-                reads = choose_io(files, expert_bytes, budget.slot_bytes, host_limit_bytes, usable_memory_bytes())
-                if reads.io == "direct" and probe:
-                    reads = reads.with_threads(choose_threads(files, max(records.values()), expert_bytes))
+            reads = choose_io(files, expert_bytes, budget.slot_bytes, host_limit_bytes, usable_memory_bytes())
+            if reads.io == "direct" and probe:
+                reads = reads.with_threads(choose_threads(files, max(records.values()), expert_bytes))
             try:
                 host = divided(reads)
             except MemoryLimitError:
-                if io != "auto":
-                    raise
                 reads = Reads("pread", "the limit has no room for the buffers of direct reads")
         return cls(demand, gpu_limit_bytes, reads, budget, host)
 
