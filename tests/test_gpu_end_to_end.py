@@ -14,6 +14,7 @@ import pytest
 
 from flash_moe_mlx import load, stream_generate
 from flash_moe_mlx.errors import MemoryLimitError
+from flash_moe_mlx.runtime import loading
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(600)]
 
@@ -33,16 +34,21 @@ def default_device(device: mx.Device) -> Iterator[None]:
         mx.set_default_device(before)
 
 
+def own_memory() -> str:
+    """Name of the limit that bounds slots: a CUDA GPU has memory of its own."""
+    return "gpu_memory_limit" if loading.has_own_memory() else "memory_limit"
+
+
 def smallest_limit(io: str = "auto") -> int:
     with pytest.raises(MemoryLimitError) as refused:
-        load(DEMO, memory_limit=1, max_context=MAX_CONTEXT, io=io)
+        load(DEMO, max_context=MAX_CONTEXT, io=io, **{own_memory(): 1})
     assert refused.value.smallest_limit_bytes is not None
     return refused.value.smallest_limit_bytes
 
 
 def logits(memory_limit: int | str, io: str = "auto") -> np.ndarray:
     """A prompt in one chunk, then tokens one at a time, whatever the model would have said. Shape (tokens, vocab)."""
-    model, tokenizer = load(DEMO, memory_limit=memory_limit, max_context=MAX_CONTEXT, io=io)
+    model, tokenizer = load(DEMO, max_context=MAX_CONTEXT, io=io, **{own_memory(): memory_limit})
     prompt = tokenizer.apply_chat_template([{"role": "user", "content": QUESTIONS[0]}], add_generation_prompt=True)
     cache = model.make_cache()
     parts = [model(mx.array([prompt]), cache=cache)]
@@ -51,7 +57,7 @@ def logits(memory_limit: int | str, io: str = "auto") -> np.ndarray:
 
 
 def answers() -> list[str]:
-    model, tokenizer = load(DEMO, memory_limit=smallest_limit(), max_context=MAX_CONTEXT)
+    model, tokenizer = load(DEMO, max_context=MAX_CONTEXT, **{own_memory(): smallest_limit()})
     prompts = ([{"role": "user", "content": question}] for question in QUESTIONS)
     return [
         "".join(
@@ -83,7 +89,7 @@ def test_bits_depend_on_neither_budget_nor_io():
 
 
 def test_memory_stays_within_the_limit():
-    model, tokenizer = load(DEMO, memory_limit=(limit := smallest_limit()), max_context=MAX_CONTEXT)
+    model, tokenizer = load(DEMO, max_context=MAX_CONTEXT, **{own_memory(): (limit := smallest_limit())})
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()

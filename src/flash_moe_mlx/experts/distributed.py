@@ -243,7 +243,7 @@ class DistributedResident:
     """ResidentExperts of which other ranks' GPUs compute a part."""
 
     def __init__(self, local: LocalResident, share: Share, layer: int):
-        self._local = local
+        self._local, self.layer = local, layer
         own = share.placement.owners[layer] == share.ranks.rank
         self.slots, self.landing, self.target, self.records = local.slots, local.landing, local.target, local.records
         # Experts of others are computed as if they were in the first slot, and their outputs dropped.
@@ -255,9 +255,9 @@ class DistributedResident:
         """Return whether nothing has changed: see `ResidentExperts.is_current`."""
         return self._local.is_current()
 
-    def used(self, ids: mx.array) -> None:
-        """Note one token's choice: lazy ids of shape (1, K)."""
-        self._local.used(ids)
+    def used(self, layers: Sequence[int], ids: mx.array, *, fetched: bool) -> None:
+        """Note one token's choices: see `ResidentExperts.used`."""
+        self._local.used(layers, ids, fetched=fetched)
 
     def reading(self, output: mx.array) -> None:
         """Note that ``output`` reads slots: see `ResidentExperts.reading`."""

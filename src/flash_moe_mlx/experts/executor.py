@@ -84,6 +84,7 @@ class ResidentExperts(Protocol):
     """One layer's experts where a GPU needs no host to use them: in slots, or in memory that it fetches them from.
 
     Attributes:
+        layer: The layer's number.
         slots: The layer's slots.
         table: Slot of each expert, NOT_IN_SLOT for those in none. Shape (E,), uint32.
         landing: Slots to fetch one token's experts into, shape (K,), uint32; None if all experts are in slots.
@@ -91,6 +92,9 @@ class ResidentExperts(Protocol):
         records: Where to fetch experts from; None if all are in slots.
         others: Ranks that compute the other experts; None if all are computed here.
     """
+
+    @property
+    def layer(self) -> int: ...
 
     @property
     def slots(self) -> ExpertRecords: ...
@@ -114,8 +118,14 @@ class ResidentExperts(Protocol):
         """Return whether these experts are still valid and no code on the host needs to see the ids."""
         ...
 
-    def used(self, ids: mx.array) -> None:
-        """Note one token's choice: lazy ids of shape (1, K)."""
+    def used(self, layers: Sequence[int], ids: mx.array, *, fetched: bool) -> None:
+        """Note one token's choices in all layers; one of these objects tells for all.
+
+        Args:
+            layers: Numbers of the layers.
+            ids: Experts of each, lazy. Shape (L, K).
+            fetched: Whether some may have been fetched.
+        """
         ...
 
     def reading(self, output: mx.array) -> None:

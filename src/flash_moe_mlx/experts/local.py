@@ -94,7 +94,7 @@ class LocalResident:
         landing: mx.array | None = None,
         records: HostRecords | None = None,
     ):
-        self._reader, self._layer = reader, layer
+        self._reader, self.layer = reader, layer
         self._changes = reader.cache.changes
         self.slots = reader.cache.bank(layer)
         self.table, self.landing, self.records = table, landing, records
@@ -107,9 +107,9 @@ class LocalResident:
         unchanged = reader.cache.changes == self._changes and not reader.is_recording
         return unchanged and (self.records is None or not reader.is_due())
 
-    def used(self, ids: mx.array) -> None:
-        """Note one token's choice: lazy ids of shape (1, K)."""
-        self._reader.used(self._layer, ids, fetched=self.records is not None)
+    def used(self, layers: Sequence[int], ids: mx.array, *, fetched: bool) -> None:
+        """Note one token's choices: see `ResidentExperts.used`."""
+        self._reader.used(layers, ids, fetched=fetched)
 
     def reading(self, output: mx.array) -> None:
         """Note that ``output`` reads slots: see `ResidentExperts.reading`."""

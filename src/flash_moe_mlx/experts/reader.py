@@ -108,8 +108,9 @@ class ExpertReader:
         self.recorder: TraceRecorder | None = None
         self._layouts, self._num_experts = dict(layouts), dict(num_experts)
         self._own = {layer: range(count) for layer, count in num_experts.items()} if own is None else dict(own)
-        self._used: deque[tuple[int, mx.array]] = deque(maxlen=TOKENS_REMEMBERED * max(len(layouts), 1))
-        self._fetched = 0  # layers' fetches since slots last followed what was used
+        self._has_all = all(len(experts) == num_experts[layer] for layer, experts in self._own.items())
+        self._used: deque[tuple[Sequence[int], mx.array]] = deque(maxlen=TOKENS_REMEMBERED)
+        self._fetched = 0  # tokens that fetched experts since slots last followed what was used
         self._unread: tuple[mx.array, int] | None = None
         self._cancellation = Cancellation()
 
@@ -195,7 +196,7 @@ class ExpertReader:
 
     def is_due(self) -> bool:
         """Return whether so many tokens have run without the host that slots should follow what they used."""
-        return self._fetched >= PROMOTION_TOKENS * len(self._num_experts)
+        return self._fetched >= PROMOTION_TOKENS
 
     def _promote(self, k: int) -> None:
         self._fetched = 0
@@ -208,37 +209,38 @@ class ExpertReader:
         for fetch in fetches:
             self.counters.bytes_read += fetch.wait()
 
-    def used(self, layer: int, ids: mx.array, *, fetched: bool) -> None:
-        """Note one token's experts that the host has not seen: lazy ids of shape (1, K).
+    def used(self, layers: Sequence[int], ids: mx.array, *, fetched: bool) -> None:
+        """Note one token's experts that the host has not seen.
 
         Args:
-            layer: The layer.
-            ids: The experts.
+            layers: The layers.
+            ids: The experts of each, lazy. Shape (L, K).
             fetched: Whether the GPU fetched those that were in no slot; if not, all were in slots.
         """
-        self._used.append((layer, ids))
-        self._fetched += fetched
-        if fetched or len(self._own[layer]) < self._num_experts[layer]:
+        self._used.append((layers, ids))
+        if fetched:
+            self._fetched += 1
             # Those of two tokens ago have been computed, so this waits for nothing.
-            self.count_used(keep=2 * len(self._num_experts))
-        else:
+            self.count_used(keep=2)
+        elif self._has_all:
             self.counters.hits += ids.size
 
     def count_used(self, keep: int = 0) -> None:
-        """Report the experts of such tokens to the policies, and count those that were fetched.
+        """Report the experts of such tokens to the policies, and count those that may have been fetched.
 
         Args:
-            keep: Number of the last notes to leave for later.
+            keep: Number of the last tokens to leave for later.
         """
         while len(self._used) > keep:
-            layer, ids = self._used.popleft()
-            own = self._own[layer]
-            experts = [expert for expert in np.array(ids).reshape(-1).tolist() if expert in own]
-            misses = self.cache.used(layer, experts)
-            if self.cache.num_slots(layer) < self._num_experts[layer]:
-                self.counters.hits += len(experts) - misses
-                self.counters.misses += misses
-                self.counters.bytes_read += misses * self._layouts[layer].record_bytes
+            layers, ids = self._used.popleft()
+            for layer, chosen in zip(layers, np.array(ids).tolist(), strict=True):
+                own = self._own[layer]
+                experts = [expert for expert in chosen if expert in own]
+                misses = self.cache.used(layer, experts)
+                if self.cache.num_slots(layer) < self._num_experts[layer]:
+                    self.counters.hits += len(experts) - misses
+                    self.counters.misses += misses
+                    self.counters.bytes_read += misses * self._layouts[layer].record_bytes
 
     def token(self, layer: int, experts: list[int]) -> TokenFetch:
         """Start bringing one token's distinct experts into memory, for CPU kernels.

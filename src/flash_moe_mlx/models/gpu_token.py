@@ -277,11 +277,15 @@ class ResidentDecoder:
         if not all(token.fits(cache) for token, cache in zip(self._tokens, caches, strict=True)):
             return None
         after = mx.zeros_like(hidden) if self._last is None else self._last
+        chosen: list[mx.array] = []
         for segment in self._segments:
             hidden, ids = segment(hidden, caches, self._residents, after)
-            for place, chosen in zip(segment.places, ids, strict=True):
-                self._residents[place].used(chosen)
-        self._residents[-1].reading(hidden)
+            chosen += ids
+        residents = self._residents
+        layers, fetched = [each.layer for each in residents], any(each.records is not None for each in residents)
+        # One array, since the host reads it later, and each that it reads moves from the GPU's memory to its own.
+        residents[-1].used(layers, mx.concatenate(chosen), fetched=fetched)
+        residents[-1].reading(hidden)
         self._last = hidden
         return hidden
 
