@@ -25,7 +25,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import mlx.core as mx
@@ -33,7 +33,6 @@ import numpy as np
 
 from ..errors import DistributedError
 from .rank_links import RankLinks
-from .ring_meeting import meeting_on_ring
 
 logger = logging.getLogger(__name__)
 
@@ -42,9 +41,6 @@ DEFAULT_TIMEOUT = 10.0
 
 START_SECONDS = 60.0
 """Seconds in which all ranks must have started."""
-
-CONNECT_SECONDS = 10.0
-"""Seconds in which ranks that have met must have connected MLX's ring."""
 
 END = "end"
 """Command after which ranks no longer follow."""
@@ -377,15 +373,12 @@ def join_ranks(timeout: float = DEFAULT_TIMEOUT) -> RankGroup | None:
 
 
 def _initialise(backend: str) -> mx.distributed.Group:
-    seconds = START_SECONDS
     try:
-        with meeting_on_ring(START_SECONDS) if backend == "ring" else nullcontext(False) as has_met:
-            seconds = CONNECT_SECONDS if has_met else START_SECONDS
-            with _alarm(seconds):
-                return mx.distributed.init(backend=backend)
+        with _alarm(START_SECONDS):
+            return mx.distributed.init(backend=backend)
     except RuntimeError as error:
         raise DistributedError(
-            f"[ranks] all ranks must start within {seconds:g} s, got {error}. Start all of them again, and check "
+            f"[ranks] all ranks must start within {START_SECONDS:g} s, got {error}. Start all of them again, and check "
             "hosts and ports."
         ) from error
 
