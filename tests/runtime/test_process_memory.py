@@ -70,8 +70,11 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_memory_and_threads_stay_flat(checkpoint: Path, request: pytest.FixtureRequest) -> None:
     generations = request.config.getoption("--generations")  # of each way, of which there are six
     control = watch("-", str(DEMO), "0", "0").anonymous["control"]
-    seen = watch(str(checkpoint), str(DEMO), str(LIMIT), str(generations))
-    grown = {way: seen.anonymous[f"after {way}"] - seen.anonymous[f"before {way}"] for way in WAYS}
+    for _ in range(2):  # what malloc gives back late is counted once, a leak is there again
+        seen = watch(str(checkpoint), str(DEMO), str(LIMIT), str(generations))
+        grown = {way: seen.anonymous[f"after {way}"] - seen.anonymous[f"before {way}"] for way in WAYS}
+        if max(grown.values()) < 16_000_000:
+            break
     began = {way: seen.threads[f"after {way}"] - seen.threads[f"before {way}"] for way in WAYS}
     print(f"most beyond the control {(seen.most - control) / 1e6:.1f} MB, grown {grown}, threads {began}")
     # CPU kernels are compiled once and stay: code and LLVM take some 60 MB, which the control has not.
