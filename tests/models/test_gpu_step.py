@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from flash_moe_mlx.errors import NonFiniteError, RequestError
 from flash_moe_mlx.experts import reader
+from flash_moe_mlx.experts.cache import ExpertCache
 from flash_moe_mlx.experts.executor import OtherRanks
 from flash_moe_mlx.experts.local import LocalExperts
 from flash_moe_mlx.formats.checkpoint import Checkpoint
@@ -220,6 +221,28 @@ def test_a_token_that_fetches_its_experts_has_the_bits_of_one_that_waits_for_the
             assert not model.runs_ahead
         before = model.streaming.counters.copy()
         assert np.array_equal(logits(model), expected)
+
+
+def test_slots_are_evicted_only_after_what_reads_them(
+    checkpoint: Path, launched: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    unread: list[bool] = []
+    landing = ExpertCache.landing
+
+    def watched(cache: ExpertCache, layer: int, count: int) -> list[int]:
+        unread.append(model.streaming.debug_state().reader._unread is not None)
+        return landing(cache, layer, count)
+
+    monkeypatch.setattr(ExpertCache, "landing", watched)
+    with fetching(checkpoint, 7, monkeypatch) as model:
+        cache = model.make_cache()
+        mx.eval(model(mx.array([PROMPT]), cache=cache))
+        with model.streaming.trace(tmp_path / "trace.npz"):
+            model(mx.array([[TOKENS[0]]]), cache=cache)
+        assert not model.runs_ahead and not unread
+        assert model.streaming.debug_state().reader._unread is not None
+        model(mx.array([[TOKENS[1]]]), cache=cache)
+        assert model.runs_ahead and unread and not any(unread)
 
 
 def test_slots_that_change_between_tokens_are_seen(

@@ -147,7 +147,8 @@ class ExpertReader:
     def table(self, layer: int) -> mx.array | None:
         """Return the slot of each expert of a layer, shape (E,), uint32, if all experts are in slots; else None.
 
-        If the slots have room for all experts and few are missing, the missing ones are read now.
+        If the slots have room for all experts, and few are missing or their files are mapped for a GPU, the missing
+        ones are read now.
         None while a trace is being recorded, because that needs the ids on the host.
 
         Raises:
@@ -189,6 +190,7 @@ class ExpertReader:
         if records is None:
             return None
         self._check_cancelled()
+        self.settle()  # what other passes read may be evicted here, and overwritten by the GPU
         if self.is_due():
             self._promote(k)
         landing = self.cache.landing(layer, k)
@@ -200,7 +202,6 @@ class ExpertReader:
 
     def _promote(self, k: int) -> None:
         self._fetched = 0
-        self.settle()
         fetches = [
             self.cache.promote(layer, own, k)
             for layer, own in self._own.items()
