@@ -9,7 +9,8 @@ TILE_BYTES = 128 << 20
 """Size of the dequantised weights held at a time, as float32."""
 
 LAZY_BYTES = 32 << 20
-"""Dequantised tiles up to this size are not waited for: a layer has few of them."""
+"""Size of 16-bit tiles that are not waited for. What products reserve, twice the largest matrix of a layer in float32,
+holds four such matrices, and the others of a layer are smaller."""
 
 GROUP_BYTES = 256 << 20
 """Size of the dequantised weights of one projection of several experts, as float32. On an H200, a prompt of 2,048
@@ -76,7 +77,7 @@ def dequant_matmul(
             floats = (part.astype(mx.float32) for part in matrix[1:])
             dense = mx.dequantize(matrix[0], *floats, group_size=group_size, bits=bits).astype(x.dtype)
         parts.append(x @ dense.T)
-        small = has_kernel and dense.nbytes <= LAZY_BYTES
+        small = has_kernel and dense.dtype.size == 2 and dense.nbytes <= LAZY_BYTES
         del dense
         if not (lazy or small):
             mx.eval(parts[-1])

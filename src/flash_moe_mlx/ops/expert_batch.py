@@ -116,6 +116,9 @@ def _grouped_products(
     rows = mx.array(np.concatenate(pairs).astype(np.uint32))
     expert_of_row = mx.array(np.repeat(np.arange(len(pairs), dtype=np.uint32), counts))
     all_slots, tokens = mx.array(slots, mx.uint32), rows // k
+    dense = [bank.layout.quantization(name) for name, _ in bank.layout.quantizations] if dequantizes() else []
+    # What is dequantised by several operations, or to float32, fits once in what products reserve.
+    ahead = x.dtype.size <= _SMALL and all(map(has_kernel, dense))
     before: mx.array | None = None
     for first, last in _runs(counts, at_once, GPU_ROWS):
         own = slice(starts[first], starts[last])
@@ -129,8 +132,10 @@ def _grouped_products(
         y[rows[own]] = result
         mx.async_eval(y)
         # The next run is built while this one is computed, and waits for the one before, whose memory it takes.
-        if before is not None or x.dtype.size > _SMALL:
-            mx.eval(result if before is None else before)
+        if not ahead:
+            mx.eval(y)
+        elif before is not None:
+            mx.eval(before)
         before = result
     mx.eval(y)
     return y
