@@ -147,7 +147,8 @@ def load(
         activation_bits: 8 rounds activations to 8 bits per group in CPU passes of one or two tokens, as llama.cpp
             does: faster and lossy (logits change by 1 to 2 %). None is exact.
         verify: Checksum policy for packed checkpoints: "full" checks every record that is read, and all other files
-            before they are loaded; "sample" checks one record in 16; False none. Stock checkpoints have no checksums.
+            before they are loaded; "sample" checks one record in 16, but none that a CUDA GPU fetches by itself; False
+            none. Stock checkpoints have no checksums.
         revision: Branch, tag or commit of the repository.
         tokenizer_config: Options passed to the tokenizer.
         adapter_path: Directory of a LoRA adapter that ``mlx_lm.lora`` wrote, which changes no routed experts.
