@@ -18,12 +18,12 @@ SRC = ROOT / "src" / "flash_moe_mlx"
 # A wing (a folder, or a module of the package's root) imports only from those before it. docs/architecture.md says what
 # each holds. Inside a wing, and over all of them, no file may import in a circle.
 WINGS = [
-    "errors", "command_buffers", "system", "installation", "forks", "stats", "progress", "machine", "formats", "config",
+    "errors", "system", "installation", "forks", "stats", "progress", "machine", "formats", "config",
     "storage", "ops", "experts", "models", "packing", "runtime", "chat", "planning", "lab", "plot", "server", "cli",
 ]  # fmt: skip
 # Modules that must work without MLX: what reads headers, plans and simulates.
 WITHOUT_MLX = [
-    "errors", "command_buffers", "system", "forks", "stats", "machine", "config", "formats",
+    "errors", "system", "forks", "stats", "machine", "config", "formats",
     "storage.file_io", "storage.disk_probe", "storage.io_choice", "storage.record_check", "storage.io_threads",
     "experts.trace",
     "experts.policies", "experts.slots", "experts.budget", "experts.reservations", "experts.memory_plan",

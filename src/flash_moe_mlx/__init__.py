@@ -10,10 +10,9 @@ their names is first used.
 """
 
 import logging
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
-
-from . import command_buffers
 
 if TYPE_CHECKING:
     from .chat.answer import Part
@@ -56,7 +55,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-command_buffers.lift_command_buffer_size()  # before MLX's first use
+# MLX ends a GPU's command buffer once its inputs exceed 40 to 50 Mi elements, and counts a layer's slots whole although
+# a kernel reads K records of them: four to five command buffers per layer on Metal, and as many CUDA graphs. With this
+# value they end by their number of operations; one decoded layer of a 397B model has about 300 Mi elements of inputs,
+# and a prompt's large intermediate arrays still end theirs. MLX reads the variable when it first uses the GPU.
+os.environ.setdefault("MLX_MAX_MB_PER_BUFFER", "1000")
 logging.getLogger(__name__).addHandler(logging.NullHandler())  # the application decides what to do with log messages
 
 __all__ = [
