@@ -1,6 +1,7 @@
 """Train the demo model, transformers' own Qwen3_5MoeForCausalLM, from scratch or from a checkpoint: one GPU, one seed.
 
     python train.py --out checkpoint --seconds 420          # or --steps N, which repeats a finished run
+    python train.py --shape wide --tokenizer checkpoint --out wide --seconds 300 --tools 0.8 --quantized-from 1
 
 Writes the checkpoint as ``save_pretrained`` does, the tokenizer, and ``metrics.json``. Not here: any tuning framework.
 """
@@ -20,8 +21,9 @@ import torch
 from data import MIX, conversations
 from fake_quant import quantized
 from packed_loss import packed_loss
-from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM, Qwen3_5MoeTextConfig
-from vocabulary import MAX_TOKENS, load_tokenizer, template_only, train_tokenizer
+from shapes import SHAPES, model_config
+from transformers import PreTrainedTokenizerFast, Qwen3_5MoeForCausalLM
+from vocabulary import load_tokenizer, template_only, train_tokenizer
 
 from packing import PAD, batches
 
@@ -32,6 +34,7 @@ WARM_UP_CALLS = 3  # before a CUDA graph is captured
 class Recipe:
     """Everything that decides the result."""
 
+    shape: str = "demo"
     seed: int = 0
     row_tokens: int = 512
     rows_a_step: int = 64
@@ -40,30 +43,6 @@ class Recipe:
     weight_decay: float = 0.05
     warmup_steps: int = 60
     quantized_from: float = 0.6
-
-
-def model_config(vocab_size: int) -> Qwen3_5MoeTextConfig:
-    """8 layers, 3 GatedDeltaNet to 1 full attention; 16 routed experts of 64, 4 a token, and a gated shared expert."""
-    return Qwen3_5MoeTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=256,
-        num_hidden_layers=8,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=64,
-        linear_key_head_dim=64,
-        linear_value_head_dim=64,
-        linear_num_key_heads=2,
-        linear_num_value_heads=4,
-        moe_intermediate_size=64,
-        shared_expert_intermediate_size=64,
-        num_experts_per_tok=4,
-        num_experts=16,
-        tie_word_embeddings=True,
-        max_position_embeddings=MAX_TOKENS,
-        pad_token_id=PAD,
-        eos_token_id=2,
-    )
 
 
 def learning_rate(recipe: Recipe, step: int, done: float) -> float:
@@ -157,6 +136,8 @@ def main() -> None:
     """Tokenizer, data, training, checkpoint."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "checkpoint")
+    parser.add_argument("--shape", choices=SHAPES, default=Recipe.shape)
+    parser.add_argument("--tokenizer", type=Path, help="folder of the tokenizer to use, instead of training one")
     parser.add_argument("--steps", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=420)
     parser.add_argument("--workers", type=int, default=16)
@@ -164,24 +145,29 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=Recipe.rows_a_step)
     parser.add_argument("--seed", type=int, default=Recipe.seed)
     parser.add_argument("--rate", type=float, default=Recipe.learning_rate)
-    parser.add_argument("--quantized-from", type=float, default=Recipe.quantized_from)
+    parser.add_argument("--row-tokens", type=int, default=Recipe.row_tokens)
+    parser.add_argument(
+        "--quantized-from", type=float, default=Recipe.quantized_from,
+        help="part of the training after which weights are seen rounded to 4 bits; 1: never",
+    )  # fmt: skip
     parser.add_argument("--start", type=Path, help="checkpoint to continue from, instead of starting from scratch")
     parser.add_argument("--eager", action="store_true", help="no CUDA graph")
     parser.add_argument("--no-compile", action="store_true", help="no fused operations")
     options = parser.parse_args()
     recipe = Recipe(
-        seed=options.seed, tools=options.tools, rows_a_step=options.rows, learning_rate=options.rate,
-        quantized_from=options.quantized_from,
+        shape=options.shape, seed=options.seed, tools=options.tools, rows_a_step=options.rows,
+        row_tokens=options.row_tokens, learning_rate=options.rate, quantized_from=options.quantized_from,
     )  # fmt: skip
     options.out.mkdir(parents=True, exist_ok=True)
-    tokenizer = make_tokenizer(recipe) if options.start is None else load_tokenizer(options.start)
+    given = options.start or options.tokenizer
+    tokenizer = make_tokenizer(recipe) if given is None else load_tokenizer(given)
     tokenizer.save_pretrained(options.out)
     rows = batches(recipe.seed, recipe.rows_a_step, recipe.row_tokens, str(options.out), recipe.tools, options.workers)
 
     torch.manual_seed(recipe.seed)
     torch.set_float32_matmul_precision("high")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = Qwen3_5MoeForCausalLM(model_config(len(tokenizer)))
+    model = Qwen3_5MoeForCausalLM(model_config(len(tokenizer), recipe.shape))
     if options.start is not None:
         model = Qwen3_5MoeForCausalLM.from_pretrained(options.start, dtype=torch.float32)
     model = model.to(device).train()
@@ -197,7 +183,7 @@ def main() -> None:
     on_gpu = device == "cuda"
     step = Step(model, recipe, graph=on_gpu and not options.eager, compiled=on_gpu and not options.no_compile)
     begin = time.time()
-    for rounded in (False, True):
+    for rounded in (False, True)[: 1 + (recipe.quantized_from < 1)]:
         step(next(rows), 0.0, rounded=rounded)
     print(f"ready after {time.time() - begin:.0f} s", flush=True)
     log = train(step, rows, recipe, options.steps, options.seconds, save)

@@ -37,16 +37,29 @@ def test_documents_are_whole_and_learn_their_answers_only(rows):
             assert positions[row, start:end].tolist() == list(range(end - start))
 
 
-def test_loss_and_gradients_are_those_of_transformers(rows):
+@pytest.fixture(params=["demo", "wide"])
+def model(request: pytest.FixtureRequest):
+    """The demo's checkpoint, and two layers of the second shape with random weights."""
+    import torch
+    from shapes import model_config
+    from transformers import Qwen3_5MoeForCausalLM
+
+    if request.param == "demo":
+        return Qwen3_5MoeForCausalLM.from_pretrained(SCRIPTS / "checkpoint", dtype=torch.float32)
+    torch.manual_seed(0)
+    config = model_config(2048, request.param)
+    config.num_hidden_layers, config.layer_types = 2, config.layer_types[:2]
+    return Qwen3_5MoeForCausalLM(config)
+
+
+def test_loss_and_gradients_are_those_of_transformers(rows, model):
     import torch
     from packed_loss import packed_loss
-    from transformers import Qwen3_5MoeForCausalLM
 
     from packing import PAD
 
-    model = Qwen3_5MoeForCausalLM.from_pretrained(SCRIPTS / "checkpoint", dtype=torch.float32)
     model.config.router_aux_loss_coef = 0.0
-    ids, learnt, positions = (array[:1] for array in rows)
+    ids, learnt, positions = (array[:1, : 512 if len(model.model.layers) == 8 else 192] for array in rows)
     losses = []
     for row in range(len(ids)):
         starts = [*(positions[row] == 0).nonzero().flatten().tolist(), ids.shape[1]]
