@@ -1,8 +1,8 @@
 """The decoder shared by Qwen3.5-MoE and Qwen3-Next: layers of mixer and MoE, caches, logits and the hub's layout."""
 
 import logging
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -24,6 +24,7 @@ from .layers import Embedding, Linear, QuantizationOf, SwiGLU
 from .mixers import MIXERS
 from .mixers.blocks import mix
 from .moe_block import StreamingMoE, take_unchecked
+from .position_blocks import block_positions, blocks
 
 if TYPE_CHECKING:
     from .cpu_decoder import CPUDecoder
@@ -114,6 +115,14 @@ class TextModel(nn.Module):
         if not is_finite(hidden if rows is None else hidden.reshape(-1, hidden.shape[-1])[rows]):
             raise non_finite(len(self.layers) - 2, "the output")
         self.layers[-1].mix(hidden, cache[-1])
+
+
+class _Pass(NamedTuple):
+    """Result of a pass: logits if they are ready, or the last layer's output and the embeddings, both (B, L, H)."""
+
+    logits: mx.array | None
+    hidden: mx.array | None = None
+    embedded: mx.array | None = None
 
 
 class HybridModel(nn.Module):
@@ -224,10 +233,12 @@ class HybridModel(nn.Module):
                 are advanced, and the last layer's experts are computed only while a trace is being recorded.
 
         Returns:
-            Logits of shape (B, L or logits_to_keep, vocabulary). With None and more than 8 positions in total they are
-            lazy: a prompt's logits that nobody evaluates cost neither time nor memory. If they are evaluated, MLX's
-            product computes them, which is slow on a CPU; pass ``logits_to_keep=L`` instead. The memory limit counts
-            one position per sequence; the caller accounts for the others.
+            Logits of shape (B, L or logits_to_keep, vocabulary). With a cache, None, and more than 8 positions in
+            total they are lazy: a prompt's logits that nobody evaluates cost neither time nor memory. If they are
+            evaluated, MLX's product computes them, which is some 50 times slower on a CPU; pass ``logits_to_keep=L``
+            instead. Without a cache nothing but logits remains of a pass, so a CPU computes them at once by its own
+            kernels. The memory limit counts one position per sequence; the caller accounts for the others, or takes
+            them in blocks from `position_logits`.
 
         Raises:
             MemoryLimitError: If a pass of this size does not fit into the limit.
@@ -239,6 +250,57 @@ class HybridModel(nn.Module):
         On a GPU with all experts in slots, a single token is lazy, and its errors are raised up to two
         tokens later.
         """
+        alone = cache is None and use_cpu_kernels()  # nothing but logits remains of the pass
+        ready, hidden, embedded = self._run(inputs, cache, input_embeddings, logits_to_keep)
+        if ready is not None:
+            return ready
+        assert hidden is not None
+        assert embedded is not None
+        batch, tokens = hidden.shape[:2]
+        lazy = logits_to_keep is None and batch * tokens > MAX_ROWS and not alone
+        if lazy:
+            logits = self.output_projection.deferred(self.text_model.norm(hidden))
+        else:
+            logits = self.output_projection(self.text_model.norm(hidden[:, -(logits_to_keep or tokens) :]))
+        if backend() == "cpu" and (logits.shape[1] == 1 or not lazy):
+            self._check_logits(logits, embedded, hidden)
+        return logits
+
+    def position_logits(
+        self, inputs: mx.array, cache: list[Any] | None = None, *, keep: int | None = None, block_bytes: int
+    ) -> Iterator[mx.array]:
+        """Run one pass and yield the logits of its last positions, one block after another.
+
+        They have the bits of a call with ``logits_to_keep=keep``. Raises the errors of a call.
+
+        Args:
+            inputs: Token ids of one sequence. Shape (1, L).
+            cache: One cache per layer, advanced by L; None starts from an empty context.
+            keep: Number of last positions whose logits to yield; None takes all L.
+            block_bytes: Maximum size of a block's logits in float32, but at least 17 positions.
+
+        Yields:
+            Logits of consecutive positions. Shape (1, n, vocabulary).
+        """
+        tokens = inputs.shape[1]
+        keep = tokens if keep is None else keep
+        places = blocks(tokens - keep, tokens, block_positions(block_bytes, self.vocabulary_size))
+        if len(places) == 1:
+            yield self(inputs, cache, logits_to_keep=keep)
+            return
+        hidden, embedded = self._run(inputs, cache, None, keep)[1:]
+        assert hidden is not None
+        assert embedded is not None
+        for start, end in places:
+            logits = self.output_projection(self.text_model.norm(hidden[:, start:end]))
+            if backend() == "cpu":
+                self._check_logits(logits, embedded, hidden[:, :end])
+            yield logits
+
+    def _run(
+        self, inputs: mx.array, cache: list[Any] | None, input_embeddings: mx.array | None, logits_to_keep: int | None
+    ) -> _Pass:
+        """Run the layers, and the output projection where it belongs to them or nothing is asked of it."""
         check_process("model")
         borrow_stream()
         text = self.text_model
@@ -258,7 +320,7 @@ class HybridModel(nn.Module):
                 kept = tokens if logits_to_keep is None else logits_to_keep
                 logits = self._stepped(inputs, input_embeddings, cache, kept)
                 if logits is not None:
-                    return logits
+                    return _Pass(logits)
             if input_embeddings is None:
                 given = clamped(inputs, self.vocabulary_size) if later else inputs
                 hidden = text.embed_tokens.embed(given, self.dtype)
@@ -268,10 +330,10 @@ class HybridModel(nn.Module):
             self.runs_ahead = hidden_ahead is not None
             if hidden_ahead is not None:
                 if logits_to_keep == 0:
-                    return self._no_logits(1)
+                    return _Pass(self._no_logits(1))
                 logits = self.output_projection(text.norm(hidden_ahead))
                 self._deferred.add(inputs if later else None, logits, self.vocabulary_size)
-                return logits
+                return _Pass(logits)
             embedded = hidden = hidden.astype(self.dtype)
             try:
                 if logits_to_keep == 0 and not self.streaming.is_recording:
@@ -287,14 +349,8 @@ class HybridModel(nn.Module):
                 check_tokens(inputs, self.vocabulary_size)
             self._check_routers(unchecked, embedded, rows)
         if logits_to_keep == 0:
-            return self._no_logits(batch)
-        if logits_to_keep is None and batch * tokens > MAX_ROWS:
-            logits = self.output_projection.deferred(text.norm(hidden))
-        else:
-            logits = self.output_projection(text.norm(hidden[:, -(logits_to_keep or tokens) :]))
-        if backend() == "cpu" and (logits.shape[1] == 1 or logits_to_keep is not None or batch * tokens <= MAX_ROWS):
-            self._check_logits(logits, embedded, hidden)
-        return logits
+            return _Pass(self._no_logits(batch))
+        return _Pass(None, hidden, embedded)
 
     def diagnose(self, inputs: mx.array, input_embeddings: mx.array | None = None) -> NonFiniteError:
         """Find out where a pass stopped computing finite numbers, by running its last token alone.

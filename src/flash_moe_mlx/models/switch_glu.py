@@ -40,6 +40,7 @@ from ..ops.slot_memory import MLX_DTYPES
 from .caches import context_length
 from .checks import check_tokens, checked_later, clamped, locate, vocabulary_size
 from .model_arguments import check_arguments, find_classes, refuse, refuse_weights
+from .position_blocks import block_positions, blocks
 from .spec import ModelSpec, convert, load_bytes
 from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_footprint
 
@@ -163,6 +164,22 @@ class StreamingModel:
             row = first_bad_row(logits[:, -1])
             raise self.diagnose(inputs[row : row + 1], input_embeddings)
         return logits
+
+    def position_logits(
+        self, inputs: mx.array, cache: list[Any] | None = None, *, keep: int | None = None, block_bytes: int
+    ) -> Iterator[mx.array]:
+        """Yield the logits of the last positions in blocks; see :meth:`HybridModel.position_logits`.
+
+        mlx-lm's models compute logits along with their layers, so each block is a pass of its own, which reads its
+        experts again.
+        """
+        cache = make_prompt_cache(self) if cache is None else cache
+        tokens = inputs.shape[1]
+        first = 0 if keep is None else tokens - keep
+        if first > 0:
+            self(inputs[:, :first], cache, logits_to_keep=0)
+        for start, end in blocks(first, tokens, block_positions(block_bytes, self.vocabulary_size)):
+            yield self(inputs[:, start:end], cache, logits_to_keep=end - start)
 
     def diagnose(self, inputs: mx.array, input_embeddings: mx.array | None = None) -> NonFiniteError:
         """Locate the first non-finite numbers of a pass: see :meth:`HybridModel.diagnose`."""

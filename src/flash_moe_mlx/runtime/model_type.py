@@ -1,5 +1,6 @@
 """The type of the models that load() returns, for editors and type checkers."""
 
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 from ..experts.engine import StreamingEngine
@@ -24,6 +25,11 @@ class StreamingModel(Protocol):
 
     def __call__(self, inputs: Any, cache: Any = None, **options: Any) -> Any:
         """Return logits of shape (B, L, vocabulary) of token ids of shape (B, L)."""
+
+    def position_logits(
+        self, inputs: Any, cache: Any = None, *, keep: int | None = None, block_bytes: int
+    ) -> Iterator[Any]:
+        """Yield the logits of the last ``keep`` positions of token ids of shape (1, L), in blocks."""
 
     def make_cache(self) -> list[Any]:
         """Return empty caches for a conversation, one per layer."""
