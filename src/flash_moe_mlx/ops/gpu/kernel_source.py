@@ -9,7 +9,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache, cached_property
 from importlib import resources
 from importlib.resources.abc import Traversable
@@ -22,6 +22,7 @@ import mlx.core as mx
 from ...errors import FlashMoEError, MemoryLimitError
 from ...machine import cache_folder
 from ..backend import REFERENCE_SWITCH
+from . import cuda_modules
 
 _REFUSALS = ("Unable to build metal library", "Failed to compile", "Thread group size")
 """Phrases in MLX's errors if a kernel can't be compiled or launched."""
@@ -164,9 +165,9 @@ def declare(constants: Constants) -> str:
     return "".join(line + "\n" for line in lines)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Kernel:
-    """A kernel file with its constants, created once per shape and compiled by MLX on its first launch.
+    """A kernel file with its constants, created once per shape and compiled before its first launch.
 
     The constants are declarations before the body instead of template arguments, which MLX converts to strings on
     every call: that took 3 of the 5 microseconds of building a call with 27 of them.
@@ -175,11 +176,13 @@ class Kernel:
         name: File name in kernels/, without suffix.
         constants: Compile-time constants and types of the body.
         threadgroup: Threads per threadgroup.
+        run: MLX's function that launches it; None before the first launch.
     """
 
     name: str
     constants: Constants
     threadgroup: tuple[int, int, int]
+    run: Callable[..., list[mx.array]] | None = field(default=None, init=False)
 
     @cached_property
     def label(self) -> str:
@@ -195,18 +198,61 @@ class Kernel:
 
     @cached_property
     def cuda(self) -> Callable[..., list[mx.array]]:
-        """MLX's CUDA kernel. The text for MLX only includes the files that hold the kernel.
+        """MLX's CUDA kernel."""
+        header, source = self.cuda_text
+        return self._make(mx.fast.cuda_kernel, header, source)
+
+    @cached_property
+    def cuda_text(self) -> tuple[str, str]:
+        """Header and source for MLX's CUDA kernel, which only include the files that hold the kernel.
 
         MLX's CUDA backend hashes the whole text on every launch, which took 2.8 of the host's 9 microseconds per launch
         with 12,000 characters.
         """
         header, body = generate(self.name, "cuda")
         shapes = [f"{name}_shape" for name in read_kernel(self.name).inputs if f"{name}_shape" in body]
-        return self._make(
-            mx.fast.cuda_kernel,
-            include(header, cuda_folder()),
-            # MLX looks for the names of shapes in this text.
-            f"// {' '.join(shapes)}\n" + include(declare(self.constants) + body, cuda_folder()),
+        source = include(declare(self.constants) + body, cuda_folder())
+        modules = cuda_modules.modules()
+        mark = "" if modules is None else f"// {modules.architecture}\n"
+        # MLX looks for the shapes' names.
+        return mark + include(header, cuda_folder()), f"// {' '.join(shapes)}\n{source}"
+
+    def make(
+        self, inputs: Sequence[mx.array], outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]]
+    ) -> Callable[..., list[mx.array]]:
+        """Return MLX's function that launches the kernel, and keep it in `run`.
+
+        On CUDA the kernel is compiled for these arguments, unless the machine has it. MLX compiles it for others.
+
+        Args:
+            inputs: Arrays of the first launch.
+            outputs: (shape, dtype) of its outputs.
+        """
+        if mx.metal.is_available():
+            self.run = self.metal
+            return self.run
+        modules = cuda_modules.modules()
+        if modules is not None:
+            modules.provide(self.label, self.mlx_text(inputs, outputs))
+        self.run = self.cuda
+        return self.run
+
+    def mlx_text(self, inputs: Sequence[mx.array], outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]]) -> str:
+        """Return the text that MLX compiles for CUDA, without its own headers.
+
+        Args:
+            inputs: Arrays of a launch.
+            outputs: (shape, dtype) of its outputs.
+        """
+        kernel = read_kernel(self.name)
+        header, source = self.cuda_text
+        arguments = zip(kernel.inputs, inputs, strict=True)
+        return cuda_modules.mlx_text(
+            self.label,
+            header,
+            source,
+            [(name, array.dtype, array.ndim > 0 and f"{name}_shape" in source) for name, array in arguments],
+            [(name, dtype, False) for name, (_, dtype) in zip(kernel.outputs, outputs, strict=True)],
         )
 
     def _make(self, make: Callable[..., Any], header: str, source: str) -> Callable[..., list[mx.array]]:
@@ -289,7 +335,7 @@ def _run(
     grid: tuple[int, int, int],
     init_value: float | None,
 ) -> list[mx.array]:
-    run = kernel.metal if mx.metal.is_available() else kernel.cuda
+    run = kernel.run or kernel.make(inputs, outputs)
     return run(
         inputs=inputs,
         grid=grid,
