@@ -71,10 +71,15 @@ def test_expert_heat():
 
 
 def test_speed_by_limit(demo: Plan):
-    (axes,) = plot.speed_by_limit(demo).axes
+    axes, second = plot.speed_by_limit(demo).axes
     *lines, best = axes.lines
     assert [line.get_label() for line in lines] == ["local routing", "uniform routing"]
     assert lines[1].get_ydata() == pytest.approx([p.expectations[1].tokens_per_second for p in demo.sweep])
+    assert [tuple(line.get_ydata()) for line in second.lines] == [
+        tuple(100 * p.expectations[number].hit_rate for p in demo.sweep) for number in (0, 1)
+    ]
+    assert [line.get_color() for line in second.lines] == [line.get_color() for line in lines]
+    assert second.get_ylabel().startswith("hits, %") and "disk 20.00 MB/s" in axes.get_title()
     assert best.get_xdata()[0] == pytest.approx(demo.best.limit_bytes / 1e6)
     unknown = [
         replace(point, expectations=tuple(replace(e, tokens_per_second=None) for e in point.expectations))

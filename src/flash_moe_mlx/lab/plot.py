@@ -15,6 +15,7 @@ from ..experts.trace import NOT_RECORDED, RoutingTrace
 from ..installation import install_command
 from ..planning.plan import Plan
 from ..planning.simulation import Replay
+from ..stats import format_bytes
 from .profiling import PHASES, Profile
 
 if TYPE_CHECKING:
@@ -46,9 +47,9 @@ def time_by_phase(profile: Profile) -> "Figure":
         widths = np.array([1e3 * seconds[phase] / tokens for _, seconds, tokens in bars])
         axes.barh([name for name, _, _ in bars], widths, left=left, color=colour, label=phase)
         left += widths
-    axes.set(xlabel="ms per token, each part waited for")
+    axes.set(xlabel="ms per token, each part waited for", title="Time per token by phase")
     figure.legend(
-        ncols=len(PHASES), loc="outside upper center", frameon=False, columnspacing=1, handlelength=1, labelcolor=_INK
+        ncols=len(PHASES), loc="outside lower center", frameon=False, columnspacing=1, handlelength=1, labelcolor=_INK
     )
     return figure
 
@@ -129,35 +130,45 @@ def _heat(trace: RoutingTrace, tokens: int) -> np.ndarray:
 
 
 def speed_by_limit(plan: Plan) -> "Figure":
-    """Plot expected decode speed against memory limit and mark the best limit; plot hit rates if speed is unknown."""
-    figure, axes = _figure(7, 3.2)
+    """Plot expected decode speed against memory limit, and hit rates on a second axis; mark the best limit.
+
+    If speeds are unknown, there are only hit rates.
+    """
+    figure, axes = _figure(7, 3.4)
     unit, size = ("GB", 1e9) if plan.sweep[-1].limit_bytes >= 1e9 else ("MB", 1e6)
     limits = [point.limit_bytes / size for point in plan.sweep]
     known = all(e.tokens_per_second is not None for point in plan.sweep for e in point.expectations)
+    second = axes.twinx() if known else axes
     for number, first in enumerate(plan.sweep[0].expectations):
         points = [point.expectations[number] for point in plan.sweep]
-        values = [(p.tokens_per_second or 0.0) if known else 100 * p.hit_rate for p in points]
-        axes.plot(
-            limits,
-            values,
-            marker="o",
-            color=_ROUTING[first.routing],
-            label=f"{first.routing} routing",
-            clip_on=False,
-            zorder=3,
-        )
+        colour, label = _ROUTING[first.routing], f"{first.routing} routing"
+        hits = [100 * point.hit_rate for point in points]
+        if known:
+            rates = [point.tokens_per_second or 0.0 for point in points]
+            axes.plot(limits, rates, marker="o", color=colour, label=label, clip_on=False, zorder=3)
+            second.plot(limits, hits, color=colour, linestyle=":", label=f"{label}, hits", clip_on=False)
+        else:
+            axes.plot(limits, hits, marker="o", color=colour, label=label, clip_on=False, zorder=3)
     if plan.best is not None:
         best = plan.best.limit_bytes / size
         axes.axvline(best, color=_COLOURS[6], linestyle="--", label=f"best: {best:.3g} {unit}")
     name = Path(plan.model).name
+    disk = plan.speed.disk_bytes_per_second
     axes.set(
         xlabel=f"memory limit, {unit}",
         ylabel="tok/s, expected" if known else "hits, %",
-        title=f"{name}: K {plan.num_experts_per_tok}, {plan.max_context:,} tokens of context",
+        title=f"{name}: K {plan.num_experts_per_tok}, {plan.max_context:,} tokens of context"
+        + (f", disk {format_bytes(disk)}/s" if disk else ""),
     )
-    highest = max(axes.dataLim.y1, 1e-9)
+    highest = max(axes.dataLim.y1, 1e-9) if known else 100
     axes.set_ylim(0, 1.15 * highest)  # room for markers and the title
-    axes.legend(frameon=False, labelcolor=_INK)
+    if known:
+        second.set(ylabel="hits, % (dotted)", ylim=(0, 115), yticks=range(0, 101, 20))
+        second.spines["top"].set_visible(False)
+        _in_ink(second)
+    figure.legend(
+        *axes.get_legend_handles_labels(), ncols=4, loc="outside lower center", frameon=False, labelcolor=_INK
+    )
     return figure
 
 
