@@ -1,11 +1,14 @@
 """Long steps are reported to whoever watches, drawn on terminals and nowhere else."""
 
 import sys
+import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pexpect
 import pytest
 
+import flash_moe_mlx
 from flash_moe_mlx import generate, load, progress
 from flash_moe_mlx.progress import Progress, report, reporting, showing, watching
 
@@ -96,6 +99,43 @@ def test_the_command_line_says_what_it_waits_for():
     child.expect(pexpect.EOF, timeout=400)
     child.close()
     assert child.exitstatus == 0
+
+
+class ZMQInteractiveShell:
+    """The name by which tqdm, and we, know a notebook's kernel."""
+
+
+@pytest.fixture
+def notebook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A notebook without ipywidgets, in which nobody has imported tqdm."""
+    kernel = SimpleNamespace(get_ipython=ZMQInteractiveShell)
+    for name, module in (("IPython", kernel), ("ipykernel.zmqshell", kernel), ("ipywidgets", None)):
+        monkeypatch.setitem(sys.modules, name, module)
+    for name in ("tqdm.auto", "tqdm.autonotebook", "tqdm.notebook"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+
+
+@pytest.mark.usefixtures("notebook")
+def test_a_notebook_without_widgets_gets_no_warning():
+    vars(flash_moe_mlx).pop("Progress", None)  # imported at its first use
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        assert flash_moe_mlx.Progress is Progress
+        import tqdm.auto
+
+        tqdm.auto.tqdm(total=1, disable=True).close()
+    assert not said
+
+
+@pytest.mark.usefixtures("notebook")
+def test_a_notebooks_bar_is_not_redrawn_for_every_step(capsys: pytest.CaptureFixture[str]):
+    with showing(True):
+        for done in range(1000):
+            report("loading dense weights", done, 1000)
+        report("")
+    drawn = capsys.readouterr().err
+    assert "loading dense weights" in drawn
+    assert drawn.count("loading dense weights") < 500
 
 
 def test_compilation_of_kernels_is_reported():

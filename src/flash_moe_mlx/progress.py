@@ -7,6 +7,8 @@ nest: the innermost one gets the steps, and `showing(True)` leaves them to a wat
 
 import sys
 import threading
+import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -40,6 +42,9 @@ class Progress:
             return f"{self.step}, {self.done:,} of {self.total:,} tokens"
         return f"{self.step}, {format_bytes(self.done)} of {format_bytes(self.total)}"
 
+
+REDRAW_SECONDS = 0.1
+"""Least time between two drawings of a notebook's bar."""
 
 Report = Callable[[Progress], None]
 
@@ -96,6 +101,17 @@ def in_notebook() -> bool:
     """Return whether this process is a notebook's kernel."""
     shell = sys.modules.get("IPython") and sys.modules["IPython"].get_ipython()
     return type(shell).__name__ == "ZMQInteractiveShell"
+
+
+def import_tqdm() -> None:
+    """Import tqdm in a notebook, without its red warning where ipywidgets is not installed: bars are text then.
+
+    Whoever imports it later, such as huggingface_hub, gets the same bars and no warning either.
+    """
+    if in_notebook():
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            import tqdm.auto  # noqa: F401
 
 
 class StatusLine:
@@ -173,13 +189,14 @@ def _plain(text: str) -> Any:
 
 @contextmanager
 def _notebook_line() -> Iterator[Report]:
+    import_tqdm()
     from tqdm.auto import tqdm
 
     bar: Any = None
-    name = ""
+    name, drawn = "", 0.0
 
     def draw(moment: Progress) -> None:
-        nonlocal bar, name
+        nonlocal bar, name, drawn
         if bar is not None and moment.step != name:
             bar.close()
             bar = None
@@ -190,8 +207,10 @@ def _notebook_line() -> Iterator[Report]:
                 unit = "B" if scaled else " tokens"
                 plain = None if moment.total else "{desc} [{elapsed}]"
                 bar = tqdm(desc=name, total=moment.total or None, unit=unit, unit_scale=scaled, leave=False,
-                           delay=StatusLine.DELAY_SECONDS,
                            bar_format=plain)  # fmt: skip
+            elif time.monotonic() - drawn < REDRAW_SECONDS:  # each drawing is a message to the browser
+                return
+            drawn = time.monotonic()
             bar.n = moment.done
             bar.refresh()
 
