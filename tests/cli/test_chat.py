@@ -5,6 +5,10 @@ import json
 import os
 import sys
 import termios
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +16,22 @@ import pytest
 from rich.console import Console
 
 from flash_moe_mlx.cli import chat as module
+from flash_moe_mlx.cli.chat_model import ChatModel, _prefix_cache
 from flash_moe_mlx.cli.chat_session import COMMANDS
 from flash_moe_mlx.cli.chat_settings import Settings
 from flash_moe_mlx.cli.markdown import Region, finished
+from flash_moe_mlx.cli.options import open_model
 from flash_moe_mlx.cli.printable import printable
 from flash_moe_mlx.cli.terminal import AnswerView
 from flash_moe_mlx.errors import RequestError
 from flash_moe_mlx.formats.config_files import SamplingDefaults
+from flash_moe_mlx.planning.planner import Planner
 from flash_moe_mlx.progress import Progress
 
 from ..support.command_line import refusal, succeed
 
 ROOT = Path(__file__).resolve().parents[2]
+DEMO = Path(str(files("flash_moe_mlx") / "demo"))
 TOOL_CALL = "Use the calculator for 12 * 12."
 
 
@@ -83,11 +91,77 @@ def test_an_error_ends_the_turn_and_not_the_chat():
     assert text.rpartition("larger max_context.")[2].strip()
 
 
+@pytest.fixture
+def other(tmp_path: Path) -> Path:
+    """Another directory with the demo's files."""
+    folder = tmp_path / "other"
+    folder.mkdir()
+    for file in DEMO.iterdir():
+        if file.is_file():
+            (folder / file.name).symlink_to(file)
+    return folder
+
+
+def test_another_model_continues_the_conversation(other: Path, monkeypatch: pytest.MonkeyPatch):
+    events: list[tuple[str, str | None, str | None]] = []
+
+    @contextmanager
+    def noted(name: str | None, *arguments: Any, adapter_path: str | None) -> Iterator[Any]:
+        events.append(("open", name, arguments[5]))
+        with open_model(name, *arguments, adapter_path=adapter_path) as loaded:
+            yield loaded
+        events.append(("close", name, arguments[5]))
+
+    monkeypatch.setattr(module, "open_model", noted)
+    text = chat("Hello", "/model", f"/model {other}", "/retry", "What is 17 + 25?", "yes", options=("--revision", "v1"))
+    assert "the embedded demo: 128 of 128 experts in" in text and f"{other}: 128 of 128 experts" in text
+    assert "nothing to answer" not in text and "gives 42" in text
+    # Never two at once; the revision belongs to the model of the command line.
+    name = str(other)
+    assert events == [("open", None, "v1"), ("close", None, "v1"), ("open", name, None), ("close", name, None)]
+
+
+def test_a_model_that_can_not_be_used_leaves_the_last_one(other: Path, tmp_path: Path):
+    (other / "chat_template.jinja").unlink()
+    bare = json.loads((other / "tokenizer_config.json").read_text())
+    bare.pop("chat_template", None)
+    (other / "tokenizer_config.json").unlink()
+    (other / "tokenizer_config.json").write_text(json.dumps(bare))
+    text = chat(
+        "/model nope", "/model some/repository", f"/model {tmp_path}", f"/model {other}", "/model", TOOL_CALL, "yes"
+    )
+    for words in (
+        "nope must be a directory or a hub repository",
+        "Run: flash-moe pull some/repository",
+        f"config.json] must be in {tmp_path}",
+        "must have a chat template, got none",
+        "the embedded demo: 128 of 128 experts in",
+        "gives 144",
+    ):
+        assert words in text
+
+
+def test_a_model_that_does_not_fit_is_refused_before_the_last_one_is_closed(monkeypatch: pytest.MonkeyPatch):
+    def closed(*_: Any) -> None:
+        raise AssertionError("the model was closed")
+
+    monkeypatch.setattr(ChatModel, "_close", closed)
+    limit = ("--memory-limit", "14MB", "--prefix-cache", "0", "--max-context", "128")
+    monkeypatch.setattr(Planner, "open", partial(_with_limit, Planner.open, "2MB"))
+    text = succeed("chat", *limit, stdin=f"/model {DEMO}\n/model\n")
+    assert "must be at least" in text and "got 2.00 MB" in text
+    assert "the embedded demo:" in text
+
+
+def _with_limit(opened: Any, limit: str, *arguments: Any, **options: Any) -> Planner:
+    return opened(*arguments, **{**options, "memory_limit": limit})
+
+
 def test_a_prefix_cache_that_does_not_fit_is_refused():
     assert "must be at least" in refusal(
         "chat", "--memory-limit", "14MB", "--prefix-cache", "13MB", "--max-context", "128"
     )
-    assert module._prefix_cache(None, "0") is None
+    assert _prefix_cache(None, "0") is None
 
 
 @pytest.mark.parametrize(

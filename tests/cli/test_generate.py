@@ -15,6 +15,7 @@ def test_prompt_from_the_command_line_and_from_standard_input():
     assert "42" in answer and answer.endswith("\n")
     assert succeed("generate", stdin=f"{ADD}\n") == answer
     assert succeed("generate", "-p", ADD) == answer
+    assert succeed("generate", "--prompt", "-", "-n", "256", stdin=f"{ADD}\n") == answer  # as mlx-lm and llama.cpp
     assert succeed("generate", "--system", "Speak of foxes only.", ADD) != ""
 
 

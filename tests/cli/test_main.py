@@ -14,7 +14,8 @@ import typer
 from typer.main import get_command
 
 from flash_moe_mlx import __version__
-from flash_moe_mlx.cli import main
+from flash_moe_mlx.cli import main, wording
+from flash_moe_mlx.cli.wording import as_options
 
 from ..support.command_line import invoke, refusal, succeed
 
@@ -74,19 +75,25 @@ def test_version():
         (("generate", "--qqq", "x"), r"No such option: --qqq\. See flash-moe generate --help\."),
         (
             ("generate", "--max-tokens", "many", "x"),
-            r"--max-tokens': must be of type integer\. See flash-moe generate --help",
+            r"'--max-tokens' / '-n': must be of type integer, got 'many'\. See flash-moe generate --help",
         ),
-        (("generate", "--max-tokens", "0", "x"), r"\[max_tokens\] must be at least 1, or -1"),
-        (("generate", "--max-tokens", "-5", "x"), r"\[max_tokens\] must be at least 1, or -1"),
+        (("generate", "--max-tokens", "0", "x"), r"\[--max-tokens\] must be at least 1, or -1"),
+        (("generate", "--max-tokens", "-5", "x"), r"\[--max-tokens\] must be at least 1, or -1"),
         (("generate", "x", "--system"), r"--system.*See flash-moe generate --help"),
         (("generate", "x", "-p", "y"), r"\[prompt\] must be given once"),
         (("generate", " "), r"\[prompt\] must have text"),
         (("generate", "--io", "tape", "x"), r"'--io': 'tape' is not one of .*'direct'"),
         (("genrate", "x"), r"Did you mean 'generate'\? See flash-moe --help"),
-        (("generate", "--memory-limit", "much", "x"), r"\[memory_limit\] must be"),
+        (("generate", "--memory-limit", "much", "x"), r"\[--memory-limit\] must be"),
         (("generate", "--memory-limit", "1kB", "x"), r"--memory-limit \d"),
+        (("plan", "--disk-rate", "fast"), r"\[--disk-rate\] must be bytes or a text with a unit, got 'fast'"),
+        (("generate", "--top-p", "2", "x"), r"'--top-p': must be at most 1, got '2'\. See"),
+        (("simulate", "no/such"), r"\[trace\] no/such must be a routing trace.*got no such file\. .*flash-moe trace"),
         (("generate", "--model", "no/such/place", "x"), r"\[load\] no/such/place must be"),
-        (("generate", "word " * 300, "--max-context", "128"), "max_context = 128"),
+        (
+            ("generate", "word " * 300, "--max-context", "128"),
+            r"at most --max-context 128 tokens.*larger --max-context\.",
+        ),
     ],
 )
 def test_errors_are_one_line(arguments: tuple[str, ...], words: str):
@@ -193,14 +200,31 @@ def test_verbose_is_taken_after_the_command_too():
     assert main.verbose_first(["generate", "--", "-v"]) == ["generate", "--", "-v"]
 
 
-def test_errors_speak_of_options():
-    said = main.as_options(
-        '[memory] Use memory_limit="68.27MB" or max_context=128. Record one with model.streaming.trace.'
-    )
-    assert said == "[memory] Use --memory-limit 68.27MB or --max-context 128. Record one with flash-moe trace."
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (
+            '[memory] Use memory_limit="68.27MB" or max_context=128.',
+            "[memory] Use --memory-limit 68.27MB or --max-context 128.",
+        ),
+        ("[max_context] Pass trust_remote_code=True.", "[--max-context] Pass --trust-remote-code."),
+        ("Shorten it, or load with a larger max_context.", "Shorten it, or load with a larger --max-context."),
+        ("[max_bytes] must be positive", "[--prefix-cache] must be positive"),
+        ("Record one with model.streaming.trace.", "Record one with flash-moe trace."),
+        ("/data/memory_limit/max_tokens.json and 'api_key'", "/data/memory_limit/max_tokens.json and 'api_key'"),
+    ],
+)
+def test_errors_speak_of_options(message: str, words: str):
+    assert as_options(message) == words
+
+
+def test_what_errors_call_options_are_options():
+    options = {option for command in COMMANDS.values() for parameter in command.params for option in parameter.opts}
+    named = {re.match(r"--\S+", as_options(name))[0] for name in wording._NAMES}
+    assert named <= options
 
 
 def test_options_have_mlx_lms_names_too():
     group = get_command(main.app)
     names = {option for parameter in group.commands["generate"].params for option in parameter.opts}
-    assert {"--temp", "--system-prompt", "--ignore-chat-template"} <= names
+    assert {"--temp", "-n", "--system-prompt", "--ignore-chat-template"} <= names

@@ -45,7 +45,7 @@ def test_plan_as_text_and_json(trace: Path):
 def test_plan_says_what_does_not_fit():
     result = invoke("plan", "--memory-limit", "1MB", "--max-context", "128", "--disk-rate", "1GB")
     assert result.exit_code == 1 and "does not fit" in result.stdout
-    assert "memory_limit" in refusal("plan", "--memory-limit", "much")
+    assert "--memory-limit" in refusal("plan", "--memory-limit", "much")
 
 
 def test_plan_for_several_hosts():

@@ -38,7 +38,7 @@ def bench(
     context: typer.Context,
     model: Model = None,
     prompt_tokens: Annotated[int, typer.Option(help="Tokens of the prompt.", min=1)] = 128,
-    max_tokens: Annotated[int, typer.Option(help="Tokens to generate.", min=2)] = 64,
+    max_tokens: Annotated[int, typer.Option("--max-tokens", "-n", help="Tokens to generate.", min=2)] = 64,
     runs: Annotated[int, typer.Option(help="Measured runs, after one uncounted warm-up run that compiles.", min=1)] = 3,
     cold: Annotated[
         bool, typer.Option("--cold", help="Before each run, empty the expert slots and the model's page cache.")

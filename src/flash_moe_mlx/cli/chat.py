@@ -8,9 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from ..errors import MemoryLimitError
 from ..progress import report
-from ..stats import format_bytes
 from .options import (
     MEMORY,
     STARTING,
@@ -34,16 +32,13 @@ from .options import (
     open_model,
     sampling_of,
 )
-from .printable import echo, printable
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractContextManager
 
-    from .. import PrefixCache
-    from .chat_settings import Settings
+    from ..formats.config_files import SamplingDefaults
     from .terminal import Reader
-
-PREFIX_CACHE_SHARE = 0.1  # of the memory limit, where no size is given
 
 
 def chat(
@@ -115,9 +110,10 @@ def chat(
 
     from ..chat.conversation import Conversation
     from ..chat.mcp_tools import McpServer, McpTool
-    from ..chat.tools import CALCULATOR, Tool, load_tools
+    from ..chat.tools import Tool, load_tools
     from ..formats.config_files import SamplingDefaults
     from ..runtime.prompt_text import check_text
+    from .chat_model import ChatModel
     from .chat_session import ChatSession
     from .chat_settings import Settings
 
@@ -127,21 +123,43 @@ def chat(
     settings = Settings(SamplingDefaults(), max_tokens, seed)
     read = _reader(console.is_terminal, lambda: settings.toolbar)
     limits = memory_limit, gpu_memory_limit
-    how = (*limits, max_context, io, num_experts_per_tok, revision, activation_bits, verify, trust_remote_code)
+
+    def opened(name: str | None) -> "AbstractContextManager[tuple[Any, Any]]":
+        own = (revision, adapter_path) if name == model else (None, None)  # they are of the model that was named first
+        how = (*limits, max_context, io, num_experts_per_tok, own[0], activation_bits, verify, trust_remote_code)
+        return open_model(name, *how, adapter_path=own[1])
+
+    def check(path: Path) -> None:
+        from ..planning.planner import Planner
+        from ..planning.speed import Speed
+
+        planner = Planner.open(
+            path,
+            memory_limit=memory_limit,
+            gpu_memory_limit=gpu_memory_limit,
+            max_context=max_context,
+            num_experts_per_tok=num_experts_per_tok,
+            speed=Speed(1.0, 0.0),  # not asked for
+            trust_remote_code=trust_remote_code,
+        )
+        planner.divide(planner.limit_bytes)
+
+    def sampling(own: "SamplingDefaults") -> "SamplingDefaults":
+        return sampling_of(own, temperature, top_p, top_k, min_p)
+
     with ExitStack() as stack:
         for command in mcp or []:
             report(f"starting {command}")
             offered += stack.enter_context(McpServer(command)).tools
-        loaded, tokenizer = stack.enter_context(open_model(model, *how, adapter_path=adapter_path))
-        settings.sampling = sampling_of(loaded.streaming.sampling, temperature, top_p, top_k, min_p)
-        if calculator and tokenizer.has_tool_calling:
-            offered += load_tools(CALCULATOR)
+        used = stack.enter_context(ChatModel(opened, check, sampling, offered, calculator, prefix_cache))
+        used.load(model)
+        settings.sampling = used.sampling
         conversation = Conversation(
-            loaded,
-            tokenizer,
+            used.model,
+            used.tokenizer,
             system=system,
-            tools=offered,
-            prefix_cache=_prefix_cache(loaded, prefix_cache),
+            tools=used.tools,
+            prefix_cache=used.prefix_cache,
             max_tokens=max_tokens,
             sampler=settings.sampler(),
             thinking=thinking != "off",
@@ -149,24 +167,11 @@ def chat(
             max_tool_rounds=max_tool_rounds,
             tool_timeout_seconds=tool_timeout,
         )
+        session = ChatSession(conversation, console, read, thinking, settings, used)
         if console.is_terminal:
             report("")
-            console.print(
-                _header(model, loaded, settings, [tool.name for tool in offered]),
-                style="dim",
-                markup=False,
-                highlight=False,
-            )
-        ChatSession(conversation, console, read, thinking, settings).run()
-
-
-def _header(model: str | None, loaded: Any, settings: "Settings", tools: list[str]) -> str:
-    stats = loaded.streaming.stats()
-    return printable(
-        f"{model or 'the embedded demo'}: {stats.num_slots:,} of {stats.num_experts:,} experts in "
-        f"{format_bytes(stats.memory_limit_bytes)}, {loaded.streaming.max_context:,} tokens of context, "
-        f"{settings.sampling}; tools: {', '.join(tools) or 'none'}. /help lists the commands."
-    )
+            session.greet()
+        session.run()
 
 
 def _reader(is_terminal: bool, toolbar: "Callable[[], str]") -> "Reader":
@@ -176,17 +181,3 @@ def _reader(is_terminal: bool, toolbar: "Callable[[], str]") -> "Reader":
     if not (is_terminal and sys.stdin.isatty()) or os.environ.get("TERM") == "dumb":
         return read_line
     return editing_reader(Path(typer.get_app_dir("flash-moe")) / "chat_history", list(COMMANDS), toolbar)
-
-
-def _prefix_cache(model: Any, size: str | None) -> "PrefixCache | None":
-    from .. import PrefixCache
-
-    if size == "0":
-        return None
-    if size is not None:
-        return PrefixCache(model, size)
-    try:
-        return PrefixCache(model, int(model.streaming.limit_bytes * PREFIX_CACHE_SHARE))
-    except MemoryLimitError:
-        echo("The memory limit has no room for a prefix cache: each turn reads the whole conversation.", err=True)
-        return None

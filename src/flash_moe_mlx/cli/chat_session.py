@@ -18,9 +18,11 @@ from ..formats.safetensors_header import check_depth, load_json, read_bytes
 from ..progress import report, watching
 from ..runtime.prompt_text import check_text
 from ..stats import format_bytes
+from .chat_model import ChatModel
 from .chat_settings import Settings
 from .printable import printable
 from .terminal import AnswerView, Reader, Thinking, read_line
+from .wording import as_options
 
 MAX_RESULT_LINES = 8  # of a tool's result, shown to the user
 
@@ -30,6 +32,7 @@ COMMANDS = {
     "/undo": "forget the last message and its answer",
     "/clear": "forget the conversation",
     "/system": "show the system prompt, or set it: /system TEXT",
+    "/model": "show the model, or use another: /model qwen3-30b-4bit",
     "/set": "show the settings, or change one: /set temperature 0.7",
     "/copy": "copy the last answer to the clipboard",
     "/stats": "memory, hit rate and bytes read",
@@ -48,13 +51,20 @@ class ChatSession:
     """An interactive chat. Ctrl-C stops an answer, not the chat."""
 
     def __init__(
-        self, conversation: Conversation, console: Console, read: Reader, thinking: Thinking, settings: "Settings"
+        self,
+        conversation: Conversation,
+        console: Console,
+        read: Reader,
+        thinking: Thinking,
+        settings: Settings,
+        used: ChatModel,
     ):
         self._chat = conversation
         self._console = console
         self._read = read
         self._thinking = thinking
         self._settings = settings
+        self._used = used
         self._always: set[str] = set()
         self._view: AnswerView | None = None
         conversation.confirm = self._confirm
@@ -62,6 +72,7 @@ class ChatSession:
             "/help": self._help,
             "/retry": self._retry,
             "/undo": self._undo,
+            "/model": self._model,
             "/clear": self._clear,
             "/set": self._set,
             "/copy": self._copy,
@@ -71,6 +82,11 @@ class ChatSession:
             "/save": self._save,
             "/load": self._load,
         }
+
+    def greet(self) -> None:
+        """Say in the first lines what is loaded, and how it is used."""
+        tools = ", ".join(tool.name for tool in self._chat.tools)
+        self._note(f"{self._used}, {self._settings.sampling}; tools: {tools or 'none'}. /help lists the commands.")
 
     def run(self) -> None:
         """Read and answer messages until end of input or /quit."""
@@ -96,7 +112,9 @@ class ChatSession:
             except DistributedError:
                 raise
             except FlashMoEError as error:
-                self._console.print(Text(printable(str(error)), style="red"))
+                if self._chat.model is None:  # /model could not even load the last one again
+                    raise
+                self._console.print(Text(printable(as_options(str(error))), style="red"))
 
     def _turn(self, text: str) -> None:
         end: AnswerEnd | None = None
@@ -201,6 +219,19 @@ class ChatSession:
         text = str(messages[places[-1]]["content"])
         del messages[places[-1] :]
         return text
+
+    def _model(self, name: str) -> None:
+        if name:
+            try:
+                self._used.switch(name, self._chat, self._settings)
+            except KeyboardInterrupt:
+                if not self._console.is_terminal or self._chat.model is None:
+                    raise
+                self._note("interrupted")
+            report("")
+        self._note(f"{self._used}, {self._settings.sampling}.")
+        if not name:
+            self._note("flash-moe models lists others; the conversation is kept.")
 
     def _set(self, text: str) -> None:
         name, _, value = text.partition(" ")

@@ -40,7 +40,7 @@ MAX_STDIN_CHARACTERS = 1 << 24  # more than any context holds; standard input ma
 
 
 def generate(
-    prompt: Annotated[str | None, typer.Argument(help="Prompt text; read from standard input if omitted.")] = None,
+    prompt: Annotated[str | None, typer.Argument(help="Prompt text; read from standard input if omitted or -.")] = None,
     prompt_option: Annotated[
         str | None, typer.Option("--prompt", "-p", help="The prompt, as mlx_lm.generate takes it.", hidden=True)
     ] = None,
@@ -82,6 +82,8 @@ def generate(
         if prompt is not None:
             raise RequestError("[prompt] must be given once, got an argument and --prompt. Leave one out.")
         prompt = prompt_option
+    if prompt == "-":  # standard input, as for mlx_lm.generate
+        prompt = None
     is_leading = prompt is not None or leads()
     if not is_leading:
         prompt = ""  # rank 0 has it

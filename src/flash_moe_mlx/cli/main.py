@@ -15,7 +15,6 @@ To add a command:
 import errno
 import logging
 import os
-import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -32,6 +31,7 @@ from .help import PanelGroup
 from .logs import log_to_stderr
 from .options import CHOOSE, PREPARE, USE, add_command, add_group
 from .printable import echo, make_streams_total
+from .wording import as_options, usage
 
 logger = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class _Commands(PanelGroup):
             context = getattr(error, "ctx", None)
             named = next((argument for argument in args if argument in self.commands), "")
             path = context.command_path if context is not None else f"flash-moe {named}".rstrip()
-            code = _fail(error, f"{_usage(error.format_message())} See {path} --help.")
+            code = _fail(error, f"{usage(error)} See {path} --help.")
         except FlashMoEError as error:
             code = _fail(error, as_options(str(error)))
         except ImportError as error:
@@ -86,25 +86,6 @@ def verbose_first(args: Sequence[str]) -> list[str]:
     is_verbose = [place < end and argument in ("-v", "-vv", "--verbose") for place, argument in enumerate(args)]
     moved = [argument for argument, moves in zip(args, is_verbose, strict=True) if moves]
     return moved + [argument for argument, moves in zip(args, is_verbose, strict=True) if not moves]
-
-
-def as_options(message: str) -> str:
-    """Return an error message with the library's arguments written as the command line's options."""
-
-    def option(found: re.Match[str]) -> str:
-        return f"--{found[1].replace('_', '-')} {found[2]}"
-
-    message = re.sub(r'\b(memory_limit|gpu_memory_limit|max_context|num_experts_per_tok)="?([\w.]+)"?', option, message)
-    return message.replace("with model.streaming.trace", "with flash-moe trace")
-
-
-def _usage(message: str) -> str:
-    """Return a sentence about wrong usage, without what the parser's layers add to it."""
-    message = message.replace("Value error, ", "").rstrip(".")
-    message = re.sub(
-        r"Input should be a valid (\w+), unable to parse string as an? \w+", r"must be of type \1", message
-    )
-    return message if message.endswith("?") else f"{message}."
 
 
 def _show_warning(message: Warning | str, *place: Any, **more: Any) -> None:

@@ -45,7 +45,7 @@ def models(
     from ..runtime.loading import choose_limits
 
     limit_bytes = choose_limits(StreamingConfig.from_arguments(memory_limit, CONTEXT, None, "auto"))[0]
-    rate = parse_size(disk_rate)
+    rate = parse_size(disk_rate, "disk_rate")
     report("measuring this machine")
     busy = busy_note() if speed else None
     measured = measure_speed(rate) if speed else None

@@ -69,7 +69,10 @@ Revision = Annotated[
     str | None, typer.Option(help="Branch, tag or commit of the hub repository.", rich_help_panel=MODEL)
 ]
 MaxTokens = Annotated[
-    int, typer.Option(help="Maximum number of tokens to generate; -1 for no limit.", rich_help_panel=SAMPLING)
+    int,
+    typer.Option(
+        "--max-tokens", "-n", help="Maximum number of tokens to generate; -1 for no limit.", rich_help_panel=SAMPLING
+    ),
 ]
 Temperature = Annotated[
     float | None,

@@ -95,7 +95,7 @@ def plan(
         num_experts_per_tok=num_experts_per_tok,
         revision=revision,
         trace=trace,
-        disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate),
+        disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate, "disk_rate"),
         trust_remote_code=trust_remote_code,
         hosts=hosts or (),
         link_us=link_us,

@@ -156,7 +156,7 @@ def serve(
             api_key=api_key or None,
             max_queue=max_queue,
             max_concurrent=max_concurrent,
-            max_body_bytes=parse_size(max_body),
+            max_body_bytes=parse_size(max_body, "max_body"),
             prefix_cache=None if prefix_cache == "0" else prefix_cache,
             prefix_directory=prefix_dir,
             prefix_directory_bytes=parse_size(prefix_dir_size, "prefix_dir_size"),

@@ -69,7 +69,9 @@ def simulate(
         from ..planning.planner import Planner
 
         planner = Planner.open(
-            model, max_context=max_context, disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate)
+            model,
+            max_context=max_context,
+            disk_bytes_per_second=None if disk_rate is None else parse_size(disk_rate, "disk_rate"),
         )
         shares += [(limit, planner.divide(parse_size(limit)).num_slots) for limit in memory_limit or ()]
     if not shares:

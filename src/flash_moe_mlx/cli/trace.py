@@ -30,7 +30,9 @@ def trace(
     output: Annotated[Path, typer.Option("--output", "-o", help="Trace file to write.")] = Path("routing.npz"),
     model: Model = None,
     system: Annotated[str, typer.Option("--system", "--system-prompt", help="System prompt.")] = "",
-    max_tokens: Annotated[int, typer.Option(help="Maximum number of tokens to generate.", min=1)] = 256,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", "-n", help="Maximum number of tokens to generate.", min=1)
+    ] = 256,
     memory_limit: MemoryLimit = None,
     gpu_memory_limit: GpuMemoryLimit = None,
     max_context: MaxContext = 8192,

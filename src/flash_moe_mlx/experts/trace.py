@@ -116,7 +116,10 @@ def _read_arrays(path: Path) -> dict[str, np.ndarray]:
             f"[trace] {path} must be a routing trace (.npz), got {got}. Record one with model.streaming.trace."
         )
 
-    with ForeignCode(lambda error: refuse(say(error))):
+    def unread(error: BaseException) -> RequestError:
+        return refuse("no such file" if isinstance(error, FileNotFoundError) else say(error))
+
+    with ForeignCode(unread):
         is_file = stat.S_ISREG(path.stat().st_mode)  # checked before opening, which would block on a pipe
     if not is_file:
         raise refuse("something that is no file")

@@ -14,6 +14,7 @@ from ..errors import CheckpointError, DiskFullError
 from ..formats.foreign import say
 from ..formats.hub_headers import HTTPError
 from ..formats.packed_format import EXPERTS_FOLDER
+from ..formats.places import local_directory
 from ..stats import format_bytes
 
 PATTERNS = (*DEFAULT_ALLOW_PATTERNS, f"{EXPERTS_FOLDER}/*.safetensors")
@@ -97,6 +98,23 @@ def cached() -> dict[str, int]:
     except CacheNotFound:
         return {}
     return {repo.repo_id: repo.size_on_disk for repo in found if repo.repo_type == "model"}
+
+
+def downloaded(path_or_repo: str) -> Path:
+    """Return the directory of a local model: the one named, or a repository's in the hub's cache.
+
+    Raises:
+        CheckpointError: If it is neither; says how to download it.
+    """
+    if (directory := local_directory(path_or_repo, "model")) is not None:
+        return directory
+    try:
+        return Path(snapshot_download(path_or_repo, allow_patterns=list(PATTERNS), local_files_only=True))
+    except (HFValidationError, OSError) as error:  # "not in the cache" is an OSError
+        raise CheckpointError(
+            f"[model] {path_or_repo} must be a directory or in the hub's cache, got neither. "
+            f"Run: flash-moe pull {path_or_repo}"
+        ) from error
 
 
 def _unserved(repository: str, error: BaseException) -> CheckpointError:

@@ -92,7 +92,7 @@ class PrefixCache:
             RequestError: If a size or the directory can't be used.
         """
         self.model = model
-        self.max_bytes = parse_size(max_bytes)
+        self.max_bytes = parse_size(max_bytes, "max_bytes")
         self._files: PrefixFiles | None = None
         if directory is not None and model.streaming.ranks > 1:
             raise RequestError(
