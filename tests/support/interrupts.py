@@ -35,6 +35,7 @@ def interrupted_at(place: int, call: Callable[[], object], files: tuple[str, ...
         return local
 
     before = sys.gettrace()
+    sys._getframe().f_trace_opcodes = True  # CPython 3.12 reports opcodes only if a frame wants them before settrace
     sys.settrace(begin)
     try:
         call()

@@ -31,7 +31,8 @@ def test_mlx_compiles_the_text_that_is_expected(capfd: pytest.CaptureFixture[str
 
 def test_mlx_loads_what_is_stored():
     expected = cuda_modules.mlx_text("stored", "int a;\n", BODY.format(1), *ARGUMENTS)
-    binary, mangled = NvrtcCompiler().compile(cuda_modules.OWN_HEADERS + expected.replace("+ 1", "+ 2"))
+    other = cuda_modules.own_text(expected.replace("+ 1", "+ 2"))
+    binary, mangled = NvrtcCompiler().compile(other)
     stem = cuda_modules.modules_folder() / cuda_modules.module_name("stored", cuda_modules.MLX_HEADERS + expected)
     stem.parent.mkdir(parents=True, exist_ok=True)
     stem.with_suffix(".txt").write_text(f"mlx::core::cu::custom_kernel_stored\t{mangled}\n")

@@ -96,6 +96,11 @@ def mlx_text(label: str, header: str, body: str, inputs: Iterable[Argument], out
     )
 
 
+def own_text(text: str) -> str:
+    """Return the text that defines the same function as a `mlx_text`, complete, and with headers that compile fast."""
+    return OWN_HEADERS + text.replace("namespace cg = cooperative_groups;\n", "")
+
+
 def function_name(label: str) -> str:
     """Return MLX's name for the function of a custom kernel."""
     return f"custom_kernel_{label}"
