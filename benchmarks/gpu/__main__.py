@@ -1,6 +1,6 @@
 """Time decode and prompts of a checkpoint on a GPU.
 
-    python -m benchmarks.gpu CHECKPOINT [--slots all|half|fewest] [--experts-per-tok K] [--prompt 2048] [--runs 5]
+    python -m benchmarks.gpu CHECKPOINT [--slots all|half|fewest|SHARE] [--experts-per-tok K] [--prompt 2048] [--runs 5]
     python -m benchmarks.gpu CHECKPOINT --ranks 2
 
 Prints one JSON object per line: tokens per second (median, minimum and maximum of the runs), hit rate and memory. With
@@ -28,7 +28,8 @@ from flash_moe_mlx.errors import MemoryLimitError
 from flash_moe_mlx.formats.checkpoint import Checkpoint
 from flash_moe_mlx.runtime.loading import load_model
 
-WARM_TOKENS, TOKENS = 8, 48
+WARM_TOKENS = 8
+SHARES = {"all": 1.0, "half": 0.5, "fewest": 0.0}
 
 
 def slots_limit(path: Path, share: float, ranks: int, **arguments: Any) -> int:
@@ -106,21 +107,27 @@ def report(what: str, per: Callable[[float], float], seconds: list[float], **fig
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--slots", choices=("all", "half", "fewest"), default="all")
+    parser.add_argument(
+        "--slots", type=lambda text: SHARES[text] if text in SHARES else float(text), default=1.0, help="such as 0.18"
+    )
     parser.add_argument("--ranks", type=int, default=1)
     parser.add_argument("--gpu-memory-limit", help="such as 20GB, in place of --slots")
     parser.add_argument("--memory-limit", default="110GB")
     parser.add_argument("--experts-per-tok", type=int)
+    parser.add_argument("--io", choices=("auto", "direct", "pread", "mmap"), default="auto")
     parser.add_argument("--prompt", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=48, help="per run")
     parser.add_argument("--runs", type=int, default=5)
     a = parser.parse_args()
     if a.ranks > 1 and "MLX_RANK" not in os.environ:
         sys.exit(start_ranks(a.ranks))
-    how = {"memory_limit": a.memory_limit, "num_experts_per_tok": a.experts_per_tok, "max_context": 4096}
-    if a.gpu_memory_limit or a.slots == "all":
+    how = {
+        "memory_limit": a.memory_limit, "num_experts_per_tok": a.experts_per_tok, "max_context": 4096, "io": a.io,
+    }  # fmt: skip
+    if a.gpu_memory_limit or a.slots == 1:
         limit = a.gpu_memory_limit or "130GB"
     else:
-        limit = slots_limit(a.checkpoint, 0.5 if a.slots == "half" else 0.0, a.ranks, **how)
+        limit = slots_limit(a.checkpoint, a.slots, a.ranks, **how)
     started = time.perf_counter()
     model = load_model(a.checkpoint, gpu_memory_limit=limit, **how)
     loaded = time.perf_counter() - started
@@ -138,7 +145,7 @@ def main() -> None:
     decode(model, cache, rng, WARM_TOKENS)
     first = time.perf_counter() - started
     engine.reset_stats()
-    seconds = [decode(model, cache, rng, TOKENS) for _ in range(a.runs)]
+    seconds = [decode(model, cache, rng, a.tokens) for _ in range(a.runs)]
     stats = engine.stats()
     report(
         "decode", lambda s: 1 / s, seconds, slots=stats.num_slots, experts=stats.num_experts,
