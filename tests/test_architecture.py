@@ -38,7 +38,7 @@ EXPORTED = {
     "RoutingTrace", "replay", "format_bytes",
     "load", "load_model", "generate", "stream_generate", "stream_generate_async", "GenerationResponse",
     "Grammar", "PrefixCache", "chat_prompt", "Conversation", "load_tools",
-    "pack", "verify", "plan", "Plan", "profile",
+    "pack", "verify", "plan", "Plan", "profile", "quality", "Quality",
     "FlashMoEError", "CheckpointError", "MissingTensorError", "CorruptError", "UnsupportedModelError",
     "MemoryLimitError", "StoreError", "ShortReadError", "ChecksumError", "PackError", "DiskFullError", "ShapeError",
     "DistributedError",

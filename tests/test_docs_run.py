@@ -82,6 +82,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (tmp_path / name).symlink_to(ROOT / name)
     for name in ("path/to/checkpoint", "Qwen3.5-35B-A3B-4bit"):
         shutil.copytree(str(files("flash_moe_mlx") / "demo"), tmp_path / name)
+    (tmp_path / "book.txt").write_text("Ana has a red kite. The kite is in the tree.\n")
     (tmp_path / "Qwen3.5-35B-A3B").symlink_to(ROOT / "examples" / "train_demo" / "checkpoint")
     monkeypatch.chdir(tmp_path)
     return tmp_path

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from .experts.engine import StreamingEngine
     from .experts.trace import RoutingTrace
     from .lab.profiling import profile
+    from .lab.quality import Quality, quality
     from .packing import pack
     from .packing.verification import verify
     from .planning.plan import Plan, plan
@@ -89,6 +90,8 @@ __all__ = [
     "plan",
     "Plan",
     "profile",
+    "quality",
+    "Quality",
     "RoutingTrace",
     "replay",
     "format_bytes",
@@ -139,6 +142,8 @@ _MODULES = {
     "plan": "planning.plan",
     "Plan": "planning.plan",
     "profile": "lab.profiling",
+    "quality": "lab.quality",
+    "Quality": "lab.quality",
 }
 
 

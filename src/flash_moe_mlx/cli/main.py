@@ -26,7 +26,7 @@ from .. import __version__
 from ..errors import FlashMoEError
 from ..installation import explain_import
 from ..progress import showing
-from . import bench, chat, doctor, generate, launch, models, pack, plan, pull, serve, simulate, trace, verify
+from . import bench, chat, doctor, generate, launch, models, pack, plan, pull, quality, serve, simulate, trace, verify
 from .help import PanelGroup
 from .logs import log_to_stderr
 from .options import CHOOSE, PREPARE, USE, add_command, add_group
@@ -161,6 +161,7 @@ add_command(app, plan.plan, CHOOSE)
 add_command(app, doctor.doctor, CHOOSE)
 add_command(app, pack.pack, PREPARE)
 add_command(app, verify.verify, PREPARE)
+add_command(app, quality.quality, PREPARE)
 add_command(app, trace.trace, PREPARE)
 add_command(app, simulate.simulate, PREPARE)
 add_group(app, bench.app, bench.bench, PREPARE)
