@@ -9,54 +9,71 @@ import json
 import re
 import sys
 import time
+from contextlib import suppress
 from html import escape
 from pathlib import Path
 
 IMAGES = Path(__file__).parent / "images"
-COLUMNS, ROWS = 92, 22
+COLUMNS, ROWS = 104, 20
 CHARACTER, LINE, MARGIN = 8.4, 19, 14
 HOLD_SECONDS = 4.0  # of the last frame
 FRAME_SECONDS = 0.1
+LETTER_SECONDS = 0.03
 COLOURS = {"default": "#d0d7de", "cyan": "#56d4dd", "green": "#7ee787", "brown": "#d29922", "yellow": "#d29922",
-           "magenta": "#d2a8ff", "blue": "#79c0ff", "red": "#ff7b72", "black": "#6e7681",
+           "magenta": "#d2a8ff", "blue": "#79c0ff", "red": "#ff7b72", "black": "#6e7681", "brightblack": "#8b949e",
            "white": "#f0f6fc"}  # fmt: skip
 SPINNER = re.compile("[\u2800-\u28ff]")
+PROMPT, READY, CONFIRM = "$\x1b[0m ", "\x1b[?2004h", "always: "  # of the shell, the chat, and before a tool's call
 STEPS = (
-    ('flash-moe generate "Explain mixture-of-experts in one line." --memory-limit 14MB --max-context 128', ()),
-    ("flash-moe chat --no-calculator", ("What is 17 + 25?", "Tell me a story about a small fox.", "/exit")),
+    (PROMPT, 'flash-moe generate "Explain mixture-of-experts in one line." --memory-limit 14MB --max-context 128'),
+    (PROMPT, "flash-moe chat"),
+    (READY, "What is 17 + 25?"),
+    (CONFIRM, "yes"),
+    (READY, "Tell me a story about a small fox."),
+    (READY, "/exit"),
 )
 
 
 def record() -> None:
     """Type the steps into a shell, and keep what it prints with its times."""
     import pexpect
+    import pyte
 
     shell = pexpect.spawn("bash", ["--norc", "-i"], dimensions=(ROWS, COLUMNS), encoding="utf-8", timeout=300,
                           env={"PATH": f"{Path(sys.executable).parent}:/usr/bin:/bin", "TERM": "xterm-256color",
-                               "HOME": "/tmp", "PS1": "$ ", "PROMPT_TOOLKIT_NO_CPR": "1"})  # fmt: skip
+                               "HOME": "/tmp", "PS1": r"\[\e[32m\]$\[\e[0m\] "})  # fmt: skip
+    shell.delaybeforesend = None
+    screen = pyte.Screen(COLUMNS, ROWS)
+    screen.write_process_input = shell.send  # the chat's toolbar appears once it has been told where the cursor is
+    stream = pyte.Stream(screen)
     events: list[tuple[float, str]] = []
     started = time.monotonic()
+
+    def hear(timeout: float) -> str:
+        piece: str = shell.read_nonblocking(4096, timeout=timeout)
+        events.append((time.monotonic() - started, piece))
+        stream.feed(piece)
+        return piece
 
     def watch(until: str) -> None:
         seen = ""
         while until not in seen[-2000:]:
-            piece = shell.read_nonblocking(4096, timeout=300)
-            seen += piece
-            events.append((time.monotonic() - started, piece))
+            seen += hear(300)
 
-    def say(text: str) -> None:
+    def listen(seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
+            with suppress(pexpect.TIMEOUT):
+                hear(left)
+
+    for until, text in STEPS:
+        watch(until)
+        listen(0.5)  # what is drawn with it, such as the toolbar
         for letter in text:
             shell.send(letter)
-            time.sleep(0.03)
+            listen(LETTER_SECONDS)
         shell.send("\r")
-
-    watch("$ ")
-    for command, messages in STEPS:
-        say(command)
-        for message in messages:
-            watch("\x1b[?2004h")  # the chat waits for a message
-            say(message)
-        watch("$ ")
+    watch(PROMPT)
     header = {"version": 2, "width": COLUMNS, "height": ROWS, "title": "flash-moe"}
     lines = [json.dumps(header), *(json.dumps([round(at, 3), "o", text]) for at, text in _shortened(events))]
     IMAGES.mkdir(exist_ok=True)
@@ -82,7 +99,7 @@ def frames() -> list[tuple[float, list[str]]]:
     found: list[tuple[float, list[str]]] = []
     for line in (IMAGES / "demo.cast").read_text().splitlines()[1:]:
         at, _, text = json.loads(line)
-        stream.feed(text)
+        stream.feed(text.replace("\x1b[2m", "\x1b[90m"))  # pyte knows no dim text
         lines = [_line(screen.buffer[row]) for row in range(ROWS)]
         if found and at - found[-1][0] < FRAME_SECONDS:
             found[-1] = (found[-1][0], lines)
