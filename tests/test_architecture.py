@@ -25,6 +25,7 @@ WINGS = [
 WITHOUT_MLX = [
     "errors", "system", "forks", "stats", "machine", "config", "formats",
     "storage.file_io", "storage.disk_probe", "storage.io_choice", "storage.record_check", "storage.io_threads",
+    "storage.read_progress", "storage.pending_reads",
     "experts.trace",
     "experts.policies", "experts.slots", "experts.budget", "experts.reservations", "experts.memory_plan",
     "models.config", "planning.synthetic_routing", "planning.simulation",

@@ -10,7 +10,15 @@ INTERRUPTIBLE = {dis.opmap[name] for name in ("CALL", "CALL_FUNCTION_EX", "JUMP_
 """Instructions after which CPython looks for signals: no other place can be hit by Ctrl-C."""
 
 ENGINE = ("/cache.py", "/engine.py", "/reader.py", "/local.py", "/moe_block.py")
-READS = ("/store.py", "/io_threads.py", "/threading.py", "/thread.py", "/_base.py")
+READS = (
+    "/store.py",
+    "/pending_reads.py",
+    "/read_progress.py",
+    "/io_threads.py",
+    "/threading.py",
+    "/thread.py",
+    "/_base.py",
+)
 """The store, its threads, and what of the standard library either may use."""
 
 

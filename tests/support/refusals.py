@@ -22,7 +22,8 @@ def held() -> set[object]:
     files: set[object] = set()
     for number in os.listdir("/proc/self/fd") if Path("/proc/self/fd").exists() else ():
         with suppress(OSError):  # the listing's own
-            files.add(f"{number} {os.readlink(f'/proc/self/fd/{number}')}")
+            name = os.readlink(f"/proc/self/fd/{number}").removesuffix(" (deleted)")
+            files.add(f"{number} {name}")
     return files | set(threading.enumerate())
 
 

@@ -6,7 +6,8 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -171,7 +172,8 @@ class StreamingEngine(RankMethods):
         # All ranks find the same non-finite numbers and cancel together; after any other error they are out of step.
         if self._share is not None and not isinstance(error, NonFiniteError | CancelledError):
             self._share.ranks.fail(f"ended a pass: {type(error).__name__} {error}")
-        self._memory.drain()  # cancel reads for experts that would have come next
+        with suppress(StoreError):  # a read hangs: the next pass is refused until it has ended
+            self._memory.drain()  # cancel reads for experts that would have come next
 
     def _check_open(self) -> None:
         if self._closed:
@@ -439,8 +441,12 @@ class StreamingEngine(RankMethods):
         """Change the limit on the memory that holds the slots, as `resize` does, on this rank."""
         with self.lock:
             self._check_open()
-            budget, room = self._divide_on_all(limit_bytes)
-            self._apply(budget, room)
+            before, (budget, room) = self._budget, self._divide_on_all(limit_bytes)
+            try:
+                self._apply(budget, room)
+            except MemoryLimitError:
+                self._budget = replace(before)  # another object, so that the next pass applies it
+                raise
             self._limit_bytes = limit_bytes
             self._wired.resize(limit_bytes)
 
@@ -466,14 +472,16 @@ class StreamingEngine(RankMethods):
         """
         if is_forked():
             return
-        with self.lock:  # every step can be repeated, so that a close that was interrupted can be completed
+        # Every step can be repeated, so that a close that was interrupted can be completed.
+        with self.lock, ExitStack() as at_the_end:
             self._closed = True
             if self._reader.recorder is not None:
-                self._reader.recorder.close()
+                at_the_end.callback(self._reader.recorder.close)  # raises if the disk is full
             self._reader.settle()
             self._store.close()
             self._cache = self._reader.cache = ExpertCache(self._memory, {}, {})
-            self._memory.close()
+            with suppress(StoreError):  # a read hangs: what it may write into is never freed
+                self._memory.close()
             mx.clear_cache()
             self._buffer_cache.close()
             self._wired.close()

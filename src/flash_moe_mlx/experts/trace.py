@@ -8,6 +8,7 @@ model's layer numbers; and ``num_experts``. `RoutingTrace.read` also reads files
 
 import stat
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -177,10 +178,24 @@ class TraceRecorder:
             layers[layer] = experts.copy(), scores
 
     def close(self) -> None:
-        """Write the file. Later calls do nothing."""
+        """Write the file. Later calls do nothing.
+
+        Raises:
+            RequestError: If it can't be written; nothing is left of it.
+        """
         if self.closed:
             return
         self.closed = True
+        try:
+            self._write()
+        except OSError as error:
+            with suppress(OSError):
+                self.path.unlink(missing_ok=True)
+            raise RequestError(
+                f"[trace] {self.path} must be writable, got {error}. Check the path and the disk's room."
+            ) from error
+
+    def _write(self) -> None:
         tokens = sum(count for count, _, _ in self._passes)
         k = max((ids.shape[1] for *_, layers in self._passes for ids, _ in layers.values()), default=0)
         dtype = np.uint8 if self._num_experts < 255 else np.uint16

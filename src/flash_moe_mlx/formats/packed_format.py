@@ -283,7 +283,7 @@ def read_layer(directory: Path, layer: PackedLayer) -> TensorInfo:
             f"[{layer.file_name}] header must say what {MANIFEST_NAME} says of layer {layer.layer}, got another. "
             "Download both files again, or pack the checkpoint again."
         )
-    return expected
+    return tensors[layer.tensor_name]
 
 
 def _share_label(value: Any) -> ShareLabel:

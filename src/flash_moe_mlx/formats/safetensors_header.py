@@ -15,7 +15,7 @@ import stat
 import struct
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,7 @@ class TensorInfo:
         shape: Dimensions; () for a scalar.
         offset: First byte, from the start of the file.
         nbytes: Length in bytes: product of the shape times the dtype's size.
+        modified_ns: Time of the file's last modification when the header was read; None if unknown.
     """
 
     name: str
@@ -60,6 +61,7 @@ class TensorInfo:
     shape: tuple[int, ...]
     offset: int
     nbytes: int
+    modified_ns: int | None = field(default=None, compare=False)
 
 
 def read_header(path: Path) -> dict[str, TensorInfo]:
@@ -203,7 +205,8 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
         if not stat.S_ISREG(path.stat().st_mode):
             raise CheckpointError(f"[{where}] must be a file, got something else at {path}. {_AGAIN}")
         with path.open("rb") as file:
-            size = os.fstat(file.fileno()).st_size
+            status = os.fstat(file.fileno())
+            size = status.st_size
             start = file.read(max(8, len(_LFS_PREFIX)))
             length = _header_length(start, size, where)
             file.seek(8)
@@ -218,7 +221,7 @@ def _read(path: Path) -> tuple[dict[str, TensorInfo], dict[str, str]]:
     if not isinstance(header, dict):  # unreachable while it must begin with "{"
         raise CorruptError(f"[{where}] header must be a JSON object, got {type(header).__name__}. {_AGAIN}")
     metadata = _metadata(header.pop("__metadata__", {}), where)
-    return _tensors(header, path, 8 + length, size), metadata
+    return _tensors(header, path, 8 + length, status), metadata
 
 
 def _header_length(start: bytes, size: int, where: str) -> int:
@@ -254,8 +257,9 @@ def _metadata(metadata: Any, where: str) -> dict[str, str]:
     return metadata
 
 
-def _tensors(header: Mapping[str, Any], path: Path, data_start: int, size: int) -> dict[str, TensorInfo]:
-    infos = [_tensor(name, entry, path, data_start) for name, entry in header.items()]
+def _tensors(header: Mapping[str, Any], path: Path, data_start: int, status: os.stat_result) -> dict[str, TensorInfo]:
+    size = status.st_size
+    infos = [_tensor(name, entry, path, data_start, status.st_mtime_ns) for name, entry in header.items()]
     infos.sort(key=lambda info: (info.offset, info.nbytes))
     end = data_start
     for info in infos:
@@ -276,7 +280,7 @@ def _tensors(header: Mapping[str, Any], path: Path, data_start: int, size: int) 
     return {info.name: info for info in infos}
 
 
-def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
+def _tensor(name: str, entry: Any, path: Path, data_start: int, modified_ns: int) -> TensorInfo:
     def refuse(must: str, got: object) -> CorruptError:
         return CorruptError(f"[{path.name}] tensor {brief(name)}: {must}, got {brief(got)}. {_AGAIN}")
 
@@ -302,7 +306,7 @@ def _tensor(name: str, entry: Any, path: Path, data_start: int) -> TensorInfo:
             raise refuse("shape must describe data that a file can hold", shape)
     if bits % 8 or bits // 8 != end - begin:
         raise refuse(f"{dtype} of shape {brief(shape)} must have {bits / 8:.16g} bytes", end - begin)
-    return TensorInfo(name, path, dtype, tuple(shape), data_start + begin, end - begin)
+    return TensorInfo(name, path, dtype, tuple(shape), data_start + begin, end - begin, modified_ns)
 
 
 def _is_size(value: Any) -> bool:

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..errors import ShapeError
 from ..formats.expert_layout import RecordLayout
-from ..storage.store import ReadRequest
+from ..storage.pending_reads import ReadRequest
+from .allocation import explain_no_memory
 from .fetch_records import HostRecords
 
 MLX_DTYPES = {"U32": mx.uint32, "U8": mx.uint8, "F32": mx.float32, "BF16": mx.bfloat16, "F16": mx.float16}
@@ -110,6 +111,7 @@ class ExpertSlots(ExpertRecords, ABC):
         """Allocate S zeroed slots.
 
         Raises:
+            MemoryLimitError: If there is no memory left.
             ShapeError: If they would have more elements than an MLX array can.
         """
         words, remainder = divmod(layout.record_bytes, _WORD_BYTES)
@@ -118,8 +120,9 @@ class ExpertSlots(ExpertRecords, ABC):
                 f"[ExpertSlots] {num_slots} slots of {layout.record_bytes} bytes must be between 1 and "
                 f"{_MAX_WORDS} words of 4 bytes. Lower memory_limit."
             )
-        array = mx.zeros((num_slots, words), dtype=mx.uint32)
-        mx.eval(array)
+        with explain_no_memory():
+            array = mx.zeros((num_slots, words), dtype=mx.uint32)
+            mx.eval(array)
         super().__init__(layout, array)
 
     @abstractmethod
@@ -166,7 +169,11 @@ class SlotMemory(Protocol):
         ...
 
     def drain(self) -> None:
-        """Wait until nothing writes into any slot, after an interrupt, when nobody waits any more. Raises nothing."""
+        """Wait until nothing writes into any slot, after an interrupt, when nobody waits any more.
+
+        Raises:
+            StoreError: If a read hangs, which may still write into its slot.
+        """
         ...
 
     def close(self) -> None:

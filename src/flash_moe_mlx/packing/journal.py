@@ -34,14 +34,16 @@ class Journal:
         self.results: dict[int, TaskResult] = {}
         self._path = path
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
+        opened = False
         try:
             end = self._read()
-        except PackError:
-            self._file.close()
-            raise
-        self._file.truncate(end)
-        if end == 0:
-            self._write(_line(identity))
+            self._file.truncate(end)
+            if end == 0:
+                self._write(_line(identity))
+            opened = True
+        finally:
+            if not opened:
+                self._file.close()
 
     def append(self, results: Mapping[int, TaskResult]) -> None:
         """Record finished tasks, whose bytes must already have reached the disk."""

@@ -8,6 +8,7 @@ import io
 import mmap
 import os
 import threading
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from .. import system
 from ..errors import StoreError
 
 DIRECT_ALIGNMENT = system.BLOCK_BYTES
+
+_SAME_TIME_NS = 2_000_000_000
+"""Difference of two modification times that may be rounding: FAT keeps them to two seconds."""
 
 
 class ReadOnlyFile:
@@ -36,12 +40,31 @@ class ReadOnlyFile:
                 ) from error
             raise StoreError(f"[store] {path} must be readable, got {error}. Check the file.") from error
         self.fd = self._file.fileno()
+        self._opened = os.fstat(self.fd)
         self._lock = threading.Lock()
         self._map: mmap.mmap | None = None
         self._view: memoryview | None = None
 
     def size(self) -> int:
         return os.fstat(self.fd).st_size
+
+    def check_unchanged(self, modified_ns: int | None = None) -> None:
+        """Check that nobody has written to the file. A file that is shorter now is left to the read to report.
+
+        Args:
+            modified_ns: Time of the last modification that must not have changed; None is that at the opening.
+
+        Raises:
+            StoreError: If it has changed.
+        """
+        now = os.fstat(self.fd)
+        since = self._opened.st_mtime_ns if modified_ns is None else modified_ns
+        if now.st_size >= self._opened.st_size and abs(now.st_mtime_ns - since) > _SAME_TIME_NS:
+            changed = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now.st_mtime))
+            raise StoreError(
+                f"[ExpertStore] {self.path.name} must stay as it was when its header was read, got one modified at "
+                f"{changed}. Load the model again."
+            )
 
     def map(self) -> memoryview:
         """Return a read-only map of the whole file. Pages are read when they are accessed."""

@@ -6,6 +6,7 @@ another thread may wait for is a single, repeatable call into C.
 """
 
 import threading
+import time
 import weakref
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,9 +14,13 @@ from queue import SimpleQueue
 
 from ..errors import StoreError
 from ..system import expect_waiters
+from .read_progress import ReadProgress
 
 _POLL_SECONDS = 0.05
-"""Upper bound on how late a waiter wakes if an interrupt splits `Latch.open`."""
+"""Upper bound on how late a waiter wakes if an interrupt splits `Latch.open`, or if reads hang."""
+
+_GRACE_SECONDS = 1.0
+"""Time for the other threads to end if one of them hangs in a read."""
 
 _Jobs = SimpleQueue[Callable[[], None] | None]
 
@@ -36,11 +41,14 @@ class Latch:
         self._is_open = True
         self._release()
 
-    def wait(self) -> None:
-        """Wait until the latch is open."""
+    def wait(self, progress: ReadProgress | None = None) -> bool:
+        """Wait until the latch is open, or reads hang; return whether it is open."""
         while not self._is_open:
             if self._gate.acquire(timeout=_POLL_SECONDS):
                 self._release()  # for the next waiter
+            elif progress is not None and progress.is_stalled():
+                return self._is_open
+        return True
 
     def _release(self) -> None:
         with suppress(RuntimeError):  # nobody holds it: the latch was open before
@@ -50,14 +58,15 @@ class Latch:
 class IOThreads:
     """Threads that run jobs in order of submission. They start with the first job."""
 
-    def __init__(self, num_threads: int, name: str):
+    def __init__(self, num_threads: int, name: str, progress: ReadProgress | None = None):
+        self._progress = ReadProgress() if progress is None else progress
         self._num_threads = num_threads
         self._name = name
         self._lock = threading.Lock()
         self._jobs: _Jobs = SimpleQueue()
         self._threads: list[threading.Thread] = []
         # Also when this object is dropped, and at interpreter exit: no read may outlive its buffer.
-        self._stop = weakref.finalize(self, _stop, self._jobs, self._threads)
+        self._stop = weakref.finalize(self, _stop, self._jobs, self._threads, self._progress)
 
     def submit(self, job: Callable[[], None]) -> None:
         """Submit a job, which must not raise.
@@ -71,10 +80,14 @@ class IOThreads:
             self._start()
         self._jobs.put(job)
 
-    def close(self) -> None:
-        """End the threads once all jobs are done. May be called again."""
+    def close(self) -> bool:
+        """End the threads once all jobs are done. May be called again.
+
+        Returns:
+            Whether they have ended. One that hangs in a read is left to end after it.
+        """
         self._stop()
-        _join(self._threads)
+        return _join(self._threads, self._progress)
 
     def _start(self) -> None:
         with self._lock:
@@ -82,7 +95,14 @@ class IOThreads:
                 name = f"{self._name}_{len(self._threads)}"
                 # Daemon threads: at exit, the interpreter would wait for others before running the hook that ends them.
                 thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:  # the system's limit of threads
+                    if self._threads:
+                        return
+                    raise StoreError(
+                        f"[ExpertStore] must be able to start a thread, got {error}. End other programs."
+                    ) from error
                 self._threads.append(thread)
 
 
@@ -94,12 +114,18 @@ def _serve(jobs: _Jobs) -> None:
     jobs.put(None)  # for the next thread
 
 
-def _stop(jobs: _Jobs, threads: list[threading.Thread]) -> None:
+def _stop(jobs: _Jobs, threads: list[threading.Thread], progress: ReadProgress) -> None:
     jobs.put(None)
-    _join(threads)
+    _join(threads, progress)
 
 
-def _join(threads: list[threading.Thread]) -> None:
+def _join(threads: list[threading.Thread], progress: ReadProgress) -> bool:
+    enough = time.monotonic() + _GRACE_SECONDS
     for thread in threads:
-        if thread is not threading.current_thread():  # the last reference may be dropped on one of them
-            thread.join()
+        if thread is threading.current_thread():  # the last reference may be dropped on one of them
+            continue
+        while thread.is_alive():
+            if time.monotonic() > enough and progress.is_stalled():
+                return False
+            thread.join(_POLL_SECONDS)
+    return True

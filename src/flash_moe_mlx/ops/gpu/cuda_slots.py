@@ -21,7 +21,8 @@ from ...errors import MemoryLimitError, StoreError
 from ...formats.checkpoint import ByteRange
 from ...formats.expert_layout import RecordLayout
 from ...storage.file_io import ReadOnlyFile
-from ...storage.store import ExpertStore, ReadRequest
+from ...storage.pending_reads import ReadRequest
+from ...storage.store import ExpertStore
 from ..fetch_records import HostRecords, host_records
 from ..slot_memory import ExpertSlots, Pending
 from .cuda_runtime import CudaRuntime

@@ -19,16 +19,14 @@ from typing import Any
 
 import mlx.core as mx
 
-from ...errors import FlashMoEError, MemoryLimitError
+from ...errors import FlashMoEError
 from ...machine import cache_folder
+from ..allocation import explain_no_memory
 from ..backend import REFERENCE_SWITCH
 from . import cuda_modules
 
 _REFUSALS = ("Unable to build metal library", "Failed to compile", "Thread group size")
 """Phrases in MLX's errors if a kernel can't be compiled or launched."""
-
-_NO_MEMORY = ("out of memory", "Unable to allocate")
-"""Phrases in MLX's errors if the GPU is out of memory."""
 
 MIN_DEVICE_ELEMENTS = 8
 """Minimum size of an input. MLX passes smaller ones in Metal's constant address space; bodies take device pointers."""
@@ -271,18 +269,14 @@ def explain_refusals(kernel: str = "every kernel") -> Iterator[None]:
         kernel: Name of the kernel, if only one is evaluated.
 
     Raises:
-        MemoryLimitError: If the GPU has no memory left.
+        MemoryLimitError: If there is no memory left.
         FlashMoEError: With the compiler's message and the switch that runs without kernels.
     """
     try:
-        yield
+        with explain_no_memory():
+            yield
     except RuntimeError as error:
         message = str(error).strip()
-        if any(sign in message for sign in _NO_MEMORY):
-            raise MemoryLimitError(
-                f"[gpu memory] the GPU must have room for all that the limit allows, got: {message}\nLower "
-                "gpu_memory_limit (memory_limit if the GPU has no memory of its own), or end other programs on it."
-            ) from error
         if not any(refusal in message for refusal in _REFUSALS):
             raise
         raise FlashMoEError(
