@@ -14,6 +14,7 @@ def _has_gpu() -> bool:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--mutations", type=int, default=0, help="mutations of each checkpoint's JSON files; few without")
+    parser.addoption("--every-fault", action="store_true", help="each fault at every operation, not at three")
     parser.addoption("--generations", type=int, default=12, help="generations in each way of calling, memory watched")
 
 

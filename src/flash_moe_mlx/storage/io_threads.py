@@ -97,8 +97,10 @@ class IOThreads:
                 thread = threading.Thread(target=_serve, args=(self._jobs,), name=name, daemon=True)
                 try:
                     thread.start()
-                except RuntimeError as error:  # the system's limit of threads
-                    if self._threads:
+                except RuntimeError as error:
+                    if "can't start new thread" not in str(error):
+                        raise
+                    if self._threads:  # fewer than wished, because of the system's limit
                         return
                     raise StoreError(
                         f"[ExpertStore] must be able to start a thread, got {error}. End other programs."
