@@ -20,6 +20,9 @@ from mlx_lm import convert
 DROPPED = ("README.md", "generation_config.json", "model.safetensors.index.json")
 
 
+MLX_LM_INTERVAL = 4  # layers from one with full attention to the next, where config.json doesn't say
+
+
 def fuse_experts(source: Path, destination: Path) -> None:
     """Copy a checkpoint with each layer's experts stacked into ``experts.gate_up_proj`` and ``experts.down_proj``."""
     config = json.loads((source / "config.json").read_text())
@@ -35,6 +38,9 @@ def fuse_experts(source: Path, destination: Path) -> None:
         weights[f"{prefix}.gate_up_proj"] = mx.concatenate([stacks["gate_proj"], stacks["up_proj"]], axis=1)
         weights[f"{prefix}.down_proj"] = stacks["down_proj"]
     config["model_type"] = "qwen3_5_moe"
+    interval = config["layer_types"].index("full_attention") + 1
+    if interval != MLX_LM_INTERVAL:
+        config["full_attention_interval"] = interval  # mlx-lm doesn't read layer_types
     destination.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if file.name.startswith("tokenizer") or file.suffix == ".jinja" or file.name == "generation_config.json":
