@@ -29,6 +29,7 @@ def run(options: argparse.Namespace) -> None:
     wanted = cells(config["num_experts_per_tok"], config["num_hidden_layers"])
     if options.only:
         wanted = [cell for cell in wanted if cell.name in options.only]
+    wanted = [cell for cell in wanted if cell.name not in options.skip]
     store = options.work / name / "checkpoints"
     fused = Storage(16).write(source, store)
     load_cases(options.work / "cases.jsonl", load_tokenizer(fused))
@@ -52,6 +53,7 @@ def main() -> None:
     runs = commands.add_parser("run")
     runs.add_argument("--model", default="demo", help="NAME, or NAME=DIRECTORY of the bfloat16 checkpoint")
     runs.add_argument("--only", nargs="*", help="names of cells")
+    runs.add_argument("--skip", nargs="*", default=[], help="names of cells to leave out")
     runs.add_argument("--jobs", type=int, default=1, help="cells at a time, one core each")
     runs.set_defaults(run=run)
     sums = commands.add_parser("sum")
