@@ -15,7 +15,7 @@ from . import system
 NAME = "flash_moe_mlx"
 
 _TELLS = {"cpu": "numba", "cuda12": "mlx-cuda-12", "cuda13": "mlx-cuda-13", "server": "uvicorn", "plot": "matplotlib",
-          "mcp": "mcp", "notebook": "ipywidgets"}  # fmt: skip
+          "mcp": "mcp", "notebook": "ipywidgets", "eval": "lm_eval"}  # fmt: skip
 """One package of each extra, whose presence shows that the extra is installed."""
 
 

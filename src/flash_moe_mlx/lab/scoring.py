@@ -1,5 +1,6 @@
 """Scores of known tokens from a model's logits, row by row, so that nothing of a vocabulary's size is kept."""
 
+import copy
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -7,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.models.cache import make_prompt_cache
 
+from ..config import DEFAULT_PREFILL_STEP_SIZE
 from ..models.caches import pending_states
 from ..models.position_blocks import block_positions
 
@@ -66,3 +68,47 @@ def log_probabilities(row: np.ndarray) -> np.ndarray:
 def divergence(reference: np.ndarray, model: np.ndarray) -> float:
     """Return the KL divergence of two positions' log-probabilities, in nats; 0 if they are equal."""
     return float(np.dot(np.exp(reference), reference - model))
+
+
+class ContinuationScorer:
+    """Log-likelihoods of continuations of contexts.
+
+    A context is read by itself, and its caches are kept for the next continuation: answers to choose from share one.
+    The bits of a score don't depend on what was scored before.
+    """
+
+    def __init__(self, model: Any, step: int = DEFAULT_PREFILL_STEP_SIZE):
+        self._model = model
+        self._step = step
+        self._context: tuple[int, ...] | None = None
+        self._cache: Any = None
+
+    def score(self, context: Sequence[int], continuation: Sequence[int]) -> tuple[float, bool]:
+        """Return the log-likelihood of a continuation, and whether each of its tokens is the likeliest.
+
+        Args:
+            context: Tokens before it; at least one.
+            continuation: Tokens to predict.
+
+        Raises:
+            RequestError: If both together exceed the model's max_context.
+        """
+        before = tuple(context[:-1])
+        if before != self._context:
+            self._read(before)
+        total, greedy = 0.0, True
+        cache = copy.deepcopy(self._cache)
+        fed = [context[-1], *continuation[:-1]]
+        rows = rows_of_logits(self._model, fed, step=self._step, cache=cache)
+        for row, token in zip(rows, continuation, strict=True):
+            total += float(log_probabilities(row)[token])
+            greedy = greedy and int(row.argmax()) == token
+        return total, greedy
+
+    def _read(self, tokens: tuple[int, ...]) -> None:
+        self._context = self._cache = None  # its memory is free before the next one's is taken
+        cache = make_prompt_cache(self._model)
+        for start in range(0, len(tokens), self._step):
+            self._model(mx.array([tokens[start : start + self._step]]), cache=cache, logits_to_keep=0)
+            mx.eval(pending_states(cache))
+        self._context, self._cache = tokens, cache
