@@ -35,14 +35,14 @@ def run(options: argparse.Namespace) -> None:
     load_cases(options.work / "cases.jsonl", load_tokenizer(fused))
     if options.jobs == 1:
         for cell in wanted:
-            run_one(cell, cell.storage.write(source, store), options.work, name)
+            run_one(cell, cell.storage.write(source, store), options.work, name, options.calls)
         return
     context = multiprocessing.get_context("spawn")
     cores = context.Queue()
     usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else range(options.jobs)
     for i in range(options.jobs):
         cores.put(list(usable)[i % len(usable)])
-    jobs = [(cell, cell.storage.write(source, store), options.work, name) for cell in wanted]
+    jobs = [(cell, cell.storage.write(source, store), options.work, name, options.calls) for cell in wanted]
     with context.Pool(options.jobs, pin, (cores,)) as pool:
         pool.starmap(run_one, jobs, chunksize=1)
 
@@ -54,6 +54,7 @@ def main() -> None:
     runs.add_argument("--model", default="demo", help="NAME, or NAME=DIRECTORY of the bfloat16 checkpoint")
     runs.add_argument("--only", nargs="*", help="names of cells")
     runs.add_argument("--skip", nargs="*", default=[], help="names of cells to leave out")
+    runs.add_argument("--calls", action="store_true", help="run tool calls only, the first 500 cases")
     runs.add_argument("--jobs", type=int, default=1, help="cells at a time, one core each")
     runs.set_defaults(run=run)
     sums = commands.add_parser("sum")

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 from mlx_lm import convert
 
 from flash_moe_mlx import pack
@@ -22,7 +23,8 @@ class Storage:
     """How the routed experts of a checkpoint are stored; everything else stays in bfloat16.
 
     Attributes:
-        bits: Bits per weight; 16 leaves the experts in bfloat16.
+        bits: Bits per weight; 16 leaves the experts in bfloat16, 0 makes all their weights zero: the answers of a model
+            without them.
         group_size: Weights that share a scale.
         down_bits: Bits of down_proj, if they are others.
         layer_bits: Bits of the layers that have others.
@@ -41,7 +43,7 @@ class Storage:
             return self.mode
         down = "" if self.down_bits is None else f"-down{self.down_bits}"
         layers = "".join(f"-L{layer}b{bits}" for layer, bits in self.layer_bits.items())
-        return f"{self.bits}" if self.bits == 16 else f"{self.bits}g{self.group_size}{down}{layers}"
+        return {16: "16", 0: "none"}.get(self.bits) or f"{self.bits}g{self.group_size}{down}{layers}"
 
     def write(self, source: Path, folder: Path) -> Path:
         """Write the checkpoint into ``folder`` unless it is there, and return its directory.
@@ -56,7 +58,9 @@ class Storage:
         if place.exists():
             return place
         part = _clean(folder / f"{self.name}.part")
-        if self.mode == "affine":
+        if self.bits == 0:
+            _empty(fused, part)
+        elif self.mode == "affine":
             pack(
                 fused, part, bits=self.bits, group_size=self.group_size, down_bits=self.down_bits,
                 layer_bits=self.layer_bits or None, dense="keep", progress=False,
@@ -84,7 +88,7 @@ class Storage:
     @property
     def _scale_bits(self) -> float:
         """Bits per weight that scales and biases take: bfloat16 both, or one byte."""
-        if self.bits == 16:
+        if self.bits in (0, 16):
             return 0
         return (32 if self.mode == "affine" else 8) / self.group_size
 
@@ -119,7 +123,7 @@ class Cell:
 
 def cells(own_k: int, layers: int) -> list[Cell]:
     """Return the cells in the order of their importance, for a model with these layers and K."""
-    bits = [Cell(Storage(b)) for b in (16, 4, 2, 3, 8, 6, 5)]
+    bits = [Cell(Storage(b)) for b in (16, 4, 2, 0, 3, 8, 6, 5)]
     schema = [Cell(Storage(b), schema=True) for b in (2, 4)]
     ks = [Cell(Storage(b), k) for b in (4, 2) for k in range(1, 9) if k != own_k]
     down = [Cell(Storage(2, down_bits=6)), Cell(Storage(3, down_bits=6)), Cell(Storage(2, down_bits=4))]
@@ -156,3 +160,11 @@ def _clean(place: Path) -> Path:
 def _fuse(source: Path, place: Path) -> Path:
     train_demo("export_mlx").fuse_experts(source, place)
     return place
+
+
+def _empty(source: Path, place: Path) -> None:
+    """Copy a checkpoint with zeros for its routed experts."""
+    shutil.copytree(source, place)
+    weights = mx.load(str(source / "model.safetensors"))
+    weights |= {name: mx.zeros_like(weight) for name, weight in weights.items() if ".mlp.experts." in name}
+    mx.save_safetensors(str(place / "model.safetensors"), weights, metadata={"format": "pt"})

@@ -128,9 +128,10 @@ def read_lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def run_one(cell: Cell, checkpoint: Path, work: Path, name: str) -> None:
+def run_one(cell: Cell, checkpoint: Path, work: Path, name: str, calls_only: bool) -> None:
     """Run a cell of the model ``name``, in a process of its own or not."""
-    run_cell(cell, checkpoint, load_cases(work / "cases.jsonl", None), work / name / "cells" / f"{cell.name}.jsonl")
+    cases = [case for case in load_cases(work / "cases.jsonl", None) if case.is_call or not calls_only]
+    run_cell(cell, checkpoint, cases, work / name / "cells" / f"{cell.name}.jsonl")
 
 
 def pin(cores: "Queue[int]") -> None:

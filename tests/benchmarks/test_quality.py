@@ -8,6 +8,7 @@ import pytest
 from benchmarks.quality.cases import Case, call_grammar
 from benchmarks.quality.cells import SCRIPTS, Cell, Storage, cells, read_config
 from benchmarks.quality.measure import decode, outcome, read_lines, run_case, run_cell
+from benchmarks.quality.report import IMAGE, PAGE, RESULTS, collect, digest, filled, summary, table, wilson
 
 import flash_moe_mlx
 from flash_moe_mlx import Grammar, generate, load
@@ -112,10 +113,52 @@ def test_checkpoints_have_the_bytes_that_the_table_says(tmp_path_factory, storag
     checkpoint = Checkpoint.open(place)
     records = [checkpoint.layout(layer).record_bytes for layer in checkpoint.moe_layers]
     config = read_config(SCRIPTS / "checkpoint")
-    assert sum(records) * 4 == Cell(storage).bytes_per_token(config)
+    assert sum(records) * 4 * (storage.bits > 0) == Cell(storage).bytes_per_token(config)
 
 
 def test_cells_have_names_of_their_own() -> None:
     for k, layers in ((4, 8), (8, 6)):
         names = [cell.name for cell in cells(k, layers)]
         assert len(set(names)) == len(names) >= 30
+
+
+def lines(right: list[bool], kind: str, outcomes: list[str]) -> list[dict]:
+    return [
+        {"case": i, "kind": kind, "right": r, "outcome": o, "nll": 0.5, "tokens": 5}
+        for i, (r, o) in enumerate(zip(right, outcomes, strict=True))
+    ]
+
+
+def test_summary_compares_with_sixteen_bits_case_by_case() -> None:
+    base = lines([True, True, False, True], "call", ["json"] * 4)
+    cell = lines([True, False, True, False], "call", ["json", "broken", "json", "no call"])
+    figures = summary(cell, base)
+    assert figures["lost"] == 2 and figures["gained"] == 1
+    assert figures["calls"] == {
+        "right": 2, "of": 4, "perplexity": [1.10517, 1.10517, 1.10517], "json": 2, "broken": 1, "no_call": 1,
+    }  # fmt: skip
+
+
+def test_intervals() -> None:
+    assert wilson(0, 500) == pytest.approx((0, 0.00762), abs=1e-5)
+    assert wilson(250, 500) == pytest.approx((0.45634, 0.54366), abs=1e-5)
+
+
+def test_unfinished_cells_are_left_out(tmp_path: Path) -> None:
+    folder = tmp_path / "demo"
+    (folder / "checkpoints").mkdir(parents=True)
+    (folder / "checkpoints" / "16").symlink_to(SCRIPTS / "checkpoint")
+    (folder / "cells").mkdir()
+    rows = [json.dumps(line) for line in lines([True, False], "call", ["json", "broken"])]
+    (folder / "cells" / "16.jsonl").write_text("\n".join(rows) + "\n")
+    (folder / "cells" / "4g64.jsonl").write_text(rows[0] + "\n")
+    assert list(collect(tmp_path, (2, 0))["demo"]["cells"]) == ["16"]
+
+
+def test_the_page_shows_the_results() -> None:
+    root = Path(__file__).parents[2]
+    models = json.loads(RESULTS.read_text())
+    page = (root / PAGE).read_text()
+    assert filled(page, models) == page
+    assert all(table(model) in page for model in models.values())
+    assert digest(models) in (root / IMAGE).read_text()
