@@ -53,6 +53,29 @@ def test_a_grammar_too_large_or_too_deep_is_refused_before_it_is_compiled(monkey
         Grammar.regex(b"a")  # type: ignore[arg-type]
 
 
+PRODUCT = {"type": "integer", "allOf": [{"multipleOf": 101}, {"multipleOf": 103}, {"multipleOf": 107}]}
+MULTIPLES = {
+    "one": Grammar.json_schema({"type": "integer", "multipleOf": 999_983}),
+    "a fraction": Grammar.json_schema({"type": "number", "multipleOf": 0.999983}),
+    "a power of ten": Grammar.json_schema({"type": "integer", "multipleOf": 1e9}),
+    "a product": Grammar.json_schema(PRODUCT),
+    "in Lark": Grammar.lark("start: %json " + json.dumps(PRODUCT)),
+    "in Lark, with escapes": Grammar.lark('start: %json {"type": "integer", "multiple\\u004ff": 999983}'),
+}
+
+
+@pytest.mark.parametrize("grammar", MULTIPLES.values(), ids=MULTIPLES)
+def test_multiples_that_would_take_minutes_are_refused(tokenizer: TokenizerWrapper, grammar: Grammar):
+    """Each took llguidance between seconds and hours."""
+    with pytest.raises(RequestError, match="least common multiple"):
+        grammar.compile(tokenizer, SIZE)
+
+
+def test_multiples_of_every_day_compile(tokenizer: TokenizerWrapper):
+    fields = {f"a{i}": {"type": "number", "multipleOf": value} for i, value in enumerate((0.01, 5, 60, 0.25, 100))}
+    Grammar.json_schema({"type": "object", "properties": fields}).compile(tokenizer, SIZE)
+
+
 def test_the_deepest_schema_compiles(tokenizer: TokenizerWrapper):
     Grammar.json_schema(nested(MAX_SCHEMA_DEPTH - 1)).compile(tokenizer, SIZE)
 

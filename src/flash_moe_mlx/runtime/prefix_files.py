@@ -31,7 +31,7 @@ from mlx_lm.models.cache import (
 
 from ..errors import FlashMoEError, RequestError
 from ..experts.warming import hot_experts, warm
-from ..formats.safetensors_header import read_metadata
+from ..formats.safetensors_header import read_bytes, read_metadata
 from ..ops.backend import backend
 from ..packing.sources import fingerprint
 from ..stats import format_bytes
@@ -153,10 +153,10 @@ class PrefixFiles:
     def warm_experts(self) -> int:
         """Read the experts that were in memory when they were noted, as far as slots are free; returns their number."""
         try:
-            noted = json.loads(self._experts_path.read_text())
+            if not self._experts_path.exists():
+                return 0
+            noted = json.loads(read_bytes(self._experts_path, "Remove it."))
             experts = {int(layer): [int(expert) for expert in listed] for layer, listed in noted.items()}
-        except FileNotFoundError:
-            return 0
         except _UNUSABLE as error:
             _ignored(self._experts_path, error)
             return 0
