@@ -96,7 +96,7 @@ def share(right: int, of: int) -> str:
 
 
 def table(model: dict[str, Any]) -> str:
-    """Return a model's Markdown table, by bytes per token."""
+    """Return a model's Markdown table, by bytes per token, and the names of the cells that it lacks."""
     k, layers = model["shape"]["num_experts_per_tok"], model["shape"]["num_hidden_layers"]
     rows = [
         "| experts | KB per token | calls right | calls in JSON | answers right | perplexity, calls "
@@ -116,7 +116,8 @@ def table(model: dict[str, Any]) -> str:
             f"{row['lost']}, {row['gained']}" if "lost" in row else "",
         ]  # fmt: skip
         rows.append(f"| {' | '.join(parts)} |")
-    return "\n".join(rows)
+    left_out = [in_words(cell, k) for cell in cells(k, layers) if cell.name not in model["cells"]]
+    return "\n".join([*rows, *(["", f"Not run: {'; '.join(left_out)}."] if left_out else [])])
 
 
 def filled(page: str, models: dict[str, Any]) -> str:
