@@ -92,6 +92,7 @@ class OneModel:
         self._window = window
         self._name = ""
         self._model: Any = None
+        self._before = 0  # MLX's memory without a model
         self._vocabulary_size: int | None = None
 
     def use(self, name: str) -> Any:
@@ -103,6 +104,7 @@ class OneModel:
         """
         if self._name != name:
             self.close()
+            self._before = mx.get_active_memory()
             model, tokenizer = load(**self._arguments[name])
             self._name, self._model = name, model
             self._check(model, tokenizer)
@@ -115,8 +117,10 @@ class OneModel:
         if self._model is not None:
             self._model.streaming.close()
             self._model, self._name = None, ""
-            gc.collect()  # modules refer to each other
             mx.clear_cache()
+            if mx.get_active_memory() > self._before:  # parts that refer to each other, after single tokens on a CPU
+                gc.collect()
+                mx.clear_cache()
 
     def __enter__(self) -> "OneModel":
         return self
