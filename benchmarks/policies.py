@@ -104,9 +104,10 @@ def recorded(paths: list[Path]) -> None:
     print("trace\tin memory\t" + "\t".join(POLICIES))
     for path in paths:
         trace = RoutingTrace.read(path)
-        for share in (0.0625, 0.125, 0.19, 0.25, 0.375):
-            rates = [replay(trace, slots_of(trace, share), p).decode_hit_rate for p in POLICIES.values()]
-            print(f"{path.stem}\t{share:.1%}\t" + "\t".join(f"{100 * rate:.1f}" for rate in rates), flush=True)
+        for slots in sorted({slots_of(trace, share) for share in (0.0625, 0.125, 0.19, 0.25, 0.375, 0.5, 0.75)}):
+            rates = [replay(trace, slots, p).decode_hit_rate for p in POLICIES.values()]
+            cells = "\t".join(f"{100 * rate:.1f}" for rate in rates)
+            print(f"{path.stem}\t{slots / trace.num_experts:.1%}\t{cells}", flush=True)
 
 
 def hits_by_slots(trace: RoutingTrace, grid: list[int]) -> np.ndarray:
