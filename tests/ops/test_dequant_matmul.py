@@ -39,3 +39,13 @@ def test_without_tiles_it_is_mlx_own_product():
         x, packed, scales.astype(mx.float32), biases.astype(mx.float32), group_size=64, bits=4
     )
     assert np.array_equal(module.dequant_matmul(x, packed, scales, biases, bits=4, group_size=64), expected)
+
+
+@pytest.mark.parametrize(("hidden", "width"), [(2048, 512), (4096, 1024), (64, 32)])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_passing_records_fit_besides_what_two_runs_of_products_take(hidden: int, width: int, bits: int, device: None):
+    record = 3 * hidden * width * bits // 8 + 3 * hidden * width // 64 * 4
+    count = module.passing_records(record, hidden, width)
+    dense = 2 * 3 * module.experts_at_once(hidden, width) * hidden * width * 2  # bfloat16
+    assert 2 <= count <= 2 * module.experts_at_once(hidden, width)
+    assert count * record + dense <= module.product_scratch_bytes(0, hidden, width)

@@ -84,6 +84,9 @@ class StagingMemory:
     def host_records(self, layer: int) -> None:
         return None
 
+    def passing(self, layer: int) -> None:
+        return None
+
     def drain(self) -> None:
         self.source.drain()
 

@@ -151,6 +151,10 @@ class ExpertCache:
         """Return where a GPU finds a layer's records in host memory; None if it can't read them by itself."""
         return self._memory.host_records(layer)
 
+    def passing(self, layer: int) -> ExpertSlots | None:
+        """Return slots for a prompt's experts that have none: see `SlotMemory.passing`."""
+        return self._memory.passing(layer)
+
     def landing(self, layer: int, count: int) -> list[int]:
         """Return ``count`` slots that hold no expert, having evicted the least valuable ones."""
         slots = self._settled(layer)

@@ -14,11 +14,11 @@ import numpy as np
 
 from ..formats.expert_layout import RecordLayout
 from ..ops.fetch_records import HostRecords
-from ..ops.slot_memory import ExpertRecords
+from ..ops.slot_memory import ExpertRecords, ExpertSlots
 from ..stats import Counters
 from .cache import ExpertCache, Fetch
 from .cancellation import Cancellation
-from .slots import PlannedGroup, plan_groups
+from .slots import PAIRWISE_TOKENS, PlannedGroup, plan_groups
 from .trace import TraceRecorder
 
 RESIDENT_SHARE = 8
@@ -141,8 +141,16 @@ class ExpertReader:
         ordered, hits = self.cache.order(layer, experts.tolist(), counts.tolist(), tokens)
         self.counters.hits += hits
         self.counters.misses += len(ordered) - hits
-        planned = plan_groups(ordered, hits, self.cache.num_slots(layer), tokens)
-        return self._groups(layer, planned, self._acquire(layer, planned[0]) if planned else None)
+        slots = self.cache.num_slots(layer)
+        passing = self.cache.passing(layer) if tokens > PAIRWISE_TOKENS and len(ordered) > slots else None
+        if passing is None:
+            planned = plan_groups(ordered, hits, slots, tokens)
+            return self._groups(layer, planned, self._acquire(layer, planned[0]) if planned else None)
+        # The last ones are worth most: they take the slots that are free, and nothing is evicted.
+        others = ordered[hits : len(ordered) - (slots - self.cache.num_present(layer))]
+        planned = plan_groups(ordered[:hits] + ordered[hits + len(others) :], hits, slots, tokens)
+        first = self._acquire(layer, planned[0]) if planned else None
+        return itertools.chain(self._passing_groups(passing, others), self._groups(layer, planned, first))
 
     def table(self, layer: int) -> mx.array | None:
         """Return the slot of each expert of a layer, shape (E,), uint32, if all experts are in slots; else None.
@@ -287,6 +295,23 @@ class ExpertReader:
                 self.counters.read_seconds += time.perf_counter() - started
             fetch = self._acquire(layer, following) if following is not None and following.keep else None
             yield ExpertGroup(self.cache.bank(layer), current.slots)
+
+    def _passing_groups(self, passing: ExpertSlots, experts: Sequence[int]) -> Iterator[ExpertGroup]:
+        """Bring experts into slots that other layers use too; each half is filled while the other is computed."""
+        half = passing.num_slots // 2
+        groups = [
+            {expert: number % 2 * half + place for place, expert in enumerate(experts[first : first + half])}
+            for number, first in enumerate(range(0, len(experts), half))
+        ]
+        reads = [passing.receive(slots) for slots in groups[:1]]
+        for slots, following in itertools.zip_longest(groups, groups[1:]):
+            self._check_cancelled()
+            started = time.perf_counter()
+            self.counters.bytes_read += reads.pop().wait()
+            self.counters.read_seconds += time.perf_counter() - started
+            if following is not None:
+                reads.append(passing.receive(following))
+            yield ExpertGroup(passing, slots)
 
     def reading(self, output: mx.array) -> None:
         """Note that the lazy array ``output`` reads slots: they are not overwritten before it is evaluated."""

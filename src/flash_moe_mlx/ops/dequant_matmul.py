@@ -47,6 +47,21 @@ def product_scratch_bytes(matrix_bytes: int, hidden_size: int, intermediate_size
     return 2 * min(TILE_BYTES, matrix_bytes) + 4 * experts
 
 
+def passing_records(record_bytes: int, hidden_size: int, intermediate_size: int) -> int:
+    """Return how many experts' records fit in what products reserve besides the dense matrices of two runs.
+
+    Those take 12 of the 16 bytes that are reserved for each of an expert's H x I weights, so this is twice as many
+    experts as share a product with 4 bits, and fewer with 8.
+
+    Args:
+        record_bytes: Size of an expert's record.
+        hidden_size: Width of the experts' input, H.
+        intermediate_size: Intermediate width of an expert, I.
+    """
+    at_once = experts_at_once(hidden_size, intermediate_size)
+    return min(2 * at_once, at_once * hidden_size * intermediate_size * mx.float32.size // record_bytes)
+
+
 def dequant_matmul(
     x: mx.array, weight: mx.array, scales: mx.array, biases: mx.array, *, bits: int, group_size: int, lazy: bool = False
 ) -> mx.array:

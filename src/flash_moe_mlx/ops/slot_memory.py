@@ -168,6 +168,13 @@ class SlotMemory(Protocol):
         """Return where a GPU finds a layer's records in host memory; None if it can't read them by itself."""
         ...
 
+    def passing(self, layer: int) -> ExpertSlots | None:
+        """Return slots for a prompt's experts that have none, shared by all layers; None without room for two.
+
+        What reads them must have been computed before they are overwritten, and before this is called again.
+        """
+        ...
+
     def drain(self) -> None:
         """Wait until nothing writes into any slot, after an interrupt, when nobody waits any more.
 
@@ -232,6 +239,9 @@ class UnifiedMemory:
 
     def host_records(self, layer: int) -> None:
         """Return None: records are read into the memory that kernels read."""
+
+    def passing(self, layer: int) -> None:
+        """Return None: all of the memory for experts is their layers' slots."""
 
     def drain(self) -> None:
         """Wait until no read is under way."""

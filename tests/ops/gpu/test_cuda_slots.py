@@ -11,6 +11,7 @@ import pytest
 from flash_moe_mlx.errors import ChecksumError, MemoryLimitError, StoreError
 from flash_moe_mlx.experts.cache import ExpertCache
 from flash_moe_mlx.formats.checkpoint import Checkpoint
+from flash_moe_mlx.ops.gpu import cuda_slots
 from flash_moe_mlx.ops.gpu.cuda_runtime import BoundRuntime
 from flash_moe_mlx.ops.gpu.cuda_slots import CudaMemory, MappedMemory, PinnedMemory
 from flash_moe_mlx.packing import pack
@@ -233,6 +234,30 @@ def test_a_model_has_the_same_bits(make: Make, slots: int, tmp_path: Path, monke
             assert np.array_equal(own, other)
     assert runtime.held == (0, 0, 0)
     assert runtime.calls["copy"] > 0
+
+
+def test_a_prompt_of_more_experts_than_slots_evicts_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Its other experts pass through slots that layers share, if there is room for two."""
+    directory = make_converted(
+        tmp_path, config=chat_config(num_experts=EXPERTS, num_experts_per_tok=3), bits=4, group_size=64
+    )
+    ids = mx.array(np.random.default_rng(1).integers(0, 100, (1, 60)))
+    with streamed(directory, "1GB") as model:
+        expected = np.array(model(ids).astype(mx.float32))
+    monkeypatch.setattr(loading, "slot_memory", lambda store, plan: MappedMemory(store, FakeRuntime(delay=0.002)))
+    for passing in (1, 2, 5, 100):
+        monkeypatch.setattr(cuda_slots, "passing_records", lambda *_, count=passing: count)
+        with streamed(directory, smallest_limit(directory)) as model:
+            cache = model.streaming._cache
+            for _ in range(2):
+                before = [set(cache.present(layer)) for layer in cache.layers]
+                assert np.array_equal(np.array(model(ids).astype(mx.float32)), expected)
+                after = [set(cache.present(layer)) for layer in cache.layers]
+                if passing > 1:
+                    assert all(old <= new for old, new in zip(before, after, strict=True))
+            assert {len(slots) for slots in after} == {3}
+            stats = model.streaming.stats()
+            assert stats.hits + stats.misses == 2 * EXPERTS * len(cache.layers)
 
 
 @pytest.mark.gpu

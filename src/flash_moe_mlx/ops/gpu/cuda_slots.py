@@ -23,6 +23,7 @@ from ...formats.expert_layout import RecordLayout
 from ...storage.file_io import ReadOnlyFile
 from ...storage.pending_reads import ReadRequest
 from ...storage.store import ExpertStore
+from ..dequant_matmul import passing_records
 from ..fetch_records import HostRecords, host_records
 from ..slot_memory import ExpertSlots, Pending
 from .cuda_runtime import CudaRuntime
@@ -97,6 +98,10 @@ class CudaMemory(ABC):
         """Return where the GPU finds a layer's records: nowhere, unless their files are mapped."""
         return None
 
+    def passing(self, layer: int) -> CudaSlots | None:
+        """Return slots for a prompt's experts that have none: None, unless their files are mapped."""
+        return None
+
     @abstractmethod
     def start(self, target: CudaSlots, slots: Mapping[int, int]) -> Pending:
         """Start bringing records into slots."""
@@ -152,6 +157,7 @@ class MappedMemory(CudaMemory):
         self._records: dict[int, HostRecords | None] = {}
         self._lengths: dict[Path, int] = {}
         self._held: list[bytearray] = []  # checked records, held while they are copied from here
+        self._passing: CudaSlots | None = None
         self.host_bytes = 0
         # A model that is dropped without being closed must not leave its addresses pinned.
         self._unpin = weakref.finalize(self, _unpin, runtime, self._addresses, self._files)
@@ -209,6 +215,21 @@ class MappedMemory(CudaMemory):
             addresses[expert] = [self._addresses[run.path] + run.file_offset for run in runs]
         return host_records(addresses, starts, end, checkpoint.layout(layer).record_bytes)
 
+    def passing(self, layer: int) -> CudaSlots | None:
+        """Return slots for a prompt's experts that have none: see `SlotMemory.passing`.
+
+        Without them, the fewer slots a layer has, the fewer experts a prompt would compute at a time.
+        """
+        layout = self.source.checkpoint.layout(layer)
+        self.synchronize()  # an interrupted prompt may have left copies on their way
+        if self._passing is None or self._passing.layout is not layout:
+            self._passing = None  # freed before others are allocated
+            count = passing_records(layout.record_bytes, layout.hidden_size, layout.intermediate_size)
+            self._passing = CudaSlots(self, layer, layout, count) if count > 1 else None
+        if self._passing is not None:
+            self._passing.layer = layer
+        return self._passing
+
     def _compared(self, layer: int, expert: int, ranges: Sequence[ByteRange]) -> bytearray | None:
         """Return a verified copy of the record if this one is to be checked, else None.
 
@@ -236,6 +257,7 @@ class MappedMemory(CudaMemory):
     def close(self) -> None:
         """Unpin and unmap the files."""
         super().close()
+        self._passing = None
         _unpin(self.runtime, self._addresses, self._files)
         self.host_bytes = 0
 
