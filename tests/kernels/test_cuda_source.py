@@ -125,6 +125,14 @@ def test_what_is_stored_is_not_compiled_again(tmp_path: Path):
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_it_is_said_how_many_kernels_are_stored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    modules = Modules(tmp_path, _Compiler())
+    for label in ("flash_moe_a_1", "flash_moe_b_2", "of_someone_else"):
+        modules.provide(label, "text")
+    monkeypatch.setattr(cuda_modules, "modules", lambda: modules)
+    assert cuda_modules.explain_compilation().startswith(f"2 kernels stored in {tmp_path}; ")
+
+
 @pytest.mark.parametrize("failure", [RuntimeError("NVRTC refuses f"), OSError("disk full")])
 def test_mlx_compiles_what_cannot_be_compiled_or_stored(failure: Exception, tmp_path: Path):
     modules = Modules(tmp_path, compiler := _Compiler(failure))
@@ -142,5 +150,6 @@ def test_there_are_no_modules_without_a_gpu(monkeypatch: pytest.MonkeyPatch):
     cuda_modules.modules.cache_clear()
     try:
         assert cuda_modules.modules() is None
+        assert "every process compiles" in cuda_modules.explain_compilation()
     finally:
         cuda_modules.modules.cache_clear()

@@ -122,7 +122,12 @@ def _backend() -> dict[str, Any]:
     from ..ops import cpu
     from ..ops.backend import backend
 
-    return {"backend": backend(), "device": mx.device_info(), "cpu_kernels": cpu.available()}
+    found = {"backend": backend(), "device": mx.device_info(), "cpu_kernels": cpu.available()}
+    if found["backend"] == "cuda":
+        from ..ops.gpu.cuda_modules import explain_compilation
+
+        found["compilation"] = explain_compilation()
+    return found
 
 
 def _memory() -> dict[str, int | None]:
@@ -186,6 +191,8 @@ def _rows(found: dict[str, Any]) -> list[tuple[str, str]]:
         ("device", str(found["device"].get("device_name", platform.processor() or "unknown"))),
         ("system", f"{found['system']}, {found['cores']} cores, Python {found['python']}"),
     ]
+    if "compilation" in found:
+        rows.append(("compilation", found["compilation"]))
     names = {"physical": "physical memory", "cgroup limit": "control group's limit"}
     sizes = ((name.removesuffix("_bytes").replace("_", " "), size) for name, size in memory.items())
     rows += [(names.get(name, name), format_bytes(size)) for name, size in sizes if size is not None]

@@ -133,6 +133,7 @@ class Modules:
     """Compiled kernels, stored where MLX looks for them.
 
     Attributes:
+        folder: MLX's folder of compiled modules.
         architecture: The GPU's, as the compiler names it. Part of each text, because binaries run on one architecture.
         compiled: Number of kernels compiled by this process.
     """
@@ -144,8 +145,8 @@ class Modules:
             folder: MLX's folder of compiled modules.
             compiler: Compiles what isn't there.
         """
-        self.architecture, self.compiled = compiler.architecture, 0
-        self._folder, self._compiler = folder, compiler
+        self.folder, self.architecture, self.compiled = folder, compiler.architecture, 0
+        self._compiler = compiler
         self._seen: set[str] = set()
         self._lock = threading.Lock()
 
@@ -161,7 +162,7 @@ class Modules:
                 return
             self._seen.add(label)
             name = module_name(label, MLX_HEADERS + text)
-            if (self._folder / f"{name}.ptx").exists():
+            if (self.folder / f"{name}.ptx").exists():
                 return
             try:
                 binary, mangled = self._compiler.compile(
@@ -176,10 +177,10 @@ class Modules:
             self.compiled += 1
 
     def _write(self, name: str, content: bytes) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=self._folder, delete=False) as file:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=self.folder, delete=False) as file:
             file.write(content)
-        Path(file.name).replace(self._folder / name)  # atomic: another process may write the same file
+        Path(file.name).replace(self.folder / name)  # atomic: another process may write the same file
 
 
 @cache
@@ -192,3 +193,12 @@ def modules() -> Modules | None:
     except (ImportError, RuntimeError, OSError) as error:
         logger.info("MLX compiles its kernels itself: %s", error)
         return None
+
+
+def explain_compilation() -> str:
+    """Return when kernels are compiled on this machine's CUDA GPU, for a person."""
+    known = modules()
+    if known is None:
+        return "every process compiles its kernels, for 20 seconds or more: NVRTC or CUDA's headers can't be used"
+    stored = len(list(known.folder.glob(f"{function_name('flash_moe_')}*.ptx")))
+    return f"{stored} kernels stored in {known.folder}; the first run of a model adds those of its shapes, in seconds"
