@@ -132,8 +132,12 @@ class StreamingStats(NamedRows):
 
 def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
     """Return rows of text as an HTML table; the first cell of each row is its name."""
-    lines = ["".join(f"<th>{escape(cell)}</th>" for cell in head)] if head else []
-    lines += [f"<th>{escape(row[0])}</th>" + "".join(f"<td>{escape(cell)}</td>" for cell in row[1:]) for row in rows]
+    left = ' style="text-align: left"'  # notebooks align cells to the right otherwise
+    lines = ["".join(f"<th{left}>{escape(cell)}</th>" for cell in head)] if head else []
+    lines += [
+        f"<th{left}>{escape(row[0])}</th>" + "".join(f"<td{left}>{escape(cell)}</td>" for cell in row[1:])
+        for row in rows
+    ]
     return "<table>" + "".join(f"<tr>{line}</tr>" for line in lines) + "</table>"
 
 

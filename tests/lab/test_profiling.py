@@ -80,4 +80,4 @@ def test_it_renders():
     assert "-" in str(found)
     found.decode["attention"], found.decode["experts"], found.decode_tokens = 0.03, 0.01, 10
     assert "3.00 (75%)" in str(found) and "4.00 (100%)" in str(found)
-    assert "<td>1.00 (25%)</td>" in found._repr_html_()
+    assert '<td style="text-align: left">1.00 (25%)</td>' in found._repr_html_()
