@@ -193,7 +193,8 @@ def test_a_narrower_terminal_keeps_no_old_lines():
     console.size = console.size.__class__(20, 20)
     region.draw("word " * 14)
     # Two lines of 40 and 30 cells have become four rows of 20.
-    assert "\x1b[4A" in out.getvalue()[before:]
+    assert out.getvalue()[before:].count("\x1b[1A\x1b[2K") == 4
+    assert "\x1b[J" not in out.getvalue()  # which would keep what is erased in tmux's history
     region.close()
     assert out.getvalue().endswith("\x1b[?25h")
 

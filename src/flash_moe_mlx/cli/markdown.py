@@ -77,5 +77,6 @@ class Region:
             width = max(self._console.width, 1)
             rows = sum(max(1, math.ceil(cells / width)) for cells in self._widths)
             rows = min(rows, self._console.height - 1)
-            self._console.file.write(f"\x1b[{rows}A\r\x1b[J")
+            # Line by line: tmux keeps a screen that is cleared at once, and shows it in its history.
+            self._console.file.write("\r" + "\x1b[1A\x1b[2K" * rows)
             self._widths = []
