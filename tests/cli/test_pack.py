@@ -64,7 +64,7 @@ def test_unchanged_bits(source: Path, tmp_path: Path):
         (["--bits", "7"], "[bits] must be one of"),
         (["--layers", "0-3"], "[--layers] must be layers and bits, such as 0-3=6"),
         (["--layers", "0-99999999=4"], "[--layers] must name layers"),
-        (["--layers", "99=4"], "[layer_bits] layer 99 has no experts"),
+        (["--layers", "99=4"], "[--layers] layer 99 has no experts"),
         (["--dense", "no"], "Invalid value for '--dense'"),
         (["--group-size", "7"], "[group_size] must be"),
     ],

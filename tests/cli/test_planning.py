@@ -42,6 +42,17 @@ def test_plan_as_text_and_json(trace: Path):
     assert [e["routing"] for e in result["at_limit"]["expectations"]] == ["trace", "local", "uniform"]
 
 
+def test_a_plot_that_can_not_be_written_is_refused_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("matplotlib", reason="needs matplotlib: pip install 'flash_moe_mlx[plot]'")
+
+    def measured(*_: object, **__: object) -> None:
+        raise AssertionError("something was measured")
+
+    monkeypatch.setattr("flash_moe_mlx.planning.plan.plan", measured)
+    assert "got no folder no/such" in refusal("plan", "--plot", "no/such/speed.png")
+    assert "png" in refusal("plan", "--plot", "speed.xyz")
+
+
 def test_plan_says_what_does_not_fit():
     result = invoke("plan", "--memory-limit", "1MB", "--max-context", "128", "--disk-rate", "1GB")
     assert result.exit_code == 1 and "does not fit" in result.stdout

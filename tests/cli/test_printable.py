@@ -11,9 +11,17 @@ from typing import Any
 import pytest
 
 from flash_moe_mlx.cli import printable as module
-from flash_moe_mlx.cli.logs import BURST, MAX_CHARACTERS, PERIOD_SECONDS, PrintableFormatter, RepeatFilter
+from flash_moe_mlx.cli.logs import (
+    BURST,
+    MAX_CHARACTERS,
+    PERIOD_SECONDS,
+    OwnLineHandler,
+    PrintableFormatter,
+    RepeatFilter,
+)
 from flash_moe_mlx.cli.printable import escaped, printable
 from flash_moe_mlx.packing import verification
+from flash_moe_mlx.progress import Progress, watching
 
 from ..support.command_line import invoke, refusal
 
@@ -135,3 +143,11 @@ def test_advice_suits_the_error(monkeypatch: pytest.MonkeyPatch, error: OSError,
 
     monkeypatch.setattr(verification, "verify", fail)
     assert refusal("verify", ".") == f"flash-moe: {advice}"
+
+
+def test_a_record_takes_the_status_line_away():
+    stream = io.StringIO()
+    seen: list[tuple[str, str]] = []  # (step, what was written before)
+    with watching(lambda moment: seen.append((moment.step, stream.getvalue()))):
+        OwnLineHandler(stream).emit(logging.makeLogRecord({"msg": "dense weights 1.81 MB"}))
+    assert seen == [(Progress("").step, "")] and stream.getvalue() == "dense weights 1.81 MB\n"

@@ -89,13 +89,17 @@ def test_speed_by_limit(demo: Plan):
     assert axes.get_ylabel() == "hits, %"
 
 
-def test_files_are_written_or_refused(demo: Plan, tmp_path: Path):
+def test_files_are_written_or_refused(demo: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     figure = plot.speed_by_limit(demo)
     plot.save(figure, tmp_path / "speed.png")
     assert (tmp_path / "speed.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.chdir(tmp_path)
     for name in ("speed.xyz", "none/speed.png"):
         with pytest.raises(RequestError, match="png"):
             plot.save(figure, tmp_path / name)
+        with pytest.raises(RequestError, match=r"no folder none|formats .*png"):
+            plot.check_path(name)
+    plot.check_path(tmp_path / "speed.svg")
 
 
 def test_matplotlib_is_imported_when_it_is_used():

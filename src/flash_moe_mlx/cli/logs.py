@@ -4,7 +4,9 @@ import logging
 import sys
 import time
 from collections.abc import Callable
+from typing import TextIO
 
+from ..progress import report
 from .printable import printable
 
 BURST = 5
@@ -53,9 +55,18 @@ class RepeatFilter(logging.Filter):
         return True
 
 
+class OwnLineHandler(logging.StreamHandler[TextIO]):
+    """A handler that takes a status line away before it writes, so that a record begins on a line of its own."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a log record."""
+        report("")
+        super().emit(record)
+
+
 def log_to_stderr() -> None:
     """Log to standard error, unless the host program has configured logging already."""
-    handler = logging.StreamHandler(sys.stderr)
+    handler = OwnLineHandler(sys.stderr)
     handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
     handler.addFilter(RepeatFilter())
     logging.basicConfig(handlers=[handler])

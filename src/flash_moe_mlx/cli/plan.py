@@ -83,9 +83,9 @@ def plan(
     from ..planning.speed import busy_note
 
     if plot is not None:
-        from ..lab.plot import require_matplotlib, save, speed_by_limit
+        from ..lab.plot import check_path, save, speed_by_limit
 
-        require_matplotlib()  # before anything is measured
+        check_path(plot)  # before anything is measured
     busy = busy_note()
     result = make_plan(
         target,
@@ -100,12 +100,12 @@ def plan(
         hosts=hosts or (),
         link_us=link_us,
     )
-    if plot is not None:
-        save(speed_by_limit(result), plot)
     if json:
         print_json(result.to_dict())
     else:
         _print(result, busy)
+    if plot is not None:
+        save(speed_by_limit(result), plot)
     if not result.fits:
         raise typer.Exit(1)
 

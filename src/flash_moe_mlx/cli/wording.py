@@ -5,13 +5,13 @@ from typing import Any
 
 _NAMES = (
     "activation_bits", "adapter_path", "api_key", "chat_template_args", "disk_rate", "gpu_memory_limit", "kv_bits",
-    "kv_group_size", "link_us", "max_body", "max_bytes", "max_concurrent", "max_context", "max_queue", "max_tokens",
-    "memory_limit", "num_experts_per_tok", "prefix_cache", "prefix_dir", "prefix_dir_size", "thinking_budget",
-    "trust_remote_code",
+    "kv_group_size", "layer_bits", "link_us", "max_body", "max_bytes", "max_concurrent", "max_context", "max_queue",
+    "max_tokens", "memory_limit", "num_experts_per_tok", "prefix_cache", "prefix_dir", "prefix_dir_size",
+    "thinking_budget", "trust_remote_code",
 )  # fmt: skip
 """Arguments of the library that are options too."""
 
-_OTHER_NAMES = {"max_bytes": "prefix_cache"}
+_OTHER_NAMES = {"layer_bits": "layers", "max_bytes": "prefix_cache"}
 
 _ARGUMENT = re.compile(rf"""(?<![\w/."'-])({"|".join(_NAMES)})\b(?![/"']|\.\w)(?: ?= ?"?([\w.]*\w)"?)?""")
 _BOUNDS = {

@@ -181,9 +181,27 @@ def save(figure: "Figure", path: str | Path) -> None:
     try:
         figure.savefig(path)
     except (OSError, ValueError) as error:
-        raise RequestError(
-            f"[plot] {path} must be a file that can be written, got {error}. Try a name that ends in .png."
-        ) from error
+        raise _unwritable(path, getattr(error, "strerror", None) or error) from error
+
+
+def check_path(path: str | Path) -> None:
+    """Check that `save` can write a file, before anything is computed for it.
+
+    Raises:
+        RequestError: If matplotlib is missing, doesn't know the suffix, or the folder does not exist.
+    """
+    require_matplotlib()
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    path = Path(path)
+    if not path.parent.is_dir():
+        raise _unwritable(path, f"no folder {path.parent}")
+    if path.suffix and path.suffix[1:] not in (known := FigureCanvasBase.get_supported_filetypes()):
+        raise _unwritable(path, f"none of the formats {', '.join(sorted(known))}")
+
+
+def _unwritable(path: str | Path, got: object) -> RequestError:
+    return RequestError(f"[plot] {path} must be a file that can be written, got {got}. Try a name that ends in .png.")
 
 
 def require_matplotlib() -> None:
