@@ -5,7 +5,7 @@ from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from benchmarks.quality.cases import Case, call_grammar
+from benchmarks.quality.cases import Case, call_grammar, make_cases
 from benchmarks.quality.cells import SCRIPTS, Cell, Storage, cells, read_config
 from benchmarks.quality.measure import decode, outcome, read_lines, run_case, run_cell
 from benchmarks.quality.report import IMAGE, PAGE, RESULTS, collect, digest, filled, summary, table, wilson
@@ -59,6 +59,20 @@ def test_answers_and_loss_are_the_models(demo, case: Case, answer: str) -> None:
     logits = model(mx.array([prompt + expected]))[0].astype(mx.float32)
     each = mx.logsumexp(logits, axis=-1)[:-1] - logits[mx.arange(len(logits) - 1), mx.array((prompt + expected)[1:])]
     assert loss == pytest.approx(each[len(prompt) - 1 :].sum().item(), rel=1e-3, abs=1e-3)
+
+
+def test_expected_calls_obey_their_grammar(demo) -> None:
+    tokenizer = demo[1]
+    cases = make_cases(tokenizer, 48, 1)
+    assert all(case.is_call for case in cases[:48])
+    left_out = 0
+    for case in cases[:48]:
+        function = next(t["function"] for t in case.tools if f'"{t["function"]["name"]}"' in case.answer)
+        left_out += any(f'"{name}":' not in case.answer for name in function["parameters"]["required"])
+        matcher = Grammar.lark(call_grammar(case)).compile(tokenizer, 2048)
+        assert matcher.consume_tokens(tokenizer.encode(case.answer, add_special_tokens=False)), case.answer
+        assert matcher.is_accepting()
+    assert left_out  # such calls are among them
 
 
 def test_constrained_answers_obey(demo, case: Case) -> None:
