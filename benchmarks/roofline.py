@@ -2,9 +2,9 @@
 
     python -m benchmarks.roofline            # prints the table of docs/performance.md
 
-Two predictions per row: with perfect overlap a token takes the longest of its parts, without any it takes their sum. The
-parts are the bytes it misses over the disk's or bus's rate, the bytes of weights it uses over the memory's, and its
-launches.
+Two predictions per row: with perfect overlap a token takes the longest of its parts, without any it takes their sum.
+The parts are the bytes it misses over the disk's or bus's rate, the bytes of weights it uses over the memory's rate,
+and its launches.
 """
 
 from dataclasses import dataclass
@@ -84,7 +84,7 @@ FETCHES_35B, FETCHES_397B = LAUNCHES_35B + 40, LAUNCHES_397B + LAYERS_397B
 
 _LATE = "reads begin when the layer's router has spoken"
 _HOST = "the host: building and launching a token"
-_BUS = "launches and the bus wait for each other"
+_BUS = "copies wait for a router, launches for copies"
 
 
 def _used_397b(k: int) -> float:
