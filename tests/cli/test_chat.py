@@ -247,7 +247,7 @@ def terminal(tmp_path: Path) -> Any:
     }  # fmt: skip
     child = pexpect.spawn(
         sys.executable, ["-m", "flash_moe_mlx", "chat", "--max-context", "1024"],
-        env=environment, encoding="utf-8", dimensions=(30, 100), timeout=60,
+        env=environment, encoding="utf-8", dimensions=(30, 100), timeout=240,
     )  # fmt: skip
     yield child
     child.close(force=True)
