@@ -205,10 +205,14 @@ def test_settings_change_by_name():
     settings.change("--top-p", "1")
     settings.change("max_tokens", "99")
     assert str(settings) == "temperature 0.2, top-k 20; max-tokens 99"
+    settings.change("max-tokens", "-1")
+    assert settings.max_tokens == -1
     for name, value, words in (
         ("heat", "1", "no setting"),
         ("top-k", "many", "takes a number"),
         ("min-p", "3", "to 1"),
+        ("max-tokens", "0", "or -1 for no limit"),
+        ("top-k", "-1", "takes a number"),
     ):
         with pytest.raises(RequestError, match=words):
             settings.change(name, value)

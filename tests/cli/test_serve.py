@@ -1,5 +1,6 @@
 """`flash-moe serve` as a process: what it prints, what docs/server.md says of it, how it ends."""
 
+import ipaddress
 import json
 import re
 import shutil
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 from flash_moe_mlx.cli import options as module
+from flash_moe_mlx.cli import serve
 
 from ..support.command_line import refusal
 from .test_main import spawn
@@ -51,6 +53,11 @@ def address(recommending: Path) -> Iterator[str]:
     finally:
         process.kill()
         process.communicate()
+
+
+def test_the_networks_address_is_this_machines_own():
+    own = serve._own_address()
+    assert own is None or (ipaddress.ip_address(own).version == 4 and not ipaddress.ip_address(own).is_unspecified)
 
 
 def test_the_checkpoints_sampling_is_named(address: str):

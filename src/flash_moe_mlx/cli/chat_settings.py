@@ -43,8 +43,10 @@ class Settings:
             number: Any = type(least)(value)
         except ValueError:
             number = None
-        if number is None or not least <= number <= most:
-            raise RequestError(f"[/set] {name} takes a number from {least} to {most}, got {value!r}.")
+        unlimited = key == "max_tokens" and number == -1
+        if number is None or not (unlimited or least <= number <= most):
+            also = " or -1 for no limit" if key == "max_tokens" else ""
+            raise RequestError(f"[/set] {name} takes a number from {least} to {most}{also}, got {value!r}.")
         if key == "max_tokens":
             self.max_tokens = number
         else:

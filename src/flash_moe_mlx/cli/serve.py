@@ -176,6 +176,8 @@ def serve(
             reached = _REACHED.get(host, host)  # where this machine's programs find it
             address = f"http://{f'[{reached}]' if ':' in reached else reached}:{listener.getsockname()[1]}"
             echo(f"Serving {config.model_id} at {address}/v1, chat page at {address}/chat. Ctrl-C ends it.")
+            if host != reached and (own := _own_address()):
+                echo(f"Other machines find it at http://{own}:{listener.getsockname()[1]}/v1.")
             echo(f"Sampling, where a request doesn't say: {sampling}.")
             if not local and api_key is None:
                 echo("Everybody on the network may use it: set FLASH_MOE_API_KEY to a key.", err=True)
@@ -211,6 +213,16 @@ def _json_argument(text: str) -> Any:
         raise RequestError(
             f"[chat_template_args] must be JSON, got {error}. Try '{{\"enable_thinking\": false}}'."
         ) from error
+
+
+def _own_address() -> str | None:
+    """Return the address from which this machine reaches others, or None without a network."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("192.0.2.1", 9))  # reserved for documentation; connecting a datagram socket sends nothing
+        except OSError:
+            return None
+        return str(probe.getsockname()[0])
 
 
 def _listen(host: str, port: int) -> socket.socket:
