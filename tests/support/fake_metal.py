@@ -50,6 +50,7 @@ EXCLUDED = {
     "tests/planning/test_presets.py::*": FLOAT32,
     "tests/runtime/test_generation.py::test_same_tokens_*": FLOAT32,
     "tests/runtime/test_generation.py::test_two_turns_*": FLOAT32,
+    "tests/faults/test_table.py::test_bits_are_those_of_a_fresh_process": CHILD,
     "tests/runtime/test_embedding.py::test_offline_from_the_hubs_cache_without_a_warning": CHILD,
     "tests/runtime/test_embedding.py::test_two_models_of_different_sizes_at_once": CHILD,
     "tests/models/test_switch_glu_loading.py::test_limit_holds*": CHILD,

@@ -45,6 +45,9 @@ class Strike:
 
 Fault = Callable[[Strike], int | None]
 
+SLACK_BYTES = 4096
+"""Memory that may be in use besides what was before: small arrays that modules remember."""
+
 
 def interrupted(strike: Strike) -> None:
     raise InterruptedError(errno.EINTR, "Interrupted system call")
@@ -170,8 +173,11 @@ def leaving_nothing() -> Iterator[None]:
     before, active = held(), mx.get_active_memory()
     yield
     wait_until_gone(before)
-    now = mx.get_active_memory()
-    assert now <= active + 4096, f"{now - active} bytes more than before"
+    end = time.monotonic() + 10
+    while (more := mx.get_active_memory() - active) > SLACK_BYTES:  # arrays that another thread is just dropping
+        assert time.monotonic() < end, f"{more} bytes more than before"
+        time.sleep(0.01)
+        gc.collect()
 
 
 def wait_until_gone(before: set[object]) -> None:
