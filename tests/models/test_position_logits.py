@@ -57,14 +57,6 @@ def test_caches_advance_and_are_continued(demo):
         assert len(blocked) == 2 and np.array_equal(np.concatenate(blocked, axis=1), whole)
 
 
-def test_a_call_for_logits_alone_takes_our_product(demo, monkeypatch: pytest.MonkeyPatch):
-    expected = floats(demo(TOKENS, cache=demo.make_cache(), logits_to_keep=60))
-    lazy = floats(demo(TOKENS, cache=demo.make_cache()))  # MLX's product
-    assert np.allclose(lazy, expected, atol=1e-3)
-    monkeypatch.setattr(Embedding, "deferred", None)  # the demo's output projection
-    assert np.array_equal(floats(demo(TOKENS)), expected)
-
-
 def test_numbers_that_are_not_finite_are_found_in_a_later_block(demo, monkeypatch: pytest.MonkeyPatch):
     own = Embedding.__call__
     calls = []

@@ -51,8 +51,8 @@ class Compiler:
 @pytest.fixture
 def compiler(monkeypatch: pytest.MonkeyPatch) -> Compiler:
     compiler = Compiler()
-    for dialect in ("metal", "cuda"):
-        monkeypatch.setattr(kernel_source.Kernel, dialect, property(compiler.of))
+    # With a setter that keeps nothing: kernels are cached, and would remember another test's compiler.
+    monkeypatch.setattr(kernel_source.Kernel, "run", property(compiler.of, lambda kernel, run: None))
     monkeypatch.setattr(gpu_token, "compile_layers", lambda function: function)  # OpenCL computes as it is called
     monkeypatch.setattr(import_module("flash_moe_mlx.ops.backend"), "backend", lambda: "metal")
     return compiler

@@ -58,7 +58,6 @@ EXCLUDED = {
     "tests/cli/test_planning.py::test_plan_*": FLOAT32,
     "tests/benchmarks/test_next_layer.py::test_observed_experts_are_those_of_the_engines_trace": FLOAT32,
     "tests/models/test_cpu_decoder.py::*": CPU,
-    "tests/models/test_position_logits.py::test_a_call_for_logits_alone_takes_our_product": CPU,
     "tests/models/test_position_logits.py::test_numbers_that_are_not_finite_are_found_in_a_later_block": CPU,
     "tests/lab/test_quality.py::test_steps_predict_as_decoding_does": CPU,
     "tests/planning/test_plan.py::test_this_machine_is_measured": CPU,

@@ -233,12 +233,11 @@ class HybridModel(nn.Module):
                 are advanced, and the last layer's experts are computed only while a trace is being recorded.
 
         Returns:
-            Logits of shape (B, L or logits_to_keep, vocabulary). With a cache, None, and more than 8 positions in
-            total they are lazy: a prompt's logits that nobody evaluates cost neither time nor memory. If they are
-            evaluated, MLX's product computes them, which is some 50 times slower on a CPU; pass ``logits_to_keep=L``
-            instead. Without a cache nothing but logits remains of a pass, so a CPU computes them at once by its own
-            kernels. The memory limit counts one position per sequence; the caller accounts for the others, or takes
-            them in blocks from `position_logits`.
+            Logits of shape (B, L or logits_to_keep, vocabulary). With None and more than 8 positions in total they are
+            lazy: a prompt's logits that nobody evaluates cost neither time nor memory. If they are evaluated, MLX's
+            product computes them, which is some 50 times slower on a CPU; pass ``logits_to_keep=L`` instead. The memory
+            limit counts one position per sequence; the caller accounts for the others, or takes them in blocks from
+            `position_logits`.
 
         Raises:
             MemoryLimitError: If a pass of this size does not fit into the limit.
@@ -250,14 +249,13 @@ class HybridModel(nn.Module):
         On a GPU with all experts in slots, a single token is lazy, and its errors are raised up to two
         tokens later.
         """
-        alone = cache is None and use_cpu_kernels()  # nothing but logits remains of the pass
         ready, hidden, embedded = self._run(inputs, cache, input_embeddings, logits_to_keep)
         if ready is not None:
             return ready
         assert hidden is not None
         assert embedded is not None
         batch, tokens = hidden.shape[:2]
-        lazy = logits_to_keep is None and batch * tokens > MAX_ROWS and not alone
+        lazy = logits_to_keep is None and batch * tokens > MAX_ROWS
         if lazy:
             logits = self.output_projection.deferred(self.text_model.norm(hidden))
         else:
