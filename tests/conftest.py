@@ -1,5 +1,6 @@
 """Skips what this machine can't run, and says why. Tests compute on the CPU unless they are about a GPU."""
 
+import gc
 from importlib.util import find_spec
 
 import hypothesis
@@ -28,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         for marker, reason in without.items():
             if item.get_closest_marker(marker):
                 item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_collection_finish() -> None:
+    """Keep thousands of tests and all imported modules out of every collection that the library or a test asks for."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

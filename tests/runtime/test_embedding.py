@@ -32,7 +32,7 @@ from ..support.models import VOCABULARY, chat_config, make_converted, smallest_l
 CHILD = Path(__file__).parents[1] / "support" / "embedding_child.py"
 PROMPT = np.random.default_rng(8).integers(1, VOCABULARY, 20).tolist()
 TOKENS = 10
-INTERRUPTS = 200
+INTERRUPTS = 80
 READ_SECONDS = 0.3
 LAYERS = 4
 Loaded = tuple[Model, TokenizerWrapper]
