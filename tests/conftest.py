@@ -31,10 +31,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_collection_finish() -> None:
-    """Keep thousands of tests and all imported modules out of every collection that the library or a test asks for."""
-    gc.collect()
-    gc.freeze()
+def _keep_out_of_collections(item: pytest.Item) -> None:
+    """Freeze what there is before each file of tests: thousands of tests, modules, numba's types.
+
+    A collection that the library or a test asks for took over a second with them, and some ask for dozens.
+    """
+    if item.path != getattr(item.session, "_frozen_before", None):
+        item.session._frozen_before = item.path
+        gc.collect()
+        gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -43,6 +48,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
     References, tolerances and sizes are those of float32 on the CPU, also where MLX would take a GPU by default.
     """
+    _keep_out_of_collections(item)
     import mlx.core as mx
 
     mx.set_default_device(mx.gpu if item.get_closest_marker("gpu") and _has_gpu() else mx.cpu)
