@@ -23,3 +23,8 @@ def test_command_buffers_are_cut_by_operations_alone_unless_the_user_says_otherw
 def test_importing_the_package_loads_no_foreign_function_library():
     code = "import sys, flash_moe_mlx; print('ctypes' in sys.modules or 'flash_moe_mlx.system' in sys.modules)"
     assert _output(code) == "False"
+
+
+def test_importing_the_package_imports_none_of_its_modules():
+    code = "import sys, flash_moe_mlx; print([name for name in sys.modules if name.startswith('flash_moe_mlx.')])"
+    assert _output(code) == "[]"

@@ -14,8 +14,6 @@ import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import progress
-
 if TYPE_CHECKING:
     from .chat.answer import Part
     from .chat.conversation import AnswerEnd, Conversation, ToolCall, ToolOutcome
@@ -151,7 +149,7 @@ def __getattr__(name: str) -> Any:
     """Import a public name on its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    progress.import_tqdm()
+    import_module(f"{__name__}.progress").import_tqdm()
     try:
         value = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
     except ImportError as error:
