@@ -22,13 +22,11 @@ class Rates:
         memory: Bytes of weights per second that the processor or GPU can use.
         source: Bytes of missed experts per second.
         launch: Seconds of the host per GPU launch, what Python does for it included.
-        note: Where they come from.
     """
 
     memory: float
     source: float
     launch: float
-    note: str
 
 
 @dataclass(frozen=True)
@@ -70,14 +68,14 @@ class Row:
         return 1 / sum(self.parts)
 
 
-CPU = Rates(15e9, 4e9, 0, "2 cores of an AMD EPYC: what both dequantise per second; simulated disk of 4 GB/s")
-CPU_8_BIT = Rates(23e9, 4e9, 0, "the same with activations of 8 bits")
-SLOW_DISK = Rates(15e9, 1e9, 0, "the same with a disk of 1 GB/s")
-# A launch costs what makes the first row of the best call and of the last session come out.
-BEST = Rates(
-    4.8e12, 46e9, 18.5e-6, "H200: 4.8 TB/s by its data sheet, 46 GB/s of copies out of mapped files; best call"
-)
-LATER = Rates(4.8e12, 46e9, 27.6e-6, "the same, last session, on a slower host")
+# Two cores of an AMD EPYC: the bytes of weights that both dequantise, and a simulated disk.
+CPU = Rates(15e9, 4e9, 0)
+CPU_8_BIT = Rates(23e9, 4e9, 0)  # the same with activations of 8 bits
+SLOW_DISK = Rates(15e9, 1e9, 0)
+# H200: memory by its data sheet, copies out of mapped files. A launch costs what makes the first row of the best call
+# and of the last session, on a slower host, come out.
+BEST = Rates(4.8e12, 46e9, 18.5e-6)
+LATER = Rates(4.8e12, 46e9, 27.6e-6)
 
 LAUNCHES_35B, LAUNCHES_397B = 30 * 7 + 10 * 10, 45 * 7 + 15 * 10
 FETCHES_35B, FETCHES_397B = LAUNCHES_35B + 40, LAUNCHES_397B + LAYERS_397B

@@ -2,6 +2,7 @@
 
 import gc
 from importlib.util import find_spec
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -31,13 +32,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
+_LAST_FILE = pytest.StashKey[Path]()
+
+
 def _keep_out_of_collections(item: pytest.Item) -> None:
     """Freeze what there is before each file of tests: thousands of tests, modules, numba's types.
 
     A collection that the library or a test asks for took over a second with them, and some ask for dozens.
     """
-    if item.path != getattr(item.session, "_frozen_before", None):
-        item.session._frozen_before = item.path
+    if item.path != item.session.stash.get(_LAST_FILE, None):
+        item.session.stash[_LAST_FILE] = item.path
         gc.collect()
         gc.freeze()
 

@@ -10,6 +10,6 @@ def test_the_page_has_the_table():
 
 
 def test_parts_overlap_or_add_up():
-    row = Row("", Rates(memory=10.0, source=4.0, launch=0.5, note=""), 20.0, 4.0, 6, 0.2, "")
+    row = Row("", Rates(memory=10.0, source=4.0, launch=0.5), 20.0, 4.0, 6, 0.2, "")
     assert row.parts == (1.0, 2.0, 3.0)
     assert (row.overlapped, row.in_turn) == (pytest.approx(1 / 3), pytest.approx(1 / 6))
