@@ -149,7 +149,9 @@ def __getattr__(name: str) -> Any:
     """Import a public name on its first use (PEP 562)."""
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    import_module(f"{__name__}.progress").import_tqdm()
+    from .progress import import_tqdm
+
+    import_tqdm()
     try:
         value = getattr(import_module(f".{_MODULES.get(name, 'errors')}", __name__), name)
     except ImportError as error:
