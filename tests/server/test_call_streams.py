@@ -7,7 +7,7 @@ from typing import Any
 import anthropic
 import pytest
 
-from ..support.chat_models import QWEN3_CODER, QWEN3_NEXT
+from ..support.chat_models import GLM, GPT_OSS, QWEN3_CODER, QWEN3_NEXT
 from ..support.scripted import Script, scripted
 from ..support.serving import client
 
@@ -21,10 +21,17 @@ ASK: Any = [{"role": "user", "content": "Write a file."}]
 PATH = 'a "b" \\ and é 😀'
 ARGUMENTS = {"path": PATH, "count": 3}
 TEXT = json.dumps(ARGUMENTS, ensure_ascii=False)
-JSON_CALL = f'I write.\n<tool_call>\n{{"name": "write_file", "arguments": {json.dumps(ARGUMENTS)}}}\n</tool_call>'
-XML_CALL = (f"I write.\n<tool_call>\n<function=write_file>\n<parameter=path>\n{PATH}\n</parameter>\n"
-            "<parameter=count>\n3\n</parameter>\n</function>\n</tool_call>")  # fmt: skip
-FAMILIES = {"json": (QWEN3_NEXT, JSON_CALL), "xml": (QWEN3_CODER, XML_CALL)}
+ESCAPED = json.dumps(ARGUMENTS)
+JSON_CALL = f'I write.\n<tool_call>\n{{"name": "write_file", "arguments": {ESCAPED}}}\n</tool_call>'
+FAMILIES = {
+    "json": (QWEN3_NEXT, JSON_CALL),
+    "xml": (QWEN3_CODER, "I write.\n<tool_call>\n<function=write_file>\n<parameter=path>\n" + PATH + "\n</parameter>\n"
+            "<parameter=count>\n3\n</parameter>\n</function>\n</tool_call>"),
+    "glm": (GLM, f"I write.\n<tool_call>write_file\n<arg_key>path</arg_key>\n<arg_value>{PATH}</arg_value>\n"
+            "<arg_key>count</arg_key>\n<arg_value>3</arg_value>\n</tool_call>"),
+    "gpt-oss": (GPT_OSS, "<|channel|>commentary to=functions.write_file <|constrain|>json<|message|>"
+                f"{ESCAPED}<|call|>"),
+}  # fmt: skip
 HALF = JSON_CALL[: JSON_CALL.index(" and ")]
 
 
@@ -34,7 +41,7 @@ def serve() -> Iterator[tuple[Any, Script]]:
         yield serving
 
 
-@pytest.mark.parametrize("form", FAMILIES)
+@pytest.mark.parametrize("form", ["json", "xml"])
 def test_chat_completions(serve: Any, form: str):
     """Two calls in one answer."""
     start, script = serve
@@ -52,10 +59,16 @@ def test_chat_completions(serve: Any, form: str):
             assert len(deltas) > 3 and "".join(delta.function.arguments for delta in deltas) == TEXT
 
 
-def test_responses_and_messages(serve: Any):
+@pytest.mark.parametrize("form", ["json", "glm", "gpt-oss"])
+def test_every_api(serve: Any, form: str):
     start, script = serve
-    script.play(QWEN3_NEXT.tokenizer, JSON_CALL, JSON_CALL)
-    with start(QWEN3_NEXT.tokenizer) as address:
+    family, said = FAMILIES[form]
+    script.play(family.tokenizer, said, said, said)
+    with start(family.tokenizer) as address:
+        chunks = client(address).chat.completions.create(model="demo", messages=ASK, tools=[CHAT_TOOL], stream=True)
+        calls = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+        assert len(calls) > 5 and "".join(call.function.arguments for call in calls) == TEXT
+
         with client(address).responses.stream(model="demo", input="Write.", tools=[FUNCTION]) as stream:
             events = list(stream)
         deltas = [event.delta for event in events if event.type == "response.function_call_arguments.delta"]

@@ -9,7 +9,7 @@ from ..errors import RequestError
 from ..runtime.grammar import JSON_OPTIONS, Grammar
 from .coercion import allowed_types, constants_of
 from .dialect import Dialect
-from .syntax import TaggedSyntax
+from .markup import TaggedSyntax
 
 Tool = Mapping[str, Any]
 Compile = Callable[[Grammar], Any]

@@ -5,7 +5,11 @@ import re
 from .answer import BadCall, Kind, Part
 from .calls import Call, NotACallError
 from .dialect import Dialect
-from .syntax import CallSyntax, Tools, UnfinishedError, json_at, skip_space
+from .notation import Head, UnfinishedError, json_at, json_head, skip_space
+from .partial import CallBegun, CallFollower, CallText
+from .syntax import CallSyntax, Tools
+
+_Piece = Part | Call | BadCall | CallBegun | CallText
 
 _SYMBOL = re.compile("([\ud800-\udbff])")
 _CHANNEL = re.compile(r"\s*(\w+)")
@@ -15,22 +19,25 @@ _RECIPIENT = re.compile(r"to=([^\s<]+)")
 class ChannelReader:
     """The words of an answer in gpt-oss's form, symbols in place of its markers."""
 
-    def __init__(self, dialect: Dialect, tools: Tools, prompt: str):
+    def __init__(self, dialect: Dialect, tools: Tools, prompt: str, partial: bool = False):
         """Begin an answer.
 
         Args:
             dialect: The marks.
             tools: Tools that may be called; without any, calls are text.
             prompt: The end of the prompt: it may have begun a message.
+            partial: Whether to give a call's beginning and its arguments as they are written.
         """
         self._symbols = dialect.symbols
         self._syntax = CallSyntax(dialect.symbols, "", "", tools=tools) if tools else None
         self.size = 0
-        self._pieces: list[Part | Call | BadCall] = []
+        self._pieces: list[_Piece] = []
         self._header: str | None = None  # None in a message's body
         self._kind: Kind | None = "text"  # None: the body of a call
         self._recipient = ""
         self._body = ""
+        self._partial = partial
+        self._follower: CallFollower | None = None
         self._fresh = False  # nothing was said yet
         self._given = 0
         begun = prompt.rpartition(dialect.symbols["<|start|>"])
@@ -42,7 +49,7 @@ class ChannelReader:
         self._fresh = self._header is not None and not _SYMBOL.search(self._header)
         self._given = len(self._header or "")
 
-    def pieces(self) -> list[Part | Call | BadCall]:
+    def pieces(self) -> list[_Piece]:
         """Return the pieces since the last time."""
         pieces, self._pieces = self._pieces, []
         return pieces
@@ -73,7 +80,7 @@ class ChannelReader:
             text, self._header, self._kind = self._header[self._given :], None, "text"  # an answer without channels
         self._fresh = False
         if self._kind is None:
-            self._body += text
+            self._more(text)
         else:
             start = self.size + size - len(text)
             self._pieces.append(Part(self._kind, text, start, len(text)))
@@ -81,7 +88,7 @@ class ChannelReader:
     def _marker(self, symbol: str) -> None:
         marker = self._symbols.text(symbol)
         if self._header is None and self._kind is None and self._inside_string():
-            self._body += symbol
+            self._more(symbol)
             return
         if marker == "<|message|>" and self._header is not None:
             self._begin_body(self._header)
@@ -101,8 +108,22 @@ class ChannelReader:
         self._recipient = recipient.group(1) if recipient else ""
         if self._recipient and self._syntax is not None:
             self._kind = None
+            self._follower = CallFollower(self._syntax, self._head) if self._partial else None
         else:
             self._kind = "thinking" if channel and channel.group(1) == "analysis" else "text"
+
+    def _more(self, said: str) -> None:
+        self._body += said
+        if self._follower is not None:
+            self._pieces += self._follower.take(self._body)
+
+    def _head(self, body: str) -> Head | None:
+        assert self._syntax is not None
+        return json_head(self._syntax.call(self._called, {}), body, skip_space(body, 0))
+
+    @property
+    def _called(self) -> str:
+        return self._recipient.removeprefix("functions.")
 
     def _inside_string(self) -> bool:
         try:
@@ -127,9 +148,11 @@ class ChannelReader:
                 return
             else:
                 value = {}
-            self._pieces.append(syntax.call(self._recipient.removeprefix("functions."), value))
+            self._pieces.append(syntax.call(self._called, value))
         except (UnfinishedError, NotACallError) as error:
             words = self._symbols.text(body)
+            if cut and self._follower is not None and self._follower.begun:
+                return  # what was said of the call has been given, and is no text
             if cut:
                 self._pieces.append(Part("text", words, self.size - len(body), len(body)))
             else:

@@ -5,18 +5,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from .gemma import QUOTE, GemmaSyntax
+from .markup import MINIMAX_XML, PairSyntax, TaggedSyntax, XmlSyntax
 from .symbols import Symbols
-from .syntax import (
-    MINIMAX_XML,
-    CallSyntax,
-    ForeignSyntax,
-    MistralSyntax,
-    PairSyntax,
-    SectionSyntax,
-    TaggedSyntax,
-    Tools,
-    XmlSyntax,
-)
+from .syntax import CallSyntax, ForeignSyntax, MistralSyntax, SectionSyntax, Tools
 
 HARMONY = ("<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|call|>", "<|return|>")
 """gpt-oss's markers: its answers are messages on channels."""

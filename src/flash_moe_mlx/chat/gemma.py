@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .calls import MAX_DEPTH, Call, NotACallError, read_json
-from .syntax import Block, CallSyntax, UnfinishedError, skip_space
+from .notation import Head, UnfinishedError, next_item, partly, sign_at, skip_space
+from .syntax import Block, CallSyntax
 
 QUOTE = '<|"|>'
 
@@ -28,7 +29,7 @@ class GemmaSyntax(CallSyntax):
         calls: list[Call] = []
         position = 0
         while header := _HEADER.match(block, position):
-            arguments, position = self._object(block, header.end(), 0)
+            arguments, position = self._notation.value(block, header.end())
             calls.append(self.call(header.group(1), arguments))
         if not calls:
             if self.symbols[self.closing] in block or len(block) > 128:
@@ -36,85 +37,118 @@ class GemmaSyntax(CallSyntax):
             raise UnfinishedError
         return self.after(block, position, calls)
 
-    def _object(self, text: str, position: int, depth: int) -> tuple[dict[str, Any], int]:
-        if depth > MAX_DEPTH:
-            raise NotACallError(f"arguments must be nested at most {MAX_DEPTH} deep, got more")
-        result: dict[str, Any] = {}
-        position = skip_space(text, position + 1)
-        while not text.startswith("}", position):
-            if text.startswith(self.symbols[QUOTE], position):
-                key, position = self._string(text, position)
-                position = self._expect(text, position, ":")
-            elif bare := _BARE_KEY.match(text, position):
-                key, position = bare.group(1), bare.end()
-            elif position >= len(text) or self.symbols[self.closing] not in text[position:]:
-                raise UnfinishedError
-            else:
-                raise NotACallError("arguments must have keys")
-            result[key], position = self._value(text, position, depth)
-            position = self._separated(text, position, "}")
-        return result, position + 1
+    def head(self, text: str, *, bare: bool) -> Head | None:
+        """Return the head of the first call."""
+        header = _HEADER.match(text)
+        return header and Head(self.call(header.group(1), {}), header.end() + 1, self._notation)
 
-    def _list(self, text: str, position: int, depth: int) -> tuple[list[Any], int]:
-        if depth > MAX_DEPTH:
-            raise NotACallError(f"arguments must be nested at most {MAX_DEPTH} deep, got more")
-        result: list[Any] = []
-        position = skip_space(text, position + 1)
-        while not text.startswith("]", position):
-            value, position = self._value(text, position, depth)
-            result.append(value)
-            position = self._separated(text, position, "]")
-        return result, position + 1
+    @property
+    def _notation(self) -> "_GemmaNotation":
+        return _GemmaNotation(self.symbols[QUOTE], self.symbols[self.closing])
 
-    def _value(self, text: str, position: int, depth: int) -> tuple[Any, int]:
-        position = skip_space(text, position)
-        if text.startswith(self.symbols[QUOTE], position):
-            return self._string(text, position)
-        if text.startswith("{", position):
-            return self._object(text, position, depth + 1)
-        if text.startswith("[", position):
-            return self._list(text, position, depth + 1)
-        bare = _BARE_VALUE.match(text, position)
+
+@dataclass(frozen=True)
+class _GemmaNotation:
+    """Arguments as objects with unquoted keys."""
+
+    quote: str
+    closing: str
+    written = False
+
+    def key(self, text: str, position: int) -> tuple[str | None, int]:
+        """Return the next name."""
+        more, position = next_item(text, position, "}")
+        if not more:
+            return None, position
+        if text.startswith(self.quote, position):
+            key, position = self._string(text, position + len(self.quote))
+            position = sign_at(text, position)
+            if text[position] != ":":
+                raise NotACallError("a key must be followed by :")
+            return key, position + 1
+        if bare := _BARE_KEY.match(text, position):
+            return bare.group(1), bare.end()
+        if self.closing not in text[position:]:
+            raise UnfinishedError
+        raise NotACallError("arguments must have keys")
+
+    def opening(self, text: str, position: int) -> tuple[str, int]:
+        """Return the sign that a value begins with."""
+        position = sign_at(text, position)
+        if text.startswith(self.quote, position):
+            return '"', position + len(self.quote)
+        if self.quote.startswith(text[position:]):
+            raise UnfinishedError
+        return (text[position], position + 1) if text[position] in "{[" else ("", position)
+
+    def text_end(self, text: str, position: int) -> tuple[int, int | None]:
+        """Return how far a string is certain; a quote that nothing which may follow a string follows is part of it."""
+        while text.startswith(self.quote, position := partly(text, self.quote, position)):
+            end = position + len(self.quote)
+            if (following := skip_space(text, end)) == len(text):
+                return position, None
+            if text[following] in ",]}:":
+                return position, end
+            position = end
+        return position, None
+
+    def decoded(self, raw: str) -> str:
+        """Return the text as it stands."""
+        return raw
+
+    def value(self, text: str, position: int, depth: int = 0) -> tuple[Any, int]:
+        """Return a whole value."""
+        sign, start = self.opening(text, position)
+        if sign == '"':
+            return self._string(text, start)
+        if sign and depth > MAX_DEPTH:
+            raise NotACallError(f"arguments must be nested at most {MAX_DEPTH} deep, got more")
+        if sign == "{":
+            return self._object(text, start, depth)
+        if sign == "[":
+            return self._list(text, start, depth)
+        bare = _BARE_VALUE.match(text, start)
         if bare is None or bare.end() == len(text):
             raise UnfinishedError
         return self._bare(bare.group()), bare.end()
 
+    def _object(self, text: str, position: int, depth: int) -> tuple[dict[str, Any], int]:
+        members: dict[str, Any] = {}
+        while True:
+            key, position = self.key(text, position)
+            if key is None:
+                return members, position
+            value, position = self.value(text, position, depth + 1)
+            members.setdefault(key, value)
+            position = self._separated(text, position, "}")
+
+    def _list(self, text: str, position: int, depth: int) -> tuple[list[Any], int]:
+        items: list[Any] = []
+        while True:
+            more, position = next_item(text, position, "]")
+            if not more:
+                return items, position
+            value, position = self.value(text, position, depth + 1)
+            items.append(value)
+            position = self._separated(text, position, "]")
+
     def _bare(self, word: str) -> Any:
-        if self.symbols[self.closing] in word:
+        if self.closing in word:
             raise NotACallError("arguments must have an end")
         try:
             return read_json(word)
         except NotACallError:
             return word.strip()
 
-    def _string(self, text: str, position: int) -> tuple[str, int]:
-        """Read a string; a quote inside it is one that nothing which may follow a string follows."""
-        quote = self.symbols[QUOTE]
-        start = end = position + len(quote)
-        while (end := text.find(quote, end)) >= 0:
-            following = skip_space(text, end + len(quote))
-            if following >= len(text):
-                raise UnfinishedError
-            if text[following] in ",]}:":
-                return text[start:end], end + len(quote)
-            end += len(quote)
-        raise UnfinishedError
+    def _string(self, text: str, start: int) -> tuple[str, int]:
+        end, after = self.text_end(text, start)
+        if after is None:
+            raise UnfinishedError
+        return text[start:end], after
 
     def _separated(self, text: str, position: int, end: str) -> int:
-        """Return where the next item or the end is."""
-        position = skip_space(text, position)
-        if position >= len(text):
-            raise UnfinishedError
-        if text.startswith(",", position):
-            return skip_space(text, position + 1)
-        if not text.startswith(end, position):
+        """Return where a comma or the end is."""
+        position = sign_at(text, position)
+        if text[position] not in (",", end):
             raise NotACallError(f"items must be separated by commas, got {text[position : position + 10]!r}")
         return position
-
-    def _expect(self, text: str, position: int, sign: str) -> int:
-        position = skip_space(text, position)
-        if position >= len(text):
-            raise UnfinishedError
-        if not text.startswith(sign, position):
-            raise NotACallError(f"a key must be followed by {sign}")
-        return position + 1

@@ -1,25 +1,21 @@
 """The arguments of a call while the model still writes it, as pieces of the JSON that the whole call will have.
 
 A piece is given only when nothing that follows can change it: a text as far as its end can't have begun, any other
-value when it is whole. Calls in JSON objects, in sections and in functions with parameters are followed; others come
-whole.
+value when it is whole. Objects and lists are followed into. Where calls and their arguments begin is the syntax's to
+tell, and how arguments are written the notation's.
 """
 
 import json
-import re
-from collections.abc import Generator, Mapping
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from .calls import Call, NotACallError, mend_pairs
+from .calls import MAX_DEPTH, Call, NotACallError
 from .coercion import keeps_text, parameters_of
-from .syntax import FENCED, NUMBERED, CallSyntax, SectionSyntax, UnfinishedError, XmlSyntax, json_at, skip_space
+from .notation import Head, Notation, UnfinishedError, next_item
+from .syntax import CallSyntax
 
-_HEAD = re.compile(r'\s*\{\s*"name"\s*:\s*("(?:[^"\\]|\\.)*")\s*,\s*"arguments"\s*:\s*(?=\{)')
 _LONGEST_HEAD = 1000
-_STRING = re.compile(r'(?:[^"\\]+|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*')
-_FIRST_HALF = re.compile(r"(?<!\\)(?:\\\\)*(\\u[dD][89abAB][0-9a-fA-F]{2})\Z")
-_SCALAR = re.compile(r"[-+.\w]*\Z")
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,8 @@ class CallText:
     text: str
 
 
-_Steps = Generator[CallBegun | CallText | None, None, Any]  # None: more of the block is needed
+_T = TypeVar("_T")
+_Steps = Generator[CallBegun | CallText | None, None, _T]  # None: more of the block is needed
 
 
 class CallFollower:
@@ -50,205 +47,142 @@ class CallFollower:
         begun: Whether the beginning of a call was given.
     """
 
-    def __init__(self, syntax: CallSyntax):
+    def __init__(self, syntax: CallSyntax, head: Callable[[str], Head | None]):
         """Begin a block.
 
         Args:
             syntax: The syntax that reads the whole block at its end.
+            head: Returns the head of the block's first call, or None until it is certain.
         """
         self.begun = False
         self._syntax = syntax
-        self._names = syntax.names
+        self._head = head
         self._block = ""
         self._steps = self._follow()
-        self._first = True
 
     def take(self, block: str) -> list[CallBegun | CallText]:
         """Return the pieces that are certain by now.
 
         Args:
-            block: All that was said after the opening marker.
+            block: All that was said of the block.
         """
         self._block = block
         pieces: list[CallBegun | CallText] = []
+        text = ""
         try:
             while (piece := next(self._steps, None)) is not None:
-                pieces.append(piece)
+                if isinstance(piece, CallText):
+                    text += piece.text
+                else:
+                    pieces.append(piece)
         except NotACallError:  # the end of the block tells; after it the steps are over
             pass
+        if text:
+            pieces.append(CallText(text))
         self.begun = self.begun or bool(pieces)
         return pieces
 
-    def _follow(self) -> _Steps:
-        while (head := self._head()) is None:
+    def _follow(self) -> _Steps[None]:
+        while (head := self._head(self._block)) is None:
             if len(self._block) > _LONGEST_HEAD:
                 return
             yield None
-        call, position = head
-        if call.name not in self._names:
-            return
-        yield CallBegun(call)
-        if position < 0:
-            yield from self._parameters(call.name, -position)
-        else:
-            yield from self._members(call.name, position)
+        if head.call.name in self._syntax.names:
+            self._name = head.call.name
+            yield from self._arguments(head)
 
-    def _head(self) -> tuple[Call, int] | None:
-        """Return the call without arguments, and where its JSON begins, or, negative, its parameters."""
-        syntax, block = self._syntax, self._block
-        if isinstance(syntax, SectionSyntax):
-            return _section_head(syntax, block)
-        if not isinstance(syntax, XmlSyntax):
-            return None
-        if objects := _HEAD.match(block):
-            return syntax.call(json.loads(objects.group(1), strict=False), {}), objects.end()
-        function = syntax.form.function.match(block, skip_space(block, 0))
-        return function and (syntax.written_call(function.group(1), {}), -function.end())
-
-    # JSON.
-
-    def _members(self, name: str, position: int) -> _Steps:
-        known: set[str] = set()
-        position += 1
+    def _arguments(self, head: Head) -> _Steps[None]:
+        """Give the arguments in the types of the schema; the call begins with the first."""
+        notation, position, known = head.notation, head.position, set[str]()
+        schema = parameters_of(self._syntax.tools, self._name)
+        read: Callable[..., Call] = self._syntax.written_call if notation.written else self._syntax.call
         while True:
-            position = yield from self._sign(position)
-            if self._block[position] != '"':
+            key, position = yield from self._when_certain(notation.key, position)
+            if key is None:
                 return
-            key, position = yield from self._value(position)
-            position = yield from self._sign(position)
-            if self._block[position] != ":":
-                return
-            position = yield from self._sign(position + 1)
-            if key not in known and self._block[position] == '"' and self._keeps_text(name, key, written=False):
-                position = yield from self._string(name, key, position + 1)
-            else:
-                value, position = yield from self._value(position)
-                if key not in known:
-                    yield self._member(self._syntax.call(name, {key: value}).arguments)
+            if key in known:  # the first of two values counts
+                _, position = yield from self._when_certain(notation.value, position)
+                continue
+            if not known:
+                yield CallBegun(head.call)
+            before = ", " if known else "{"
             known.add(key)
-            position = yield from self._sign(position)
-            if self._block[position] != ",":
-                return
-            position += 1
+            sign, _ = yield from self._when_certain(notation.opening, position)
+            name = str(self._sent(key))
+            if sign in ("{", "[") or (sign and keeps_text(name, schema, written=notation.written)):
+                yield CallText(f"{before}{_json(name)}: ")
+                position = yield from self._value(notation, position, 1)
+            else:
+                value, position = yield from self._when_certain(notation.value, position)
+                yield CallText(before + _json(read(self._name, {key: value}).arguments)[1:-1])
 
-    def _sign(self, position: int) -> Generator[None, None, int]:
-        """Return where the next character that is no white space is."""
-        while (position := skip_space(self._block, position)) == len(self._block):
-            yield None
+    def _value(self, notation: Notation, position: int, depth: int) -> _Steps[int]:
+        """Give a value, texts within it as they grow; returns where it ends."""
+        sign, start = yield from self._when_certain(notation.opening, position)
+        if depth > MAX_DEPTH:
+            raise NotACallError(f"arguments must be nested at most {MAX_DEPTH} deep, got more")
+        if sign == "{":
+            return (yield from self._object(notation, start, depth))
+        if sign == "[":
+            return (yield from self._list(notation, start, depth))
+        if sign:
+            return (yield from self._text(notation, start))
+        value, position = yield from self._when_certain(notation.value, position)
+        yield CallText(_json(self._sent(value)))
         return position
 
-    def _value(self, position: int) -> Generator[None, None, tuple[Any, int]]:
-        """Return a whole value and where it ends."""
+    def _object(self, notation: Notation, position: int, depth: int) -> _Steps[int]:
+        known = set[str]()
+        yield CallText("{")
         while True:
-            if not _SCALAR.match(self._block, position):
-                try:
-                    return json_at(self._block, position)
-                except (UnfinishedError, NotACallError):  # in the middle of a value nobody can tell
-                    pass
-            yield None
-
-    def _string(self, name: str, key: str, position: int) -> Generator[CallText | None, None, int]:
-        """Give a text as it grows; returns where it ends."""
-        yield self._opening(name, key)
-        while True:
-            end = self._string_end(position)
-            if end > position:
-                text = json.loads(f'"{mend_pairs(self._block[position:end])}"', strict=False)
-                yield self._text(name, key, text)
-                position = end
-            if self._block.startswith('"', position):
-                yield CallText('"')
-                return position + 1
-            yield None
-
-    def _string_end(self, position: int) -> int:
-        """Return how far a text is certain: the first half of a pair waits for what follows."""
-        match = _STRING.match(self._block, position)
-        end = position if match is None else match.end()
-        if not self._block.startswith('"', end) and (half := _FIRST_HALF.search(self._block[position:end])):
-            return position + half.start(1)
-        return end
-
-    # Parameters.
-
-    def _parameters(self, name: str, position: int) -> _Steps:
-        assert isinstance(self._syntax, XmlSyntax)
-        form, ending = self._syntax.form, self._syntax.certain_ending
-        known: set[str] = set()
-        while True:
-            position = skip_space(self._block, position)
-            if (parameter := form.parameter.match(self._block, position)) is None:
-                yield None
+            key, position = yield from self._when_certain(notation.key, position)
+            if key is None:
+                yield CallText("}")
+                return position
+            if key in known:
+                _, position = yield from self._when_certain(notation.value, position)
                 continue
-            key, start = parameter.group(1), parameter.end()
-            streams = key not in known and self._keeps_text(name, key, written=True)
-            if streams:
-                yield self._opening(name, key)
-            given, held = 0, start
-            while (end := ending.search(self._block, held)) is None:
-                held = self._held(held)
-                value = self._value_of(start, held)
-                if streams and len(value) > given:
-                    yield self._text(name, key, value[given:])
-                    given = len(value)
-                yield None
-            value, position = self._value_of(start, end.start()), end.end()
-            if streams:
-                if len(value) > given:
-                    yield self._text(name, key, value[given:])
-                yield CallText('"')
-            elif key not in known:
-                yield self._member(self._syntax.written_call(name, {key: value}).arguments)
+            yield CallText(f"{', ' if known else ''}{_json(self._sent(key))}: ")
             known.add(key)
+            position = yield from self._value(notation, position, depth + 1)
 
-    def _value_of(self, start: int, end: int) -> str:
-        assert isinstance(self._syntax, XmlSyntax)
-        value = self._block[start:end]
-        return value.removeprefix("\n") if self._syntax.form.lines else value
+    def _list(self, notation: Notation, position: int, depth: int) -> _Steps[int]:
+        before = ""
+        yield CallText("[")
+        while True:
+            more, position = yield from self._when_certain(lambda text, at: next_item(text, at, "]"), position)
+            if not more:
+                yield CallText("]")
+                return position
+            yield CallText(before)
+            before = ", "
+            position = yield from self._value(notation, position, depth + 1)
 
-    def _held(self, position: int) -> int:
-        """Return where the end of a parameter may begin, at or after a position."""
-        assert isinstance(self._syntax, XmlSyntax)
-        block, form = self._block, self._syntax.form
-        if (found := block.find(form.parameter_end, position)) < 0:
-            sizes = range(min(len(form.parameter_end) - 1, len(block) - position), 0, -1)
-            size = next((size for size in sizes if block.endswith(form.parameter_end[:size])), 0)
-            found = len(block) - size
-        return found - 1 if form.lines and found > position and block[found - 1] == "\n" else found
+    def _text(self, notation: Notation, position: int) -> _Steps[int]:
+        yield CallText('"')
+        while True:
+            certain, end = notation.text_end(self._block, position)
+            if certain > position:
+                yield CallText(_json(self._sent(notation.decoded(self._block[position:certain])))[1:-1])
+                position = certain
+            if end is not None:
+                yield CallText('"')
+                return end
+            yield None
 
-    # Pieces.
+    def _when_certain(self, read: Callable[[str, int], _T], position: int) -> Generator[None, None, _T]:
+        """Return what is at a position as soon as that can be told."""
+        while True:
+            try:
+                return read(self._block, position)
+            except UnfinishedError:
+                yield None
 
-    def _keeps_text(self, name: str, key: str, *, written: bool) -> bool:
-        return keeps_text(self._key(name, key), parameters_of(self._syntax.tools, name), written=written)
-
-    def _key(self, name: str, key: str) -> str:
-        return next(iter(self._syntax.call(name, {key: ""}).arguments))
-
-    def _opening(self, name: str, key: str) -> CallText:
-        return CallText(self._member({self._key(name, key): ""}).text[:-1])
-
-    def _text(self, name: str, key: str, text: str) -> CallText:
-        (value,) = self._syntax.call(name, {key: text}).arguments.values()
-        return CallText(json.dumps(value, ensure_ascii=False)[1:-1])
-
-    def _member(self, arguments: Mapping[str, Any]) -> CallText:
-        before, self._first = "{" if self._first else ", ", False
-        return CallText(before + json.dumps(arguments, ensure_ascii=False)[1:-1])
+    def _sent(self, value: Any) -> Any:
+        """Return a value as the whole call will have it, apart from its type."""
+        (sent,) = self._syntax.call(self._name, {"": [value]}).arguments[""]
+        return sent
 
 
-def _section_head(syntax: SectionSyntax, block: str) -> tuple[Call, int] | None:
-    begin, separator = syntax.symbols[syntax.begin], syntax.symbols[syntax.separator]
-    position = skip_space(block, 0)
-    if not block.startswith(begin, position) or (found := block.find(separator, position)) < 0:
-        return None
-    header = syntax.symbols.text(block[position + len(begin) : found]).strip()
-    position = skip_space(block, found + len(separator))
-    if fenced := FENCED.match(block, position):
-        position = fenced.end()
-    if not block.startswith("{", position):
-        return None
-    if fenced:
-        return syntax.call(fenced.group(1), {}), position
-    if numbered := NUMBERED.fullmatch(header):
-        return syntax.call(numbered.group(1), {}, header), position
-    return syntax.call(header, {}), position
+def _json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -7,6 +7,7 @@ its grammar.
 
 import re
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from mlx_lm.generate import TextStateMachine
@@ -17,8 +18,9 @@ from .calls import Call, NotACallError
 from .channels import ChannelReader
 from .dialect import Dialect, dialect_of
 from .inline_thinking import SpokenMarkers
+from .notation import UnfinishedError
 from .partial import CallBegun, CallFollower, CallText
-from .syntax import Block, CallSyntax, Tools, UnfinishedError
+from .syntax import Block, CallSyntax, Tools
 from .text import AnswerText
 
 Piece = Part | Call | BadCall | CallBegun | CallText
@@ -68,7 +70,7 @@ class AnswerReader:
         self._spoken = SpokenMarkers(tokenizer, "" if dialect.channels else dialect.think_end)
         self._words: _Words | ChannelReader
         if dialect.channels:
-            self._words = ChannelReader(dialect, tools, self._said(tokenizer, prompt))
+            self._words = ChannelReader(dialect, tools, self._said(tokenizer, prompt), partial)
         else:
             self._words = _Words(dialect, thinking_at_end(tokenizer, prompt), called, partial)
 
@@ -145,6 +147,7 @@ class _Words:
     def finish(self, *, cut: bool) -> None:
         """Let go of what is held back, at the answer's end."""
         given = self._block is not None and self._follower is not None and self._follower.begun
+        self._partial = False  # words that are looked at again hold whole calls alone
         before = len(self._pieces)
         while self._block is not None:
             self._finish_block(cut)
@@ -250,8 +253,10 @@ class _Words:
 
     def _begin_block(self, opening: str, start: int, text: str = "") -> None:
         self._block, self._opening, self._block_start = text, opening, start
-        follows = self._partial and self._where != "thinking" and not self._is_bare
-        self._follower = CallFollower(self._required_syntax) if follows else None
+        self._follower = None
+        if self._partial and self._where != "thinking":
+            syntax = self._required_syntax
+            self._follower = CallFollower(syntax, partial(syntax.head, bare=self._is_bare))
         if text:
             self._try_block(len(text))
 
@@ -276,7 +281,7 @@ class _Words:
 
     def _follow(self, block: str) -> None:
         if self._follower is not None:
-            self._pieces += self._follower.take(block)
+            self._pieces += self._follower.take(self._opening + block if self._is_bare else block)
 
     @property
     def _closing(self) -> str:
