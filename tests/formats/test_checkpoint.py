@@ -308,8 +308,8 @@ CONTRADICTIONS: dict[str, tuple[dict[str, Any], type[CheckpointError], str]] = {
     "more layers": ({"num_hidden_layers": 6}, MissingTensorError, "all 6 layers .* layer 4 has none"),
     "absurdly more layers": ({"num_hidden_layers": 10**9}, MissingTensorError, "layer 4 has none"),
     "fewer layers": ({"num_hidden_layers": 3}, CorruptError, "got 3 and experts in layer 3"),
-    "gptq": (
-        {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 64}}, UnsupportedModelError, "'gptq'",
+    "hqq": (
+        {"quantization_config": {"quant_method": "hqq", "bits": 4, "group_size": 64}}, UnsupportedModelError, "'hqq'",
     ),
     "bitnet": ({"quantization_config": {"quant_method": "bitnet"}}, UnsupportedModelError, "'bitnet'"),
     "unknown mode": ({"quantization": {"mode": "nf4", "bits": 4, "group_size": 64}}, UnsupportedModelError, "'nf4'"),
@@ -417,7 +417,7 @@ def test_experts_that_differ(tmp_path: Path):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("model.layers.0.mlp.experts.0.gate_proj.qweight", "qweight"),
+        ("model.layers.0.mlp.experts.0.gate_proj.absmax", "absmax"),
         ("model.layers.0.mlp.experts.0.gate_proj.weight_zero_point", "weight_zero_point"),
         ("model.layers.0.mlp.experts.gate_up_proj_zeros", "gate_up_proj_zeros"),
         ("model.layers.0.block_sparse_moe.experts.0.w4.weight", "w4.weight"),

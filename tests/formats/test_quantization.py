@@ -125,8 +125,12 @@ def test_other_modes_of_mlx(mode: str, bits: int, group_size: int):
 
 
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
-    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 128}}, "'gptq'"),
-    "awq": ({"quantization_config": {"quant_method": "awq", "bits": 4}}, "'awq'"),
+    "gptq": ({"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": -1}}, "in groups of -1"),
+    "gptq out of order": ({"quantization_config": {"quant_method": "gptq", "desc_act": True}}, "got 'desc_act"),
+    "gptq of marlin": ({"quantization_config": {"quant_method": "gptq", "is_marlin_format": True}}, "got 'marlin'"),
+    "gptq of bitblas": ({"quantization_config": {"quant_method": "gptq", "checkpoint_format": "bitblas"}}, "'bitblas'"),
+    "awq": ({"quantization_config": {"quant_method": "awq", "version": "gemv"}}, "AutoAWQ's gemm .* got 'gemv'"),
+    "awq 3": ({"quantization_config": {"quant_method": "awq", "version": 3}}, "got 3"),
     "in text_config": ({"text_config": {"quantization_config": {"quant_method": "bitnet"}}}, "'bitnet'"),
     "modelopt": ({"quantization_config": {"quant_method": "modelopt", "quant_algo": "FP8"}}, "modelopt, FP8"),
     "compressed-tensors": (

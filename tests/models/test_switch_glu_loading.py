@@ -173,7 +173,7 @@ def without_gates(tensors: Tensors) -> Tensors:
 
 
 NF4 = {"quantization": {"group_size": 64, "bits": 4, "mode": "nf4"}}
-AWQ = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 128}}
+HQQ = {"quantization_config": {"quant_method": "hqq", "bits": 4, "group_size": 128}}
 REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] = {
     "dense": (
         "mixtral",
@@ -189,7 +189,7 @@ REFUSALS: dict[str, tuple[str, dict[str, Any], Any, type[FlashMoEError], str]] =
     "fc1 and up_proj": ("mixtral", {}, renamed("gate_proj", "fc1"), CorruptError, "must have one set of experts"),
     "fc1 for SwitchGLU": ("mixtral", {}, without_gates, MissingTensorError, "must have a gate projection"),
     "unknown mode": ("gpt_oss", NF4, None, UnsupportedModelError, "int4 or fp8, got .nf4."),
-    "awq": ("gpt_oss", AWQ, None, UnsupportedModelError, "got method 'awq'"),
+    "hqq": ("gpt_oss", HQQ, None, UnsupportedModelError, "got method 'hqq'"),
     "other layers": ("qwen3_moe", {"mlp_only_layers": []}, None, UnsupportedModelError, r"in the layers \[0, 2\]"),
     "tensor missing": (
         "olmoe",

@@ -8,10 +8,12 @@ and NVFP4; DeepSeek's for block FP8.
 import json
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 from .checkpoints import Tensors
@@ -30,6 +32,8 @@ NEMOTRON = {
     "norm_topk_prob": True, "routed_scaling_factor": 1.5, "model_type": "nemotron_h", "mlp_hidden_act": "relu2",
 }  # fmt: skip
 NVFP4_LIMIT = 448 * 6
+GROUP = 32  # weights that share a scale in AWQ and GPTQ here; 128 as published
+AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
 def _config(model_type: str) -> dict[str, Any]:
@@ -177,6 +181,61 @@ def with_global_scales(tensors: Tensors) -> Tensors:
     return dense
 
 
+def _asymmetric(weight: mx.array, bits: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Codes (out, in), zeros and float16 scales (out, groups), in groups of `GROUP`."""
+    groups = np.array(weight.astype(mx.float32)).reshape(weight.shape[0], -1, GROUP)
+    low, high = np.minimum(groups.min(-1), 0), np.maximum(groups.max(-1), 0)
+    scales = np.maximum((high - low) / (2**bits - 1), 1e-4).astype(np.float16)
+    zeros = np.clip(np.round(-low / scales), 0, 2**bits - 1).astype(np.uint32)
+    codes = np.clip(np.round(groups / scales[..., None]) + zeros[..., None], 0, 2**bits - 1)
+    return codes.reshape(weight.shape).astype(np.uint32), zeros, scales
+
+
+def _words(codes: np.ndarray, order: list[int]) -> mx.array:
+    """Pack each run of codes along the last axis into one word: the n-th field, from the lowest, is code order[n]."""
+    runs = codes.reshape(*codes.shape[:-1], -1, len(order))
+    words = np.zeros(runs.shape[:-1], np.uint32)
+    for place, index in enumerate(order):
+        words |= runs[..., index] << np.uint32(32 // len(order) * place)
+    return mx.array(words.view(np.int32))
+
+
+def awq(module: str, weight: mx.array) -> Tensors:
+    """AutoAWQ's gemm form: eight outputs a word, interleaved."""
+    codes, zeros, scales = _asymmetric(weight, 4)
+    return {
+        f"{module}.qweight": _words(codes.T, AWQ_ORDER),
+        f"{module}.qzeros": _words(zeros.T, AWQ_ORDER),
+        f"{module}.scales": mx.array(scales.T.copy()),
+    }
+
+
+def gptq(module: str, weight: mx.array, bits: int = 4, *, version: int = 1) -> Tensors:
+    """AutoGPTQ's form: inputs a word, in order; zeros along the outputs, minus one in version 1."""
+    codes, zeros, scales = _asymmetric(weight, bits)
+    order = list(range(32 // bits))
+    stored = (zeros - (version == 1)) & np.uint32(2**bits - 1)
+    return {
+        f"{module}.qweight": mx.contiguous(_words(codes, order).T),
+        f"{module}.qzeros": _words(stored.T, order),
+        f"{module}.scales": mx.array(scales.T.copy()),
+        f"{module}.g_idx": mx.array(np.arange(weight.shape[1], dtype=np.int32) // GROUP),
+    }
+
+
+def with_attention(names: dict[str, str], experts: Experts) -> Callable[[Tensors], Tensors]:
+    """Experts one by one, and attention's projections in the same form."""
+
+    def make(tensors: Tensors) -> Tensors:
+        made: Tensors = {}
+        for name, value in numbered(names, experts)(tensors).items():
+            module = name.removesuffix(".weight")
+            made |= experts(module, value) if re.search(r"self_attn\.[qkvo]_proj\.weight", name) else {name: value}
+        return made
+
+    return make
+
+
 OWN = {name: name for name in ("gate_proj", "up_proj", "down_proj")}
 W123 = {"gate_proj": "w1", "up_proj": "w3", "down_proj": "w2"}
 COMPRESSED = {"quant_method": "compressed-tensors", "format": "pack-quantized"}
@@ -207,6 +266,17 @@ FOREIGN: dict[str, Layout] = {
 """More LAYOUTS, of experts that mlx-lm can't read."""
 GLOBAL_SCALES: Layout = ("qwen3_moe", with_global_scales, None)
 """mlx-lm reads these, and multiplies with them on a GPU only."""
+
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": GROUP, "version": "gemm", "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "checkpoint_format": "gptq"}
+PACKED_FIRST: dict[str, Layout] = {
+    "AWQ": ("qwen3_moe", with_attention(OWN, awq), AWQ),
+    "AWQ of Mixtral": ("mixtral", numbered(W123, awq), AWQ),
+    "GPTQ": ("qwen3_moe", with_attention(OWN, gptq), GPTQ),
+    "GPTQ of 8 bits": ("deepseek_v3", numbered(OWN, partial(gptq, bits=8)), {**GPTQ, "bits": 8}),
+    "GPTQ 2": ("qwen3_next", with_attention(OWN, partial(gptq, version=2)), {**GPTQ, "checkpoint_format": "gptq_v2"}),
+}
+"""Forms that are rewritten before they are streamed. mlx-lm opens none of these with quantised experts."""
 
 
 def write_layout(directory: Path, layout: Layout, *, shards: int = 1) -> Path:

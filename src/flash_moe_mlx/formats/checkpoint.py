@@ -18,6 +18,7 @@ from .expert_names import UNREAD, parse_name
 from .expert_tensors import Found, Part, Parts, layer_parts, resolve
 from .packed_format import Manifest, PackedLayer, payload_bytes, read_layer, read_manifest
 from .quantization import QuantizationSettings, Stored, mlx_name
+from .repacking import REPACKED_PARTS, affine_parts
 from .safetensors_header import TensorInfo, brief
 from .schemes import part_names
 from .shards import read_shards
@@ -76,6 +77,7 @@ class Checkpoint:
         format: "mlx", "hf-fused", "hf-per-expert" or "packed".
         expert_files: Files that contain routed experts.
         manifest: Manifest of a packed checkpoint; None for others.
+        packing: Order in which AWQ or GPTQ packed weights, one of `repacking`'s methods; None for other checkpoints.
     """
 
     directory: Path
@@ -86,6 +88,7 @@ class Checkpoint:
     format: str
     expert_files: tuple[Path, ...]
     manifest: Manifest | None
+    packing: str | None
 
     def __init__(
         self,
@@ -105,6 +108,7 @@ class Checkpoint:
         self.config = MappingProxyType(config)
         self.tensors = MappingProxyType(dict(tensors))
         settings = QuantizationSettings(config)  # first: it names what another tool quantised
+        self.packing = settings.packing
         experts: dict[int, dict[tuple[str, str], dict[int | None, TensorInfo]]] = {}
         dense: dict[str, TensorInfo] = {}
         formats: dict[str, str] = {}
@@ -156,7 +160,7 @@ class Checkpoint:
         else:
             self._layers = {layer: self._layer(layer, experts[layer], settings, layouts) for layer in self.moe_layers}
         self._quantizations = self._resolve_dense(settings)
-        self._modules = {mlx_name(name): name for name in self.tensors}
+        self._modules = {mlx_name(name.replace(".qweight", ".weight")): name for name in self.tensors}
         self.expert_files = tuple(
             sorted({info.path for layer in self._layers.values() for part in layer.parts for info in part.infos})
         )
@@ -207,8 +211,10 @@ class Checkpoint:
 
         Raises:
             RequestError: If there is no such layer or expert, or its record is in another rank's share.
+            UnsupportedModelError: If experts must be packed before they can be streamed.
         """
         where = self._layer_of(layer)
+        self.require_streamable()
         if not 0 <= expert < where.num_experts:
             raise RequestError(
                 f"[Checkpoint] layer {layer} has experts 0 to {where.num_experts - 1}, got {expert}. "
@@ -235,6 +241,19 @@ class Checkpoint:
                 ranges.append(ByteRange(path, offset, slot.offset, slot.span_bytes))
         return tuple(ranges)
 
+    @property
+    def is_streamable(self) -> bool:
+        """Whether experts' bytes are read as they are stored; AWQ's and GPTQ's are not until they are packed."""
+        return not any(part.recipe for layer in self._layers.values() for part in layer.parts)
+
+    def require_streamable(self) -> None:
+        """Raise UnsupportedModelError if experts must be packed first."""
+        if not self.is_streamable:
+            raise UnsupportedModelError(
+                f"[{self.directory.name}] experts must be packed in MLX's order, got AWQ's or GPTQ's. Rewrite them "
+                f'once, without loss: "flash-moe pack SOURCE DESTINATION --bits unchanged".'
+            )
+
     def parts(self, layer: int) -> tuple[Part, ...]:
         """Return the location of each part of a layer's records, in the layout's order.
 
@@ -252,8 +271,8 @@ class Checkpoint:
         Raises:
             MissingTensorError: If the checkpoint has no such module.
         """
-        stored = self._modules.get(f"{module}.weight", f"{module}.weight").removesuffix(".weight")
-        if f"{stored}.weight" in self.dense:
+        stored = self._modules.get(f"{module}.weight", f"{module}.weight").rpartition(".")[0]
+        if f"{stored}.weight" in self.dense or f"{stored}.qweight" in self.dense:
             return self._quantizations.get(stored)
         key = parse_name(f"{module}.weight") or parse_name(module)
         if key is None or key.layer not in self._layers:
@@ -337,7 +356,7 @@ class Checkpoint:
         layouts: dict[object, RecordLayout],
     ) -> _Layer:
         where = f"{self.directory.name} layer {layer}"
-        num_experts, parts = layer_parts(self.format, where, found, self._num_experts())
+        num_experts, parts = layer_parts(self.format, where, found, self._num_experts(), settings.packing)
         quantizations = resolve(where, found, parts, settings)
         self._check_sizes(where, parts)
         specs = {key: (part.dtype, part.shape) for key, part in parts.items()}
@@ -389,11 +408,15 @@ class Checkpoint:
         result = {}
         for name in self.dense:
             module, _, part = name.rpartition(".")
-            if part not in part_names() or module in result or self._is_of_another_tool(module):
+            if (part not in part_names() and part != "qweight") or module in result or self._is_of_another_tool(module):
                 continue
-            tensors = {
-                p: Stored(info.dtype, info.shape) for p in part_names() if (info := self.dense.get(f"{module}.{p}"))
-            }
+            names = (*part_names(), *REPACKED_PARTS)
+            own = {p: info for p in names if (info := self.dense.get(f"{module}.{p}"))}
+            tensors = {p: Stored(info.dtype, info.shape) for p, info in own.items()}
+            if "qweight" in own:
+                packed = {p: ("U32" if info.dtype == "I32" else info.dtype, info.shape) for p, info in own.items()}
+                made = affine_parts(module, packed, self.packing)
+                tensors = {p: Stored(dtype, shape) for p, (dtype, shape, _) in made.items()}
             hidden = self.setting("hidden_size") if module.rpartition(".")[2] in _READS_HIDDEN else None
             result[module] = settings.resolve(module, (mlx_name(module), module), tensors, hidden, exact=False)
         return result

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 from ..errors import UnsupportedModelError
 from .expert_layout import PROJECTIONS, record_parts
+from .repacking import REPACKED_PARTS
 from .safetensors_header import brief
 
 UNREAD = ""
@@ -32,6 +33,7 @@ _FUSED = {
 }
 _GRANITE = {"input_linear": "gate_up_proj", "output_linear": "down_proj"}
 _OTHER_TOOLS = {
+    **{part: part for part in REPACKED_PARTS},
     "weight_packed": "weight",
     "weight_scale": "scales",
     "weight_shape": UNREAD,
@@ -49,7 +51,7 @@ class ExpertTensor:
         layer: Number of the layer.
         expert: Number of the expert; None if experts are stacked.
         projection: One of `PROJECTIONS`, or "gate_up_proj".
-        part: One of `record_parts`, or `UNREAD`.
+        part: One of `record_parts` or of `REPACKED_PARTS`, or `UNREAD`.
     """
 
     format: str

@@ -8,12 +8,32 @@ from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
 from .expert_layout import DTYPE_BYTES, PROJECTIONS, Quantization, View
 from .expert_names import name_in, parse_name
 from .quantization import QuantizationSettings, Stored, mlx_name
+from .repacking import REPACKED_PARTS, affine_parts
 from .safetensors_header import TensorInfo, brief, some
 from .schemes import FLOAT_DTYPES, factor_names
 
 _AGAIN = "Download the checkpoint again."
 _PACKED_AS = {"I32": "U32", "F8_E4M3": "U8", "F8_E8M0": "U8"}
 """Integer dtypes used for other tools' dtypes: only bytes are read, and the quantisation gives them a meaning."""
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """The tensors that an affine part is computed from.
+
+    Attributes:
+        method: One of `repacking`'s methods.
+        part: "weight", "scales" or "biases".
+        tensors: Each expert's tensor, by the names that `repacking` has for them.
+    """
+
+    method: str
+    part: str
+    tensors: Mapping[str, tuple[TensorInfo, ...]]
+
+    def of(self, expert: int) -> dict[str, TensorInfo]:
+        """Return an expert's tensors."""
+        return {name: infos[expert] for name, infos in self.tensors.items()}
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +47,7 @@ class Part:
         first: Byte of the tensor, or of an expert's slice, at which the part begins.
         stride: Bytes from expert to expert in the stacked tensor.
         view: Position of the part in an expert's slice if it isn't contiguous, else None.
+        recipe: How it is computed from other tensors; None if it is stored as it is.
     """
 
     infos: tuple[TensorInfo, ...]
@@ -35,10 +56,17 @@ class Part:
     first: int = 0
     stride: int = 0
     view: View | None = None
+    recipe: Recipe | None = None
 
     def locate(self, expert: int) -> tuple[Path, int]:
         info = self.infos[0] if self.stride else self.infos[expert]
         return info.path, info.offset + self.first + expert * self.stride
+
+    def files(self, expert: int) -> frozenset[Path]:
+        """Return the files that hold an expert's part."""
+        if self.recipe:
+            return frozenset(info.path for info in self.recipe.of(expert).values())
+        return frozenset({self.locate(expert)[0]})
 
 
 Found = Mapping[tuple[str, str], Mapping[int | None, TensorInfo]]
@@ -48,7 +76,9 @@ Parts = dict[tuple[str, str], Part]
 """A layer's record, by (projection, part)."""
 
 
-def layer_parts(format: str, where: str, found: Found, expected: int | None) -> tuple[int, Parts]:
+def layer_parts(
+    format: str, where: str, found: Found, expected: int | None, packing: str | None = None
+) -> tuple[int, Parts]:
     """Return the number of experts of a layer, and the location of each part of their records.
 
     Args:
@@ -56,6 +86,7 @@ def layer_parts(format: str, where: str, found: Found, expected: int | None) -> 
         where: Beginning of messages.
         found: The layer's expert tensors, at least one.
         expected: config.json's number of experts, or None.
+        packing: AWQ's or GPTQ's order by config.json, or None.
 
     Raises:
         MissingTensorError: If an expert's tensor is absent.
@@ -68,6 +99,7 @@ def layer_parts(format: str, where: str, found: Found, expected: int | None) -> 
         num_experts, parts = _fused_parts(where, example, found)
     else:
         num_experts, parts = _per_expert_parts(where, example, found, expected)
+        parts = _repacked(where, parts, packing)
     if expected is not None and expected != num_experts:
         raise CorruptError(f"[{where}] must have the {expected} experts of config.json, got {num_experts}. {_AGAIN}")
     return num_experts, parts
@@ -207,7 +239,7 @@ def _per_expert_parts(where: str, example: str, found: Found, expected: int | No
         (
             f"{stem}.{number}.{name_in(projection, example)}.{part}"
             for number in range(num_experts)
-            for projection, part in sorted({*found, *((projection, "weight") for projection in projections)})
+            for projection, part in sorted({*found, *((p, _weight_name(p, found)) for p in projections)})
             if number not in found.get((projection, part), {})
         ),
     )
@@ -215,7 +247,7 @@ def _per_expert_parts(where: str, example: str, found: Found, expected: int | No
     for key, by_number in found.items():
         infos = tuple(by_number[number] for number in range(num_experts))
         for info in infos:
-            if key[1] in ("weight", "scales", "weight_scale_inv"):
+            if key[1] in ("weight", "scales", "weight_scale_inv", "qweight", "qzeros"):
                 _check_rank(info, 2)
             if (info.dtype, info.shape) != (infos[0].dtype, infos[0].shape):
                 raise CorruptError(
@@ -225,6 +257,23 @@ def _per_expert_parts(where: str, example: str, found: Found, expected: int | No
         shape = () if infos[0].shape == (1,) and key[1] in factor_names() else infos[0].shape
         parts[key] = _packed_words(Part(infos, _PACKED_AS.get(infos[0].dtype, infos[0].dtype), shape))
     return num_experts, parts
+
+
+def _weight_name(projection: str, found: Found) -> str:
+    return "qweight" if (projection, "qweight") in found else "weight"
+
+
+def _repacked(where: str, parts: Parts, packing: str | None) -> Parts:
+    """Replace the parts of projections that AWQ or GPTQ packed by MLX's, computed from them."""
+    others = {projection for projection, part in parts if part in REPACKED_PARTS}
+    result = {key: part for key, part in parts.items() if key[0] not in others or key[1] == "bias"}
+    for projection in sorted(others):
+        own = {part: parts[projection, part] for p, part in parts if p == projection and part != "bias"}
+        tensors = {name: (part.dtype, part.shape) for name, part in own.items()}
+        for name, (dtype, shape, needs) in affine_parts(f"{where} {projection}", tensors, packing).items():
+            recipe = Recipe(str(packing), name, {need: own[need].infos for need in needs})
+            result[projection, name] = Part(own[needs[0]].infos, dtype, shape, recipe=recipe)
+    return result
 
 
 def _packed_words(part: Part) -> Part:

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import CheckpointError, CorruptError, MissingTensorError, UnsupportedModelError
 from .expert_layout import Quantization
-from .other_tools import mlx_section
+from .other_tools import mlx_section, packing_method
 from .safetensors_header import brief
 from .schemes import AFFINE, FLOAT_DTYPES, SCHEMES, Scheme, matching, modes_in_words, part_names
 
@@ -34,13 +34,15 @@ class QuantizationSettings:
 
     Attributes:
         default: Bits and group size asked for, or None.
+        packing: Order in which AWQ or GPTQ packed the weights; None for other tools.
     """
 
     def __init__(self, config: Mapping[str, Any]):
         """Parse config.json. Raises UnsupportedModelError for unknown modes and methods, CorruptError for bad ones."""
         section = config.get("quantization")
+        self.packing: str | None = None
         if section is None:
-            section = _hugging_face_section(config)
+            section, self.packing = _hugging_face_section(config)
         self.default: Quantization | None = None
         self._entries: dict[str, bool | dict[str, Any]] = {}
         self._aliases: dict[str, str] = {}
@@ -239,13 +241,13 @@ def _entry(path: str, entry: Mapping[str, Any], *, partial: bool) -> Quantizatio
     return Quantization(bits, group_size, scheme.mode)
 
 
-def _hugging_face_section(config: Mapping[str, Any]) -> Any:
-    """Return ``quantization_config``, which is MLX's own copy or another tool's, as a section of MLX's form."""
+def _hugging_face_section(config: Mapping[str, Any]) -> tuple[Any, str | None]:
+    """Return ``quantization_config``, MLX's own copy or another tool's, in MLX's form; and AWQ's or GPTQ's order."""
     text = config.get("text_config")
     section = config.get("quantization_config")
     if section is None and isinstance(text, dict):
         section = text.get("quantization_config")
     if not isinstance(section, dict):
-        return section
+        return section, None
     own = {"bits", "group_size"} <= section.keys() and not {"quant_method", "quant_algo"} & section.keys()
-    return section if own else mlx_section(section)
+    return (section, None) if own else (mlx_section(section), packing_method(section))

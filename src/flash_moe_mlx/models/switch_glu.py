@@ -295,6 +295,8 @@ def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:
             if part.part in (*AFFINE.parts, "bias")  # not other tools' names, which sanitize may know too
         }
     experts: dict[str, mx.array] = {}
+    if not checkpoint.is_streamable:  # their names would be taken for others
+        return experts
     for path in checkpoint.expert_files:
         experts |= {name: value for name, value in mx.load(str(path)).items() if parse_name(name)}
     return experts

@@ -12,17 +12,19 @@ from io import StringIO
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx.utils import tree_flatten
 from mlx_lm.convert import MODEL_CONVERSION_DTYPES
 from mlx_lm.models.switch_layers import SwitchGLU, SwitchMLP
-from mlx_lm.utils import _get_classes, quantize_model
+from mlx_lm.utils import _get_classes, infer_quant_config, quantize_model
 
 from ..errors import CorruptError, MissingTensorError, UnsupportedModelError
 from ..formats.checkpoint import Checkpoint, layer_number
 from ..formats.expert_layout import Quantization
 from ..formats.foreign import ForeignCode, say
+from ..formats.quantization import QuantizationSettings
 from ..formats.safetensors_header import TensorInfo
-from ..models.foreign_dense import dequantised
+from ..models.foreign_dense import check_group_order, dequantised
 from ..models.model_arguments import check_arguments, refuse, refuse_weights
 from ..ops.quantized import mlx_arguments
 from ..ops.slot_memory import DTYPE_NAMES, MLX_DTYPES
@@ -76,9 +78,16 @@ class MlxLmDense:
                 f"[config.json] mlx-lm's model must have a SwitchGLU in each of {len(checkpoint.moe_layers)} layers, "
                 f'got {len(self._experts)}. Convert it with mlx_lm.convert first, or use dense="keep".'
             )
+        if quantization and any(name.endswith(".qweight") for name in checkpoint.dense):
+            raise UnsupportedModelError(
+                f"[{checkpoint.directory.name}] dense tensors must not be quantised yet, got AWQ's or GPTQ's. Leave "
+                "dense out, which keeps them."
+            )
         stored = self._lazy()
         by_identity = {id(value): checkpoint.tensors[name] for name, value in stored.items() if name in self._as_stored}
         weights = self._sanitize(stored)
+        if checkpoint.packing is not None:
+            self._quantise_as_stored(weights)
         expected = {name: value.shape for name, value in tree_flatten(self._model.parameters())}
         expected = {name: shape for name, shape in expected.items() if not name.startswith(self._experts)}
         if missing := sorted(expected.keys() - weights.keys()):
@@ -104,6 +113,8 @@ class MlxLmDense:
         for key in ("_name_or_path", "vision_config"):  # as mlx_lm's save_config
             config.pop(key, None)
         config.pop("quantization_config", None)
+        if section is None and checkpoint.packing is not None:
+            section = self._stated()
         if section:
             config["quantization"] = config["quantization_config"] = section
         self.config: dict[str, Any] = dict(sorted(config.items()))
@@ -113,6 +124,7 @@ class MlxLmDense:
 
         The checkpoint's files are read again: what they hold now counts.
         """
+        check_group_order(self._checkpoint)
         weights = self._sanitize(self._lazy())
         for parameter in parameters:
             value = weights.pop(parameter.name).astype(MLX_DTYPES[parameter.dtype])
@@ -128,8 +140,10 @@ class MlxLmDense:
             stored |= mx.load(str(path))
         stored = {name: value for name, value in stored.items() if name in self._checkpoint.tensors}
         own = {name: value for name, value in stored.items() if name in self._checkpoint.dense}
-        dense, _ = dequantised(own)
+        dense, _ = dequantised(own, self._checkpoint.packing)
         self._as_stored = {name for name, value in stored.items() if dense.get(name, value) is value}
+        if not self._checkpoint.is_streamable:  # sanitize would take names of experts' tensors for others
+            return dense
         return {name: value for name, value in stored.items() if name not in own} | dense
 
     def _sanitize(self, stored: Mapping[str, mx.array]) -> dict[str, mx.array]:
@@ -140,10 +154,27 @@ class MlxLmDense:
     def _dtype(self, name: str, value: mx.array) -> str:
         """Return the dtype that mlx_lm.convert casts to: config.json's, with the model's exceptions."""
         cast = cast_dtype(self._checkpoint.config)
+        if self._checkpoint.packing is not None and name.endswith((".scales", ".biases")):
+            return DTYPE_NAMES[value.dtype]
         keeps = getattr(self._model, "cast_predicate", lambda _: True)
         if cast is None or not keeps(name) or not mx.issubdtype(value.dtype, mx.floating):
             return DTYPE_NAMES[value.dtype]
         return cast
+
+    def _quantise_as_stored(self, weights: Mapping[str, mx.array]) -> None:
+        """Quantise the modules that have scales, as mlx-lm does when it loads them. Nothing is evaluated."""
+
+        def predicate(path: str, module: Any) -> bool | dict[str, Any]:
+            quantised = hasattr(module, "to_quantized") and f"{path}.scales" in weights
+            return infer_quant_config(path, module, weights) if quantised else False
+
+        with ForeignCode(lambda error: refuse_weights(self._checkpoint, error)):
+            nn.quantize(self._model, class_predicate=predicate)
+
+    def _stated(self) -> dict[str, Any] | None:
+        """Return config.json's section for the quantisation that dense modules keep."""
+        default = QuantizationSettings(self._checkpoint.config).default
+        return None if default is None else {"group_size": default.group_size, "bits": default.bits}
 
     def _quantised(
         self, config: dict[str, Any], default: Quantization

@@ -169,7 +169,8 @@ def _mlx_lm_dense(checkpoint: Checkpoint, settings: PackSettings, *, quantise: b
     """Return mlx-lm's view of the dense tensors, or None if they are copied as they are stored."""
     if quantise and settings.bits is not None:
         return MlxLmDense(checkpoint, Quantization(settings.bits, settings.group_size))
-    if not checkpoint.format.startswith("hf") or str(checkpoint.config.get("model_type")) in OWN_FAMILIES:
+    own = str(checkpoint.config.get("model_type")) in OWN_FAMILIES and checkpoint.packing is None
+    if not checkpoint.format.startswith("hf") or own:
         return None
     return MlxLmDense(checkpoint, None)  # under mlx-lm's names, which a packed checkpoint has
 

@@ -62,9 +62,9 @@ def quantise(
     Returns:
         The bytes of the target's parts, by name; and the error, if measured.
     """
-    with mx.stream(_stream()):
+    with mx.stream(worker_stream()):
         arrays = {
-            name: _to_mlx(dtype, data, _rows_of(name, rows, conversion.source)) for name, (dtype, data) in parts.items()
+            name: to_mlx(dtype, data, _shape_of(name, rows, conversion.source)) for name, (dtype, data) in parts.items()
         }
         if conversion.source:
             weight = dequantize(arrays, conversion.source, MLX_DTYPES[conversion.dtype])
@@ -85,22 +85,24 @@ def to_bytes(value: mx.array) -> Bytes:
     return np.frombuffer(memoryview(value).cast("B"), np.uint8) if value.size else np.empty(0, np.uint8)
 
 
-def _stream() -> mx.Stream:
+def worker_stream() -> mx.Stream:
+    """Return this thread's own stream."""
     if not hasattr(_streams, "stream"):
         _streams.stream = mx.new_stream(mx.default_device())
     return _streams.stream
 
 
-def _rows_of(part: str, rows: int, source: Quantization | None) -> int | None:
-    """Return the number of rows of a part of a matrix; None if the part is a single number."""
-    if source is None or part == "weight":
-        return rows
-    return None if part in source.scheme.factors else -(-rows // source.scheme.block_rows)
-
-
-def _to_mlx(dtype: str, data: Bytes, rows: int | None) -> mx.array:
-    value = mx.array(data.view(_NUMPY[dtype]).reshape(() if rows is None else (rows, -1)))
+def to_mlx(dtype: str, data: Bytes, shape: tuple[int, ...]) -> mx.array:
+    """Return an array of a safetensors dtype; one dimension may be -1."""
+    value = mx.array(data.view(_NUMPY[dtype]).reshape(shape))
     return value.view(mx.bfloat16) if dtype == "BF16" else value
+
+
+def _shape_of(part: str, rows: int, source: Quantization | None) -> tuple[int, ...]:
+    """Return the shape of a part of a matrix, its columns as -1; () if the part is a single number."""
+    if source is None or part == "weight":
+        return rows, -1
+    return () if part in source.scheme.factors else (-(-rows // source.scheme.block_rows), -1)
 
 
 def _sums(weight: mx.array, result: tuple[mx.array, ...], target: Quantization) -> tuple[mx.array, ...]:

@@ -20,6 +20,7 @@ from ..formats.expert_tensors import Part
 from ..storage.file_io import ReadOnlyFile
 from ..system import preadv, raise_file_limit
 from .quantiser import Bytes, ErrorSums, quantise
+from .repacking import repacked
 from .settings import Conversion
 
 _MAX_BUFFERS = 512  # buffers per vectored read; systems accept 1024
@@ -148,7 +149,7 @@ class Item:
     conversion: Conversion | None
 
     def files(self, expert: int) -> frozenset[Path]:
-        return frozenset(part.locate(expert)[0] for part in self.sources.values())
+        return frozenset().union(*(part.files(expert) for part in self.sources.values()))
 
 
 @dataclass(frozen=True)
@@ -193,6 +194,9 @@ class ExpertTask:
     def reads(self) -> Iterator[Read]:
         for part in (part for item in self.items for part in item.sources.values()):
             for expert in self.experts:
+                if part.recipe:
+                    yield from ((info.path, info.offset, info.nbytes) for info in part.recipe.of(expert).values())
+                    continue
                 path, offset = part.locate(expert)
                 yield (path, offset, _nbytes(part)) if part.view is None else (
                     path, offset - part.view.first, part.view.nbytes
@@ -247,6 +251,10 @@ class ExpertTask:
 
     def _read(self, source: SourceFiles, part: Part, targets: Bytes) -> None:
         """Read one part of every expert into the rows of ``targets``; contiguous file ranges in one call."""
+        if part.recipe:
+            for number, expert in enumerate(self.experts):
+                targets[number] = repacked(part.recipe, expert, source.read)
+            return
         if part.view is not None:
             self._gather(source, part, part.view, targets)
             return

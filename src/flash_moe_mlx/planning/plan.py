@@ -236,6 +236,7 @@ def plan(
         sweep=tuple(planner.at(limit) for limit in planner.limits(SWEEP_POINTS)),
         assumptions=(
             *_from_presets(path_or_repo),
+            *([_of_packing(planner.expert_bytes)] if planner.must_be_packed else []),
             *_assumptions(planner.speed, None if memory_limit is not None else limit_reason()),
             *([_of_hosts(link_us)] if hosts else []),
         ),
@@ -248,6 +249,14 @@ def _from_presets(path_or_repo: str | Path) -> tuple[str, ...]:
     if isinstance(path_or_repo, Path) or not (preset := find(path_or_repo)) or path_or_repo != preset.name:
         return ()
     return (f"Dimensions are those that this package knows of {preset.repository}; nothing was downloaded.",)
+
+
+def _of_packing(expert_bytes: int) -> str:
+    return (
+        'load refuses this checkpoint until "flash-moe pack SOURCE DESTINATION --bits unchanged" has rewritten it: '
+        f"experts are in AWQ's or GPTQ's order. That reads and writes them once, {format_bytes(expert_bytes)} of disk; "
+        "figures are those of the result."
+    )
 
 
 def _of_hosts(link_us: float) -> str:

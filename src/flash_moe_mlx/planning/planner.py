@@ -70,6 +70,7 @@ class Planner:
         stored_dense_bytes: Stored size of all other tensors.
         k: Experts per token.
         speed: Speed of the machine.
+        must_be_packed: Whether `load` refuses the checkpoint until it is packed; figures are those of the result.
     """
 
     def __init__(
@@ -98,6 +99,7 @@ class Planner:
         self.payload_bytes = {layer: checkpoint.layout(layer).payload_bytes for layer in layers}
         self.num_experts = {layer: checkpoint.num_experts(layer) for layer in layers}
         self.stored_dense_bytes = sum(info.nbytes for info in checkpoint.dense.values())
+        self.must_be_packed = not checkpoint.is_streamable
         self.limit_bytes, self.host_limit_bytes = choose_limits(config)
         self.smallest_limit_bytes = self.smallest()
 

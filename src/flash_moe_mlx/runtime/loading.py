@@ -44,7 +44,7 @@ from ..machine import (
     explain_default_memory_limit,
     usable_memory_bytes,
 )
-from ..models.foreign_dense import WORKSPACE, dequantised
+from ..models.foreign_dense import WORKSPACE, check_loadable, dequantised
 from ..models.registry import build_spec
 from ..models.spec import ModelSpec
 from ..models.warm_up import KernelWarmUp, compiling
@@ -305,7 +305,7 @@ def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Che
     """
     raise_file_limit()  # each lazy tensor keeps its shard open, and the store opens it again
     checkpoint = Checkpoint.open(directory)
-    stored, replaced = dequantised(_lazy_dense(checkpoint))
+    stored, replaced = dequantised(_lazy_dense(checkpoint), checkpoint.packing)
     spec = build_spec(checkpoint, stored, streaming, _activation_dtype(stored))
     if replaced:
         footprint: Any = spec.footprint  # a dataclass, one of two kinds
@@ -434,6 +434,7 @@ def _prepare(
     return_freed_buffers()
     directory = own_directory(directory, ranks)
     checkpoint, spec = inspect_checkpoint(directory, streaming)
+    check_loadable(checkpoint)
     spec = spec if adapter is None else adapter.counted(spec)
     share = share_experts(ranks, checkpoint, streaming, shard)
     if streaming.activation_bits is not None:
