@@ -144,7 +144,7 @@ def table_html(rows: Sequence[Sequence[str]], head: Sequence[str] = ()) -> str:
 def format_rate(rate: float) -> str:
     """Return a predicted rate with two significant digits, such as "160" or "5.8": predictions have no more."""
     rounded = float(f"{rate:.2g}")
-    return f"{rounded:,.0f}" if rounded >= 10 else f"{rounded:g}"
+    return f"{rounded:,.0f}" if rounded >= 10 or not rounded else f"{rounded:#.2g}"
 
 
 def format_bytes(nbytes: float) -> str:
