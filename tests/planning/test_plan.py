@@ -117,7 +117,7 @@ def test_it_renders(demo: Plan):
 
 @pytest.mark.parametrize(
     ("rate", "text"),
-    [(157.4, "160"), (1234, "1,200"), (12.34, "12"), (9.96, "10"), (5.83, "5.8"), (3.0, "3.0"), (0.1549, "0.15"), (0, "0")],
+    [(157.4, "160"), (12.34, "12"), (9.96, "10"), (5.83, "5.8"), (3.0, "3.0"), (0.1549, "0.15"), (0, "0")],
 )
 def test_rates_have_two_digits(rate: float, text: str):
     assert format_rate(rate) == text
