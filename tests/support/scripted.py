@@ -1,6 +1,7 @@
 """A server whose model says what a test tells it: passes through the embedded model are real, its choices are not."""
 
 import contextlib
+import threading
 import time
 from collections.abc import Iterator
 from importlib.resources import files
@@ -23,6 +24,7 @@ class Script:
         self.answers: list[list[int]] = []
         self.prompts: list[list[int]] = []
         self.seconds = 0.0
+        self.gates: list[threading.Event] = []  # each request's first token waits for its own
 
     def play(self, tokenizer: Any, *texts: str, end: bool = True) -> None:
         """Set the answers to come; one without an end token continues as long as it is allowed to."""
@@ -37,8 +39,11 @@ def scripted(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Any, Script]]:
 
     def sampler(*_: Any) -> Any:
         answer = iter(script.answers.pop(0))
+        gate = script.gates.pop(0) if script.gates else None
 
         def sample(logprobs: mx.array) -> mx.array:
+            if gate is not None:
+                gate.wait(60)
             time.sleep(script.seconds)
             return mx.array([next(answer)])
 

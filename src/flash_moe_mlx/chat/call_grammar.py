@@ -74,25 +74,25 @@ def bound_calls(dialect: Dialect, tools: Sequence[Tool], compile_: Compile, *, r
         return None
     form = _marked_up_call if calls.bare else _object_call
 
-    def grammar(bound: Sequence[bool]) -> Grammar:
+    def grammar(bound: Sequence[bool], tools: Sequence[Tool] = tools) -> Grammar:
         rules = [form(f"c{i}", tool, bound[i]) for i, tool in enumerate(tools)]
         names = " | ".join(f"c{i}" for i in range(len(tools)))
         text = [f'start: "\\n"? ({names}) "\\n"? <[{closing}]>', *(line for lines in rules for line in lines)]
         return Grammar.lark("\n".join([*text, f'{_TEXT}[suffix="\\n</parameter>\\n"]: /(?s:.*)/']), "tools")
 
-    def usable(bound: Callable[[int, Tool], bool]) -> Grammar | None:
+    def usable(bound: Sequence[bool], tools: Sequence[Tool] = tools) -> Grammar | None:
         try:
-            made = grammar([bound(i, tool) for i, tool in enumerate(tools)])
+            made = grammar(bound, tools)
             compile_(made)
         except RequestError:
             return None
         return made
 
-    if required and (made := usable(lambda i, tool: True)):
+    if required and (made := usable([True] * len(tools))):
         return BoundCalls(opening, made)
-    if required:
-        alone = [usable(lambda i, tool, own=j: i == own) is not None for j in range(len(tools))]  # type: ignore[misc]
-        if made := usable(lambda i, tool: alone[i] or is_strict(tool)):
+    if required:  # alone: with the others, many tools took a second each
+        alone = [is_strict(tool) or usable([True], [tool]) is not None for tool in tools]
+        if not all(alone) and (made := usable(alone)):
             return BoundCalls(opening, made)
     made = grammar([is_strict(tool) for tool in tools])
     compile_(made)

@@ -26,7 +26,7 @@ from .body import BodyBudget, parse_body, read_body
 from .config import ServerConfig
 from .generation import ClientLeft, Finished, Generation
 from .guard import Guard, headers, refusal
-from .openai_format import ChatFormat, CompletionFormat, OpenAIStream
+from .openai_format import KEEP_ALIVE, ChatFormat, CompletionFormat, OpenAIStream
 from .pages import PAGES, page
 from .parts import AnswerPart
 from .response_store import ResponseStore
@@ -165,10 +165,16 @@ class _Server:
         make: Callable[[str, Generation], AnswerFormat],
     ) -> Response:
         async with self._read(request, parse) as (generation, read):
-            await self._worker.start(generation, read)
-        answer = make(self._config.model_id, generation)
-        if generation.request.stream:
-            return _EventStream(generation, answer)
+            starting = asyncio.ensure_future(self._worker.start(generation, read))
+            starting.add_done_callback(lambda task: task.cancelled() or task.exception())  # whoever waits for it or not
+            while not starting.done() and not generation.streams:
+                await asyncio.wait((starting,), timeout=KEEP_ALIVE_SECONDS)
+            if starting.done():
+                await starting
+        begin = partial(make, self._config.model_id, generation)
+        if generation.streams:
+            return _EventStream(generation, begin, starting)
+        answer = begin()
         parts: list[AnswerPart] = []
         async with _ended_with(generation), _cancelled_when_left(generation, request.receive):
             async for part in generation:
@@ -245,11 +251,19 @@ def _is_anthropic(request: Request) -> bool:
 class _EventStream(Response):
     """An answer as server-sent events; an error after the start is sent as the last event."""
 
-    def __init__(self, generation: Generation, answer: AnswerFormat):
+    def __init__(self, generation: Generation, begin: Callable[[], AnswerFormat], starting: "asyncio.Future[None]"):
+        """Begin an answer.
+
+        Args:
+            generation: The generation, whose request was read.
+            begin: Begins the answer in its API's form, once the prompt is known.
+            starting: Its start, which may take longer than clients are to hear nothing.
+        """
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-store"})
         del self.headers["content-length"]
         self._generation = generation
-        self._answer = answer
+        self._begin = begin
+        self._starting = starting
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with _ended_with(self._generation), _cancelled_when_left(self._generation, receive):
@@ -259,17 +273,27 @@ class _EventStream(Response):
             await send({"type": "http.response.body", "body": b""})
 
     async def _chunks(self) -> AsyncIterator[bytes]:
-        yield self._answer.start()
+        while not (await asyncio.wait((self._starting,), timeout=KEEP_ALIVE_SECONDS))[0]:
+            yield KEEP_ALIVE
+        answer = self._begin()
+        if (failure := self._starting.exception()) is not None:
+            if not isinstance(failure, ClientLeft):
+                yield answer.failed(_told(failure))
+            return
+        yield answer.start()
+        said = time.monotonic()
         async for part in _with_silence(self._generation, KEEP_ALIVE_SECONDS):
-            if part is None:
-                yield self._answer.silence()
-            elif isinstance(part, Finished):
-                yield self._answer.end(part)
+            if isinstance(part, Finished):
+                yield answer.end(part)
                 return
-            else:
-                yield self._answer.part(part)
+            chunk = answer.silence() if part is None else answer.part(part)
+            if not chunk and time.monotonic() - said >= KEEP_ALIVE_SECONDS:  # not every part is sent
+                chunk = answer.silence()
+            if chunk:
+                said = time.monotonic()
+                yield chunk
         if (error := _failure(self._generation)) is not None:
-            yield self._answer.failed(error)
+            yield answer.failed(error)
 
 
 async def _with_silence(generation: Generation, seconds: float) -> AsyncIterator[AnswerPart | Finished | None]:
@@ -298,8 +322,11 @@ _END = _End()
 def _failure(generation: Generation) -> ApiError | None:
     """Return the error to send for a generation that did not finish; None if the client ended it."""
     error = generation.error()
-    if error is None or isinstance(error, CancelledError):
-        return None
+    return None if error is None or isinstance(error, CancelledError) else _told(error)
+
+
+def _told(error: BaseException) -> ApiError:
+    """Return the error to send in a stream that has begun; the server's own are logged."""
     told = failed_generation(error)
     if told.status >= 500:
         logger.error("a generation failed", exc_info=error)

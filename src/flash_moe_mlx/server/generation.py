@@ -57,10 +57,12 @@ class Generation:
 
     Attributes:
         request: The request, without its messages and prompt, once `Worker.start` has read it.
+        streams: Whether its answer is a stream, from then on.
         prompt_tokens: Tokens of its prompt, from then on.
     """
 
     request: GenerationRequest
+    streams = False
     prompt_tokens = 0
 
     def __init__(self, loop: asyncio.AbstractEventLoop):

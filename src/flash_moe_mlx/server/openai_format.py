@@ -21,6 +21,8 @@ from .parts import (
 )
 
 DONE = b"data: [DONE]\n\n"
+KEEP_ALIVE = b": keep-alive\n\n"
+"""A comment, which clients of server-sent events pass over."""
 
 
 def event(value: dict[str, Any]) -> bytes:
@@ -59,7 +61,7 @@ class OpenAIStream:
 
     def silence(self) -> bytes:
         """Return what keeps the connection alive."""
-        return b": keep-alive\n\n"
+        return KEEP_ALIVE
 
     def end(self, finished: Finished) -> bytes:
         """Return the chunks at the end."""

@@ -9,6 +9,7 @@ from typing import Any
 
 from .api_error import ApiError
 from .generation import Finished, Generation
+from .openai_format import KEEP_ALIVE
 from .parts import AnswerPart, TextPart, ToolCall, ToolCallDelta, ToolCallEnd, ToolCallStart
 from .response_store import ResponseStore
 
@@ -67,7 +68,7 @@ class ResponseFormat:
 
     def silence(self) -> bytes:
         """Return what keeps the connection alive."""
-        return b": keep-alive\n\n"
+        return KEEP_ALIVE
 
     def end(self, finished: Finished) -> bytes:
         """Return the events at the end."""

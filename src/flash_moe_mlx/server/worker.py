@@ -190,6 +190,7 @@ class Worker:
         request = read()
         # Keep only the tokens: messages may be megabytes each, and the queue may hold many.
         generation.request = replace(request, messages=None if request.messages is None else [], prompt="")
+        generation.streams = request.stream
         _check_wanted(generation)
         try:
             tokens, snapshot_at = self._encode(request)
