@@ -1,6 +1,5 @@
 """``flash-moe chat``."""
 
-import os
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -178,6 +177,10 @@ def _reader(is_terminal: bool, toolbar: "Callable[[], str]") -> "Reader":
     from .chat_session import COMMANDS
     from .terminal import editing_reader, read_line
 
-    if not (is_terminal and sys.stdin.isatty()) or os.environ.get("TERM") == "dumb":
+    if not (is_terminal and sys.stdin.isatty()):
+        return read_line
+    from prompt_toolkit.utils import is_dumb_terminal
+
+    if is_dumb_terminal():
         return read_line
     return editing_reader(Path(typer.get_app_dir("flash-moe")) / "chat_history", list(COMMANDS), toolbar)
