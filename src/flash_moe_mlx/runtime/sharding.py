@@ -55,7 +55,9 @@ def loading_together(shard: bool | str | Path | None, timeout: float) -> Iterato
         ranks.gather(1, patient=True)
     finally:
         if not loaded:
-            ranks.fail(f"could not load: {sys.exception()}")
+            error = sys.exception()
+            is_interrupt = isinstance(error, KeyboardInterrupt)
+            ranks.fail("was interrupted while it loaded" if is_interrupt else f"could not load: {error}")
 
 
 def own_directory(directory: Path, ranks: RankGroup | None) -> Path:
