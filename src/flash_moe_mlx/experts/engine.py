@@ -482,7 +482,7 @@ class StreamingEngine(RankMethods):
             self._cache = self._reader.cache = ExpertCache(self._memory, {}, {})
             with suppress(StoreError):  # a read hangs: what it may write into is never freed
                 self._memory.close()
-            mx.clear_cache()
+            self.free_buffers()
             self._buffer_cache.close()
             self._wired.close()
             for snapshots in self._reservations.snapshots:

@@ -4,6 +4,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+import mlx.core as mx
+
 from .distributed import Share
 from .leading import Leader
 
@@ -63,3 +65,14 @@ class RankMethods:
         """Call a function once on another thread if the ranks can't compute together any more."""
         if self._share is not None:
             self._share.ranks.on_failure = call
+
+    def free_buffers(self) -> None:
+        """Free MLX's cache of buffers.
+
+        MLX may report here once more that a collective has failed, which must not hide the ranks' own reason.
+        """
+        try:
+            mx.clear_cache()
+        except RuntimeError:
+            if self._share is None or not self._share.ranks.failed:
+                raise
