@@ -2,12 +2,15 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
 from flash_moe_mlx import pack
 from flash_moe_mlx.experts.placement import Placement
+from flash_moe_mlx.experts.rank_methods import RankMethods
 
 from ..support.models import chat_config, logits_of, make_converted, smallest_limit, streamed
 from ..support.rank_child import digest_of, with_mlx_lm
@@ -106,6 +109,33 @@ def test_a_fault_of_one_rank_ends_all_with_a_typed_error(directory: Path, tmp_pa
     assert other.results[0]["at"] - at < bound + 4.0  # seconds for a busy machine
     if FAULTS[fault]["kind"] == "read":
         assert struck.results[0]["error"] == "StoreError" and "the disk must be whole" in other.results[0]["message"]
+
+
+@pytest.mark.parametrize("own", [0, 1])
+def test_a_rank_that_dies_while_mlx_connects_ends_the_other(directory: Path, tmp_path: Path, ranks: Ranks, own: int):
+    """Rank 0 waits for a caller, which an alarm ends; rank 1 calls rank 0 for 31 seconds, which no signal ends."""
+    fault = {"rank": own, "kind": "kill", "at": "connect"}
+    ended = ranks.run(2, directory, tmp_path, {"do": "logits", "numba": False, "fault": fault})
+    struck, other = ended[own], ended[1 - own]
+    assert other.seconds - struck.seconds < 20  # two, and more on a busy machine
+    if own == 1:
+        assert [result["error"] for result in other.results] == ["DistributedError"], other.stderr
+    else:
+        assert other.status == 1 and "in _initialise" in other.stderr, other.stderr
+
+
+def test_what_mlx_reports_late_does_not_hide_why_ranks_failed(monkeypatch: pytest.MonkeyPatch):
+    def clear_cache() -> None:
+        raise RuntimeError("[ring] connection to a peer was lost")
+
+    monkeypatch.setattr(mx, "clear_cache", clear_cache)
+    engine = RankMethods()
+    for share in (None, SimpleNamespace(ranks=SimpleNamespace(failed=False))):
+        engine._share = share
+        with pytest.raises(RuntimeError, match="connection to a peer"):
+            engine.free_buffers()
+    engine._share = SimpleNamespace(ranks=SimpleNamespace(failed=True))
+    engine.free_buffers()
 
 
 def test_ranks_that_are_not_alike_are_refused(directory: Path, tmp_path: Path, ranks: Ranks):

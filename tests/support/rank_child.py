@@ -3,7 +3,8 @@
 Reads runs from standard input, one JSON object per line: the checkpoint's "directory", each rank's "environments" and
 "outputs", and "what": what to do ("do": see DOINGS), once for each set of load's arguments ("loads"), other
 directories of some ranks ("directories"), whether to use numba ("numba"), and a fault ("fault"): its rank, its kind,
-and in which exchange it strikes, or "load". Writes a line with the process ids, then one as each rank ends.
+and in which exchange it strikes, or "load", or "connect": then MLX has a second to connect. Writes a line with the
+process ids, then one as each rank ends.
 """
 
 import atexit
@@ -25,6 +26,7 @@ import mlx_lm
 import numpy as np
 
 from flash_moe_mlx import FlashMoEError, PrefixCache, RequestError, StoreError, load, load_model, stream_generate
+from flash_moe_mlx.experts import ranks
 from flash_moe_mlx.experts.distributed import Share
 from flash_moe_mlx.experts.ranks import RankGroup
 from flash_moe_mlx.runtime.following import led
@@ -171,7 +173,11 @@ def child(directory: str, what: dict[str, Any], output: str) -> None:
     if not what.get("numba", True):
         sys.modules["numba"] = None  # type: ignore[assignment]
     fault = what.get("fault")
-    if fault and fault["at"] != "load":
+    if fault and fault["at"] == "connect":
+        ranks.CONNECT_SECONDS = 1.0
+        if own_rank == fault["rank"]:
+            mx.distributed.init = lambda **_: strike(fault["kind"])
+    elif fault and fault["at"] != "load":
         prepare(fault)
     elif fault and own_rank == fault["rank"]:
         RankGroup.gather = lambda *_, **__: strike(fault["kind"])  # type: ignore[method-assign, assignment]

@@ -30,7 +30,7 @@ class RankLinks:
         Args:
             rank: This process's number.
             size: Number of ranks.
-            timeout: Seconds to wait for the others, and for a message to leave.
+            timeout: Seconds to wait for a message to leave; half of them to wait for the others' connections.
             collective: Sum of uint32 words over all ranks, which carries rank 0's address and key.
 
         Raises:
@@ -54,16 +54,16 @@ class RankLinks:
             link = _call(welcome["hosts"], welcome["port"], bytes.fromhex(welcome["key"]))
             self._add(0, link, timeout)
             self.send({"rank": rank, "host": host})
-            if not link.poll(timeout):
-                raise ConnectionError(f"got no answer of rank 0 within {timeout:g} s")
+            if not link.poll(timeout / 2):
+                raise ConnectionError(f"got no answer of rank 0 within {timeout / 2:g} s")
             self.share_a_host = bool(self.receive(0)["share_a_host"])
         else:
             hosts = [host]
             accepting = threading.Thread(target=self._accept, args=(listener, size, timeout, hosts), daemon=True)
             accepting.start()
-            accepting.join(timeout)
+            accepting.join(timeout / 2)  # they have been started, and one that has died since must be missed in time
             if accepting.is_alive():
-                raise ConnectionError(f"was called by {len(hosts) - 1} of {size - 1} ranks within {timeout:g} s")
+                raise ConnectionError(f"was called by {len(hosts) - 1} of {size - 1} ranks within {timeout / 2:g} s")
             self.share_a_host = len(set(hosts)) < size
             self.send({"share_a_host": self.share_a_host})
 

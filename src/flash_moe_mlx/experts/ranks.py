@@ -15,6 +15,7 @@ cores from each other, so they meet on the side channel before each collective.
 
 import atexit
 import contextlib
+import faulthandler
 import logging
 import math
 import os
@@ -33,6 +34,7 @@ import numpy as np
 
 from ..errors import DistributedError
 from .rank_links import RankLinks
+from .ring_meeting import meet_on_ring
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +43,9 @@ DEFAULT_TIMEOUT = 10.0
 
 START_SECONDS = 60.0
 """Seconds in which all ranks must have started."""
+
+CONNECT_SECONDS = 6.0
+"""Seconds in which MLX must have connected a ring whose ranks have met."""
 
 END = "end"
 """Command after which ranks no longer follow."""
@@ -373,14 +378,29 @@ def join_ranks(timeout: float = DEFAULT_TIMEOUT) -> RankGroup | None:
 
 
 def _initialise(backend: str) -> mx.distributed.Group:
+    seconds = START_SECONDS
     try:
-        with _alarm(START_SECONDS):
+        if backend != "ring" or not meet_on_ring(START_SECONDS):
+            with _alarm(seconds):
+                return mx.distributed.init(backend=backend)
+        seconds = CONNECT_SECONDS
+        with _alarm(seconds), _last_resort(seconds + 1):
             return mx.distributed.init(backend=backend)
     except RuntimeError as error:
         raise DistributedError(
-            f"[ranks] all ranks must start within {START_SECONDS:g} s, got {error}. Start all of them again, and check "
+            f"[ranks] all ranks must start within {seconds:g} s, got {error}. Start all of them again, and check "
             "hosts and ports."
         ) from error
+
+
+@contextmanager
+def _last_resort(seconds: float) -> Iterator[None]:
+    """End the process with code 1 if MLX, which holds Python's lock, still tries to reach a rank after so long."""
+    faulthandler.dump_traceback_later(seconds, exit=True, file=2)
+    try:
+        yield
+    finally:
+        faulthandler.cancel_dump_traceback_later()
 
 
 @contextmanager
