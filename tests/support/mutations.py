@@ -1,7 +1,7 @@
-"""Random changes of a checkpoint's JSON files, each loaded in this process: nothing untyped may come out.
+"""Random changes of a checkpoint's JSON files and tensor headers, each loaded here: nothing untyped may come out.
 
 Run as a script it is a child whose address space is bounded, so that a value which asks for more memory than any limit
-ends in an exception that is reported: ``python -m tests.support.mutations DIRECTORY SEED COUNT SCRATCH``.
+ends in an exception that is reported: ``python -m tests.support.mutations DIRECTORY SEED COUNT SCRATCH [headers]``.
 """
 
 import json
@@ -32,9 +32,22 @@ VALUES: tuple[Any, ...] = (
     {"bits": 4, "group_size": 32, "mode": "mxfp4"}, {"bits": 4, "group_size": 16, "mode": "nvfp4"},
     {"bits": 8, "group_size": 128, "mode": "fp8"}, {"bits": 4, "mode": "int4"}, {"quant_method": "mxfp4"},
     {"quant_method": "compressed-tensors", "format": "pack-quantized"}, {"quant_method": "fp8"}, {"quant_method": []},
+    {"quant_method": "awq", "bits": 4, "group_size": 32}, {"quant_method": "awq", "version": {}},
+    {"quant_method": "gptq"}, {"quant_method": "gptq", "bits": 8, "group_size": 32},
+    {"quant_method": "gptq", "checkpoint_format": []},
+    {"bits": 8, "group_size": 32, "mode": "mxfp8"}, {"quant_method": "mxfp8"}, {"quant_method": "compressed-tensors"},
+    {"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"},
     {"quant_method": "modelopt", "quant_algo": "NVFP4"}, {"quant_method": "modelopt", "quantization": []},
     "yarn", "linear", "full_attention", "qwen3_moe", "deepseek_v3", "affine", "model-00001-of-00003.safetensors",
 )  # fmt: skip
+
+
+PARTS = (
+    "weight", "scales", "biases", "bias", "global_scale", "weight_scale", "weight_scale_2", "weight_scale_inv", "x",
+    "weight_global_scale", "weight_packed", "weight_shape", "input_scale", "qweight", "qzeros", "g_idx", "gate_up_proj",
+    "gate_up_proj_blocks", "gate_up_proj_scales", "gate_up_proj_bias", "down_proj", "down_proj_blocks",
+)  # fmt: skip
+DTYPES = (("U8", "I8", "F8_E4M3", "F8_E5M2", "F8_E8M0", "BOOL"), ("BF16", "F16", "U16", "I16"), ("F32", "U32", "I32"))
 
 
 class TooSlow(BaseException):
@@ -52,6 +65,47 @@ def mutate(data: bytes, rng: random.Random) -> bytes:
         return json.dumps(value).encode()
     except RecursionError:  # deep in deep
         return b"[" * 5000
+
+
+def mutate_header(data: bytes, rng: random.Random) -> bytes:
+    """A safetensors file with one to three changes of its header, mostly of all tensors of a kind at once."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        names = [name for name in header if name != "__metadata__"]
+        one = rng.choice(names).split(".")
+        kinds = [[".".join(one)], *([n for n in names if n.split(".")[-k:] == one[-k:]] for k in (1, 1, 2))]
+        _mutate_tensors(header, rng.choice(kinds), rng)
+    text = json.dumps(header).encode()
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
+
+
+def _mutate_tensors(header: dict[str, Any], names: list[str], rng: random.Random) -> None:
+    """Change some tensors in the same way: where bytes allow, so that later checks are reached."""
+    change, part, axis = rng.randrange(7), rng.choice(PARTS), rng.randrange(4)
+    number, value = rng.choice(("0", "1", "2", "15", "16", "00", "9999999")), rng.choice((0, 1, 2, 3, 32, 128, 2**40))
+    for name in names:
+        entry = header[name]
+        shape, stem = entry["shape"], name.rpartition(".")[0]
+        match change:
+            case 0:
+                del header[name]
+            case 1:
+                header[f"{stem}.{part}"] = header.pop(name)
+            case 2:
+                header[f"{stem}.{part}"] = dict(entry)
+            case 3:
+                alike = next((some for some in DTYPES if entry["dtype"] in some), ("F64",))
+                entry["dtype"] = alike[axis % len(alike)] if value else "F4"
+            case 4 if shape:
+                at = axis % len(shape)
+                shape[at : at + 1] = [shape[at] // 2, 2] if value % 2 else [1, shape[at]]
+            case 5 if len(shape) > 1:
+                shape[:] = shape[::-1] if value % 2 else [shape[0] * shape[1], *shape[2:]]
+            case 6 if axis and shape:
+                shape[axis % len(shape)] = value
+            case _:
+                header[".".join(number if word.isdigit() else word for word in name.split("."))] = header.pop(name)
 
 
 def _any(rng: random.Random) -> Any:
@@ -132,10 +186,10 @@ def _time_limit() -> Iterator[None]:
 
 
 def attempt(directory: Path) -> str:
-    """Load, use and close what is in a directory; how it ended."""
+    """Load, use and close what is in a directory, packed first if that is what loading says; how it ended."""
     import mlx.core as mx
 
-    from flash_moe_mlx import FlashMoEError, load, load_model
+    from flash_moe_mlx import FlashMoEError, UnsupportedModelError, load, load_model, pack
 
     before = mx.get_active_memory()
     mx.reset_peak_memory()
@@ -145,7 +199,15 @@ def attempt(directory: Path) -> str:
             if (directory / "tokenizer.json").exists():
                 model, tokenizer = load(directory, memory_limit=LIMIT, max_context=64)  # type: ignore[misc]
             else:
-                model = load_model(directory, memory_limit=LIMIT, max_context=64)
+                try:
+                    model = load_model(directory, memory_limit=LIMIT, max_context=64)
+                except UnsupportedModelError as error:
+                    if "--bits unchanged" not in str(error):
+                        raise
+                    packed = directory.with_name("packed")
+                    shutil.rmtree(packed, ignore_errors=True)
+                    pack(directory, packed, bits=None, progress=False)
+                    model = load_model(packed, memory_limit=LIMIT, max_context=64)
             with model.streaming:
                 mx.eval(model(mx.array([[1, 2, 3]])))
                 if tokenizer is not None:
@@ -164,11 +226,13 @@ def attempt(directory: Path) -> str:
         return f"RAW {type(error).__name__}: {str(error)[:200]} ({lines})"
 
 
-def run(source: Path, seed: int, count: int, work: Path) -> dict[str, Any]:
-    """Mutate and load ``count`` times: numbers of each outcome, and what escaped with its mutation."""
+def run(source: Path, seed: int, count: int, work: Path, *, headers: bool) -> dict[str, Any]:
+    """Mutate and load ``count`` times, with ``headers`` of shards too: numbers of outcomes, and what escaped."""
     rng = random.Random(seed)
     files = sorted(path for path in source.iterdir() if path.suffix == ".json")
     files += [path for path in files if path.name == "config.json"] * 2  # most is decided there
+    if headers:
+        files += [path for path in source.iterdir() if path.suffix == ".safetensors"] * 5
     outcomes: Counter[str] = Counter()
     escaped = []
     for number in range(count):
@@ -178,7 +242,8 @@ def run(source: Path, seed: int, count: int, work: Path) -> dict[str, Any]:
         for other in source.iterdir():
             if other != path:
                 (work / other.name).symlink_to(other)
-        data = mutate(path.read_bytes(), rng)
+        shard = path.suffix == ".safetensors"
+        data = (mutate_header if shard else mutate)(path.read_bytes(), rng)
         if path.name == "experts.json" and rng.random() < 0.9:
             data = with_checksum(data)
         (work / path.name).write_bytes(data)
@@ -186,7 +251,7 @@ def run(source: Path, seed: int, count: int, work: Path) -> dict[str, Any]:
         outcomes[outcome.split()[0]] += 1
         if outcome.startswith(("RAW", "PEAK")):
             escaped.append(f"{number} {path.name}: {outcome}")
-            escaped[-1] += repr(data[:4000])
+            escaped[-1] += "" if shard else repr(data[:4000])
     return {"outcomes": dict(outcomes), "escaped": escaped}
 
 
@@ -196,4 +261,8 @@ if __name__ == "__main__":
     attempt(Path(sys.argv[1]))
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     resource.setrlimit(resource.RLIMIT_AS, (pages * resource.getpagesize() + ROOM_BYTES,) * 2)
-    print(json.dumps(run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]))))
+    print(
+        json.dumps(
+            run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), Path(sys.argv[4]), headers=len(sys.argv) > 5)
+        )
+    )

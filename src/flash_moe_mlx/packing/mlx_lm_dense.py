@@ -104,6 +104,11 @@ class MlxLmDense:
                     f"[{checkpoint.directory.name}] {name} must have shape {shape} by config.json, got {value.shape}. "
                     "Download the checkpoint again."
                 )
+            if value.dtype not in DTYPE_NAMES:
+                raise CorruptError(
+                    f"[{checkpoint.directory.name}] {name} must have floats, got {value.dtype}. Download the "
+                    "checkpoint again."
+                )
             module = name.removesuffix(".weight") if name.endswith(".weight") else ""
             self.parameters.append(
                 DenseParameter(name, by_identity.get(id(value)), shape, self._dtype(name, value), chosen.get(module))

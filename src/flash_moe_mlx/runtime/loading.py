@@ -12,18 +12,14 @@ from typing import Any, Literal, overload
 import mlx.core as mx
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from mlx.utils import tree_flatten
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import StreamingConfig
 from ..errors import (
     CheckpointError,
-    CorruptError,
     MemoryLimitError,
-    MissingTensorError,
     RequestError,
     StoreError,
-    UnsupportedModelError,
 )
 from ..experts.buffer_cache import BufferCacheShare
 from ..experts.distributed import Share
@@ -46,7 +42,7 @@ from ..machine import (
 )
 from ..models.foreign_dense import WORKSPACE, check_loadable, dequantised
 from ..models.registry import build_spec
-from ..models.spec import ModelSpec
+from ..models.spec import ModelSpec, check_tensors
 from ..models.warm_up import KernelWarmUp, compiling
 from ..ops.backend import backend, use_cpu_kernels, use_kernels
 from ..ops.gpu import cuda_runtime
@@ -310,7 +306,7 @@ def inspect_checkpoint(directory: Path, streaming: StreamingConfig) -> tuple[Che
     if replaced:
         footprint: Any = spec.footprint  # a dataclass, one of two kinds
         spec = replace(spec, footprint=replace(footprint, load_bytes=WORKSPACE * footprint.load_bytes))
-    _check_tensors(spec, directory.name)
+    check_tensors(spec, directory.name)
     return checkpoint, spec
 
 
@@ -474,24 +470,3 @@ def _activation_dtype(stored: Mapping[str, mx.array]) -> mx.Dtype:
     if backend() == "cpu":
         return mx.float32
     return next((value.dtype for name, value in stored.items() if name.endswith("norm.weight")), mx.float32)
-
-
-def _check_tensors(spec: ModelSpec, where: str) -> None:
-    """Compare names and shapes of the dense weights with the model's parameters; both are lazy."""
-    expected = {name: value.shape for name, value in tree_flatten(spec.model.parameters())}
-    present = {name: value.shape for name, value in spec.weights.items()}
-    if missing := sorted(expected.keys() - present.keys()):
-        raise MissingTensorError(
-            f"[{where}] must have {missing[0]}, got {len(missing)} tensors absent. Download the checkpoint again."
-        )
-    if unknown := sorted(present.keys() - expected.keys()):
-        raise UnsupportedModelError(
-            f"[{where}] must have only tensors that the model knows, got {unknown[0]} and {len(unknown) - 1} more. "
-            "The checkpoint is of another architecture than config.json says."
-        )
-    for name, shape in present.items():
-        if shape != expected[name]:
-            raise CorruptError(
-                f"[{where}] {name} must have shape {expected[name]} by config.json, got {shape}. "
-                "Download the checkpoint again."
-            )
