@@ -15,7 +15,7 @@ import mlx.core as mx
 import pytest
 
 import flash_moe_mlx
-from flash_moe_mlx import CorruptError
+from flash_moe_mlx import CorruptError, UnsupportedModelError
 
 from ..support.hub_layouts import FOREIGN, GLOBAL_SCALES, LAYOUTS, PACKED_FIRST, write_layout, write_tensors
 from ..support.models import make_small, write_tokenizer
@@ -88,3 +88,10 @@ def test_integers_where_floats_belong(layout: str, tmp_path: Path):
     if layout in PACKED_FIRST:
         use = partial(flash_moe_mlx.pack, source, tmp_path / "packed", bits=None, progress=False)
     assert_refused(use, CorruptError, r"model\.norm\.weight must have floats, got mlx\.core\.int16")
+
+
+def test_no_text_config_where_a_model_has_one(tmp_path: Path):
+    source = write_layout(tmp_path / "model", PUBLISHED["Qwen3-VL"])
+    (source / "config.json").write_text('{"model_type": "qwen3_vl_moe", "text_config": null}')
+    use = partial(flash_moe_mlx.load_model, source, memory_limit="1GB")
+    assert_refused(use, UnsupportedModelError, "must describe a qwen3_vl_moe model")

@@ -1,6 +1,7 @@
 """AWQ and GPTQ, which are rewritten before they are streamed: MLX's words of the same weights."""
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 
 from flash_moe_mlx import UnsupportedModelError, load_model, pack, plan, verify
 from flash_moe_mlx.formats.checkpoint import Checkpoint
+from flash_moe_mlx.packing import run
 from flash_moe_mlx.planning.speed import Speed
 
 from ..models.test_layouts import check
@@ -152,3 +154,15 @@ def test_groups_of_inputs_from_anywhere(where: str, tmp_path: Path):
     write_tensors(source, json.loads((source / "config.json").read_text()), tensors)
     with pytest.raises(UnsupportedModelError, match=r"g_idx.* must give each group inputs in order"):
         pack(source, tmp_path / "packed", bits=None, progress=False)
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="counts threads as Linux lists them")
+def test_packing_again_leaves_no_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """MLX keeps the thread of each stream: found by 500 packings in one process, which ran out of addresses."""
+    source = write_layout(tmp_path / "source", PACKED_FIRST["AWQ of Mixtral"])
+    monkeypatch.setattr(run, "_THREADS", 2)
+    counts = []
+    for number in range(5):
+        pack(source, tmp_path / f"packed{number}", bits=None, progress=False)
+        counts.append(len(os.listdir("/proc/self/task")))
+    assert counts[-1] - counts[0] <= 2, counts  # the second of two streams may come later

@@ -73,6 +73,8 @@ def mutate_header(data: bytes, rng: random.Random) -> bytes:
     header = json.loads(data[8 : 8 + length])
     for _ in range(rng.choice((1, 1, 2, 3))):
         names = [name for name in header if name != "__metadata__"]
+        if not names:
+            break
         one = rng.choice(names).split(".")
         kinds = [[".".join(one)], *([n for n in names if n.split(".")[-k:] == one[-k:]] for k in (1, 1, 2))]
         _mutate_tensors(header, rng.choice(kinds), rng)

@@ -276,8 +276,10 @@ def prepare(
 
 def _with_experts_per_tok(config: Mapping[str, Any], k: int | None) -> tuple[dict[str, Any], Any]:
     """Return the config with K set, under the model's own name for it, and the model's original K."""
-    config = {key: dict(value) if key == "text_config" else value for key, value in config.items()}
-    text = config.get("text_config", config)
+    config = dict(config)
+    text = config
+    if isinstance(config.get("text_config"), Mapping):
+        text = config["text_config"] = dict(config["text_config"])
     name = next((name for name in _K_NAMES if name in text), None)
     trained = None if name is None else text[name]
     if name is not None and k is not None:

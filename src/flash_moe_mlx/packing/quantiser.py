@@ -4,13 +4,13 @@ MLX's operation is single-threaded on the CPU, so each worker thread has its own
 busy.
 """
 
-import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import mlx.core as mx
 import numpy as np
 
+from ..experts.thread_streams import borrow_stream
 from ..formats.expert_layout import Quantization
 from ..ops.quantized import dequantize, mlx_arguments
 from ..ops.slot_memory import MLX_DTYPES
@@ -20,7 +20,6 @@ Bytes = np.ndarray
 """uint8, one dimension, contiguous."""
 
 _NUMPY = {"U32": np.uint32, "U8": np.uint8, "F32": np.float32, "F16": np.float16, "BF16": np.uint16}
-_streams = threading.local()
 
 
 @dataclass
@@ -86,10 +85,9 @@ def to_bytes(value: mx.array) -> Bytes:
 
 
 def worker_stream() -> mx.Stream:
-    """Return this thread's own stream."""
-    if not hasattr(_streams, "stream"):
-        _streams.stream = mx.new_stream(mx.default_device())
-    return _streams.stream
+    """Return this thread's own stream, which the next packing's threads use again."""
+    borrow_stream()
+    return mx.default_stream(mx.default_device())
 
 
 def to_mlx(dtype: str, data: Bytes, shape: tuple[int, ...]) -> mx.array:
