@@ -17,8 +17,9 @@ from flash_moe_mlx.packing import run
 from flash_moe_mlx.planning.speed import Speed
 
 from ..models.test_layouts import check
-from ..support.hub_layouts import AWQ_ORDER, GROUP, PACKED_FIRST, write_layout, write_tensors
-from ..support.models import load_resident
+from ..support.hub_layouts import AWQ_ORDER, GROUP, OWN, PACKED_FIRST, awq, with_attention, write_layout, write_tensors
+from ..support.models import load_resident, streamed
+from ..support.numerics import assert_close
 
 _EXPERT = re.compile(r"(.*)\.experts\.(\d+)\.(\w+)\.(weight|scales|biases)")
 _NAMES = {"w1": "gate_proj", "w3": "up_proj", "w2": "down_proj"}
@@ -166,3 +167,13 @@ def test_packing_again_leaves_no_threads(tmp_path: Path, monkeypatch: pytest.Mon
         pack(source, tmp_path / f"packed{number}", bits=None, progress=False)
         counts.append(len(os.listdir("/proc/self/task")))
     assert counts[-1] - counts[0] <= 2, counts  # the second of two streams may come later
+
+
+def test_dense_matrices_alone(tmp_path: Path):
+    """Experts as they were: mlx-lm opens these, and they are streamed without packing."""
+    model_type, _, section = PACKED_FIRST["AWQ"]
+    source = write_layout(tmp_path, (model_type, with_attention(OWN, awq, experts=False), section))
+    assert Checkpoint.open(source).is_streamable
+    ids = mx.array([[1, 2, 3, 4, 5]])
+    with streamed(source, max_context=512) as model:
+        assert_close("logits", load_resident(source)(ids), np.array(model(ids).astype(mx.float32)), 1e-5)

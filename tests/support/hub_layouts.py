@@ -223,14 +223,14 @@ def gptq(module: str, weight: mx.array, bits: int = 4, *, version: int = 1) -> T
     }
 
 
-def with_attention(names: dict[str, str], experts: Experts) -> Callable[[Tensors], Tensors]:
-    """Experts one by one, and attention's projections in the same form."""
+def with_attention(names: dict[str, str], form: Experts, *, experts: bool = True) -> Callable[[Tensors], Tensors]:
+    """Attention's projections in a form, and experts one by one in the same form, or as they are."""
 
     def make(tensors: Tensors) -> Tensors:
         made: Tensors = {}
-        for name, value in numbered(names, experts)(tensors).items():
+        for name, value in numbered(names, form if experts else None)(tensors).items():
             module = name.removesuffix(".weight")
-            made |= experts(module, value) if re.search(r"self_attn\.[qkvo]_proj\.weight", name) else {name: value}
+            made |= form(module, value) if re.search(r"self_attn\.[qkvo]_proj\.weight", name) else {name: value}
         return made
 
     return make
