@@ -49,7 +49,7 @@ def test_the_server_ends_when_a_rank_dies(tmp_path: Path, ranks: Ranks):
 
     ended = ranks.run(2, DEMO, tmp_path, {"do": "command", "numba": False, "loads": [SERVE]}, during=kill)
     assert [rank.status for rank in ended] == [2, -signal.SIGKILL], ended
-    assert "rank 1 has died" in ended[0].stderr
+    assert "rank 1 has died" in ended[0].stderr and "Application shutdown failed" not in ended[0].stderr
 
 
 def test_an_interrupt_of_rank_0_ends_all(tmp_path: Path, ranks: Ranks):

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -19,7 +19,7 @@ import mlx.core as mx
 from ..chat.dialect import dialect_of
 from ..chat.ids import CallIds
 from ..chat.prompt import chat_prompt
-from ..errors import MemoryLimitError, RequestError
+from ..errors import DistributedError, MemoryLimitError, RequestError
 from ..runtime.generation import Answer, begin_answer, stream_generate
 from ..runtime.prefix_cache import PrefixCache
 from ..runtime.prompt_text import PromptTooLongError, check_conversation, check_length
@@ -182,7 +182,8 @@ class Worker:
         self._prompts.shutdown()
         self._generations.shutdown()
         if self._prefix_cache is not None:
-            self._prefix_cache.close()
+            with suppress(DistributedError):  # the ranks' reason is not the shutdown's: whoever serves asks for it
+                self._prefix_cache.close()
 
     def _prepare(self, generation: Generation, read: Callable[[], GenerationRequest]) -> Prompt:
         """Parse the request, and render and encode its prompt. Runs on the prompts' thread."""
