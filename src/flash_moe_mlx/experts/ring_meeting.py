@@ -22,7 +22,6 @@ from ..errors import DistributedError
 
 Addresses = Sequence[tuple[str, int]]
 
-_VARIABLES = ("MLX_HOSTFILE", "MLX_RANK")  # MLX's own, by which it finds its ring
 _POLL_SECONDS = 0.1
 _LONGEST_LINE = 1 << 16
 _CALL_SECONDS = 1.0  # for one attempt to connect
@@ -53,7 +52,7 @@ def meet_on_ring(seconds: float) -> bool:
 
 def _own_place() -> tuple[int, Addresses] | None:
     """Return this process's rank and all addresses, or None if MLX has no ring to connect."""
-    hostfile, rank = (os.environ.get(name, "") for name in _VARIABLES)
+    hostfile, rank = os.environ.get("MLX_HOSTFILE", ""), os.environ.get("MLX_RANK", "")
     try:
         with open(hostfile) as file:
             hosts = [str(addresses[0]).rpartition(":") for addresses in json.load(file)]
