@@ -24,7 +24,11 @@ def test_two_parts_are_a_repository():
 
 @pytest.mark.parametrize("name", ["name", "a/b/c", "/a/b", "./b", "../b", "~/b", "a\0/b/c", Path("org/name")])
 @pytest.mark.parametrize("call", ["load", "plan", "pack"])
-def test_the_rest_is_refused_everywhere_alike(call: str, name: str | Path, tmp_path: Path):
+def test_the_rest_is_refused_everywhere_alike(
+    call: str, name: str | Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "empty").mkdir()
+    monkeypatch.chdir(tmp_path / "empty")  # "../b" must not be there by chance
     calls = {
         "load": lambda: load_model(name, memory_limit="1GB"),
         "plan": lambda: plan(name, memory_limit="1GB"),
