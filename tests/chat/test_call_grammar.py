@@ -151,7 +151,7 @@ def test_a_schema_that_can_not_be_used_frees_its_own_tool_or_is_refused_if_stric
 
 
 def test_many_tools_of_which_one_can_not_be_used_are_each_compiled_alone():
-    """With the others each time, 128 tools took 12 seconds."""
+    """With the others each time, 128 tools took 8 seconds."""
     tokenizer, sizes = QWEN3_NEXT.tokenizer, []
     tools = [tool("odd", {"type": "object", "properties": {"n": {"not": {}}}}), *(tool(f"f{i}") for i in range(30))]
 
