@@ -16,7 +16,7 @@ from flash_moe_mlx import RequestError, ShortReadError, StoreError, stream_gener
 from flash_moe_mlx.experts.trace import DECODE, PREFILL
 
 from ..support.faulty_models import OTHER, PROMPT, Loaded, inject, run
-from ..support.refusals import held
+from ..support.refusals import held, wait_until_gone
 
 
 def after(count: int, error: BaseException) -> Callable[[int, int], BaseException | None]:
@@ -136,8 +136,7 @@ def test_close(directory: Path, expected: dict[int, list[int]]):
         assert run((model, tokenizer)) == expected[17]
         assert any(thread.name.startswith("flash-moe") for thread in threading.enumerate())
     engine.close()
-    gc.collect()
-    assert held() <= before
+    wait_until_gone(before)
     with pytest.raises(StoreError, match=r"\[.*closed.*Load the model again"):
         run((model, tokenizer))
     for use in (lambda: engine.resize("1GB"), lambda: engine.trace(directory / "routing.npz")):

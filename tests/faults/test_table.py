@@ -35,7 +35,7 @@ from ..support.checkpoints import make_checkpoint
 from ..support.faulty_models import OTHER, PROMPT, Loaded
 from ..support.models import chat_config, load, with_fewest_slots
 from ..support.packing import contents, small_tasks
-from ..support.refusals import held
+from ..support.refusals import held, wait_until_gone
 from ..support.rehearsal import SAME_BITS, Strike, answer, fresh, leaving_nothing, outcome, settle, striking
 from ..support.serving import post, served
 from ..support.stores import FaultyPreadv, request_for
@@ -268,7 +268,7 @@ def test_closing_while_a_read_hangs(directory: Path, monkeypatch: pytest.MonkeyP
             assert outcome(lambda: answer(pair, PROMPT, 2)) == "StoreError"
             for repair in strike.repair:  # the disk answers at last, and nothing waits for it any more
                 repair()
-    rehearsal.wait_until_gone(before)
+    wait_until_gone(before)
 
 
 def test_a_trace_on_a_full_disk(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -284,7 +284,7 @@ def test_a_trace_on_a_full_disk(directory: Path, tmp_path: Path, monkeypatch: py
         with pytest.raises(RequestError, match="No space left"):
             engine.close()
         assert not (tmp_path / "routing.npz").exists()
-    rehearsal.wait_until_gone(before)
+    wait_until_gone(before)
 
 
 # --- prefix files ---

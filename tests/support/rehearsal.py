@@ -19,7 +19,7 @@ from flash_moe_mlx import stream_generate
 from flash_moe_mlx.errors import FlashMoEError
 from flash_moe_mlx.experts.policies import AgedLFU
 
-from .refusals import held
+from .refusals import held, wait_until_gone
 from .stores import FaultyPreadv
 
 SAME_BITS = "same bits"
@@ -172,19 +172,10 @@ def leaving_nothing() -> Iterator[None]:
     mx.synchronize()
     before, active = held(), mx.get_active_memory()
     yield
+    gc.collect()
     wait_until_gone(before)
     end = time.monotonic() + 10
     while (more := mx.get_active_memory() - active) > SLACK_BYTES:  # arrays that another thread is just dropping
         assert time.monotonic() < end, f"{more} bytes more than before"
-        time.sleep(0.01)
-        gc.collect()
-
-
-def wait_until_gone(before: set[object]) -> None:
-    """Wait until there are no other threads and files than there were."""
-    end = time.monotonic() + 10
-    gc.collect()
-    while more := {one for one in held() - before if type(one).__name__ != "WorkerThread"}:  # AnyIO's, for 10 s
-        assert time.monotonic() < end, more
         time.sleep(0.01)
         gc.collect()
