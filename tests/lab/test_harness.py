@@ -1,4 +1,4 @@
-"""The adaptor for lm_eval: its answers are ours. Without lm_eval, which CI doesn't install, only that it says so."""
+"""The adaptor for lm_eval: its answers are ours. Where lm_eval is not installed, only that it says so."""
 
 import math
 import sys
