@@ -30,6 +30,7 @@ from .batches import drop_pages
 from .structured import DEMO, random_words
 
 ROOT = Path(__file__).resolve().parent.parent
+WARM_UP_TOKENS = 4
 COLUMNS = "clients\tside\ttok_s\tMB_per_token\thit_rate\tshared_passes\tdifferent"
 
 
@@ -101,7 +102,8 @@ def main() -> None:
         print(COLUMNS)
         ratios: dict[int, list[float]] = defaultdict(list)
         results: dict[tuple[int, str], list[tuple[float, float]]] = defaultdict(list)
-        for run in range(arguments.runs + 1):  # the first one compiles what is compiled on first use
+        for run in range(arguments.runs + 1):  # the first one, a short one, compiles what is compiled on first use
+            tokens = arguments.tokens if run else min(arguments.tokens, WARM_UP_TOKENS)
             for clients in arguments.clients or [2, 4, 8]:
                 prompts = [rng.integers(1, vocabulary, arguments.prompt + i % 8).tolist() for i in range(clients)]
                 answers, speeds = [], []
@@ -112,10 +114,10 @@ def main() -> None:
                     before, started = engine.counters.copy(), time.perf_counter()
                     batch.shared = batch.passes = 0
                     if side == "at once":
-                        answers.append(at_once(batch, model, tokenizer, prompts, arguments.tokens))
+                        answers.append(at_once(batch, model, tokenizer, prompts, tokens))
                     else:
-                        answers.append(in_turn(model, tokenizer, prompts, arguments.tokens))
-                    seconds, count = time.perf_counter() - started, clients * arguments.tokens
+                        answers.append(in_turn(model, tokenizer, prompts, tokens))
+                    seconds, count = time.perf_counter() - started, clients * tokens
                     done = engine.counters.since(before)
                     speeds.append(count / seconds)
                     if run:

@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 import flash_moe_mlx
 from flash_moe_mlx import PrefixCache, StoreError, stream_generate
+from flash_moe_mlx.runtime import batching
 from flash_moe_mlx.runtime.batching import Batch, Member
 from flash_moe_mlx.runtime.generation import begin_answer
 from flash_moe_mlx.server.sampling import sampler_for
@@ -164,6 +165,30 @@ def test_tokens_keep_coming_while_a_long_prompt_is_read(loaded: Loaded, together
     assert len(received[short[0]]) >= begun + 10  # one token per chunk of eight, at least
     run(batch, received)
     assert received[long] == [r.token for r in stream_generate(*loaded, prompt, 4, prefill_step_size=8)]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "seconds", "tokens"),
+    [(2.0, 1e9, 1), (0.0, 0.0, 1), (0.0, 1e9, None)],
+    ids=["in memory", "reads, time is up", "reads"],
+)
+def test_a_turn_lasts_while_experts_are_read(
+    loaded: Loaded, monkeypatch: pytest.MonkeyPatch, waiting: float, seconds: float, tokens: int | None
+):
+    """Answers would take experts from each other at every token. A turn ends all the same."""
+    monkeypatch.setattr(batching, "WAITING_SHARE", waiting)
+    monkeypatch.setattr(batching, "TURN_SECONDS", seconds)
+    clock = itertools.count()
+    monkeypatch.setattr("time.perf_counter", lambda: float(next(clock)))  # prompts take as long as tokens
+    batch, order = Batch(loaded[0], together=False), []
+    members = [batch.add(begin_answer(*loaded, PROMPTS[n], 9)) for n in (1, 6)]
+    received: dict[Member, list[Any]] = {}
+    while len(received) < 2:
+        run(batch, received, 1)
+    while len(batch) == 2:
+        order += [members.index(outcome.member) for outcome in batch.step()]
+    lengths = {len(list(group)) for _, group in itertools.groupby(order)}
+    assert lengths == {len(order) if tokens is None else tokens}
 
 
 @WAYS
