@@ -53,8 +53,8 @@ ROUTES = ["/v1/completions", "/v1/chat/completions", "/v1/messages", "/v1/respon
 @contextmanager
 def serving(model: str | None, *options: str) -> Iterator[tuple[str, int]]:
     """Start a server; yields its address and process id."""
-    command = [sys.executable, "-m", "flash_moe_mlx", "serve", "--port", "0", "--max-concurrent", "4", *options]
-    command += ["--model", model] if model else []
+    command = [sys.executable, "-m", "flash_moe_mlx", "serve", "--port", "0", "--name", "any", "--max-concurrent", "4"]
+    command += [*options, *(["--model", model] if model else [])]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             assert process.stdout is not None
