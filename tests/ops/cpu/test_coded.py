@@ -123,6 +123,20 @@ def test_scales_of_eight_bits():
     np.testing.assert_array_equal(powers, 2.0 ** (np.arange(255) - 127))
 
 
+def test_subnormal_scales_take_no_subnormal_arithmetic():
+    """Arithmetic with float32's subnormals takes over 100 cycles, so it is switched off here: it would give zeros."""
+    torch = pytest.importorskip("torch", reason="needs PyTorch: pip install 'flash_moe_mlx[oracle]'")
+    codes = np.arange(8, dtype=np.uint8)
+    read_float(address(codes), 0, E4M3)  # compiled with the usual arithmetic
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor can't switch subnormals off")
+    try:
+        values = [read_float(address(codes), i, E4M3) for i in range(8)]
+    finally:
+        torch.set_flush_denormal(False)
+    assert values == [i / 512 for i in range(8)]
+
+
 def test_every_code():
     """16 codes in each of the eight places of a word."""
     words = np.array(

@@ -156,14 +156,18 @@ class Emitter:
             zero = self.builder.icmp_unsigned("==", wide, ir.Constant(integers, [0] * width))
             return self.builder.bitcast(self.builder.select(zero, least, exponent), ir.VectorType(_F32, width))
         if kind == E4M3:
-            sign = self.builder.shl(self.builder.and_(wide, self._of(wide, 0x80)), self._of(wide, 24))
-            magnitude = self.builder.shl(self.builder.and_(wide, self._of(wide, 0x7F)), self._of(wide, 20))
-            floats = ir.VectorType(_F32, width)
-            # Times 2**120 moves the exponent's bias from 7 to 127, subnormals included.
-            scaled = self.builder.fmul(self.builder.bitcast(magnitude, floats), ir.Constant(floats, [2.0**120] * width))
-            nan = self.builder.icmp_unsigned("==", magnitude, self._of(wide, 0x7F << 20))
-            bits = self.builder.select(nan, self._of(wide, 0x7FC00000), self.builder.bitcast(scaled, integers))
-            return self.builder.bitcast(self.builder.or_(bits, sign), floats)
+            builder, floats = self.builder, ir.VectorType(_F32, width)
+            sign = builder.shl(builder.and_(wide, self._of(wide, 0x80)), self._of(wide, 24))
+            magnitude = builder.shl(builder.and_(wide, self._of(wide, 0x7F)), self._of(wide, 20))
+            # Moves the exponent's bias from 7 to 127. Subnormals, most scales of small weights, are converted as
+            # integers: as float32 they would be subnormal too, and arithmetic with those takes over 100 cycles.
+            normal = builder.add(magnitude, self._of(wide, 120 << 23))
+            small = builder.uitofp(builder.and_(wide, self._of(wide, 7)), floats)
+            small = builder.bitcast(builder.fmul(small, ir.Constant(floats, [2.0**-9] * width)), integers)
+            bits = builder.select(builder.icmp_unsigned("<", magnitude, self._of(wide, 1 << 23)), small, normal)
+            nan = builder.icmp_unsigned("==", magnitude, self._of(wide, 0x7F << 20))
+            bits = builder.select(nan, self._of(wide, 0x7FC00000), bits)
+            return builder.bitcast(builder.or_(bits, sign), floats)
         return self.half(wide)
 
     def _of(self, like: ir.Value, value: int) -> ir.Value:
