@@ -10,6 +10,9 @@ IO_MODES = ("auto", *READ_MODES)
 DEFAULT_PREFILL_STEP_SIZE = 2048
 """Default number of prompt tokens per forward pass, as in mlx_lm."""
 
+TABLE_BYTES = 256_000_000
+"""Size up to which lookup tables stay in memory."""
+
 _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?)(i?)b?\s*", re.IGNORECASE)
 _POWERS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
@@ -49,6 +52,7 @@ class StreamingConfig:
         activation_bits: 8 quantises activations in CPU decode to 8 bits (lossy); None is exact.
         trust_remote_code: Whether the checkpoint's Python files may be run.
         gpu_memory_limit_bytes: The hard bound on a GPU's own memory; None leaves the choice to the GPU.
+        table_bytes: Lookup tables of more bytes, and more rows than the vocabulary, stay in their files.
     """
 
     memory_limit_bytes: int | None = None
@@ -59,6 +63,7 @@ class StreamingConfig:
     activation_bits: int | None = None
     trust_remote_code: bool = False
     gpu_memory_limit_bytes: int | None = None
+    table_bytes: int = TABLE_BYTES
 
     @classmethod
     def from_arguments(

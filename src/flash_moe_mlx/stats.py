@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from html import escape
+from typing import Any
 
 
 @dataclass
@@ -14,6 +15,8 @@ class Counters:
     misses: int = 0
     bytes_read: int = 0
     read_seconds: float = 0.0
+    row_reads: int = 0
+    row_bytes: int = 0
 
     def copy(self) -> "Counters":
         return Counters(*(getattr(self, f.name) for f in fields(self)))
@@ -27,6 +30,10 @@ class Counters:
         """Share of requested experts that were in memory, 0 to 1; 0 before the first request."""
         asked = self.hits + self.misses
         return self.hits / asked if asked else 0.0
+
+    def figures(self) -> dict[str, Any]:
+        """Return the counters and the hit rate by name."""
+        return {**vars(self), "hit_rate": self.hit_rate}
 
 
 @dataclass(frozen=True)
@@ -89,6 +96,8 @@ class StreamingStats(NamedRows):
         gpu_memory_limit_bytes: The hard bound on the GPU's own memory, which then holds weights and slots; None where
             there is one memory.
         host_bytes: Host memory that experts come from, pinned for the GPU; 0 where there is one memory.
+        row_reads: Rows read from lookup tables that stay in their files, counted once for each tensor of a table.
+        row_bytes: Bytes of these rows.
     """
 
     tokens: int
@@ -109,6 +118,8 @@ class StreamingStats(NamedRows):
     slow_decode: str = ""
     gpu_memory_limit_bytes: int | None = None
     host_bytes: int = 0
+    row_reads: int = 0
+    row_bytes: int = 0
 
     def rows(self) -> list[tuple[str, str]]:
         """Return (name, value) pairs in display order."""
@@ -126,6 +137,7 @@ class StreamingStats(NamedRows):
         ]
         if self.gpu_memory_limit_bytes is not None:
             rows.append(("host memory", f"{format_bytes(self.host_bytes)} of {format_bytes(self.memory_limit_bytes)}"))
+        rows += [("table rows read", f"{self.row_reads:,} ({format_bytes(self.row_bytes)})")] if self.row_reads else []
         rows += [("slow decode", self.slow_decode)] if self.slow_decode else []
         return rows + [("lossy", choice) for choice in self.lossy]
 

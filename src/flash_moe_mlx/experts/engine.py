@@ -18,6 +18,7 @@ from ..errors import MemoryLimitError, NonFiniteError, RequestError, StoreError
 from ..forks import check_process, is_forked
 from ..formats.checkpoint import Checkpoint
 from ..formats.config_files import SamplingDefaults
+from ..formats.safetensors_header import TensorInfo
 from ..ops.gpu.kernel_source import explain_refusals
 from ..ops.numerics import Activation
 from ..ops.slot_memory import SlotMemory, UnifiedMemory
@@ -365,12 +366,7 @@ class StreamingEngine(RankMethods):
         """Return counters and memory use at this moment."""
         counters, budget, host = self._reader.counters.since(self._counted_from), self._budget, self._plan.host
         return StreamingStats(
-            tokens=counters.tokens,
-            hits=counters.hits,
-            misses=counters.misses,
-            hit_rate=counters.hit_rate,
-            bytes_read=counters.bytes_read,
-            read_seconds=counters.read_seconds,
+            **counters.figures(),
             memory_limit_bytes=budget.limit_bytes if host is None else host.limit_bytes,
             peak_memory_bytes=self.peak_memory_bytes,
             dense_bytes=budget.dense_bytes,
@@ -384,6 +380,11 @@ class StreamingEngine(RankMethods):
             gpu_memory_limit_bytes=None if host is None else budget.limit_bytes,
             host_bytes=0 if host is None else self._memory.host_bytes + self._store.buffer_bytes,
         )
+
+    def read_rows(self, info: TensorInfo, rows: Sequence[int], buffer: memoryview) -> None:
+        """Read rows of a lookup table that stays in its file; takes the arguments of `ExpertStore.submit_rows`."""
+        self.counters.row_bytes += self._store.submit_rows(info, rows, buffer).wait()
+        self.counters.row_reads += len(rows)
 
     def reset_stats(self) -> None:
         """Set the counters and MLX's peak memory to zero. Cached experts stay in memory."""

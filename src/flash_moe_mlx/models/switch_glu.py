@@ -31,7 +31,7 @@ from ..forks import check_process
 from ..formats.checkpoint import Checkpoint
 from ..formats.expert_names import parse_name
 from ..formats.foreign import ForeignCode, say
-from ..formats.safetensors_header import brief
+from ..formats.safetensors_header import TensorInfo, brief
 from ..formats.schemes import AFFINE
 from ..ops.backend import backend
 from ..ops.finite import first_bad_row, is_finite, non_finite
@@ -43,6 +43,7 @@ from .model_arguments import check_arguments, find_classes, refuse, refuse_weigh
 from .position_blocks import block_positions, blocks
 from .spec import ModelSpec, convert, load_bytes
 from .switch_memory import CACHE_STEP, CacheGrowth, switch_glu_footprint
+from .table_rows import leave_tables, tables_of
 
 _LAYER = re.compile(r"(?:^|\.)layers\.(\d+)\.")
 _K_NAMES = ("num_experts_per_tok", "num_experts_per_token", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
@@ -123,6 +124,8 @@ class StreamingModel:
             # A subclass may compute something else.
             activation = None if type(module.activation) is SwiGLU else module.activation
             module.routed = engine.executor(module.layer, activation)
+        for table in tables_of(self):  # type: ignore[arg-type]
+            table.read_rows = engine.read_rows
 
     def layers_of_plain_swiglu(self) -> list[int]:
         """Return the layers whose experts kernels compute on a GPU: those without an activation of their own."""
@@ -253,8 +256,16 @@ def prepare(
         own = tuple(f"{path}." for path in swapped)
         weights = {name: v for name, v in weights.items() if not name.startswith(own) and name not in experts}
         _quantize(model, weights, checkpoint)
+
+    def dtype_of(_: str, value: mx.array) -> mx.Dtype:
+        return dtype if backend() == "cpu" and mx.issubdtype(value.dtype, mx.floating) else value.dtype
+
+    vocabulary = vocabulary_size(model, getattr(model, "args", None))
+    tensors = _stored_tensors(checkpoint, stored)
+    weights = leave_tables(model, weights, tensors, vocabulary, streaming.table_bytes, dtype_of)
+    in_files = {info.name for table in tables_of(model) for info in table.parts.values()}
     if backend() == "cpu":
-        weights = convert(weights, lambda _, v: dtype if mx.issubdtype(v.dtype, mx.floating) else v.dtype)
+        weights = convert(weights, dtype_of)
     caches = _cache_growth(model, dtype, str(config["model_type"]))
     found = {module.num_experts_per_tok for module in swapped.values()}
     if min(found) < 1:
@@ -264,11 +275,12 @@ def prepare(
         )
     if k is not None and found != {k}:
         raise fixed_k
+    loaded = {name: value for name, value in stored.items() if name not in in_files}
     note = f"num_experts_per_tok={k} where the model was trained with {trained}"
     return ModelSpec(
         model=model,
         weights=weights,
-        footprint=switch_glu_footprint(checkpoint, weights, load_bytes(stored), caches, max(found)),
+        footprint=switch_glu_footprint(checkpoint, weights, load_bytes(loaded), caches, max(found)),
         num_experts_per_tok=max(found),
         lossy=(note,) if k is not None and k != trained else (),
     )
@@ -285,6 +297,16 @@ def _with_experts_per_tok(config: Mapping[str, Any], k: int | None) -> tuple[dic
     if name is not None and k is not None:
         text[name] = k
     return config, trained
+
+
+def _stored_tensors(checkpoint: Checkpoint, stored: Mapping[str, mx.array]) -> dict[int, TensorInfo]:
+    """Return the tensors whose lazy arrays have the bytes of the file, by the arrays' identity."""
+    found = {id(value): (checkpoint.dense[name], value) for name, value in stored.items() if name in checkpoint.dense}
+    return {
+        key: info
+        for key, (info, value) in found.items()
+        if info.shape == value.shape and MLX_DTYPES.get(info.dtype) == value.dtype
+    }
 
 
 def _lazy_experts(checkpoint: Checkpoint) -> dict[str, mx.array]:

@@ -39,6 +39,7 @@ class Plan:
         assumptions: Assumptions behind the figures.
         host_limit_bytes: The limit on the host's memory, where ``limit_bytes`` is that of a GPU's own; else None.
         hosts: Predictions for several hosts that share the experts, if asked for.
+        table_bytes: Size of lookup tables that stay in their files.
     """
 
     model: str
@@ -55,6 +56,7 @@ class Plan:
     assumptions: tuple[str, ...]
     host_limit_bytes: int | None = None
     hosts: tuple[HostPlan, ...] = ()
+    table_bytes: int = 0
 
     @property
     def fits(self) -> bool:
@@ -77,6 +79,8 @@ class Plan:
              f"{format_bytes(self.expert_bytes)} in all; {self.num_experts_per_tok} a token and layer"),
             ("smallest limit", f"{format_bytes(self.smallest_limit_bytes)} for {self.max_context} tokens of context"),
         ]  # fmt: skip
+        if self.table_bytes:
+            rows.append(("lookup tables", f"{format_bytes(self.table_bytes)} stay in files, read by the row"))
         limit = "memory limit"
         if self.host_limit_bytes is not None:
             limit = "GPU memory limit"
@@ -134,6 +138,7 @@ class Plan:
             "num_experts": self.num_experts,
             "num_experts_per_tok": self.num_experts_per_tok,
             "record_bytes": self.record_bytes,
+            "table_bytes": self.table_bytes,
             "max_context": self.max_context,
             "speed": asdict(self.speed),
             "at_limit": None if self.at_limit is None else _limit_dict(self.at_limit),
@@ -242,6 +247,7 @@ def plan(
         ),
         host_limit_bytes=planner.host_limit_bytes,
         hosts=tuple(plan_hosts(planner, count, link_us) for count in hosts),
+        table_bytes=planner.table_bytes,
     )
 
 

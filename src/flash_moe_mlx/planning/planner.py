@@ -16,6 +16,7 @@ from ..formats.hub_headers import download_headers
 from ..formats.places import local_directory
 from ..machine import PROCESS_OVERHEAD_BYTES, usable_memory_bytes
 from ..models.spec import ModelSpec
+from ..models.table_rows import tables_of
 from ..progress import report
 from ..runtime.loading import choose_limits, inspect_checkpoint, plan_memory
 from ..storage.disk_probe import probe_disk
@@ -70,6 +71,7 @@ class Planner:
         stored_dense_bytes: Stored size of all other tensors.
         k: Experts per token.
         speed: Speed of the machine.
+        table_bytes: Stored size of lookup tables that stay in their files.
         must_be_packed: Whether `load` refuses the checkpoint until it is packed; figures are those of the result.
     """
 
@@ -99,6 +101,7 @@ class Planner:
         self.payload_bytes = {layer: checkpoint.layout(layer).payload_bytes for layer in layers}
         self.num_experts = {layer: checkpoint.num_experts(layer) for layer in layers}
         self.stored_dense_bytes = sum(info.nbytes for info in checkpoint.dense.values())
+        self.table_bytes = sum(table.nbytes for table in tables_of(spec.model))
         self.must_be_packed = not checkpoint.is_streamable
         self.limit_bytes, self.host_limit_bytes = choose_limits(config)
         self.smallest_limit_bytes = self.smallest()

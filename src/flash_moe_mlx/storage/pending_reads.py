@@ -28,6 +28,24 @@ class ReadRequest:
     buffer: memoryview
     arrived: Callable[[], None] | None = None
 
+    @property
+    def name(self) -> str:
+        """Name of the record, for errors."""
+        return f"layer {self.layer} expert {self.expert}"
+
+
+@dataclass(frozen=True, slots=True)
+class RowsRequest:
+    """A request to read rows of a stored tensor into a buffer.
+
+    Attributes:
+        name: Name of the rows, for errors.
+        buffer: Writable, contiguous buffer of exactly the rows' bytes.
+    """
+
+    name: str
+    buffer: memoryview
+
 
 class Piece(NamedTuple):
     """A piece of one range of one request: ``target`` receives the file's bytes from ``offset``."""
@@ -43,7 +61,7 @@ class PendingReads:
 
     def __init__(
         self,
-        requests: Sequence[ReadRequest],
+        requests: Sequence[ReadRequest | RowsRequest],
         jobs: Sequence[Sequence[Piece]],
         on_end: "Callable[[PendingReads], None]",
         progress: ReadProgress | None = None,
@@ -153,7 +171,7 @@ class PendingReads:
         first = self._requests[next((i for i, count in enumerate(self._open_pieces) if count), 0)]
         seconds = 0.0 if self._progress is None else self._progress.seconds
         return StoreError(
-            f"[ExpertStore] layer {first.layer} expert {first.expert}: the disk must deliver something within "
+            f"[ExpertStore] {first.name}: the disk must deliver something within "
             f"{seconds:.0f} s, got nothing. Check its connection and the system's log; the model works again once "
             "the read has ended."
         )

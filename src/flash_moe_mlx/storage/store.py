@@ -21,9 +21,10 @@ from types import TracebackType
 from ..config import READ_MODES
 from ..errors import RequestError, ShortReadError, StoreError
 from ..formats.checkpoint import ByteRange, Checkpoint
+from ..formats.safetensors_header import TensorInfo
 from .file_io import DIRECT_ALIGNMENT, ReadOnlyFile, read_aligned, read_fully
 from .io_threads import IOThreads
-from .pending_reads import PendingReads, Piece, ReadRequest, RunningJob
+from .pending_reads import PendingReads, Piece, ReadRequest, RowsRequest, RunningJob
 from .read_progress import READ_TIMEOUT_SECONDS, ReadProgress
 from .record_check import RecordCheck
 
@@ -32,6 +33,9 @@ MIN_JOB_BYTES = 256 * 1024
 
 MAX_JOB_BYTES = 2 * 1024 * 1024
 """Largest job, so that idle threads can take over the rest of a big batch."""
+
+MIN_JOB_ROWS = 16
+"""Fewest rows of a table per job, each of which is a read of its own."""
 
 MAX_PIECE_BYTES = 1024 * 1024
 """Maximum bytes per system call. Also bounds the buffers of direct reads and the delay of an interrupt."""
@@ -126,7 +130,31 @@ class ExpertStore:
         """
         targets = [writable_bytes(r, self.checkpoint.layout(r.layer).record_bytes) for r in requests]
         ranges = [self.checkpoint.ranges(r.layer, r.expert) for r in requests]
-        pending = PendingReads(requests, self._split(targets, ranges), self._batch_ended, self._progress)
+        return self._begin(requests, self._split(targets, ranges))
+
+    def submit_rows(self, info: TensorInfo, rows: Sequence[int], buffer: memoryview) -> PendingReads:
+        """Start reading rows of a dense tensor, one after the other into a buffer. Their file is opened once.
+
+        Args:
+            info: The tensor.
+            rows: Indices of its first dimension, ascending.
+            buffer: Writable, contiguous buffer of exactly the rows' bytes.
+
+        Raises:
+            StoreError: If the store is closed, the file can't be opened or has changed, or an earlier read hangs.
+        """
+        size, target = info.nbytes // info.shape[0], buffer.cast("B")
+        file = self._file_of(info)
+        pieces = [
+            Piece(0, file, info.offset + row * size, target[place * size : (place + 1) * size])
+            for place, row in enumerate(rows)
+        ]
+        share = max(-(-len(pieces) // self.num_threads), MIN_JOB_ROWS)
+        jobs = [pieces[first : first + share] for first in range(0, len(pieces), share)]
+        return self._begin([RowsRequest(f"rows of {info.name}", buffer)], jobs)
+
+    def _begin(self, requests: Sequence[ReadRequest | RowsRequest], jobs: Sequence[Sequence[Piece]]) -> PendingReads:
+        pending = PendingReads(requests, jobs, self._batch_ended, self._progress)
         begun = False
         try:
             with self._lock:
@@ -212,6 +240,15 @@ class ExpertStore:
             if pending.hangs:
                 raise pending.hanging_error()
 
+    def _file_of(self, info: TensorInfo) -> ReadOnlyFile:
+        with self._lock:
+            self._check_open()
+            if info.path not in self._files:
+                self._files[info.path] = ReadOnlyFile(info.path, direct=self.io == "direct")
+            file = self._files[info.path]
+        file.check_unchanged(info.modified_ns)
+        return file
+
     def _close_files(self) -> None:
         for file in self._files.values():
             file.close()
@@ -259,14 +296,14 @@ class ExpertStore:
             try:
                 got = self._read(piece)
                 if got < len(piece.target):
-                    raise _short(request.layer, request.expert, piece.offset, len(piece.target), piece.file, got)
+                    raise _short(request.name, piece.offset, len(piece.target), piece.file, got)
                 piece.file.check_unchanged()
             except StoreError as error:
                 pending._piece_failed(piece, error)
             except (OSError, MemoryError) as error:
                 failure = StoreError(
-                    f"[ExpertStore] layer {request.layer} expert {request.expert}: {len(piece.target)} bytes at "
-                    f"offset {piece.offset} of {piece.file.path.name} must be readable, got {error!r}. "
+                    f"[ExpertStore] {request.name}: {len(piece.target)} bytes at offset {piece.offset} of "
+                    f"{piece.file.path.name} must be readable, got {error!r}. "
                     "Check the disk and the system's log, then try again."
                 )
                 failure.__cause__ = error
@@ -278,6 +315,8 @@ class ExpertStore:
     def _arrived(self, pending: PendingReads, piece: Piece) -> None:
         """Check a complete record if it is due, and report its arrival."""
         request = pending._requests[piece.request]
+        if isinstance(request, RowsRequest):
+            return
         if self.check.is_due():
             record = memoryview(request.buffer).cast("B")
             if corrupt := self.check.find_error(request.layer, request.expert, record):
@@ -333,8 +372,8 @@ def _check_size(file: ReadOnlyFile, expected: int) -> None:
         )
 
 
-def _short(layer: int, expert: int, offset: int, nbytes: int, file: ReadOnlyFile, got: int) -> ShortReadError:
+def _short(name: str, offset: int, nbytes: int, file: ReadOnlyFile, got: int) -> ShortReadError:
     return ShortReadError(
-        f"[ExpertStore] layer {layer} expert {expert}: expected {nbytes} bytes at offset {offset} of "
-        f"{file.path.name}, got {got}. The file is truncated; download it again."
+        f"[ExpertStore] {name}: expected {nbytes} bytes at offset {offset} of {file.path.name}, got {got}. "
+        "The file is truncated; download it again."
     )
