@@ -8,6 +8,7 @@ which llama.cpp's Q4_0 stores as well (``benchmarks/peers/gguf.py``). Routers an
 in mlx-lm's conversions. The routers are the last shard: a checkpoint with other routing shares all the others.
 
     python -m benchmarks.synthetic OUT --preset 35b --layers 8
+    python -m benchmarks.synthetic OUT --preset 35b --layers 4 --vocabulary 2048 --mode nvfp4
     python -m benchmarks.synthetic LOCAL --routing local --like OUT
 """
 
@@ -46,6 +47,13 @@ class Dimensions:
 
 LOCAL_SHARE = 80 / 256
 """Of the experts that local routing picks from, another set in each layer."""
+DTYPE_BYTES = {"U8": 1, "BF16": 2, "U32": 4, "F32": 4}
+AFFINE_GROUP = 64
+"""Weights that share a scale in the matrices that a conversion to another mode leaves affine."""
+MODES = {"affine": (4, AFFINE_GROUP), "mxfp4": (4, 32), "nvfp4": (4, 16)}
+"""Bits and group size by mode."""
+E2M1_RMS = 2.926
+"""Root mean square of E2M1's sixteen values."""
 _ROUTERS = 1 << 20  # their seed, in place of a shard's number: the same routers, however many layers follow
 _FAVOUR = 16.0  # length of their router rows over that of the others
 
@@ -62,11 +70,11 @@ PRESETS = {
 }  # fmt: skip
 
 
-class _Writer:
+class Writer:
     """Tensors of one shard; their bytes are made when the shard is written."""
 
-    def __init__(self, rng: np.random.Generator, bits: int, group_size: int):
-        self.rng, self.bits, self.group_size = rng, bits, group_size
+    def __init__(self, rng: np.random.Generator, bits: int, group_size: int, mode: str = "affine"):
+        self.rng, self.bits, self.group_size, self.mode = rng, bits, group_size, mode
         self.tensors: list[tuple[str, str, tuple[int, ...], object]] = []
 
     def normal(self, name: str, shape: tuple[int, ...], std: float, mean: float = 0.0, dtype: str = "BF16") -> None:
@@ -84,22 +92,37 @@ class _Writer:
                 f"{name}.weight", shape, std * (rows_gain if np.isscalar(rows_gain) else np.repeat(rows_gain, columns))
             )
             return
+        if self.mode != "affine" and bits == self.bits:
+            self._coded(name, shape, std)
+            return
+        group_size = self.group_size if self.mode == "affine" else AFFINE_GROUP
         codes = np.arange(2**bits)
         centre = (len(codes) - 1) / 2
         if bits in _WITHOUT_ZERO:
             centre = len(codes) // 2
             codes = _WITHOUT_ZERO[bits].astype(np.int64) & (len(codes) - 1)
         scale = _round_bfloat16(std / np.sqrt(np.mean((codes - centre) ** 2)) * np.broadcast_to(rows_gain, rows))
-        groups = (*rows, columns // self.group_size)
+        groups = (*rows, columns // group_size)
         scales = np.repeat(scale.reshape(-1), groups[-1])
-        self.tensors.append((f"{name}.weight", "U32", (*rows, columns * bits // 32), bits))
+        self.codes(f"{name}.weight", (*rows, columns * bits // 32), "U32", bits)
         self.tensors.append((f"{name}.scales", "BF16", groups, scales))
         self.tensors.append((f"{name}.biases", "BF16", groups, np.float32(-centre) * scales))
+
+    def _coded(self, name: str, shape: tuple[int, ...], std: float) -> None:
+        """Create a weight of E2M1 codes and scales of one byte: a power of two in mxfp4, E4M3 in nvfp4."""
+        *rows, columns = shape
+        scales = np.full(int(np.prod(rows)) * (columns // self.group_size), SCALE_CODES[self.mode](std / E2M1_RMS))
+        self.codes(f"{name}.weight", (*rows, columns // 8), "U32")
+        self.tensors.append((f"{name}.scales", "U8", (*rows, columns // self.group_size), scales.astype(np.uint8)))
+
+    def codes(self, name: str, shape: tuple[int, ...], dtype: str, bits: int = 4) -> None:
+        """Create random codes of weights, packed into U32 or U8."""
+        self.tensors.append((name, dtype, shape, bits))
 
     def write(self, path: Path) -> None:
         header, offset = {"__metadata__": {"format": "mlx"}}, 0
         for name, dtype, shape, _ in self.tensors:
-            size = int(np.prod(shape)) * {"U32": 4, "BF16": 2, "F32": 4}[dtype]
+            size = int(np.prod(shape)) * DTYPE_BYTES[dtype]
             header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [offset, offset + size]}
             offset += size
         text = json.dumps(header).encode()
@@ -112,13 +135,14 @@ class _Writer:
 
     def _pieces(self, dtype: str, count: int, recipe: object) -> Iterator[bytes]:
         if isinstance(recipe, int):
+            count = count * DTYPE_BYTES[dtype] // 4
             while count > 0:
                 size = min(count, 1 << 20)
                 codes = self.rng.integers(0, 2**32, size, dtype=np.uint32).view(np.uint8)
                 yield (_WITHOUT_ZERO[recipe][codes] if recipe in _WITHOUT_ZERO else codes).tobytes()
                 count -= size
         elif isinstance(recipe, np.ndarray):
-            yield _bfloat16(recipe.astype(np.float32))
+            yield recipe.tobytes() if recipe.dtype == np.uint8 else _bfloat16(recipe.astype(np.float32))
         else:
             mean, std = recipe
             std = np.broadcast_to(np.float32(std), count)
@@ -134,6 +158,19 @@ _WITHOUT_ZERO = {
     8: np.where(_BYTES, _BYTES, 128).astype(np.uint8),
 }
 """By bits: each byte of codes with the middle in place of code 0, so that the mean is zero."""
+
+
+def _power_of_two(value: float) -> int:
+    return 127 + round(np.log2(value))
+
+
+def _e4m3(value: float) -> int:
+    """Return the code of the nearest number below 1 with four bits of exponent and three of mantissa."""
+    values = [m / 512 if e == 0 else (1 + m / 8) * 2.0 ** (e - 7) for e in range(8) for m in range(8)]
+    return int(np.argmin(np.abs(np.array(values) - value)))
+
+
+SCALE_CODES = {"mxfp4": _power_of_two, "nvfp4": _e4m3}
 
 
 def _round_bfloat16(values: np.ndarray) -> np.ndarray:
@@ -155,6 +192,7 @@ def write_checkpoint(
     *,
     bits: int = 4,
     group_size: int = 64,
+    mode: str = "affine",
     seed: int = 0,
     routing: str = "uniform",
     like: Path | None = None,
@@ -166,6 +204,8 @@ def write_checkpoint(
         dimensions: Dimensions of the model.
         bits: Bits of all projections and experts; 0 stores bfloat16.
         group_size: Weights that share a scale.
+        mode: MLX's quantisation mode of all projections and experts: "affine", or "mxfp4" or "nvfp4" in place of the
+            bits and group size above.
         seed: Seed of the weights.
         routing: "uniform", or "local": each layer picks from ``LOCAL_SHARE`` of its experts.
         like: A checkpoint that differs in its routing alone, or has more layers: its other shards are hard-linked.
@@ -174,12 +214,14 @@ def write_checkpoint(
         The directory.
     """
     d = dimensions
+    if mode != "affine":
+        bits, group_size = MODES[mode]
     directory.mkdir(parents=True, exist_ok=True)
     shards = d.num_hidden_layers + 2
     weight_map: dict[str, str] = {}
     for shard in range(shards):
         routers = shard == shards - 1
-        writer = _Writer(np.random.default_rng((seed, _ROUTERS if routers else shard)), bits, group_size)
+        writer = Writer(np.random.default_rng((seed, _ROUTERS if routers else shard)), bits, group_size, mode)
         name = _shard_name(shard, d)
         if shard == 0:
             writer.matrix("language_model.model.embed_tokens", d.vocab_size, d.hidden_size, gain=np.sqrt(d.hidden_size))
@@ -204,8 +246,9 @@ def write_checkpoint(
     config: dict[str, object] = {"model_type": "qwen3_5_moe", "text_config": text}
     if bits:
         gates = [f"{_mlp(i)}.{gate}" for i in range(d.num_hidden_layers) for gate in ("gate", "shared_expert_gate")]
-        eight = {"bits": 8, "group_size": group_size}
-        config["quantization"] = {"bits": bits, "group_size": group_size, **dict.fromkeys(gates, eight)}
+        eight = {"bits": 8, "group_size": group_size if mode == "affine" else AFFINE_GROUP}
+        named = {} if mode == "affine" else {"mode": mode}
+        config["quantization"] = {"bits": bits, "group_size": group_size, **named, **dict.fromkeys(gates, eight)}
     (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     (directory / "config.json").write_text(json.dumps(config, indent=1))
     return directory
@@ -225,7 +268,7 @@ def _mlp(index: int) -> str:
     return f"language_model.model.layers.{index}.mlp"
 
 
-def _routers(writer: _Writer, d: Dimensions, routing: str) -> None:
+def _routers(writer: Writer, d: Dimensions, routing: str) -> None:
     for index in range(d.num_hidden_layers):
         length = np.ones(d.num_experts)
         if routing == "local":
@@ -235,7 +278,7 @@ def _routers(writer: _Writer, d: Dimensions, routing: str) -> None:
         writer.matrix(f"{_mlp(index)}.gate", d.num_experts, d.hidden_size, bits=8, rows_gain=length)
 
 
-def _layer(writer: _Writer, d: Dimensions, index: int) -> None:
+def _layer(writer: Writer, d: Dimensions, index: int) -> None:
     path, hidden = f"language_model.model.layers.{index}", d.hidden_size
     writer.normal(f"{path}.input_layernorm.weight", (hidden,), 0.1, 1.0)
     writer.normal(f"{path}.post_attention_layernorm.weight", (hidden,), 0.1, 1.0)
@@ -279,6 +322,8 @@ def main() -> None:
     parser.add_argument("--experts", type=int)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--mode", choices=MODES, default="affine")
+    parser.add_argument("--vocabulary", type=int)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--routing", choices=("uniform", "local"), default="uniform")
     parser.add_argument(
@@ -287,7 +332,10 @@ def main() -> None:
     a = parser.parse_args()
     d = dimensions_of(a.like) if a.like else PRESETS[a.preset]
     d = replace(d, num_hidden_layers=a.layers or d.num_hidden_layers, num_experts=a.experts or d.num_experts)
-    write_checkpoint(a.out, d, bits=a.bits, group_size=a.group_size, seed=a.seed, routing=a.routing, like=a.like)
+    d = replace(d, vocab_size=a.vocabulary or d.vocab_size)
+    write_checkpoint(
+        a.out, d, bits=a.bits, group_size=a.group_size, mode=a.mode, seed=a.seed, routing=a.routing, like=a.like
+    )
 
 
 if __name__ == "__main__":
