@@ -32,7 +32,7 @@ from .synthetic import PRESETS, write_checkpoint
 from .synthetic_gpt_oss import GptOss, write_gpt_oss
 
 LAYERS, VOCABULARY = 4, 2_048
-PROMPT, WARM_TOKENS, TOKENS = 128, 8, 32
+WARM_TOKENS, TOKENS = 8, 32
 PROMPTS = 2
 ROOT = Path(__file__).resolve().parents[1]
 SIDES = {"gpt-oss-20b": ("affine", "mxfp4"), "35b": ("affine", "mxfp4", "nvfp4")}
@@ -49,8 +49,8 @@ def write(model: str, mode: str, directory: Path) -> Path:
     return directory
 
 
-def tokens() -> list[int]:
-    return np.random.default_rng(5).integers(3, VOCABULARY, PROMPT + WARM_TOKENS + TOKENS).tolist()
+def tokens(prompt: int) -> list[int]:
+    return np.random.default_rng(5).integers(3, VOCABULARY, prompt + WARM_TOKENS + TOKENS).tolist()
 
 
 def time_experts(seconds: list[float]) -> None:
@@ -74,7 +74,7 @@ def time_experts(seconds: list[float]) -> None:
     StreamingSwitchGLU.__call__ = timed
 
 
-def child(directory: Path, fewest: bool) -> dict[str, float]:
+def child(directory: Path, fewest: bool, prompt: int) -> dict[str, float]:
     """Load a checkpoint and time a prompt and tokens; seconds by name, and bytes of experts per token."""
     import mlx.core as mx
 
@@ -92,16 +92,16 @@ def child(directory: Path, fewest: bool) -> dict[str, float]:
         except MemoryLimitError as error:
             limit = error.smallest_limit_bytes or 0
     model = load_model(directory, memory_limit=limit, **how)
-    ids = tokens()
+    ids = tokens(prompt)
     checkpoint = Checkpoint.open(directory)
     with model.streaming as engine:
         prompts, decoded, in_experts = [], [], []
         for _ in range(PROMPTS + 1):
             cache = model.make_cache()
             started = time.perf_counter()
-            mx.eval(model(mx.array([ids[:PROMPT]]), cache=cache, logits_to_keep=1))
+            mx.eval(model(mx.array([ids[:prompt]]), cache=cache, logits_to_keep=1))
             prompts.append(time.perf_counter() - started)
-        for index, token in enumerate(ids[PROMPT:]):
+        for index, token in enumerate(ids[prompt:]):
             if index == WARM_TOKENS:
                 engine.reset_stats()
             expert_seconds.clear()
@@ -121,25 +121,25 @@ def child(directory: Path, fewest: bool) -> dict[str, float]:
         }
 
 
-def run_child(directory: Path, slots: str) -> dict[str, float]:
-    command = [sys.executable, "-m", "benchmarks.modes", str(directory), "--child", slots]
+def run_child(directory: Path, slots: str, prompt: int) -> dict[str, float]:
+    command = [sys.executable, "-m", "benchmarks.modes", str(directory), "--child", slots, "--prompt", str(prompt)]
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{ROOT}"}
     output = subprocess.run(command, check=True, capture_output=True, text=True, env=environment, cwd=ROOT).stdout
     return json.loads(output.splitlines()[-1])
 
 
-def run_llama(driver: Path, gguf: Path, repack: int) -> dict[str, float]:
+def run_llama(driver: Path, gguf: Path, repack: int, prompt: int) -> dict[str, float]:
     """Time llama.cpp on the same ids; its prompt is the first one after the start."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ids"
-        path.write_text(" ".join(map(str, tokens())))
-        options = ["--prompt", str(PROMPT), "--decode", str(WARM_TOKENS + TOKENS), "--repack", str(repack)]
+        path.write_text(" ".join(map(str, tokens(prompt))))
+        options = ["--prompt", str(prompt), "--decode", str(WARM_TOKENS + TOKENS), "--repack", str(repack)]
         command = [str(driver), str(gguf), str(path), *options]
         lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
     words = [line.split() for line in lines]
     seconds = [float(parts[2]) for parts in words if parts[0] == "token"]
-    prompt = next(float(parts[2]) for parts in words if parts[0] == "prompt")
-    return {"token": statistics.median(seconds[WARM_TOKENS:]), "prompt": prompt}
+    first = next(float(parts[2]) for parts in words if parts[0] == "prompt")
+    return {"token": statistics.median(seconds[WARM_TOKENS:]), "prompt": first}
 
 
 def report(model: str, name: str, runs: list[dict[str, float]], base: list[dict[str, float]]) -> None:
@@ -170,18 +170,19 @@ def main() -> None:
     parser.add_argument("--slots", nargs="+", choices=("all", "fewest"), default=["all", "fewest"])
     parser.add_argument("--modes", nargs="+")
     parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of the prompt")
     parser.add_argument("--llama", type=Path, help="the program of benchmarks/peers/build_llama.sh, for gpt-oss")
     parser.add_argument("--write", action="store_true", help="write the checkpoints and stop")
     parser.add_argument("--child", choices=("all", "fewest"), help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:
-        print(json.dumps(child(a.scratch, a.child == "fewest")))
+        print(json.dumps(child(a.scratch, a.child == "fewest", a.prompt)))
         return
     sides: dict[str, Callable[[], dict[str, float]]] = {}
     for mode in a.modes or SIDES[a.model]:
         directory = write(a.model, mode, a.scratch / f"{a.model}-{mode}")
         for slots in a.slots:
-            sides[f"{mode}, {slots} in slots"] = lambda d=directory, s=slots: run_child(d, s)
+            sides[f"{mode}, {slots} in slots"] = lambda d=directory, s=slots: run_child(d, s, a.prompt)
     if a.llama:
         from .peers.gguf_gpt_oss import write_gpt_oss_gguf
 
@@ -189,7 +190,7 @@ def main() -> None:
         if not gguf.exists():
             write_gpt_oss_gguf(a.scratch / f"{a.model}-mxfp4", gguf)
         for repack in (0, 1):
-            sides[f"llama.cpp, repack {repack}"] = lambda r=repack: run_llama(a.llama, gguf, r)
+            sides[f"llama.cpp, repack {repack}"] = lambda r=repack: run_llama(a.llama, gguf, r, a.prompt)
     if a.write:
         return
     runs: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
