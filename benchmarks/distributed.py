@@ -2,7 +2,8 @@
 
 The checkpoint has the dimensions of Qwen3.5-35B-A3B, but few layers and a small vocabulary. Experts are read from the
 page cache, at most as fast as the simulated disk: readers of one process wait for each other's bytes. Both ranks run on
-this machine, so their computation shares its cores, which two machines would not.
+this machine and share its memory's speed, which two machines would not. Each process is bound to half of the cores,
+also the one of a single rank; ``--free`` binds none, so that one rank has all of them.
 
     python -m benchmarks.distributed --layers 4 --rate 0.5 --slots 32
 """
@@ -72,11 +73,19 @@ def measure(directory: str, rate: float, limit: int) -> dict[str, float]:
     }
 
 
-def run(count: int, arguments: list[str], scratch: Path) -> list[dict[str, float]]:
+def cores_of(rank: int) -> str:
+    """Return the half of the usable cores that a rank is bound to, with commas."""
+    cores = sorted(os.sched_getaffinity(0))
+    half = max(len(cores) // 2, 1)
+    return ",".join(map(str, cores[rank * half :][:half] or cores))
+
+
+def run(count: int, arguments: list[str], scratch: Path, free: bool) -> list[dict[str, float]]:
     command = [sys.executable, "-m", "benchmarks.distributed", "--child", *arguments]
+    bound = [[] if free else ["taskset", "-c", cores_of(rank)] for rank in range(count)]
     processes = [
-        subprocess.Popen(command, env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
-        for environment in rank_environments(count, scratch)
+        subprocess.Popen([*binding, *command], env={**os.environ, **environment}, stdout=subprocess.PIPE, text=True)
+        for binding, environment in zip(bound, rank_environments(count, scratch), strict=True)
     ]
     return [json.loads(process.communicate(timeout=600)[0]) for process in processes]
 
@@ -101,6 +110,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=0.5, help="GB/s of each rank's disk")
     parser.add_argument("--slots", type=int, default=32, help="slots per layer on one rank")
     parser.add_argument("--routing", choices=("uniform", "local"), default="uniform")
+    parser.add_argument("--free", action="store_true", help="bind no process to cores")
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -116,7 +126,7 @@ def main() -> None:
         times: dict[int, list[float]] = {1: [], 2: []}
         for _ in range(arguments.runs):
             for count, measured in times.items():
-                ranks = run(count, child, scratch)
+                ranks = run(count, child, scratch, arguments.free)
                 measured.append(statistics.mean(rank["ms"] for rank in ranks))
                 print(json.dumps({"ranks": count, "of": ranks}), flush=True)
     one, two = (statistics.median(measured) for measured in times.values())

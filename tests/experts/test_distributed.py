@@ -40,7 +40,9 @@ def test_ranks_give_the_bits_of_one(directory: Path, tmp_path: Path, ranks: Rank
     Placement(2, {layer: (np.arange(EXPERTS) == layer).astype(np.int64) for layer in LAYERS}).write(uneven)
     loads = [{}, {"shard": str(uneven)}, {"memory_limit": smallest_limit(directory)}, {"shard": False}]
     two = ranks.run(2, directory, tmp_path, {"do": "logits", "loads": loads})
-    four = ranks.run(4, directory, tmp_path, {"do": "logits"})
+    four = ranks.run(
+        4, directory, tmp_path, {"do": "logits", "loads": [{}, {"memory_limit": smallest_limit(directory)}]}
+    )
     for rank in (*two, *four):
         assert rank.status == 0, rank.stderr
         assert [result["digest"] for result in rank.results] == [expected] * len(rank.results)

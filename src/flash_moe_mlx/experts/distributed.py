@@ -20,11 +20,13 @@ from ..errors import DistributedError, FlashMoEError
 from ..ops.expert_ffn_combine import combine_outputs
 from ..ops.norm import Norm
 from ..ops.slot_memory import ExpertRecords
+from .cache import ExpertCache
 from .cancellation import Cancellation
 from .executor import ELSEWHERE, OtherRanks, PendingExperts, choice_on_host
 from .local import LocalExperts, LocalResident, LocalToken
 from .placement import Placement
 from .ranks import RankGroup
+from .read_balance import ReadBalance
 from .reader import ExpertReader
 
 if TYPE_CHECKING:
@@ -46,12 +48,15 @@ class Share:
     Attributes:
         ranks: The group.
         placement: Rank of each expert.
+        is_open: Whether every rank can read every expert, and may compute those of others to balance reads.
         runs_ahead: Whether single tokens are computed without the hosts, which then don't meet before each.
     """
 
     ranks: RankGroup
     placement: Placement
+    is_open: bool = False
     runs_ahead: bool = False
+    _balance: ReadBalance | None = field(default=None, repr=False)
     _known: set[tuple[int, bool]] = field(default_factory=set, repr=False)
     _cancellation: Cancellation = field(default_factory=Cancellation, repr=False)
 
@@ -81,9 +86,21 @@ class Share:
         if self.ranks.sums_on_gpu:
             self.runs_ahead = all(self.ranks.gather(int(can), patient=True))
 
+    def watch(self, cache: ExpertCache) -> None:
+        """Balance reads from now on, if ranks may compute each other's experts.
+
+        Args:
+            cache: This rank's slots.
+        """
+        if self.is_open and not self.ranks.sums_on_gpu:
+            self._balance = ReadBalance(
+                self.placement, self.ranks.rank, lambda layer: (cache.present(layer), cache.num_slots(layer))
+            )
+
     def own(self, layer: int, ids: np.ndarray) -> np.ndarray:
-        """Return ids, with ``ELSEWHERE`` in place of those that other ranks hold."""
-        return np.where(self.placement.owners[layer][ids] == self.ranks.rank, ids, ELSEWHERE)
+        """Return ids, with ``ELSEWHERE`` in place of those that other ranks compute."""
+        ranks = self.placement.owners[layer] if self._balance is None else self._balance.ranks_of(layer, ids)
+        return np.where(ranks[ids] == self.ranks.rank, ids, ELSEWHERE)
 
     @contextmanager
     def beginning(self, batch: int, tokens: int, length: int) -> Iterator[None]:
@@ -155,12 +172,15 @@ class Share:
         for start in range(0, len(y), rows):
             part = slice(start, start + rows)
             bits = y[part].view(np.uint32)
-            words = np.zeros(bits.size + 2, np.uint32)
-            words[-2:] = self._check_words(layer, ids[part])
-            words[:-2].reshape(bits.shape)[own[part] != ELSEWHERE] = bits[own[part] != ELSEWHERE]
-            total = self.ranks.sum(words)
-            self._check_sums(layer, total[-2:])
-            bits[:] = total[:-2].reshape(bits.shape)
+            balance = self._balance if start + rows >= len(y) else None
+            rest = np.zeros(0, np.uint32) if balance is None else balance.words(layer)
+            words = np.concatenate([np.zeros(bits.size, np.uint32), self._check_words(layer, ids[part]), rest])
+            words[: bits.size].reshape(bits.shape)[own[part] != ELSEWHERE] = bits[own[part] != ELSEWHERE]
+            total, checks, rest = np.split(self.ranks.sum(words), [bits.size, bits.size + 2])
+            if balance is not None:
+                balance.learn(layer, rest)
+            self._check_sums(layer, checks)
+            bits[:] = total.reshape(bits.shape)
 
     def exchange_on_gpu(self, layer: int, ids: np.ndarray, y: mx.array) -> mx.array:
         """Return complete outputs, exchanged from GPU to GPU.

@@ -123,6 +123,7 @@ def share_experts(
     placement = _stored_placement(checkpoint, ranks)
     if ranks is None:
         return None
+    is_open = placement is None and not isinstance(shard, str | Path)
     if isinstance(shard, str | Path):
         chosen = Placement.read(shard, num_experts, ranks.size)
         if placement is not None and chosen.digest != placement.digest:
@@ -146,7 +147,7 @@ def share_experts(
         "plan of shards": placement.digest,
     }
     check_alike({what: ranks.gather(value, patient=True) for what, value in own.items()})
-    return Share(ranks, placement)
+    return Share(ranks, placement, is_open=all(ranks.gather(int(is_open), patient=True)))
 
 
 def _fingerprint(checkpoint: Checkpoint) -> int:
