@@ -91,7 +91,7 @@ def test_exchanges_carry_what_slots_hold(is_open: bool):
     ranks: Any = SimpleNamespace(rank=0, size=2, sums_on_gpu=False, sum=total)
     cache: Any = SimpleNamespace(present=lambda layer: (), num_slots=lambda layer: 4)
     share = Share(ranks, placement, is_open=is_open)
-    share.watch(cache)
+    share.use(cache)
     share._check_sums = lambda layer, sums: None  # type: ignore[method-assign]
     y, ids = np.ones((3, 2), np.float32), np.array([0, 2, 4])
     share.exchange(0, ids, share.own(0, ids), y)

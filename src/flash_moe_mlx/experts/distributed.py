@@ -74,25 +74,19 @@ class Share:
         owners = self.placement.owners.items()
         return {layer: np.flatnonzero(owner == self.ranks.rank).tolist() for layer, owner in owners}
 
-    def agree_to_run_ahead(self, can: bool) -> None:
-        """Find out whether all ranks can compute single tokens without their hosts. Collective.
+    def use(self, cache: ExpertCache) -> None:
+        """Find out whether all ranks can compute single tokens without hosts, or balance reads otherwise. Collective.
 
         Args:
-            can: Whether this rank's GPU finds its experts by itself.
+            cache: This rank's slots.
 
         Raises:
             DistributedError: If a rank fails or doesn't come in time.
         """
         if self.ranks.sums_on_gpu:
-            self.runs_ahead = all(self.ranks.gather(int(can), patient=True))
-
-    def watch(self, cache: ExpertCache) -> None:
-        """Balance reads from now on, if ranks may compute each other's experts.
-
-        Args:
-            cache: This rank's slots.
-        """
-        if self.is_open and not self.ranks.sums_on_gpu:
+            alone = all(cache.host_records(layer) is not None for layer in self.placement.owners)
+            self.runs_ahead = all(self.ranks.gather(int(alone), patient=True))
+        elif self.is_open:
             self._balance = ReadBalance(
                 self.placement, self.ranks.rank, lambda layer: (cache.present(layer), cache.num_slots(layer))
             )

@@ -88,8 +88,7 @@ class StreamingEngine(RankMethods):
             self._reader = ExpertReader(self._cache, demand.layouts, demand.num_experts)
         else:
             self._reader = ExpertReader(self._cache, demand.layouts, share.num_experts, share.experts())
-            share.agree_to_run_ahead(all(self._cache.host_records(layer) is not None for layer in demand.layouts))
-            share.watch(self._cache)
+            share.use(self._cache)
             counters = self._reader.counters
             share.ranks.progress = lambda: counters.bytes_read + counters.hits + counters.misses
         self._counted_from = self._reader.counters.copy()
