@@ -84,7 +84,7 @@ class Share:
             DistributedError: If a rank fails or doesn't come in time.
         """
         if self.ranks.sums_on_gpu:
-            alone = all(cache.host_records(layer) is not None for layer in self.placement.owners)
+            alone = all(cache.host_records(layer) is not None for layer in cache.layers)
             self.runs_ahead = all(self.ranks.gather(int(alone), patient=True))
         elif self.is_open:
             self._balance = ReadBalance(
