@@ -30,7 +30,7 @@ from .batches import drop_pages
 from .structured import DEMO, random_words
 
 ROOT = Path(__file__).resolve().parent.parent
-WARM_UP_TOKENS = 4
+WARM_UP_TOKENS = 2
 COLUMNS = "clients\tside\ttok_s\tMB_per_token\thit_rate\tshared_passes\tdifferent"
 
 

@@ -134,7 +134,7 @@ class Clients:
 
     def run(self, seed: int) -> None:
         draw = random.Random(seed)
-        with httpx.Client(base_url=self._address, timeout=120) as api:
+        with httpx.Client(base_url=self._address, timeout=600) as api:
             while time.monotonic() < self._end:
                 outcome, error = "errors", ""
                 try:
