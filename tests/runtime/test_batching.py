@@ -167,6 +167,11 @@ def test_tokens_keep_coming_while_a_long_prompt_is_read(loaded: Loaded, together
     assert received[long] == [r.token for r in stream_generate(*loaded, prompt, 4, prefill_step_size=8)]
 
 
+def test_a_step_of_no_answers_does_nothing(loaded: Loaded):
+    """All that waited may have left."""
+    assert Batch(loaded[0]).step() == []
+
+
 @pytest.mark.parametrize(
     ("waiting", "seconds", "tokens"),
     [(2.0, 1e9, 1), (0.0, 0.0, 1), (0.0, 1e9, None)],

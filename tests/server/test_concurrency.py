@@ -1,6 +1,7 @@
 """Several clients at once on one server: complete answers, fair turns, memory counted before a request begins."""
 
 import contextlib
+import gc
 import itertools
 import json
 import threading
@@ -17,6 +18,7 @@ import flash_moe_mlx
 from flash_moe_mlx import RequestError
 from flash_moe_mlx.runtime.batching import Batch
 from flash_moe_mlx.runtime.generation import begin_answer, stream_generate
+from flash_moe_mlx.runtime.steps import Steps
 from flash_moe_mlx.server import concurrency
 from flash_moe_mlx.server.config import ServerConfig
 from flash_moe_mlx.server.worker import Worker
@@ -114,6 +116,27 @@ def test_one_that_leaves_changes_nothing_for_the_others(address: str, alone: lis
         answers = [other.result(60) for other in others]
     assert answers == alone[:2]
     wait_until(lambda: stats(address)["running_requests"] == 0)
+
+
+@pytest.mark.parametrize("max_concurrent", [1, 4])
+def test_nothing_is_kept_of_clients_that_left(loaded: tuple[Any, Any], max_concurrent: int):
+    """Arrays must not wait for the garbage collector: the memory limit doesn't count them."""
+    leaving = {"model": "demo", "messages": STORY, "temperature": 0, "stream": True, "logit_bias": {"2": -100}}
+
+    def leave(_: int) -> None:
+        with httpx.stream("POST", f"{address}{CHAT}", json=leaving, timeout=60) as response:
+            next(response.iter_lines())
+
+    with served(*loaded, prefix_cache=None, max_concurrent=max_concurrent) as address:
+        gc.collect()
+        gc.disable()
+        try:
+            with ThreadPoolExecutor(4) as threads:
+                list(threads.map(leave, range(8)))
+            wait_until(lambda: stats(address)["running_requests"] == stats(address)["queued_requests"] == 0)
+            wait_until(lambda: not any(type(known) is Steps for known in gc.get_objects()))
+        finally:
+            gc.enable()
 
 
 def test_a_fault_of_a_step_leaves_nobody_waiting(address: str, alone: list[Answer], monkeypatch: pytest.MonkeyPatch):

@@ -108,6 +108,7 @@ class Batch:
             return
         self._members.remove(member)
         self._drawing = None if self._drawing is member else self._drawing
+        self._turn = None if self._turn is member else self._turn
         member.answer.passes.close()
         self._merged.leave([member.answer.steps], for_good=True)
         member.answer.steps.take_back([])  # frees its states now, whoever holds the answer
@@ -120,6 +121,8 @@ class Batch:
         Returns:
             The tokens that were generated, and the errors. Answers that have ended are no longer in the batch.
         """
+        if not self._members:
+            return []
         borrow_stream()
         deciding = [member for member in self._members if not member.answer.steps.reading]
         prompts = [member for member in self._members if member.answer.steps.reading]
@@ -159,7 +162,9 @@ class Batch:
         if self._turn is not member:
             self._turn, self._turn_seconds = member, 0.0
         self._turn_seconds += seconds
-        if waited < WAITING_SHARE * seconds or self._turn_seconds >= TURN_SECONDS:
+        if member not in self._members:
+            self._turn = None
+        elif waited < WAITING_SHARE * seconds or self._turn_seconds >= TURN_SECONDS:
             self._turn = None
             self._put_last(member)
 

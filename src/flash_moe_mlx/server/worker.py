@@ -7,6 +7,7 @@ one parsed body, however many wait. Between these stages, clients that have left
 
 import asyncio
 import logging
+import traceback
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, suppress
@@ -158,6 +159,7 @@ class Worker:
         def ended(future: Future[Finished | None]) -> None:
             # Free the queue slot first: the client may send its next request immediately.
             loop.call_soon_threadsafe(self._admitted.discard, generation)
+            _forget_variables(None if future.cancelled() else future.exception(), generation.cancelled.is_set())
             if not future.cancelled() and future.exception() is None:
                 generation.put(future.result())
             generation.put(None)
@@ -281,6 +283,22 @@ class Worker:
             "prefix_cache": self._prefix_cache,
             **self._kv_cache,
         }
+
+
+def _forget_variables(error: BaseException | None, nobody_asks: bool) -> None:
+    """Let go of what an error's frames hold: arrays of the answer, and the generation, whose future holds the error.
+
+    Otherwise they would stay in memory until Python next looks for cycles, uncounted.
+
+    Args:
+        error: The error.
+        nobody_asks: Whether to drop the traceback too: its frames know their callers, and what these hold.
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        if nobody_asks:
+            error.__traceback__ = None
+        error = error.__cause__ or error.__context__
 
 
 def _check_wanted(generation: Generation) -> None:
