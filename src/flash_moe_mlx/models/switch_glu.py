@@ -305,7 +305,7 @@ def _stored_tensors(checkpoint: Checkpoint, stored: Mapping[str, mx.array]) -> d
     return {
         key: info
         for key, (info, value) in found.items()
-        if info.shape == value.shape and MLX_DTYPES.get(info.dtype) == value.dtype
+        if info.shape == value.shape and info.dtype in MLX_DTYPES and MLX_DTYPES[info.dtype] == value.dtype
     }
 
 
