@@ -63,9 +63,8 @@ class ReadBalance:
         """Take the sum of all ranks' words."""
         owners, ranks = self._placement.owners[layer], self._placement.ranks
         table = np.ascontiguousarray(words).reshape(ranks, -1)
-        if (
-            table[:, 0] >= np.bincount(owners, minlength=ranks)
-        ).all():  # each owner has room for its experts, which are read once
+        owned = np.bincount(owners, minlength=ranks)
+        if (table[:, 0] >= owned).all():  # each owner has room for its experts, which are read once
             self._known.pop(layer, None)
             return
         held = np.unpackbits(table[:, 1:].copy().view(np.uint8), axis=1)[:, : len(owners)].astype(bool)

@@ -22,7 +22,7 @@ from .pace import Pace
 TURN_SECONDS = 10.0
 """Longest turn of an answer, where answers decode in turn and experts have to be read.
 
-Answers that use different experts take them from each other: two of them that alternate token by token read 1.4 to 1.6
+Answers that use different experts take them from each other: two of them that alternate token by token read 1.5 to 1.6
 times what they read one after the other, and in turns of 64 tokens 1.2 to 1.3 times (experiment 132).
 """
 
